@@ -1,0 +1,115 @@
+/* What every C++ file shares. Included by files compiled for different instruction sets, so it
+ * holds no inline function with external linkage: the linker could keep the AVX-512 copy of one
+ * and run it on a machine without. Everything here is static or a plain type. */
+#ifndef NMFLOW_COMMON_H
+#define NMFLOW_COMMON_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "nmflow.h"
+
+#if defined(__GNUC__)
+#define NMF_INLINE static inline __attribute__((always_inline))
+#else
+#define NMF_INLINE static inline
+#endif
+
+NMF_INLINE int64_t nmf_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+NMF_INLINE int64_t nmf_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+NMF_INLINE int nmf_item_bytes(int dtype) { return dtype == NMFLOW_F32 ? 4 : 2; }
+
+NMF_INLINE float nmf_float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+NMF_INLINE uint32_t nmf_bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+NMF_INLINE float nmf_bf16_to_float(uint16_t h) { return nmf_float_of_bits((uint32_t)h << 16); }
+/* Round to nearest even. A NaN stays a NaN (its low payload bits could round to infinity). */
+NMF_INLINE uint16_t nmf_float_to_bf16(float value) {
+  uint32_t bits = nmf_bits_of_float(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+NMF_INLINE float nmf_f16_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
+  if (rest >= 0x7c00u) return nmf_float_of_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  if (rest >= 0x0400u) return nmf_float_of_bits(sign | ((rest << 13) + 0x38000000u));
+  /* Subnormal or zero: rest * 2^-24, exact in fp32. */
+  return nmf_float_of_bits(sign | nmf_bits_of_float((float)rest * 5.9604644775390625e-8f));
+}
+NMF_INLINE uint16_t nmf_float_to_f16(float value) {
+  const uint32_t bits = nmf_bits_of_float(value);
+  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
+  const uint32_t a = bits & 0x7fffffffu;
+  if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+  if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* rounds to 65536 or above */
+  if (a < 0x38800000u) {
+    /* Below the smallest normal: adding 0.5 leaves the value in units of 2^-24, rounded to even
+     * by the addition itself. */
+    const float scaled = nmf_float_of_bits(a) + 0.5f;
+    return (uint16_t)(sign | (nmf_bits_of_float(scaled) - 0x3f000000u));
+  }
+  return (uint16_t)(sign | ((a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13));
+}
+
+/* Loads and stores of one element as fp32, by a dtype known at compile time. */
+template <int DTYPE>
+struct nmf_element;
+template <>
+struct nmf_element<NMFLOW_F32> {
+  typedef float type;
+  static const uint32_t infinity = 0x7f800000u;
+  NMF_INLINE uint32_t key(float v) { return nmf_bits_of_float(v) & 0x7fffffffu; }
+  NMF_INLINE float load(float v) { return v; }
+  NMF_INLINE float store(float v) { return v; }
+};
+template <>
+struct nmf_element<NMFLOW_BF16> {
+  typedef uint16_t type;
+  static const uint32_t infinity = 0x7f80u;
+  NMF_INLINE uint32_t key(uint16_t v) { return v & 0x7fffu; }
+  NMF_INLINE float load(uint16_t v) { return nmf_bf16_to_float(v); }
+  NMF_INLINE uint16_t store(float v) { return nmf_float_to_bf16(v); }
+};
+template <>
+struct nmf_element<NMFLOW_F16> {
+  typedef uint16_t type;
+  static const uint32_t infinity = 0x7c00u;
+  NMF_INLINE uint32_t key(uint16_t v) { return v & 0x7fffu; }
+  NMF_INLINE float load(uint16_t v) { return nmf_f16_to_float(v); }
+  NMF_INLINE uint16_t store(float v) { return nmf_float_to_f16(v); }
+};
+
+/* Hidden from the ABI. parallel.cpp: run(context, task) for every task in [0, tasks), in any
+ * order, on at most `threads` threads. */
+typedef void (*nmf_task)(void *context, int64_t task);
+void nmf_parallel(int64_t tasks, int threads, nmf_task run, void *context);
+int nmf_isa(void);
+
+/* project_*.cpp: one contiguous run of groups. Returns the largest key seen. */
+struct nmf_project_args {
+  const void *w;
+  void *dense, *out;
+  uint8_t *mask;
+  int64_t n, m;
+  float delta;
+  int dtype;
+};
+uint32_t nmf_project_portable(const nmf_project_args *args, int64_t first, int64_t last,
+                              uint32_t *keys);
+uint32_t nmf_project_avx2(const nmf_project_args *args, int64_t first, int64_t last,
+                          uint32_t *keys);
+uint32_t nmf_project_avx512(const nmf_project_args *args, int64_t first, int64_t last,
+                            uint32_t *keys);
+
+#endif

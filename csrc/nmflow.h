@@ -1,0 +1,169 @@
+/* The plain C ABI of nmflow's CPU kernels. No torch, no C++ in it; loaded with ctypes.
+ *
+ * Everything that the caller hands over is checked here, at the boundary: sizes with overflow
+ * checks in 64 bits, pointers, byte counts and, in nmflow_validate, every index. A kernel never
+ * reads or writes outside the buffers whose sizes it was told.
+ *
+ * Pattern: N is the number of weights KEPT of every M consecutive inputs; W is (out, in), in is a
+ * multiple of M. With panel = V > 1, V consecutive output rows share their kept columns.
+ *
+ * ---------------------------------------------------------------------------------------------
+ * Canonical form (what files store; independent of the machine and of this library):
+ *   values  [out][S]  of the weight's dtype, S = in / M * N, a row's kept values in column order
+ *   index   [lists][S] uint8, the column inside its group of M, strictly increasing in each run
+ *           of N; lists = out, or ceil(out / panel) when panel > 1 (a panel shares one list)
+ *   entry s belongs to group s / N; its column is (s / N) * M + index.
+ *
+ * Kernel layout, version 1 (what a module holds in memory; one layout serves every kernel):
+ *   tiles   = ceil(out / 16)            16 output rows are the 16 lanes of a tile
+ *   values  fp32:   [tiles][S][16]
+ *           16-bit: [tiles][ceil(S / 2)][16][2]: entries 2p and 2p + 1 of a row side by side, as
+ *           bf16 dot products want them. Rows past `out` and an odd last entry are zero.
+ *   span    = floor(16 / M) * M inputs when M <= 16, else M; a span holds span / M * N entries
+ *   code    4 bits when M <= 16, else 8: the column inside its SPAN (so M = 4 has codes 0..15).
+ *           per = 8 or 4 codes in a uint32, entry s in bits [(s % per) * bits, ...)
+ *   codes   uint32 [lists'][ceil(S / per)][16], lists' = tiles                       (own rows)
+ *           uint8  [ceil(out / panel)][S]: the column inside its span, one per byte  (shared)
+ *   Shared codes are used when panel is a multiple of 16: then every tile lies in one panel.
+ *   Other panels are stored as if each row had a pattern of its own.
+ *   All buffers are little-endian. Kept values keep their exact bits (also -0.0 and NaN payloads);
+ *   unpacking writes +0.0 to every place that is not kept.
+ * ---------------------------------------------------------------------------------------------
+ */
+#ifndef NMFLOW_H
+#define NMFLOW_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define NMFLOW_API __declspec(dllexport)
+#else
+#define NMFLOW_API __attribute__((visibility("default")))
+#endif
+
+#define NMFLOW_ABI_VERSION 1
+#define NMFLOW_LAYOUT_VERSION 1
+
+enum nmflow_dtype { NMFLOW_F32 = 0, NMFLOW_BF16 = 1, NMFLOW_F16 = 2 };
+enum nmflow_epilogue { NMFLOW_NONE = 0, NMFLOW_GELU = 1 /* erf */, NMFLOW_RELU = 2 };
+enum nmflow_isa { NMFLOW_PORTABLE = 0, NMFLOW_AVX2 = 1, NMFLOW_AVX512 = 2 };
+
+/* Results. Zero is success; a positive number says something about the data; negative is refused. */
+enum nmflow_status {
+  NMFLOW_OK = 0,
+  NMFLOW_NOT_FINITE = 1,    /* nmflow_project: w holds a NaN or an infinity */
+  NMFLOW_NOT_SPARSE = 2,    /* nmflow_pack: a group holds more than N (or a panel more columns) */
+  NMFLOW_BAD_PATTERN = -1,  /* not 1 <= N <= M, M out of range, in not a multiple of M, panel < 1 */
+  NMFLOW_BAD_SHAPE = -2,    /* a size is negative, zero where it may not be, or overflows */
+  NMFLOW_BAD_DTYPE = -3,    /* unknown dtype or epilogue */
+  NMFLOW_BAD_POINTER = -4,  /* a required pointer is null */
+  NMFLOW_BAD_BYTES = -5,    /* a buffer has another size than the shape demands */
+  NMFLOW_BAD_INDEX = -6,    /* an index is out of range, repeated or out of order */
+  NMFLOW_NO_MEMORY = -7,    /* scratch memory could not be had */
+  NMFLOW_NO_KERNEL = -8     /* the kernel asked for does not serve this case on this machine */
+};
+
+/* What a packed weight is. Plain numbers: nothing in it is trusted before nmflow_sizes says OK. */
+typedef struct nmflow_shape {
+  int64_t out, in;
+  int32_t n, m, panel, dtype;
+} nmflow_shape;
+
+/* A packed weight in kernel layout: pointers with the sizes of what they point at. */
+typedef struct nmflow_packed {
+  nmflow_shape shape;
+  const void *values;
+  int64_t values_bytes;
+  const void *codes;
+  int64_t codes_bytes;
+} nmflow_packed;
+
+/* What the kernels need to know of a matmul call. y[t][o] = epilogue(sum_i x[t][i] W[o][i] + b[o]).
+ * x and y are row-major with row strides in ELEMENTS (>= in and >= out) and of the weight's dtype;
+ * accumulation is in fp32. bias may be null; it has the weight's dtype and `out` elements. */
+typedef struct nmflow_matmul_args {
+  const void *x;
+  int64_t x_stride;
+  const void *bias;
+  void *y;
+  int64_t y_stride;
+  int64_t tokens;
+  int32_t epilogue;
+  int32_t threads; /* at most this many; 1 runs in the calling thread */
+  int32_t kernel;  /* 0: the library chooses by its table; else a number of nmflow_kernel_name */
+  int32_t reserved;
+} nmflow_matmul_args;
+
+NMFLOW_API int32_t nmflow_abi_version(void);
+
+/* The instruction set in use: the best that CPU and operating system offer, or NMFLOW_ISA
+ * ("portable", "avx2", "avx512") from the environment at the first call, never above what is
+ * there. nmflow_set_isa changes it for tests and returns the one now in use. */
+NMFLOW_API int32_t nmflow_isa_now(void);
+NMFLOW_API int32_t nmflow_set_isa(int32_t isa);
+/* Bit 0 avx2+fma+f16c, 1 avx512 f/bw/dq/vl, 2 avx512_bf16, 3 amx_bf16 (usable, not just named). */
+NMFLOW_API int32_t nmflow_cpu_features(void);
+NMFLOW_API const char *nmflow_compiler(void);
+
+/* The OpenMP runtime that torch already uses: the address of its GOMP_parallel, so that one pool
+ * of threads serves both and none oversubscribes the cores. Null: the library's own pool. */
+NMFLOW_API void nmflow_set_runner(void (*gomp_parallel)(void (*)(void *), void *, unsigned,
+                                                        unsigned));
+
+/* Magnitude mask and projection in ONE pass over `groups` groups of m contiguous elements of w.
+ * Keeps exactly n of each group: the largest |w|, ties to the lowest index. Any output may be null:
+ *   dense[i] = w[i]; mask[i] = kept ? 1 : 0; out[i] = kept ? w[i] : w[i] * delta
+ * (the product in fp32, rounded once to the dtype). out may be w itself; no other overlap.
+ * Any 1 <= n <= m. NMFLOW_NOT_FINITE: w holds a NaN or an infinity, outputs are unspecified. */
+NMFLOW_API int32_t nmflow_project(const void *w, int32_t dtype, int64_t groups, int64_t n,
+                                  int64_t m, double delta, void *dense, uint8_t *mask, void *out,
+                                  int32_t threads);
+
+/* The sizes in bytes of a packed weight's two buffers, and of the canonical form's two. Any
+ * pointer may be null. Refuses a shape or pattern the layout cannot hold (M > 256, overflow). */
+NMFLOW_API int32_t nmflow_sizes(const nmflow_shape *shape, int64_t *values_bytes,
+                                int64_t *codes_bytes, int64_t *canonical_values_bytes,
+                                int64_t *canonical_index_bytes);
+
+/* Dense W (out, in), row-major with a row stride in elements, to the canonical form. Kept are the
+ * non-zero elements (for a panel: the columns with any), filled up to N with the lowest free
+ * columns of the group, whose bits (+0.0 or -0.0) are kept too. NMFLOW_NOT_SPARSE: a group holds
+ * more than N. */
+NMFLOW_API int32_t nmflow_canonical_from_dense(const nmflow_shape *shape, const void *dense,
+                                               int64_t dense_stride, void *values, uint8_t *index);
+/* Canonical to dense; refuses an index that is out of range or out of order. */
+NMFLOW_API int32_t nmflow_dense_from_canonical(const nmflow_shape *shape, const void *values,
+                                               int64_t values_bytes, const uint8_t *index,
+                                               int64_t index_bytes, void *dense,
+                                               int64_t dense_stride);
+/* Canonical to kernel layout; refuses an index that is out of range or out of order. */
+NMFLOW_API int32_t nmflow_packed_from_canonical(const nmflow_shape *shape, const void *values,
+                                                int64_t values_bytes, const uint8_t *index,
+                                                int64_t index_bytes, void *packed_values,
+                                                int64_t packed_values_bytes, void *codes,
+                                                int64_t codes_bytes);
+/* Kernel layout back to canonical (checks it first, as nmflow_validate does). */
+NMFLOW_API int32_t nmflow_canonical_from_packed(const nmflow_packed *packed, void *values,
+                                                int64_t values_bytes, uint8_t *index,
+                                                int64_t index_bytes);
+
+/* Checks a kernel-layout weight whole: sizes, every code in its group, strictly increasing, no bits
+ * in padding. A weight that passes can be multiplied with no further look at its codes; every
+ * kernel is safe even for one that does not (codes are at most M - 1 or masked by construction,
+ * and x rows are padded or bounds-clamped), but its result is then without meaning. */
+NMFLOW_API int32_t nmflow_validate(const nmflow_packed *packed);
+
+/* y = epilogue(x W^T + bias). Checks sizes, not codes: call nmflow_validate once at load. */
+NMFLOW_API int32_t nmflow_matmul(const nmflow_packed *packed, const nmflow_matmul_args *args);
+/* The kernel number nmflow_matmul takes for this call, and its name ("permute", "tokens", ...). */
+NMFLOW_API int32_t nmflow_choose(const nmflow_shape *shape, int64_t tokens, int32_t threads);
+NMFLOW_API const char *nmflow_kernel_name(int32_t kernel);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* NMFLOW_H */

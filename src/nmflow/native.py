@@ -1,0 +1,215 @@
+"""The optional compiled library, loaded with ctypes: is it there, and its mask kernel.
+
+The library (`csrc/`, a plain C ABI described in `csrc/nmflow.h`) is built when the package is
+installed and a C++ compiler is at hand. Without it `available()` is False, `why_not()` says why,
+and the rest of nmflow works in pure torch, slower. Setting `NMFLOW_NATIVE=0` leaves it unloaded;
+`NMFLOW_ISA=portable|avx2|avx512` caps the instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from nmflow.errors import NMFlowError, PatternError, WeightError
+
+ABI_VERSION = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ISAS = ("portable", "avx2", "avx512")
+FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16")
+NOT_FINITE, NOT_SPARSE = 1, 2
+# What `nmflow_status` says, in words; the caller adds the parameter's name and its value.
+REASONS = {
+    NOT_FINITE: "holds a NaN or an infinity",
+    NOT_SPARSE: "has more non-zeros in a group than the pattern keeps",
+    -1: "has a pattern that does not fit it (1 <= N <= M <= 256, inputs a multiple of M)",
+    -2: "has a size that is negative or overflows",
+    -3: "has a dtype or an epilogue that the kernels do not know",
+    -4: "is missing a buffer",
+    -5: "has a buffer of another size than its shape demands",
+    -6: "has an index that is out of range, repeated or out of order",
+    -7: "needs more scratch memory than there is",
+    -8: "asks for a kernel that does not serve this case on this machine",
+}
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and "", or None and the reason in one clause."""
+    if os.environ.get("NMFLOW_NATIVE", "1") == "0":
+        return None, "NMFLOW_NATIVE=0 is set"
+    # NMFLOW_LIBRARY names another build of the same sources, such as one with sanitizers.
+    named = os.environ.get("NMFLOW_LIBRARY")
+    found = [Path(named)] if named else sorted(Path(__file__).parent.glob("_native.*"))
+    found = [path for path in found if path.suffix in (".so", ".dll", ".dylib")]
+    if not found:
+        return None, (
+            "the library was not built when nmflow was installed; install a C++17 compiler and "
+            "run `pip install --force-reinstall --no-deps nmflow`"
+        )
+    try:
+        lib = ctypes.CDLL(str(found[0]))
+        version = lib.nmflow_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, f"{found[0].name} cannot be loaded ({error})"
+    if version != ABI_VERSION:
+        return None, (
+            f"{found[0].name} has ABI version {version} and this code needs {ABI_VERSION}; "
+            "reinstall nmflow"
+        )
+    _declare(lib)
+    _share_threads(lib)
+    return lib, ""
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    lib.nmflow_project.argtypes = [
+        *(pointer, i32, i64, i64, i64, ctypes.c_double),
+        *(pointer, pointer, pointer, i32),
+    ]
+    lib.nmflow_set_isa.argtypes = [i32]
+    lib.nmflow_set_runner.argtypes = [pointer]
+    lib.nmflow_set_runner.restype = None
+    lib.nmflow_compiler.restype = ctypes.c_char_p
+
+
+def _share_threads(lib: ctypes.CDLL) -> None:
+    """Run the library's tasks on the OpenMP runtime torch has loaded, if it can be found.
+
+    Looked up through torch's own library, so it is the very runtime torch links to and not a
+    second copy, whose spinning workers would compete for the cores.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            try:
+                runner = ctypes.CDLL(str(folder / name)).GOMP_parallel
+            except (OSError, AttributeError):
+                continue
+            lib.nmflow_set_runner(ctypes.cast(runner, ctypes.c_void_p))
+            return
+
+
+def available() -> bool:
+    """Whether the compiled library is loaded and serves this machine."""
+    return _load()[0] is not None
+
+
+def why_not() -> str:
+    """Why `available()` is False, in one clause; empty when it is True."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        NMFlowError: it is not available.
+    """
+    lib, why = _load()
+    if lib is None:
+        raise NMFlowError(f"the native library is not available: {why}")
+    return lib
+
+
+def isa() -> str:
+    """The instruction set in use: "portable", "avx2" or "avx512"."""
+    return ISAS[library().nmflow_isa_now()]
+
+
+def set_isa(name: str) -> str:
+    """Cap the instruction set (for tests and benchmarks); returns the one now in use.
+
+    A set that this machine lacks changes nothing.
+
+    Raises:
+        NMFlowError: an unknown name, or the library is not available.
+    """
+    if name not in ISAS:
+        raise NMFlowError(f"isa is {name!r}: it must be one of {', '.join(ISAS)}")
+    return ISAS[library().nmflow_set_isa(ISAS.index(name))]
+
+
+def features() -> tuple[str, ...]:
+    """The CPU features that the library found usable, of `FEATURES`."""
+    bits = library().nmflow_cpu_features()
+    return tuple(name for i, name in enumerate(FEATURES) if bits >> i & 1)
+
+
+def _pointer(
+    tensor: torch.Tensor | None, name: str, like: torch.Tensor, dtype: torch.dtype
+) -> int | None:
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or tensor.shape != like.shape:
+        raise WeightError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it must be {dtype} "
+            f"{tuple(like.shape)}"
+        )
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise WeightError(f"{name} must be a contiguous CPU tensor: pass {name}.contiguous()")
+    return tensor.data_ptr()
+
+
+def project(
+    w: torch.Tensor,
+    n: int,
+    m: int,
+    delta: float,
+    dense: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> bool:
+    r"""Magnitude mask and projection of a weight, in one pass over memory.
+
+    Writes any of `dense = w`, `mask` (True for the n largest |w| of every m consecutive elements
+    along the last axis) and `out = w * (mask + (1 - mask) * delta)`.
+
+    Args:
+        w: contiguous CPU tensor, float32, bfloat16 or float16, last axis a multiple of `m`.
+        n: number kept of every `m`; exactly that many, ties to the lowest index.
+        m: size of a group.
+        delta: what pruned weights are multiplied with, in float32, rounded once to the dtype.
+        dense: like `w`, or None.
+        mask: bool of `w`'s shape, or None.
+        out: like `w`, or None; may be `w` itself.
+
+    Returns:
+        False if `w` holds a NaN or an infinity: what the outputs then hold is unspecified.
+
+    Raises:
+        WeightError: a tensor of the wrong dtype, shape, device or layout.
+        PatternError: not 1 <= n <= m, or the last axis is not a multiple of m.
+        NMFlowError: the library is not available.
+
+    Example:
+        >>> w = torch.tensor([[1.0, -3.0, 2.0, 0.5]])
+        >>> out = torch.empty_like(w)
+        >>> project(w, 1, 4, 0.5, out=out), out
+        (True, tensor([[ 0.5000, -3.0000,  1.0000,  0.2500]]))
+    """
+    lib = library()
+    code = DTYPES.get(w.dtype)
+    if code is None:
+        raise WeightError(f"w is {w.dtype}: the kernel takes float32, bfloat16 and float16")
+    if not 1 <= n <= m or w.dim() == 0 or w.shape[-1] % m:
+        raise PatternError(
+            f"pattern is '{n}:{m}' for a weight of shape {tuple(w.shape)}: it needs "
+            f"1 <= N <= M and a last axis that is a multiple of M"
+        )
+    base = _pointer(w, "w", w, w.dtype)
+    status = lib.nmflow_project(
+        *(base, code, w.numel() // m, n, m, float(delta)),
+        _pointer(dense, "dense", w, w.dtype),
+        _pointer(mask, "mask", w, torch.bool),
+        _pointer(out, "out", w, w.dtype),
+        torch.get_num_threads(),
+    )
+    if status < 0:
+        raise WeightError(f"w of shape {tuple(w.shape)} {REASONS[status]}")
+    return status != NOT_FINITE
