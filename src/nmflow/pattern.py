@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nmflow.errors import PatternError
 
-_GRAMMAR = re.compile(r"(\d+):(\d+)(?:@(\d+))?")
+_GRAMMAR = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?:@([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -47,6 +47,8 @@ class Pattern:
                     "M, such as '1:16', or 'N:M@V' for panels of V rows"
                 )
             n, m, panel = int(found[1]), int(found[2]), int(found[3] or 1)
+        if m < 1:
+            raise PatternError(f"pattern is '{spec}': a group has at least 1 weight, not M={m}")
         if not 1 <= n <= m:
             raise PatternError(
                 f"pattern is '{n}:{m}': N is the number of weights kept of every M, so it must be "

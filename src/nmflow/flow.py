@@ -1,0 +1,308 @@
+"""`attach`: a recipe on an optimizer, by its hooks; the optimizer owns W, the network owns W̃."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nmflow.errors import FlowError, RecipeError
+from nmflow.hosts import check_model, optimizers_of
+from nmflow.observing import Observation, Observer
+from nmflow.pattern import Pattern
+from nmflow.recipes import Recipe, resolve
+from nmflow.schedules import Stage
+from nmflow.sharding import region
+from nmflow.slots import Slot
+from nmflow.states import Run
+from nmflow.stepping import Stepper
+from nmflow.targets import Plan, plan
+
+log = logging.getLogger("nmflow")
+
+
+@dataclass(frozen=True)
+class FlowStage:
+    """Where a flow is: the phase, and what each target goes through.
+
+    Attributes:
+        phase: `"dense"`, `"decay"`, `"sparse"`, `"finetune"` or `"final"`.
+        patterns: the pattern of each target's mask now, by label; None while it is dense.
+        delta: δ now; the largest one where the hybrid's frames differ between targets.
+        targets: the whole `Stage` of each target, by label.
+    """
+
+    phase: str
+    patterns: dict[str, Pattern | None]
+    delta: float
+    targets: dict[str, Stage]
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    recipe: str | Recipe = "mdgf-exponential",
+    pattern: str | Pattern | Mapping[str, str | Pattern] = "1:16",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    *,
+    total_steps: int,
+    remainder: str = "error",
+    mask_interval: int = 1,
+    freeze_mask: bool = False,
+) -> Flow:
+    r"""Train a model's weights to N:M sparsity: one line before an unchanged training loop.
+
+    From here on the network computes with `W̃ = W ⊙ (m + (1 - m) ⊙ m' · δ)`, and `optimizer.step`
+    steps the dense W, whose gradient is ∂L/∂W̃ under the recipe's rule. The model is not changed:
+    same modules, same parameters, same state-dict keys. W lives in `optimizer.state` and travels
+    in `optimizer.state_dict()`, with the step, so that resuming the optimizer resumes the recipe.
+
+    Args:
+        model: the network; attach after it is moved, wrapped or sharded.
+        optimizer: the optimizer that owns the weights, or several that do together.
+        recipe: a name, such as `"mdgf-exponential"`, or a recipe, such as `MDGF(dense=0.1)`.
+        pattern: N:M with N kept, or patterns by glob or preset: `{"ff": "1:16", "qk": "1:4"}`.
+        include: presets, globs or both, see `plan`; None takes the pattern's keys, or `"all"`.
+        exclude: presets or globs to leave out.
+        total_steps: K, the optimizer steps of the whole run, also those before a resume.
+        remainder: `"error"` or `"skip"` a weight whose axis is not divisible by M.
+        mask_interval: take the mask from W every so many steps only, and hold it in between, at
+            one byte a weight.
+        freeze_mask: hold the mask through the fine-tune phase.
+
+    Returns:
+        The flow; the loop needs nothing of it but `finalize` at the end.
+
+    Raises:
+        NMFlowError: a `PlanError`, `RecipeError`, `FlowError`, `StateError` or `WeightError`; the
+            model and the optimizer are then as they were.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> flow = attach(model, optimizer, "mdgf-linear", "1:16", include="0.*", total_steps=10)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(4, 32)).square().mean().backward()
+        ...     optimizer.step()
+        >>> flow.finalize()
+        >>> int((model[0].weight != 0).sum())  # of 8 × 32 weights
+        16
+
+    References:
+        arXiv 2402.04744. Differs from the released code: the mask is taken once per optimizer
+        step instead of in every forward pass.
+    """
+    recipe = resolve(recipe)
+    recipe.check(total_steps)
+    _check_options(mask_interval, freeze_mask)
+    check_model(model)
+    optimizers = optimizers_of(optimizer)
+    chosen = plan(model, pattern, include, exclude, remainder=remainder, recipe=recipe)
+    flow = Flow(model, optimizers, recipe, chosen, total_steps, mask_interval, freeze_mask)
+    flow._start()
+    return flow
+
+
+class Flow:
+    """A recipe at work on a model's weights; made by `attach`.
+
+    Attributes:
+        model: the model.
+        recipe: the recipe.
+        plan: the targets, with what was left out and why.
+        total_steps: K.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        recipe: Recipe,
+        chosen: Plan,
+        total_steps: int,
+        mask_interval: int,
+        freeze_mask: bool,
+    ) -> None:
+        self.model, self.recipe, self.plan, self.total_steps = model, recipe, chosen, total_steps
+        self._observers: list[Observer] = []
+        self._hard = self._finalized = False
+        run = Run(recipe, total_steps, mask_interval, freeze_mask)
+        slots = _slots(model, optimizers, recipe, chosen)
+        owned = {id(o): [s for s in slots if s.optimizer is o] for o in optimizers}
+        self._steppers = [
+            Stepper(run, o, owned[id(o)], self._observers) for o in optimizers if owned[id(o)]
+        ]
+
+    def _start(self) -> None:
+        for stepper in self._steppers:
+            stepper.check()
+        for stepper in self._steppers:
+            stepper.start()
+        log.info("attached %s to %d weights", self.recipe.name, len(self.plan))
+
+    # -- where it is ---------------------------------------------------------------------------
+
+    @property
+    def steps_done(self) -> int:
+        """k, the optimizer steps done; the fewest, where several optimizers step on their own."""
+        return min(stepper.k for stepper in self._steppers)
+
+    @property
+    def stage(self) -> FlowStage:
+        """The phase, the pattern of each target and δ, now."""
+        return self.stage_at(self.steps_done)
+
+    def stage_at(self, k: int) -> FlowStage:
+        """The phase, the pattern of each target and δ after `k` optimizer steps."""
+        stages = {
+            t.label: self.recipe.stage(k, self.total_steps, t.pattern, t.length) for t in self.plan
+        }
+        return FlowStage(
+            next(iter(stages.values())).phase,
+            {label: stage.pattern for label, stage in stages.items()},
+            max(stage.delta for stage in stages.values()),
+            stages,
+        )
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        """The dense weights W by parameter name: the tensors themselves, not copies."""
+        self._check_live("dense_weights()")
+        return {slot.name: slot.dense for slot in self._all_slots()}
+
+    def observe(self, observer: Observer) -> Observation:
+        """Call `observer(step, views)` before each optimizer step, on what it will step with.
+
+        Args:
+            observer: called with the number of steps done and a `View` of each target.
+
+        Returns:
+            A handle; its `remove()` ends it.
+        """
+        self._observers.append(observer)
+        return Observation(self._observers, observer)
+
+    # -- what one does with it -----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hard(self) -> Iterator[None]:
+        """Show the network with the final N:M masks, for an honest evaluation in mid-decay.
+
+        Raises:
+            FlowError: the flow is finalized, or an optimizer steps inside.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(8, 4)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> flow = attach(model, optimizer, pattern="1:4", include="*", total_steps=9)
+            >>> with flow.hard():
+            ...     int((model.weight != 0).sum())
+            8
+        """
+        self._check_live("hard()")
+        if self._hard:
+            yield
+            return
+        for stepper in self._steppers:
+            stepper.check_untouched()
+        self._hard = True
+        try:
+            for stepper in self._steppers:
+                stepper.harden()
+            yield
+        finally:
+            self._hard = False
+            for stepper in self._steppers:
+                stepper.rewrite()
+
+    def sync(self) -> None:
+        """Take what the parameters hold now as the dense weights, where somebody wrote them.
+
+        For after a `load_state_dict` of other weights in mid-run. The step does not change.
+        """
+        self._check_live("sync()")
+        for stepper in self._steppers:
+            stepper.sync()
+
+    def finalize(self) -> None:
+        """Leave a plain model: exact N:M weights, no hooks, an optimizer without our state.
+
+        Raises:
+            FlowError: called twice, or inside `hard()`.
+            StateError: somebody wrote a weight since the last step.
+            WeightError: a weight is not finite.
+        """
+        self._check_live("finalize()")
+        if self._hard:
+            raise FlowError("finalize() was called inside hard(): call it after the with block")
+        for stepper in self._steppers:
+            stepper.check_untouched()
+        for stepper in self._steppers:
+            stepper.check_finite()
+        if self.steps_done < self.total_steps:
+            log.warning(
+                "finalized after %d of %d steps: the masks are final, the recipe is not",
+                self.steps_done,
+                self.total_steps,
+            )
+        for stepper in self._steppers:
+            stepper.harden()
+            stepper.stop()
+        self._finalized = True
+
+    def __repr__(self) -> str:
+        where = "finalized" if self._finalized else f"step {self.steps_done} of {self.total_steps}"
+        return f"<Flow {self.recipe.name}, {len(self.plan)} weights, {where}>"
+
+    # -- for the steppers ----------------------------------------------------------------------
+
+    def _all_slots(self) -> list[Slot]:
+        return [slot for stepper in self._steppers for slot in stepper.slots]
+
+    def _check_live(self, what: str) -> None:
+        if self._finalized:
+            raise FlowError(f"{what} was called after finalize(): attach again to go on training")
+
+
+def _check_options(mask_interval: int, freeze_mask: bool) -> None:
+    if isinstance(mask_interval, bool) or not isinstance(mask_interval, int) or mask_interval < 1:
+        raise RecipeError(f"mask_interval is {mask_interval!r}: give a number of steps, at least 1")
+    if not isinstance(freeze_mask, bool):
+        raise RecipeError(f"freeze_mask is {freeze_mask!r}: give True or False")
+
+
+def _slots(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    recipe: Recipe,
+    chosen: Plan,
+) -> list[Slot]:
+    """One slot a parameter, with the optimizer that owns it."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    owners: dict[int, Optimizer] = {}
+    for one in optimizers:
+        for group in one.param_groups:
+            for p in group["params"]:
+                if owners.setdefault(id(p), one) is not one:
+                    raise FlowError("optimizer is a list in which two own the same parameter")
+    slots = []
+    for name in dict.fromkeys(t.name for t in chosen):
+        param = params[name]
+        if id(param) not in owners:
+            raise FlowError(
+                f"'{name}' is not in the optimizer, so nothing would train its dense weights: add "
+                "it to the optimizer's parameters, or exclude it"
+            )
+        regions = []
+        for target in (t for t in chosen if t.name == name):
+            used = recipe.patterns(target.pattern, target.length)
+            regions.append(region(param, target, max(p.m for p in used)))
+        slots.append(Slot(name, param, owners[id(param)], regions))
+    return slots

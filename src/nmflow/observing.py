@@ -1,0 +1,46 @@
+"""What an observer of a flow sees before each optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nmflow.schedules import Stage
+from nmflow.targets import Target
+
+
+class View(NamedTuple):
+    """One target, before an optimizer step.
+
+    Attributes:
+        target: the target.
+        weight: its dense weights W, this rank's rows of the target.
+        grad: the gradient g = ∂L/∂W̃, unscaled and before the recipe's rule; None if there is none.
+        mask: the weights kept under the current pattern; under the final one while dense.
+        stage: its stage.
+    """
+
+    target: Target
+    weight: Tensor
+    grad: Tensor | None
+    mask: Tensor
+    stage: Stage
+
+
+Observer = Callable[[int, list[View]], None]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A running observation of a flow."""
+
+    observers: list[Observer]
+    observer: Observer
+
+    def remove(self) -> None:
+        """End it; a second call does nothing."""
+        if self.observer in self.observers:
+            self.observers.remove(self.observer)

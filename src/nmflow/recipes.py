@@ -1,0 +1,272 @@
+"""The recipes: frozen dataclasses, one each, and the registry of their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nmflow import schedules
+from nmflow.errors import RecipeError
+from nmflow.pattern import Pattern
+from nmflow.recipe import (
+    Decaying,
+    Recipe,
+    check_choice,
+    check_fading,
+    check_lam,
+    check_phases,
+    frames_note,
+    warn_of_high_delta,
+)
+from nmflow.schedules import DENSE, Stage
+
+
+@dataclass(frozen=True)
+class Dense(Recipe):
+    """No sparsity: the baseline, with the same hooks and diagnostics. It is never pruned."""
+
+    prunes: ClassVar[bool] = False
+    name: ClassVar[str] = "dense"  # type: ignore[assignment]
+
+    def stage(self, k: int, total_steps: int, pattern: Pattern, length: int) -> Stage:
+        """Dense at every step."""
+        return DENSE
+
+
+@dataclass(frozen=True)
+class OneShot(Recipe):
+    """Dense until step d, then a magnitude mask taken once and kept: one-shot and fine-tune.
+
+    W̃ = W ⊙ m from step d, and the gradient is m ⊙ g.
+
+    Args:
+        dense: d, as a fraction of all steps (float) or a number of steps (int).
+    """
+
+    dense: float = 0.5
+    name: ClassVar[str] = "one-shot"  # type: ignore[assignment]
+    gradient: ClassVar[str] = "masked"
+
+    def __post_init__(self) -> None:
+        check_phases(self)
+
+    def frozen_since(self, total_steps: int) -> int | None:
+        """The end of the dense phase."""
+        return self.phases(total_steps)[0]
+
+
+@dataclass(frozen=True)
+class STE(Recipe):
+    """Straight-through: W̃ = W ⊙ m from step d, and the dense weight receives g.
+
+    Args:
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, in which `freeze_mask` may keep the mask.
+    """
+
+    dense: float = 0.0
+    finetune: float = 0.0
+    name: ClassVar[str] = "ste"  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        check_phases(self)
+
+
+@dataclass(frozen=True)
+class SRSTE(Recipe):
+    """Sparse-refined straight-through: STE with g + λ·(1 - m) ⊙ W.
+
+    The term is added once per optimizer step, to unscaled gradients: neither a loss scaler nor
+    gradient accumulation changes λ.
+
+    Args:
+        lam: λ, the strength of the pull of pruned weights toward 0.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, in which `freeze_mask` may keep the mask.
+
+    References:
+        arXiv 2102.04010, equation 10. Differs from the code of arXiv 2402.04744, which divides λ
+        by the loss scale.
+    """
+
+    lam: float = 2e-4  # type: ignore[misc]
+    dense: float = 0.0
+    finetune: float = 0.0
+    name: ClassVar[str] = "sr-ste"  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        check_lam(self.lam)
+        check_phases(self)
+
+
+@dataclass(frozen=True)
+class MDGF(Decaying):
+    """Mask decay gradient flow: δ, the value of the mask where m is 0, decays from 1 to 0.
+
+    Linear δ = max(0, 1 - β·(k - d)); exponential δ = exp(-β·(k - d)), exactly 0 from the
+    fine-tune phase on.
+
+    Args:
+        decay: `"linear"` or `"exponential"`.
+        beta: β per optimizer step; None solves it so that δ reaches 0 (linear) or e⁻⁵
+            (exponential) at the end of the decay phase.
+        gradient: `"straight-through"` or `"masked"`, see `Recipe`.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, with the binary mask; a fraction or steps.
+
+    References:
+        arXiv 2402.04744, section 3 (MDGF).
+    """
+
+    decay: str = "exponential"
+    beta: float | None = None
+    gradient: str = "straight-through"  # type: ignore[misc]
+    dense: float = 0.0
+    finetune: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_choice("decay", self.decay, schedules.DECAYS)
+        check_fading(self)
+
+    @property
+    def name(self) -> str:
+        """`mdgf-linear` or `mdgf-exponential`."""
+        return f"mdgf-{self.decay}"
+
+    def check(self, total_steps: int) -> None:
+        """As for every recipe; warns when δ is still above 0.1 as the mask turns binary."""
+        super().check(total_steps)
+        warn_of_high_delta(self.decay, self.beta, total_steps - sum(self.phases(total_steps)))
+
+    def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
+        """N:M with δ(t)."""
+        return Stage("decay", pattern, None, schedules.DECAYS[self.decay](t, span, self.beta))
+
+
+@dataclass(frozen=True)
+class SDGF(Decaying):
+    """Structure decay gradient flow: binary masks whose pattern sharpens frame by frame.
+
+    Stepwise: (M-1):M, ⌈M/2⌉:M … N:M. Geometric: 8N:8M, 4N:4M, 2N:2M, N:M. Frames of equal length.
+
+    Args:
+        structure: `"stepwise"` or `"geometric"`.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, at N:M; a fraction or steps.
+
+    References:
+        arXiv 2402.04744, section 3 (SDGF).
+    """
+
+    structure: str = "stepwise"
+    dense: float = 0.0
+    finetune: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_choice("structure", self.structure, schedules.FRAMES)
+        check_phases(self)
+
+    @property
+    def name(self) -> str:
+        """`sdgf-stepwise` or `sdgf-geometric`."""
+        return f"sdgf-{self.structure}"
+
+    def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
+        """The frame's pattern."""
+        frames = self.patterns(pattern, length)
+        return Stage("decay", frames[schedules.frame_at(t, span, len(frames))[0]])
+
+    def patterns(self, pattern: Pattern, length: int) -> tuple[Pattern, ...]:
+        """The frames' patterns."""
+        return schedules.FRAMES[self.structure](pattern, length)
+
+    def note(self, pattern: Pattern, length: int) -> str:
+        """Says which geometric frames had to shrink."""
+        return frames_note(self.structure, pattern, length)
+
+
+@dataclass(frozen=True)
+class Hybrid(Decaying):
+    """SDGF's frames, in each of which the weights that the new pattern drops fade by MDGF's δ.
+
+    W̃ = W ⊙ (m + (1 - m) ⊙ m' · δ) with m of the frame's pattern and m' of the frame before it.
+
+    Args:
+        structure: `"stepwise"` or `"geometric"`.
+        decay: `"linear"` or `"exponential"`, within each frame.
+        beta: β per optimizer step; None solves it for each frame.
+        gradient: `"straight-through"` or `"masked"`.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, at N:M; a fraction or steps.
+
+    References:
+        arXiv 2402.04744 names the combination as an open question; this form is nmflow's.
+    """
+
+    structure: str = "stepwise"
+    decay: str = "exponential"
+    beta: float | None = None
+    gradient: str = "straight-through"  # type: ignore[misc]
+    dense: float = 0.0
+    finetune: float = 0.2
+    name: ClassVar[str] = "hybrid"  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        check_choice("structure", self.structure, schedules.FRAMES)
+        check_choice("decay", self.decay, schedules.DECAYS)
+        check_fading(self)
+
+    def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
+        """The frame's pattern, the one before it, and δ within the frame."""
+        frames = self.patterns(pattern, length)
+        index, start, stop = schedules.frame_at(t, span, len(frames))
+        delta = schedules.DECAYS[self.decay](t - start, stop - start, self.beta)
+        return Stage("decay", frames[index], frames[index - 1] if index else None, delta)
+
+    def patterns(self, pattern: Pattern, length: int) -> tuple[Pattern, ...]:
+        """The frames' patterns."""
+        return schedules.FRAMES[self.structure](pattern, length)
+
+    def note(self, pattern: Pattern, length: int) -> str:
+        """Says which geometric frames had to shrink."""
+        return frames_note(self.structure, pattern, length)
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Dense(),
+        OneShot(),
+        STE(),
+        SRSTE(),
+        MDGF("linear"),
+        MDGF("exponential"),
+        SDGF("stepwise"),
+        SDGF("geometric"),
+        Hybrid(),
+    )
+}
+"""Every recipe by its name, with its defaults."""
+
+
+def resolve(recipe: str | Recipe) -> Recipe:
+    """A recipe from its name, or the recipe itself.
+
+    Raises:
+        RecipeError: the name is unknown.
+
+    Example:
+        >>> resolve("mdgf-linear")
+        MDGF(decay='linear', beta=None, gradient='straight-through', dense=0.0, finetune=0.2)
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise RecipeError(f"recipe is {recipe!r}: choose one of {', '.join(RECIPES)}")
+    return RECIPES[recipe]
+
+
+def describe(recipe: Recipe) -> dict[str, str | float | None]:
+    """The recipe as plain types, for a saved state: its name and every field."""
+    return {"name": recipe.name, **dataclasses.asdict(recipe)}

@@ -1,0 +1,81 @@
+"""A flow's state in an optimizer's: checked before it is loaded, taken over after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from nmflow.errors import StateError
+from nmflow.slots import DENSE_KEY, PENDING_KEY, Slot
+from nmflow.states import RECIPE_KEY, STEP_KEY, differences
+
+
+def is_there(optimizer: Optimizer) -> bool:
+    """Whether an optimizer was loaded with the state of a run under a recipe."""
+    return any(RECIPE_KEY in group for group in optimizer.param_groups)
+
+
+def check_groups(groups: Sequence[dict[str, Any]], signature: str) -> None:
+    """Raise a `StateError` unless the param groups are of a run with this signature."""
+    for group in groups:
+        if RECIPE_KEY not in group or not isinstance(group.get(STEP_KEY), int):
+            raise StateError(
+                "the optimizer state is of a run without a recipe, so it has no dense weights "
+                "and no step: load it before attach(), which then starts from it at step 0"
+            )
+        said = differences(group[RECIPE_KEY], signature)
+        if said:
+            raise StateError(
+                f"the optimizer state is of another run: {said}; attach as that run did, or "
+                "start without its state"
+            )
+
+
+def check_slots(
+    optimizer: Optimizer, slots: Sequence[Slot], state: dict, keys: Sequence[Any]
+) -> None:
+    """Raise a `StateError` unless a state has the dense weights of every slot.
+
+    Args:
+        optimizer: the optimizer that owns the slots.
+        slots: the slots.
+        state: an optimizer's state, saved or live.
+        keys: the key in it of each of the optimizer's parameters, in order.
+    """
+    places = _places(optimizer)
+    pending = state.get(PENDING_KEY, {})
+    for slot in slots:
+        place = places[id(slot.param)]
+        if DENSE_KEY not in {**state.get(keys[place], {}), **pending.get(place, {})}:
+            raise StateError(
+                f"the optimizer state has no dense weights of '{slot.name}': load the whole "
+                "optimizer state of the run that is resumed"
+            )
+
+
+def adopt(optimizer: Optimizer, slots: Sequence[Slot]) -> None:
+    """Take over the slots' tensors from a state that was loaded and checked."""
+    pending = optimizer.state.pop(PENDING_KEY, {})  # type: ignore[call-overload]
+    places = _places(optimizer)
+    for slot in slots:
+        slot.adopt(pending.get(places[id(slot.param)]))
+
+
+def add_pending(optimizer: Optimizer, slots: Sequence[Slot], state_dict: dict) -> dict:
+    """Put the tensors of slots whose parameter has no state of its own into a saved state."""
+    places = _places(optimizer)
+    pending = {places[id(s.param)]: s.pending for s in slots if s.pending is not None}
+    if pending:
+        state_dict["state"][PENDING_KEY] = pending
+    return state_dict
+
+
+def params_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
+    """The parameters of param groups, or their keys in a saved state, in order."""
+    return [p for group in groups for p in group["params"]]
+
+
+def _places(optimizer: Optimizer) -> dict[int, int]:
+    return {id(p): i for i, p in enumerate(params_of(optimizer.param_groups))}

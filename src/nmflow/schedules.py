@@ -1,0 +1,117 @@
+"""Schedules: pure functions from the optimizer steps done to what a weight goes through.
+
+`k` counts optimizer steps that are done, so `Stage` at `k` describes the network that the forward
+pass of step `k + 1` sees. Nothing here counts or remembers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nmflow.errors import RecipeError
+from nmflow.pattern import Pattern
+
+DECAY_END = math.exp(-5)
+"""δ at the end of an exponential decay whose β is solved rather than given."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one weight goes through at one step.
+
+    The network computes with `W ⊙ (m + (1 - m) ⊙ m' · δ)`.
+
+    Attributes:
+        phase: `"dense"`, `"decay"`, `"sparse"`, `"finetune"` or `"final"`.
+        pattern: the pattern of m; None while the weight is dense.
+        previous: the pattern of m', the weights that may still fade; None lets all of them.
+        delta: δ, the value of the mask where m is 0.
+    """
+
+    phase: str
+    pattern: Pattern | None
+    previous: Pattern | None = None
+    delta: float = 0.0
+
+    @property
+    def masks(self) -> tuple[Pattern | None, Pattern | None]:
+        """The two patterns that the weight's masks are of: the second is None unless it matters."""
+        return self.pattern, self.previous if self.delta else None
+
+
+DENSE = Stage("dense", None, None, 1.0)
+
+
+def steps_of(name: str, amount: float, total_steps: int) -> int:
+    """Turn a fraction (float) or a number of steps (int) into steps of `total_steps`."""
+    check_amount(name, amount)
+    return amount if isinstance(amount, int) else round(amount * total_steps)
+
+
+def check_amount(name: str, amount: float) -> None:
+    """Raise unless `amount` is a fraction from 0 to 1 (float) or a number of steps (int)."""
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise RecipeError(
+            f"{name} is {amount!r}: give a fraction of total_steps as a float, or steps as an int"
+        )
+    if isinstance(amount, float) and not 0.0 <= amount <= 1.0:
+        raise RecipeError(f"{name} is {amount}: a fraction of total_steps lies between 0.0 and 1.0")
+    if amount < 0:
+        raise RecipeError(f"{name} is {amount}: a number of steps is 0 or more")
+
+
+def linear(t: int, span: int, beta: float | None) -> float:
+    """δ = max(0, 1 - β·t), `t` steps into a decay of `span` steps; β defaults to 1 / span."""
+    # t / span rather than t · (1 / span), so that δ is exactly 0 at the end.
+    return max(0.0, 1.0 - (t / span if beta is None else beta * t))
+
+
+def exponential(t: int, span: int, beta: float | None) -> float:
+    """δ = exp(-β·t), `t` steps into a decay of `span` steps; β defaults to 5 / span."""
+    return math.exp(-5.0 * t / span if beta is None else -beta * t)
+
+
+DECAYS = {"linear": linear, "exponential": exponential}
+
+
+def stepwise_frames(pattern: Pattern, length: int) -> tuple[Pattern, ...]:
+    """(M-1):M, ⌈M/2⌉:M, ⌈M/4⌉:M … down to exactly N:M; none twice. `length` is not needed.
+
+    Example:
+        >>> [str(p) for p in stepwise_frames(Pattern("3:8"), 8)]
+        ['7:8', '4:8', '3:8']
+    """
+    n, m = pattern.n, pattern.m
+    counts = [m - 1, *(math.ceil(m / 2**j) for j in range(1, m.bit_length() + 1))]
+    kept = sorted({c for c in counts if c > n} | {n}, reverse=True)
+    return tuple(Pattern.of(c, m, pattern.panel) for c in kept)
+
+
+def geometric_frames(pattern: Pattern, length: int) -> tuple[Pattern, ...]:
+    """8N:8M, 4N:4M, 2N:2M, N:M: one density, in groups that shrink.
+
+    A frame whose 2^j·M does not divide the axis of `length` uses the largest 2^i, i < j, that does.
+
+    Example:
+        >>> [str(p) for p in geometric_frames(Pattern("1:4"), 24)]
+        ['2:8', '2:8', '2:8', '1:4']
+    """
+    frames = []
+    for j in (3, 2, 1, 0):
+        while j and length % (2**j * pattern.m):
+            j -= 1
+        frames.append(Pattern.of(2**j * pattern.n, 2**j * pattern.m, pattern.panel))
+    return tuple(frames)
+
+
+FRAMES = {"stepwise": stepwise_frames, "geometric": geometric_frames}
+
+
+def frame_at(t: int, span: int, frames: int) -> tuple[int, int, int]:
+    """The frame of step `t` when `span` steps are cut into equal frames, with its start and stop.
+
+    Frame i covers the steps from ⌈i·span/frames⌉ to ⌈(i+1)·span/frames⌉, exclusive.
+    """
+    index = min(t * frames // span, frames - 1)
+    return index, -(-index * span // frames), -(-(index + 1) * span // frames)

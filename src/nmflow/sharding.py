@@ -1,0 +1,92 @@
+"""This rank's part of a parameter: the whole of it, or its shard where it is a DTensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from nmflow.errors import FlowError
+from nmflow.targets import Target
+
+
+def local(x: Tensor) -> Tensor:
+    """The memory of `x` on this rank; `x` itself where nothing is sharded."""
+    if isinstance(x, DTensor):
+        with torch.no_grad():
+            return x.to_local()
+    return x.detach()
+
+
+@dataclass(frozen=True)
+class Region:
+    """The rows of one target that lie on this rank.
+
+    Attributes:
+        target: the target that the rows belong to.
+        start: the first row, in this rank's part of the parameter, along the output axis.
+        count: how many rows; 0 where this rank holds none of the target.
+        whole: whether the rows are all of this rank's part.
+    """
+
+    target: Target
+    start: int
+    count: int
+    whole: bool
+
+    def of(self, part: Tensor) -> Tensor:
+        """View the region in a tensor that is shaped like this rank's part."""
+        if self.whole:
+            return part
+        return part.narrow(out_axis(self.target), self.start, self.count)
+
+
+def region(param: Tensor, target: Target, longest: int) -> Region:
+    """Find a target's rows on this rank.
+
+    Args:
+        param: the parameter, sharded or not.
+        target: the target.
+        longest: the largest M that the recipe uses on it; a shard must not cut such a group.
+
+    Raises:
+        FlowError: a shard cuts a group of M inputs or a panel of rows.
+    """
+    out, part = out_axis(target), local(param)
+    offsets = _offsets(param)
+    held, total = part.shape[target.dim], param.shape[target.dim]
+    if (offsets[target.dim] % longest or held % longest) and held != total:
+        raise FlowError(
+            f"'{target.name}' is sharded along its grouped axis {target.dim}, into a part of "
+            f"{held} from {offsets[target.dim]}, which cuts groups of {longest}: shard another axis"
+        )
+    first, last = target.rows or (0, param.shape[out])
+    start = min(max(first - offsets[out], 0), part.shape[out])
+    stop = max(min(last - offsets[out], part.shape[out]), start)
+    panel = target.pattern.panel
+    begins, ends = offsets[out] + start - first, offsets[out] + stop - first
+    if stop > start and (begins % panel or (ends % panel and ends != last - first)):
+        raise FlowError(
+            f"'{target.name}' is sharded into rows {offsets[out] + start} to "
+            f"{offsets[out] + stop}, which cuts a panel of {panel} rows of the pattern "
+            f"'{target.pattern}': choose a panel that divides a shard, or fewer ranks"
+        )
+    return Region(target, start, stop - start, stop - start == part.shape[out])
+
+
+def out_axis(target: Target) -> int:
+    """The axis of the output rows: 0, or 1 where the inputs are axis 0."""
+    return 0 if target.dim else 1
+
+
+def _offsets(param: Tensor) -> tuple[int, ...]:
+    if not isinstance(param, DTensor):
+        return (0,) * param.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    return tuple(offset)

@@ -1,0 +1,246 @@
+"""A slot: one parameter under a recipe, its dense weights and its place in the optimizer's state.
+
+Between steps the parameter's memory holds the sparse weights W̃ and the optimizer's state holds the
+dense ones W. For the time of a step the two change places, so that the optimizer, unchanged, steps
+on W. Nothing else lives between steps, but for a mask that is held on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from nmflow import native
+from nmflow.masks import native_serves, project, select
+from nmflow.schedules import Stage
+from nmflow.sharding import Region, local, out_axis
+
+DENSE_KEY, KEPT_KEY, FADING_KEY = KEYS = ("nmflow_dense", "nmflow_mask", "nmflow_fading")
+"""The keys of a slot in `optimizer.state[p]`: W, and the masks that are held between steps."""
+PENDING_KEY = "nmflow_pending"
+"""The key in a saved state of the slots that are pending: their tensors by parameter index."""
+
+Stages = Mapping[str, Stage]
+
+
+class Slot:
+    """One parameter, in one optimizer, with the targets that lie in it.
+
+    Attributes:
+        name: the parameter's name in the model.
+        param: the parameter.
+        optimizer: the optimizer that owns it.
+        regions: its targets' rows on this rank.
+        pending: the slot's tensors until the optimizer has state of its own for the parameter.
+            A foreign key must not be there before it: lazily built state asks whether any is, and
+            Adam cannot load a state that has no step.
+        stepping: whether the parameter holds the dense weights now, for the optimizer's step.
+    """
+
+    def __init__(
+        self, name: str, param: Tensor, optimizer: Optimizer, regions: Sequence[Region]
+    ) -> None:
+        self.name, self.param, self.optimizer, self.regions = name, param, optimizer, regions
+        self.pending: dict[str, Tensor] | None = None
+        self.stepping = False
+        self._tensors: dict[str, Tensor] = {}
+        self._resting: Tensor | None = None
+        self._version = -1
+        rows = sum(r.count for r in regions)
+        self._covered = rows == local(param).shape[out_axis(regions[0].target)]
+
+    # -- where the tensors are -----------------------------------------------------------------
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The slot's tensors by key, wherever they are at the moment."""
+        if self.stepping:
+            return self._tensors
+        return self.optimizer.state[self.param] if self.pending is None else self.pending
+
+    @property
+    def dense(self) -> Tensor:
+        """The dense weights W, shaped and sharded like the parameter."""
+        return self.tensors[DENSE_KEY]
+
+    def start(self) -> None:
+        """Take the parameter as W, before the optimizer's first step."""
+        self.pending = {DENSE_KEY: self.param.detach().clone()}
+
+    def adopt(self, pending: dict[str, Tensor] | None) -> None:
+        """Take the tensors that a loaded state brought, in the parameter's own or as pending."""
+        self.pending = pending
+        for key in (KEPT_KEY, FADING_KEY):
+            if key in self.tensors:  # an optimizer casts what it loads to the parameter's dtype
+                self.tensors[key] = self.tensors[key].bool()
+
+    def clear(self) -> None:
+        """Leave the optimizer's state as it would be without the slot."""
+        self.pending = None
+        state = self.optimizer.state.get(self.param)
+        if state is not None:
+            for key in KEYS:
+                state.pop(key, None)
+            if not state:
+                del self.optimizer.state[self.param]
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Put W into the parameter, for the optimizer's step."""
+        tensors = self.tensors
+        self._tensors = {key: tensors.pop(key) for key in KEYS if key in tensors}
+        self.pending = None
+        if self.param in self.optimizer.state and not self.optimizer.state[self.param]:
+            del self.optimizer.state[self.param]
+        self.stepping = True
+        dense = self._tensors[DENSE_KEY]
+        if isinstance(self.param, DTensor):
+            local(self.param).copy_(local(dense))
+        else:
+            # The two trade memory instead of values: the optimizer writes W where it is, and the
+            # forward pass finds W̃ at the address that it always had.
+            self._resting = self.param.data
+            self.param.data = dense
+
+    def leave(self, stateless: bool) -> None:
+        """Take W out of the parameter again, into the optimizer's state.
+
+        Args:
+            stateless: whether this optimizer keeps no state, so that a foreign key is no harm.
+        """
+        if isinstance(self.param, DTensor):
+            local(self._tensors[DENSE_KEY]).copy_(local(self.param))
+        else:
+            assert self._resting is not None
+            self.param.data, self._resting = self._resting, None
+        self.stepping = False
+        if stateless or self.optimizer.state.get(self.param):
+            self.optimizer.state[self.param].update(self._tensors)
+        else:
+            self.pending = self._tensors
+        self._tensors = {}
+
+    # -- what the network sees -----------------------------------------------------------------
+
+    def masks(self, region: Region, stage: Stage, held: bool) -> tuple[Tensor, Tensor | None]:
+        """The masks m and m' of a region whose stage has a pattern."""
+        kept, fading, _ = self._select(region, stage, held)
+        return kept, fading
+
+    def write(self, stages: Stages, held: bool, hold: bool | None) -> list[Tensor]:
+        """Write W̃ into the parameter.
+
+        Args:
+            stages: the stage of each target, by label.
+            held: whether the masks are those of the state, rather than taken from W.
+            hold: whether the masks are to be held in the state; None leaves what is held there.
+
+        Returns:
+            Bool scalars, on the parameter's device: whether the weights were finite.
+        """
+        source, sink = local(self.dense), local(self.param)
+        finite = []
+        if not self._covered:
+            sink.copy_(source)
+        for region in self.regions:
+            if region.count == 0:
+                continue
+            stage = stages[region.target.label]
+            if stage.pattern is None:
+                region.of(sink).copy_(region.of(source))
+                finite.append(torch.isfinite(region.of(source)).all())
+            elif _one_pass(region, stage, source, sink) and not held and not hold:
+                pattern, w = stage.pattern, region.of(source)
+                done = native.project(w, pattern.n, pattern.m, stage.delta, out=region.of(sink))
+                finite.append(torch.tensor(done))
+            else:
+                kept, fading, fine = self._select(region, stage, held)
+                region.of(sink).copy_(project(region.of(source), kept, fading, stage.delta))
+                finite.append(fine)
+                if hold and not held:
+                    self._hold(region, kept, fading)
+        if hold is False:
+            for key in (KEPT_KEY, FADING_KEY):
+                self.tensors.pop(key, None)
+        # The compiled kernel's write is unknown to autograd, which must not reuse the old weight.
+        torch.autograd.graph.increment_version(sink)
+        self.seen()
+        return finite
+
+    def rest(self) -> None:
+        """Show W itself: what is left to do when W is not finite and has no mask."""
+        local(self.param).copy_(local(self.dense))
+        self.seen()
+
+    def seen(self) -> None:
+        """Remember the parameter as it is: a later write by somebody else has another version."""
+        self._version = local(self.param)._version
+
+    def untouched(self) -> bool:
+        """Whether nobody has written the parameter since it was last seen, as torch knows."""
+        return local(self.param)._version == self._version
+
+    def shows(self, stages: Stages, held: bool) -> bool:
+        """Whether the parameter still holds W̃, bit for bit, whoever wrote it."""
+        source, sink = local(self.dense), local(self.param)
+        expected = source.clone()
+        for region in self.regions:
+            stage = stages[region.target.label]
+            if region.count and stage.pattern is not None:
+                kept, fading, _ = self._select(region, stage, held)
+                part = project(region.of(source), kept, fading, stage.delta)
+                region.of(expected).copy_(part)
+        return torch.equal(expected, sink)
+
+    # -- masks ---------------------------------------------------------------------------------
+
+    def _select(self, region: Region, stage: Stage, held: bool):
+        """m, m' and whether W is finite, for a stage that has a pattern."""
+        pattern, previous = stage.masks
+        assert pattern is not None
+        if held:
+            tensors = self.tensors
+            kept = region.of(local(tensors[KEPT_KEY]))
+            fading = region.of(local(tensors[FADING_KEY])) if previous else None
+            return kept, fading, torch.ones((), dtype=torch.bool, device=kept.device)
+        w = region.of(local(self.dense))
+        kept, finite = select(w, pattern, region.target.dim)
+        fading = select(w, previous, region.target.dim)[0] if previous else None
+        return kept, fading, finite
+
+    def _hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
+        for key, value in ((KEPT_KEY, kept), (FADING_KEY, fading)):
+            if value is None:
+                self.tensors.pop(key, None)
+                continue
+            if key not in self.tensors:
+                self.tensors[key] = torch.ones_like(self.param, dtype=torch.bool).detach()
+            region.of(local(self.tensors[key])).copy_(value)
+
+    def holds(self, stages: Stages) -> bool:
+        """Whether the masks that these stages need are held in the state.
+
+        A held mask does not know its pattern; it is of the stage that the last step wrote.
+        """
+        needs = {r.target.label: stages[r.target.label].masks for r in self.regions}
+        first = all(kept is None for kept, _ in needs.values()) or KEPT_KEY in self.tensors
+        second = all(fading is None for _, fading in needs.values()) or FADING_KEY in self.tensors
+        return first and second
+
+
+def _one_pass(region: Region, stage: Stage, source: Tensor, sink: Tensor) -> bool:
+    """Whether the compiled kernel can go from W to W̃ in one pass over memory."""
+    pattern, previous = stage.masks
+    w = region.of(source)
+    return (
+        pattern is not None
+        and previous is None
+        and pattern.panel == 1
+        and native_serves(w, region.target.dim)
+        and region.of(sink).is_contiguous()
+    )
