@@ -56,7 +56,7 @@ class Layer:
     @property
     def out(self) -> int:
         """The number of output rows."""
-        return self.shape[0 if self.dim else 1]
+        return self.shape[0 if self.dim else 1] if self.shape else 0
 
 
 @dataclass

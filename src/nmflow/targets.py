@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -13,6 +14,7 @@ from nmflow.layers import Layer, Part, layers_of
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
 from nmflow.roles import NOT_IN_ALL, PRESETS
+from nmflow.tables import table
 
 Patterns = str | Pattern | Mapping[str, str | Pattern]
 Names = str | Sequence[str]
@@ -52,9 +54,7 @@ class Target:
     @property
     def numel(self) -> int:
         """The number of weights."""
-        count = 1
-        for size in self.shape:
-            count *= size
+        count = math.prod(self.shape)
         if self.rows is None:
             return count
         return count // self.shape[0 if self.dim else 1] * (self.rows[1] - self.rows[0])
@@ -97,20 +97,6 @@ class Plan(list[Target]):
             lines += ["", "left out:"]
             lines += [f"  {reason}: {', '.join(names)}" for reason, names in reasons.items()]
         return "\n".join(lines)
-
-
-def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Lay rows out in columns; the first row is the head, columns in `right` are aligned right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    aligned = set(right)
-    laid = [
-        "  ".join(
-            cell.rjust(width) if i in aligned else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([laid[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *laid[1:]])
 
 
 def plan(
@@ -173,8 +159,7 @@ def plan(
             note = known.note(target.pattern, target.length)
             if note:
                 joined = "; ".join(filter(None, (target.note, note)))
-                fields = {**vars(target), "note": joined}
-                chosen[i] = Target(**fields)
+                chosen[i] = replace(target, note=joined)
     return chosen
 
 
@@ -236,7 +221,8 @@ def choose(
         raise PlanError(_uneven(uneven))
     if not targets:
         raise PlanError(
-            f"nothing is left to prune: {_few([f'{name} ({why})' for name, why in left_out])}"
+            f"nothing is left to prune of what include names, {_why(dict(left_out))}: choose "
+            "another pattern or other weights"
         )
     return Plan(targets, left_out)
 
@@ -317,8 +303,10 @@ def _check(
     """Raise if a key took nothing: a misspelt glob must not pass in silence."""
     for rule in rules:
         if rule.took == 0 and rule.missed:
-            found = [f"{name} ({why})" for name, why in rule.missed.items()]
-            raise PlanError(f"{rule.key!r} takes nothing of what it matches: {_few(found)}")
+            raise PlanError(
+                f"{rule.key!r} takes nothing of what it matches, {_why(rule.missed)}: leave it out, put "
+                "it before the key that takes its weights, or name others"
+            )
         if rule.took == 0:
             raise PlanError(f"{rule.key!r} matches no weight; {_could_have(layers)}")
     for key, used in limits.items():
@@ -346,6 +334,14 @@ def _uneven(uneven: list[Target]) -> str:
         f"M={target.pattern.m} in {target.pattern}{more if uneven[1:] else ''}: exclude it, give "
         "it another pattern, or pass remainder='skip'"
     )
+
+
+def _why(reasons: Mapping[str, str]) -> str:
+    """Names by their reason, as one phrase."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return ", ".join(f"{_few(found, 3)} ({reason})" for reason, found in names.items())
 
 
 def _few(names: Sequence[str], count: int = 5) -> str:

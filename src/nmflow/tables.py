@@ -1,0 +1,30 @@
+"""Plain-text tables, for everything that prints itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """Lay rows out in columns.
+
+    Args:
+        rows: cells; the first row is the head.
+        right: columns that are aligned right.
+
+    Example:
+        >>> print(table([["weight", "kept"], ["fc1", "6"]], right=[1]))
+        weight  kept
+        ------------
+        fc1        6
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = set(right)
+    laid = [
+        "  ".join(
+            cell.rjust(width) if i in aligned else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([laid[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *laid[1:]])
