@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
-COMMON = ["-std=c++17", "-O2", "-ftree-vectorize", "-fvisibility=hidden", "-fno-math-errno"]
+COMMON = ["-std=c++17", "-O2", "-ftree-vectorize", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
 # Per-file targets: the dispatcher in abi.cpp asks the CPU before it calls into one of them.
 TARGETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],

@@ -90,11 +90,52 @@ struct nmf_element<NMFLOW_F16> {
   NMF_INLINE uint16_t store(float v) { return nmf_float_to_f16(v); }
 };
 
+/* The numbers that a shape implies; nmf_geometry_of checks the shape before it computes any. */
+struct nmf_geometry {
+  int64_t out, in, n, m, panel, dtype;
+  int64_t entries;       /* S = in / m * n, kept values of a row */
+  int64_t entries_held;  /* the same, rounded up to a pair for 16-bit dtypes */
+  int64_t tiles;         /* ceil(out / 16) */
+  int64_t span, span_entries, spans;
+  int64_t bits, per, words; /* codes: bits each, per in a uint32, words per lane */
+  int64_t lists;            /* canonical: lists of indices (rows, or panels) */
+  int64_t panels;           /* shared codes: number of panels, else 0 */
+  int64_t values_bytes, codes_bytes, canonical_values_bytes, canonical_index_bytes;
+};
+int nmf_geometry_of(const nmflow_shape *shape, nmf_geometry *geometry);
+
 /* Hidden from the ABI. parallel.cpp: run(context, task) for every task in [0, tasks), in any
  * order, on at most `threads` threads. */
 typedef void (*nmf_task)(void *context, int64_t task);
 void nmf_parallel(int64_t tasks, int threads, nmf_task run, void *context);
 int nmf_isa(void);
+
+/* One matrix product, its sizes checked, and the part of it that a task does. */
+struct nmf_job {
+  nmf_geometry g;
+  const void *values, *codes, *x, *bias;
+  void *y;
+  int64_t x_stride, y_stride, tokens;
+  int epilogue;
+  /* The grid of tasks: token blocks (fastest) x tile blocks. Filled in by the driver. */
+  int64_t token_block, tile_block, token_blocks;
+};
+struct nmf_part {
+  int64_t token, token_end, tile, tile_end;
+};
+
+/* A kernel computes y for the tokens and tiles of a part. `scratch` is 64-byte aligned and of
+ * scratch_bytes(job, tokens of a part, tiles of a part). */
+struct nmf_kernel {
+  void (*run)(const nmf_job *job, const nmf_part *part, char *scratch);
+  int64_t (*scratch_bytes)(const nmf_job *job, int64_t tokens, int64_t tiles);
+  int64_t max_tokens; /* most tokens of a part; parts are cut evenly into multiples of `step` */
+  int64_t step;
+};
+const nmf_kernel *nmf_gather_portable(void), *nmf_tokens_portable(void), *nmf_panel_portable(void);
+const nmf_kernel *nmf_gather_avx2(void), *nmf_tokens_avx2(void), *nmf_panel_avx2(void);
+const nmf_kernel *nmf_gather_avx512(void), *nmf_tokens_avx512(void), *nmf_panel_avx512(void);
+const nmf_kernel *nmf_permute_avx2(void), *nmf_permute_avx512(void), *nmf_dot_avx512bf16(void);
 
 /* project_*.cpp: one contiguous run of groups. Returns the largest key seen. */
 struct nmf_project_args {

@@ -82,22 +82,6 @@ typedef struct nmflow_packed {
   int64_t codes_bytes;
 } nmflow_packed;
 
-/* What the kernels need to know of a matmul call. y[t][o] = epilogue(sum_i x[t][i] W[o][i] + b[o]).
- * x and y are row-major with row strides in ELEMENTS (>= in and >= out) and of the weight's dtype;
- * accumulation is in fp32. bias may be null; it has the weight's dtype and `out` elements. */
-typedef struct nmflow_matmul_args {
-  const void *x;
-  int64_t x_stride;
-  const void *bias;
-  void *y;
-  int64_t y_stride;
-  int64_t tokens;
-  int32_t epilogue;
-  int32_t threads; /* at most this many; 1 runs in the calling thread */
-  int32_t kernel;  /* 0: the library chooses by its table; else a number of nmflow_kernel_name */
-  int32_t reserved;
-} nmflow_matmul_args;
-
 NMFLOW_API int32_t nmflow_abi_version(void);
 
 /* The instruction set in use: the best that CPU and operating system offer, or NMFLOW_ISA
@@ -152,15 +136,29 @@ NMFLOW_API int32_t nmflow_canonical_from_packed(const nmflow_packed *packed, voi
                                                 int64_t index_bytes);
 
 /* Checks a kernel-layout weight whole: sizes, every code in its group, strictly increasing, no bits
- * in padding. A weight that passes can be multiplied with no further look at its codes; every
- * kernel is safe even for one that does not (codes are at most M - 1 or masked by construction,
- * and x rows are padded or bounds-clamped), but its result is then without meaning. */
+ * in padding. The kernels stay inside their buffers even for codes that would not pass (decoding
+ * clamps each to the last input of its span), but the result is then without meaning. */
 NMFLOW_API int32_t nmflow_validate(const nmflow_packed *packed);
 
-/* y = epilogue(x W^T + bias). Checks sizes, not codes: call nmflow_validate once at load. */
-NMFLOW_API int32_t nmflow_matmul(const nmflow_packed *packed, const nmflow_matmul_args *args);
-/* The kernel number nmflow_matmul takes for this call, and its name ("permute", "tokens", ...). */
-NMFLOW_API int32_t nmflow_choose(const nmflow_shape *shape, int64_t tokens, int32_t threads);
+/* y[t][o] = epilogue(sum_i x[t][i] W[o][i] + bias[o]), accumulated in fp32, rounded once.
+ * x and y are row-major with row strides in ELEMENTS (x_stride >= in, y_stride >= out), of the
+ * weight's dtype; bias (may be null) too, with `out` elements. x and y do not overlap.
+ * threads: at most this many, 1 runs in the calling thread. kernel: 0 lets the library choose, else
+ * a number below. Checks sizes, not codes: call nmflow_validate once when a weight is loaded. */
+NMFLOW_API int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stride,
+                                 const void *bias, void *y, int64_t y_stride, int64_t tokens,
+                                 int32_t epilogue, int32_t threads, int32_t kernel);
+
+enum nmflow_kernel {
+  NMFLOW_AUTO = 0,
+  NMFLOW_GATHER = 1,  /* rows in lanes, x gathered from memory: few tokens, any pattern */
+  NMFLOW_TOKENS = 2,  /* tokens in lanes, x transposed block by block: many tokens, any pattern */
+  NMFLOW_PERMUTE = 3, /* rows in lanes, x permuted in registers: M <= 32 */
+  NMFLOW_DOT = 4,     /* as permute, pairs of bf16 at a time */
+  NMFLOW_PANEL = 5    /* rows in lanes, x broadcast: shared codes only */
+};
+/* The kernel that nmflow_matmul takes for this call (or a refusal, negative), and its name. */
+NMFLOW_API int32_t nmflow_choose(const nmflow_shape *shape, int64_t tokens);
 NMFLOW_API const char *nmflow_kernel_name(int32_t kernel);
 
 #ifdef __cplusplus

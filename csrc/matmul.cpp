@@ -1,0 +1,146 @@
+/* The matrix product's driver: checks, choice of kernel, cutting into tasks. */
+#include <atomic>
+#include <new>
+#include <stdlib.h>
+
+#include "common.h"
+
+namespace {
+
+struct Run {
+  nmf_job job;
+  const nmf_kernel *kernel;
+  int64_t scratch_bytes;
+  std::atomic<bool> failed;
+};
+
+/* Scratch memory of a thread, kept between calls: a fresh allocation costs page faults that at few
+ * tokens are more than the product itself. */
+struct Scratch {
+  char *memory = nullptr;
+  int64_t bytes = 0;
+  ~Scratch() { free(memory); }
+  char *at_least(int64_t wanted) {
+    if (wanted > bytes) {
+      free(memory);
+      bytes = 0;
+      const int64_t rounded = nmf_ceil_div(wanted + 64, 4096) * 4096;
+      memory = static_cast<char *>(malloc(static_cast<size_t>(rounded)));
+      if (memory == nullptr) return nullptr;
+      bytes = rounded - 64;
+    }
+    return reinterpret_cast<char *>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+  }
+};
+thread_local Scratch t_scratch;
+
+void run_task(void *context, int64_t task) {
+  Run *run = static_cast<Run *>(context);
+  const nmf_job &job = run->job;
+  nmf_part part;
+  part.token = task % job.token_blocks * job.token_block;
+  part.token_end = nmf_min(part.token + job.token_block, job.tokens);
+  part.tile = task / job.token_blocks * job.tile_block;
+  part.tile_end = nmf_min(part.tile + job.tile_block, job.g.tiles);
+  char *scratch = t_scratch.at_least(run->scratch_bytes);
+  if (scratch == nullptr) {
+    run->failed.store(true);
+    return;
+  }
+  run->kernel->run(&job, &part, scratch);
+}
+
+const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
+  const int isa = nmf_isa();
+  (void)g;
+  switch (number) {
+#if defined(NMFLOW_X86)
+    case NMFLOW_GATHER:
+      return isa == NMFLOW_AVX512 ? nmf_gather_avx512()
+             : isa == NMFLOW_AVX2 ? nmf_gather_avx2()
+                                  : nmf_gather_portable();
+    case NMFLOW_TOKENS:
+      return isa == NMFLOW_AVX512 ? nmf_tokens_avx512()
+             : isa == NMFLOW_AVX2 ? nmf_tokens_avx2()
+                                  : nmf_tokens_portable();
+#else
+    case NMFLOW_GATHER:
+      return nmf_gather_portable();
+    case NMFLOW_TOKENS:
+      return nmf_tokens_portable();
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+int choose(const nmf_geometry &g, int64_t tokens) {
+  (void)g;
+  return tokens < 8 ? NMFLOW_GATHER : NMFLOW_TOKENS;
+}
+
+}  // namespace
+
+int32_t nmflow_choose(const nmflow_shape *shape, int64_t tokens) {
+  nmf_geometry g;
+  const int status = nmf_geometry_of(shape, &g);
+  if (status != NMFLOW_OK) return status;
+  if (tokens < 1) return NMFLOW_BAD_SHAPE;
+  return choose(g, tokens);
+}
+
+const char *nmflow_kernel_name(int32_t kernel) {
+  static const char *const names[] = {"auto", "gather", "tokens", "permute", "dot", "panel"};
+  return kernel >= 0 && kernel <= NMFLOW_PANEL ? names[kernel] : "unknown";
+}
+
+int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stride,
+                      const void *bias, void *y, int64_t y_stride, int64_t tokens,
+                      int32_t epilogue, int32_t threads, int32_t kernel) {
+  if (packed == nullptr) return NMFLOW_BAD_POINTER;
+  Run run;
+  nmf_job &job = run.job;
+  const int status = nmf_geometry_of(&packed->shape, &job.g);
+  if (status != NMFLOW_OK) return status;
+  const nmf_geometry &g = job.g;
+  if (packed->values_bytes != g.values_bytes || packed->codes_bytes != g.codes_bytes)
+    return NMFLOW_BAD_BYTES;
+  if (epilogue < NMFLOW_NONE || epilogue > NMFLOW_RELU) return NMFLOW_BAD_DTYPE;
+  const int64_t limit = INT64_C(1) << 56;
+  if (tokens < 0 || x_stride < g.in || y_stride < g.out || tokens > limit || x_stride > limit ||
+      y_stride > limit)
+    return NMFLOW_BAD_SHAPE;
+  if (tokens == 0) return NMFLOW_OK;
+  if (tokens > limit / x_stride || tokens > limit / y_stride) return NMFLOW_BAD_SHAPE;
+  if (packed->values == nullptr || packed->codes == nullptr || x == nullptr || y == nullptr)
+    return NMFLOW_BAD_POINTER;
+  if (kernel == NMFLOW_AUTO) kernel = choose(g, tokens);
+  run.kernel = kernel_of(kernel, g);
+  if (run.kernel == nullptr) return NMFLOW_NO_KERNEL;
+  job.values = packed->values;
+  job.codes = packed->codes;
+  job.x = x;
+  job.bias = bias;
+  job.y = y;
+  job.x_stride = x_stride;
+  job.y_stride = y_stride;
+  job.tokens = tokens;
+  job.epilogue = epilogue;
+  /* Tokens are cut evenly, in steps of the kernel's vector: 197 as 64 + 48 + 48 + 48 (the last
+   * with 37 tokens) and not as 3 x 64 and a lonely 5. */
+  job.token_blocks = nmf_ceil_div(tokens, run.kernel->max_tokens);
+  job.token_block =
+      nmf_ceil_div(nmf_ceil_div(tokens, job.token_blocks), run.kernel->step) * run.kernel->step;
+  job.token_blocks = nmf_ceil_div(tokens, job.token_block);
+  job.tile_block = g.tiles;
+  if (threads > 1) {
+    /* About four tasks a thread, so that a thread that came late does not hold the others up. */
+    const int64_t wanted = nmf_ceil_div(4 * static_cast<int64_t>(threads), job.token_blocks);
+    job.tile_block = nmf_ceil_div(g.tiles, nmf_min(wanted, nmf_ceil_div(g.tiles, 4)));
+  }
+  run.scratch_bytes = run.kernel->scratch_bytes(&job, job.token_block, job.tile_block);
+  run.failed.store(false);
+  nmf_parallel(job.token_blocks * nmf_ceil_div(g.tiles, job.tile_block), threads < 1 ? 1 : threads,
+               run_task, &run);
+  return run.failed.load() ? NMFLOW_NO_MEMORY : NMFLOW_OK;
+}

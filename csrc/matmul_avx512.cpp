@@ -1,0 +1,5 @@
+#define NMF_LANES 16
+#include "matmul_impl.h"
+
+const nmf_kernel *nmf_gather_avx512(void) { return &gather_kernel; }
+const nmf_kernel *nmf_tokens_avx512(void) { return &tokens_kernel; }

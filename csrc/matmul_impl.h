@@ -1,0 +1,197 @@
+/* The kernels that any instruction set can run, compiled once for each (see simd.h).
+ *
+ * gather: 16 rows at a time, one token at a time, x read element by element. Few tokens.
+ * tokens: lanes are tokens. x is transposed a block of inputs at a time into L1, a row's kept
+ *   weights are broadcast one by one, and the input a weight belongs to is a memory operand: the
+ *   load ports do the selecting. Partial sums wait in L2 between blocks of inputs. */
+#include "simd.h"
+
+namespace {
+
+/* ------------------------------------------------------------------ gather */
+
+void gather_run(const nmf_job *job, const nmf_part *part, char *scratch) {
+  const nmf_geometry &g = job->g;
+  float *x = reinterpret_cast<float *>(scratch);
+  const int64_t count = part->token_end - part->token;
+  for (int64_t t = 0; t < count; ++t)
+    read_inputs(job, part->token + t, 0, g.in, x + t * g.in);
+  for (int64_t tile = part->tile; tile < part->tile_end; ++tile) {
+    float bias[16];
+    read_bias(job, tile, bias);
+    float sums[4][16];
+    for (int64_t t = 0; t < count; ++t) memcpy(sums[t], bias, sizeof bias);
+    for (int64_t s = 0; s < g.entries; ++s) {
+      float values[16];
+      uint32_t columns[16];
+      read_values(job, tile, s, values);
+      read_columns(job, tile, s, 0, 1, columns);
+      for (int64_t t = 0; t < count; ++t)
+        for (int i = 0; i < 16; ++i) sums[t][i] += values[i] * x[t * g.in + columns[i]];
+    }
+    for (int64_t t = 0; t < count; ++t)
+      write_rows(job, part->token + t, tile * 16, sums[t], nmf_min(16, g.out - tile * 16));
+  }
+}
+
+int64_t gather_scratch(const nmf_job *job, int64_t tokens, int64_t) {
+  return tokens * job->g.in * 4;
+}
+
+/* ------------------------------------------------------------------ tokens */
+
+/* Registers: C vectors of tokens times R rows of sums. */
+const int MAX_C = 4;
+const int ROWS = LANES == 16 ? 4 : 2;
+/* Bytes of the transposed block: most of a 32 KB (or larger) L1. */
+#ifndef NMF_BLOCK_BYTES
+#define NMF_BLOCK_BYTES 32768
+#endif
+
+NMF_INLINE int64_t block_inputs(const nmf_geometry &g, int64_t c) {
+  const int64_t most = NMF_BLOCK_BYTES / (c * LANES * 4) / g.span * g.span;
+  const int64_t least = most < g.span ? g.span : most;
+  /* Even blocks: 768 inputs as 6 x 128 and not as 5 x 144 and a rest. */
+  const int64_t blocks = nmf_ceil_div(g.in, least);
+  return nmf_ceil_div(nmf_ceil_div(g.in, blocks), g.span) * g.span;
+}
+
+NMF_INLINE int64_t round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t tokens_scratch(const nmf_job *job, int64_t tokens, int64_t tiles) {
+  const nmf_geometry &g = job->g;
+  const int64_t c = nmf_ceil_div(tokens, LANES), inputs = block_inputs(g, c);
+  const int64_t entries = inputs / g.span * g.span_entries;
+  return round64(inputs * c * LANES * 4) + round64(tiles * 16 * c * LANES * 4) +
+         2 * round64(entries * 64);
+}
+
+#ifndef NMF_TRANSPOSE
+/* 16 x 16 floats: to[j * to_stride + i] = from[i * from_stride + j]. */
+NMF_INLINE void transpose16(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+}
+#endif
+
+/* x of the part's tokens and of inputs [first, first + count), transposed to [count][c * LANES];
+ * lanes past the last token are zero. */
+NMF_INLINE void pack_inputs(const nmf_job *job, const nmf_part *part, int64_t first, int64_t count,
+                            int64_t width, float *to) {
+  const int64_t tokens = part->token_end - part->token;
+  for (int64_t t = 0; t < width; t += 16) {
+    const int64_t here = nmf_min(16, width - t);
+    for (int64_t i = 0; i < count; i += 16) {
+      const int64_t inputs = nmf_min(16, count - i);
+      float block[256];
+      const float *from = block;
+      int64_t stride = 16;
+      if (job->g.dtype == NMFLOW_F32 && inputs == 16 && here == 16 && t + 16 <= tokens) {
+        from = static_cast<const float *>(job->x) + (part->token + t) * job->x_stride + first + i;
+        stride = job->x_stride;
+      } else {
+        memset(block, 0, sizeof block);
+        for (int64_t k = 0; k < here && t + k < tokens; ++k)
+          read_inputs(job, part->token + t + k, first + i, inputs, block + k * 16);
+      }
+      if (here == 16 && inputs == 16) {
+        transpose16(from, stride, to + i * width + t, width);
+      } else {
+        for (int64_t j = 0; j < inputs; ++j)
+          for (int64_t k = 0; k < here; ++k) to[(i + j) * width + t + k] = from[k * stride + j];
+      }
+    }
+  }
+}
+
+/* sums[r][..] += sum over entries of values[s][r] * x[offset[s][r] ..], R rows at a time. */
+template <int C, int R>
+NMF_INLINE void tokens_rows(const char *x, const float *values, const uint32_t *offsets,
+                            int64_t entries, float *sums, const float *start) {
+  vecf acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c)
+      acc[r][c] = start ? splat(start[r]) : load(sums + (r * C + c) * LANES);
+  for (int64_t s = 0; s < entries; ++s) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vecf w = splat(values[s * 16 + r]);
+      const float *from = reinterpret_cast<const float *>(x + offsets[s * 16 + r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[r][c] += w * load(from + c * LANES);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(sums + (r * C + c) * LANES, acc[r][c]);
+}
+
+template <int C>
+void tokens_part(const nmf_job *job, const nmf_part *part, char *scratch) {
+  const nmf_geometry &g = job->g;
+  const int64_t width = C * LANES, inputs = block_inputs(g, C);
+  const int64_t most = inputs / g.span * g.span_entries;
+  const int64_t tokens = part->token_end - part->token;
+  float *x = reinterpret_cast<float *>(scratch);
+  scratch += round64(inputs * width * 4);
+  float *values = reinterpret_cast<float *>(scratch);
+  scratch += round64(most * 64);
+  uint32_t *offsets = reinterpret_cast<uint32_t *>(scratch);
+  scratch += round64(most * 64);
+  float *sums = reinterpret_cast<float *>(scratch);
+  for (int64_t first = 0; first < g.in; first += inputs) {
+    const int64_t count = nmf_min(inputs, g.in - first);
+    pack_inputs(job, part, first, count, width, x);
+    const int64_t s0 = first / g.span * g.span_entries;
+    const int64_t entries = nmf_min(s0 + most, g.entries) - s0;
+    const bool last = first + inputs >= g.in;
+    for (int64_t tile = part->tile; tile < part->tile_end; ++tile) {
+      for (int64_t s = 0; s < entries; ++s) {
+        read_values(job, tile, s0 + s, values + s * 16);
+        read_columns(job, tile, s0 + s, first, static_cast<uint32_t>(width * 4), offsets + s * 16);
+      }
+      float *tile_sums = sums + (tile - part->tile) * 16 * width;
+      float bias[16];
+      if (first == 0) read_bias(job, tile, bias);
+      for (int r = 0; r < 16; r += ROWS)
+        tokens_rows<C, ROWS>(reinterpret_cast<const char *>(x), values + r, offsets + r, entries,
+                             tile_sums + r * width, first == 0 ? bias + r : nullptr);
+      if (!last) continue;
+      for (int64_t t = 0; t < width; t += 16) {
+        float block[256];
+        const int64_t here = nmf_min(16, tokens - t);
+        if (here <= 0) break;
+        if (width - t >= 16) {
+          transpose16(tile_sums + t, width, block, 16);
+        } else {
+          for (int i = 0; i < 16; ++i)
+            for (int64_t k = 0; k < here; ++k) block[k * 16 + i] = tile_sums[i * width + t + k];
+        }
+        for (int64_t k = 0; k < here; ++k)
+          write_rows(job, part->token + t + k, tile * 16, block + k * 16,
+                     nmf_min(16, g.out - tile * 16));
+      }
+    }
+  }
+}
+
+void tokens_run(const nmf_job *job, const nmf_part *part, char *scratch) {
+  switch (nmf_ceil_div(part->token_end - part->token, LANES)) {
+    case 1:
+      return tokens_part<1>(job, part, scratch);
+    case 2:
+      return tokens_part<2>(job, part, scratch);
+    case 3:
+      return tokens_part<3>(job, part, scratch);
+    default:
+      return tokens_part<4>(job, part, scratch);
+  }
+}
+
+const nmf_kernel gather_kernel = {gather_run, gather_scratch, 4, 1};
+const nmf_kernel tokens_kernel = {tokens_run, tokens_scratch, MAX_C *LANES, LANES};
+
+}  // namespace
