@@ -11,13 +11,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from nmflow import native
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.pattern import Pattern
+
+if TYPE_CHECKING:
+    from nmflow.kernels.layout import Shape
+    from nmflow.kernels.registry import Call
 
 LAYOUT_VERSION = 1
 EPILOGUES = ("none", "gelu", "relu")
@@ -66,14 +73,14 @@ class Packed:
 
     Args:
         values: 1-D tensor of the weight's dtype.
-        codes: 1-D uint8 tensor.
+        codes: 1-D tensor, uint8 (or int32 words, the same bytes).
         out: output rows.
         inputs: input columns, a multiple of M.
         pattern: N of every M kept, panels of V rows.
     """
 
-    values: torch.Tensor
-    codes: torch.Tensor
+    values: Tensor
+    codes: Tensor
     out: int
     inputs: int
     pattern: Pattern
@@ -123,7 +130,7 @@ def sizes(out: int, inputs: int, pattern: Pattern, dtype: torch.dtype) -> tuple[
     return a, b, c, d
 
 
-def canonical(w: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
+def canonical(w: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Canonical form of a dense weight that holds `pattern`.
 
     Args:
@@ -152,7 +159,7 @@ def canonical(w: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Te
     return values, index
 
 
-def dense(values: torch.Tensor, index: torch.Tensor, inputs: int, pattern: Pattern) -> torch.Tensor:
+def dense(values: Tensor, index: Tensor, inputs: int, pattern: Pattern) -> Tensor:
     """Dense weight (out, in) of a canonical form.
 
     Raises:
@@ -172,9 +179,7 @@ def dense(values: torch.Tensor, index: torch.Tensor, inputs: int, pattern: Patte
     return w
 
 
-def from_canonical(
-    values: torch.Tensor, index: torch.Tensor, inputs: int, pattern: Pattern
-) -> Packed:
+def from_canonical(values: Tensor, index: Tensor, inputs: int, pattern: Pattern) -> Packed:
     """Kernel layout of a canonical form, its indices checked.
 
     Raises:
@@ -198,7 +203,7 @@ def from_canonical(
     return Packed(to, codes, out, inputs, pattern)
 
 
-def to_canonical(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+def to_canonical(packed: Packed) -> tuple[Tensor, Tensor]:
     """Canonical form of a kernel-layout weight, checked first.
 
     Raises:
@@ -215,7 +220,7 @@ def to_canonical(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     return values, index
 
 
-def pack(w: torch.Tensor, pattern: Pattern) -> Packed:
+def pack(w: Tensor, pattern: Pattern) -> Packed:
     """Kernel layout of a dense weight (out, in) that holds `pattern`.
 
     Raises:
@@ -225,7 +230,7 @@ def pack(w: torch.Tensor, pattern: Pattern) -> Packed:
     return from_canonical(values, index, w.shape[1], pattern)
 
 
-def unpack(packed: Packed) -> torch.Tensor:
+def unpack(packed: Packed) -> Tensor:
     """Dense weight (out, in): kept values bit for bit, +0.0 elsewhere.
 
     Raises:
@@ -254,13 +259,13 @@ def choose(packed: Packed, tokens: int) -> str:
 
 
 def matmul(
-    x: torch.Tensor,
+    x: Tensor,
     packed: Packed,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     epilogue: str = "none",
     kernel: str = "auto",
     threads: int | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     r"""Multiply with a packed weight: `y = epilogue(x @ W.T + bias)`.
 
     Accumulates in fp32 and rounds once to the dtype.
@@ -305,7 +310,59 @@ def matmul(
     return y
 
 
-def _bytes(index: torch.Tensor) -> torch.Tensor:
+# What the registry asks of a backend (its docstring states the contract).
+
+
+def why_not(call: Call) -> str | None:
+    """None if these kernels serve the call, else the reason in words."""
+    if call.device != "cpu":
+        return f"x is on {call.device} and the compiled kernels run on the CPU"
+    return supports(call.dtype, call.shape.pattern) or None
+
+
+def kernel(call: Call) -> str:
+    """The instruction set and the kernel that would run, such as "avx512 tokens"."""
+    s = call.shape
+    shape = _shape(s.out, s.inputs, s.pattern, call.dtype)
+    number = _lib().nmflow_choose(ctypes.byref(shape), max(call.tokens, 1))
+    if number < 0:
+        _check(number, f"weight of shape ({s.out}, {s.inputs}) at {s.pattern}")
+    return f"{native.isa()} {KERNELS[number]}"
+
+
+def bind(
+    values: Tensor, codes: Tensor, shape: Shape
+) -> Callable[[Tensor, Tensor | None, Tensor, int, int], None]:
+    """Prepare one weight in kernel layout, checked here once; the result runs it."""
+    pattern = shape.pattern
+    packed = Packed(values.view(-1), codes.view(-1), shape.out, shape.inputs, pattern)
+    validate(packed)
+    struct, call = _struct(packed), _lib().nmflow_matmul
+    inputs, out = shape.inputs, shape.out
+    get_threads = torch.get_num_threads
+
+    def run(x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int) -> None:
+        # A single row may carry any stride; only between rows does it mean something.
+        many = tokens > 1
+        status = call(
+            struct,
+            x.data_ptr(),
+            x.stride(0) if many else inputs,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            y.stride(0) if many else out,
+            tokens,
+            epilogue,
+            get_threads(),
+            0,
+        )
+        if status:
+            _check(status, f"packed weight of shape ({out}, {inputs}) at {pattern}")
+
+    return run
+
+
+def _bytes(index: Tensor) -> Tensor:
     if index.dtype != torch.uint8:
         raise FileFormatError(f"index is {index.dtype}: it must be torch.uint8")
     return index.contiguous()
@@ -318,7 +375,7 @@ def _name(packed: Packed) -> str:
 def _struct(packed: Packed) -> ctypes.c_void_p:
     values, codes, pattern = packed.values, packed.codes, packed.pattern
     return struct_of(
-        *(values.data_ptr(), values.numel(), values.dtype, codes.data_ptr(), codes.numel()),
+        *(values.data_ptr(), values.numel(), values.dtype, codes.data_ptr(), codes.nbytes),
         *(packed.out, packed.inputs, pattern.n, pattern.m, pattern.panel),
     )
 
