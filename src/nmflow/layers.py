@@ -150,8 +150,6 @@ def layers_of_state(state: Mapping[str, torch.Size | tuple[int, ...]]) -> list[L
         why = "" if own == "weight" or own in _MHA or _RNN.fullmatch(own) else "not called 'weight'"
         where = clean(path if own == "weight" else name)
         role = role_of(where, len(shape), _owner_of(where) in attention)
-        if role == "position" and not why:
-            why = "a positional table"
         length, out = shape[dim], shape[0 if dim else 1]
         parts = tuple(Part(*part) for part in cut(where, role, out, length))
         paths = tuple(dict.fromkeys((name, path, clean(name), clean(path))))

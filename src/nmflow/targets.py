@@ -304,8 +304,8 @@ def _check(
     for rule in rules:
         if rule.took == 0 and rule.missed:
             raise PlanError(
-                f"{rule.key!r} takes nothing of what it matches, {_why(rule.missed)}: leave it out, put "
-                "it before the key that takes its weights, or name others"
+                f"{rule.key!r} takes nothing of what it matches, {_why(rule.missed)}: leave it "
+                "out, put it before the key that takes its weights, or name others"
             )
         if rule.took == 0:
             raise PlanError(f"{rule.key!r} matches no weight; {_could_have(layers)}")
