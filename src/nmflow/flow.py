@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from nmflow.sharding import region
 from nmflow.slots import Slot
 from nmflow.states import Run
 from nmflow.stepping import Stepper
-from nmflow.targets import Plan, plan
+from nmflow.targets import Names, Patterns, Plan, plan
 
 log = logging.getLogger("nmflow")
 
@@ -46,9 +46,9 @@ def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
     recipe: str | Recipe = "mdgf-exponential",
-    pattern: str | Pattern | Mapping[str, str | Pattern] = "1:16",
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] = (),
+    pattern: Patterns = "1:16",
+    include: Names = "all",
+    exclude: Names = (),
     *,
     total_steps: int,
     remainder: str = "error",
@@ -67,7 +67,7 @@ def attach(
         optimizer: the optimizer that owns the weights, or several that do together.
         recipe: a name, such as `"mdgf-exponential"`, or a recipe, such as `MDGF(dense=0.1)`.
         pattern: N:M with N kept, or patterns by glob or preset: `{"ff": "1:16", "qk": "1:4"}`.
-        include: presets, globs or both, see `plan`; None takes the pattern's keys, or `"all"`.
+        include: presets, globs or both, see `plan`; where `pattern` has keys, they are included.
         exclude: presets or globs to leave out.
         total_steps: K, the optimizer steps of the whole run, also those before a resume.
         remainder: `"error"` or `"skip"` a weight whose axis is not divisible by M.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -34,8 +35,8 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]
     given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     if not given:
         raise FlowError("optimizer is an empty list: give the optimizer that steps the weights")
-    found = [_unwrap(o) for o in given]
-    for one in found:
+    found: list[Optimizer] = []
+    for one in map(_unwrap, given):
         kind = type(one).__name__
         names = {c.__name__ for c in type(one).__mro__}
         for name, instead in _REFUSED.items():
@@ -59,6 +60,7 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]
                 "optimizer is LBFGS, which evaluates the network several times inside a step, on "
                 "weights that no recipe has masked: use a first-order optimizer, such as AdamW"
             )
+        found.append(one)
     return found
 
 
@@ -86,7 +88,7 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def _unwrap(optimizer: object) -> object:
+def _unwrap(optimizer: Any) -> Any:
     while type(optimizer).__name__ in _WRAPPERS and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        optimizer = optimizer.optimizer
     return optimizer

@@ -108,7 +108,7 @@ class Stepper:
 
     # -- the hooks of a step -------------------------------------------------------------------
 
-    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict) -> tuple | None:
         if self._hard:
             raise FlowError(
                 "optimizer.step() was called inside flow.hard(), where the network shows its final "
@@ -368,11 +368,12 @@ class Stepper:
 
 def _owned(param: Tensor) -> bool:
     """Whether a live optimizer has a recipe on the parameter."""
-    if _owners.get(param, _nobody)() is not None:
+
+    def owner() -> Optimizer | None:
+        found = _owners.get(param)
+        return None if found is None else found()
+
+    if owner() is not None:
         # An optimizer that was dropped and its hooks refer to each other until they are collected.
         gc.collect()
-    return _owners.get(param, _nobody)() is not None
-
-
-def _nobody() -> None:
-    return None
+    return owner() is not None

@@ -1,0 +1,56 @@
+# Everything is made in .venv; nothing else of the machine is touched.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+RUNS   ?= runs/demo
+
+.PHONY: help demo test test-slow lint format lock sanitize bench clean
+
+help:  ## Show these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(READY)  ## Train six recipes on three seeds (minutes) and write the report
+	$(BIN)/nmflow train configs/demo.yaml --runs $(RUNS)
+	$(BIN)/nmflow report $(RUNS)
+
+test: $(READY)  ## The fast tests, under 10 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(READY)  ## The slow tests, too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+lint: $(READY)  ## ruff and pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(READY)  ## Format and sort imports
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+sanitize: $(READY)  ## The kernels' tests under AddressSanitizer and UBSan
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/sanitize.sh
+
+bench: $(READY)  ## The benchmarks of docs/benchmarks; give them a quiet machine
+	$(BIN)/python benchmarks/overhead.py --csv docs/benchmarks/overhead.csv
+	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/end_to_end.py
+
+lock: $(READY)  ## Resolve requirements.lock anew
+	$(BIN)/pip-compile --quiet --extra dev --strip-extras --allow-unsafe --upgrade \
+	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-header \
+	  --constraint requirements.in --output-file requirements.lock pyproject.toml
+	sed -i -E 's/\+cpu$$//; /^ *# /d; /^nmflow @/d' requirements.lock
+
+clean:  ## Remove what was made
+	rm -rf $(VENV) build dist runs
+
+# The lock is installed first, so that the library is built without another download.
+$(READY): requirements.lock pyproject.toml $(wildcard setup.py csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nmflow needs Python 3.10 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

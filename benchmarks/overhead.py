@@ -1,0 +1,169 @@
+"""What a recipe adds to one training step, beside the dense step and the in-forward way.
+
+    python benchmarks/overhead.py [--tokens 1600 256 128] [--threads 1] [--rounds 15] [--csv FILE]
+
+The network is the feed-forward pair of ViT-Base (768 → 3072 → 768), every weight of which is a
+target: the hardest case, since nothing else dilutes the cost. A step is zero_grad, forward,
+backward and `AdamW.step`. The ways take turns, step by step, in one process, and each figure is the
+median of the ratios to the dense step of the same round, so that a drift of the machine cancels.
+
+`in-forward` is how the released code of arXiv 2402.04744 does it: an argsort, a mask and a product
+in every forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import platform
+import resource
+import statistics
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nmflow
+
+GOALS = {1600: 1.05, 256: None, 128: None}
+NATIVE_GOALS = {1600: 1.01, 256: 1.05, 128: 1.08}
+RECIPES = {
+    "mdgf-exponential": nmflow.MDGF("exponential", finetune=0.0),
+    "sr-ste": nmflow.SRSTE(),
+}
+
+
+class InForward(nn.Linear):
+    """A linear layer that masks itself by argsort in every forward pass."""
+
+    n, m, delta = 1, 16, 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.weight.detach().abs().reshape(-1, self.m)
+        drop = groups.argsort(dim=1)[:, : self.m - self.n]
+        mask = torch.ones_like(groups).scatter_(1, drop, self.delta).reshape(self.weight.shape)
+        # The straight-through gradient, as a detached difference.
+        weight = self.weight + (self.weight * mask - self.weight).detach()
+        return F.linear(x, weight, self.bias)
+
+
+def network(linear: type[nn.Linear]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(linear(768, 3072), nn.GELU(), linear(3072, 768))
+
+
+class Way:
+    """One way to train the network, stepped on demand."""
+
+    def __init__(self, name: str, fused: bool) -> None:
+        self.name = name
+        self.model = network(InForward if name == "in-forward" else nn.Linear)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
+        recipe = RECIPES.get(name)
+        if recipe is not None:
+            nmflow.attach(
+                self.model, self.optimizer, recipe, "1:16", include="*", total_steps=1_000_000
+            )
+
+    def step(self, x: Tensor) -> float:
+        begin = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.model(x).square().mean().backward()
+        self.optimizer.step()
+        return time.perf_counter() - begin
+
+
+def measure(tokens: int, rounds: int, fused: bool) -> list[dict[str, object]]:
+    ways = [Way(name, fused) for name in ("dense", *RECIPES, "in-forward")]
+    x = torch.randn(tokens, 768)
+    for _ in range(2):
+        for way in ways:
+            way.step(x)
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            seconds[way.name].append(way.step(x))
+    rows = []
+    for way in ways:
+        ratios = sorted(s / d for s, d in zip(seconds[way.name], seconds["dense"], strict=True))
+        rows.append(
+            {
+                "tokens": tokens,
+                "way": way.name,
+                "ms": statistics.median(seconds[way.name]) * 1e3,
+                "ratio": statistics.median(ratios),
+                "ratio_q25": ratios[len(ratios) // 4],
+                "ratio_q75": ratios[3 * len(ratios) // 4],
+            }
+        )
+    return rows
+
+
+def memory() -> str:
+    """Bytes that live between steps beside the dense run's, per targeted byte."""
+    way = Way("mdgf-exponential", False)
+    way.step(torch.randn(8, 768))
+    dense = Way("dense", False)
+    dense.step(torch.randn(8, 768))
+    gc.collect()
+
+    def held(optimizer: torch.optim.Optimizer) -> int:
+        tensors = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    targeted = sum(p.numel() * 4 for p in way.model.parameters() if p.ndim == 2)
+    extra = held(way.optimizer) - held(dense.optimizer)
+    return f"held between steps beside the dense run's: {extra / targeted:.3f} × the targeted bytes"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1600, 256, 128])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True)")
+    parser.add_argument("--csv")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    where = (
+        f"{cpu()}, {args.threads} threads, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, nmflow {nmflow.__version__}, native kernels: "
+        f"{nmflow.native.available()}, AdamW {'fused' if args.fused else 'default'}"
+    )
+    print(where)
+    rows = []
+    for tokens in args.tokens:
+        rows += measure(tokens, args.rounds, args.fused)
+    print(f"{'tokens':>7} {'way':<18} {'ms':>8} {'× dense':>8} {'quartiles':>14}  goal")
+    for row in rows:
+        goal = (
+            f"≤ {NATIVE_GOALS.get(row['tokens'], '-')} (plain torch ≤ {GOALS.get(row['tokens'])})"
+            if row["way"] in RECIPES
+            else ""
+        )
+        print(
+            f"{row['tokens']:>7} {row['way']:<18} {row['ms']:>8.2f} {row['ratio']:>8.3f} "
+            f"{row['ratio_q25']:>6.3f}–{row['ratio_q75']:<6.3f}  {goal}"
+        )
+    print(memory())
+    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MB")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], "machine"])
+            writer.writeheader()
+            writer.writerows({**row, "machine": where} for row in rows)
+
+
+def cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(x.split(":")[1].strip() for x in file if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or sys.platform
+
+
+if __name__ == "__main__":
+    main()
