@@ -1,0 +1,225 @@
+"""Every recipe a second time: in the forward pass, with autograd, in the plainest way.
+
+Nothing here comes from nmflow. The dense weights are ordinary parameters of an ordinary model;
+each forward replaces the targets by a function of them, of the step and of the recipe, and
+autograd carries the gradient back. Masks are a stable sort in numpy; the schedules are worked out
+from the definition of the recipes. It is slow, and it is what the library must equal.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from models import Spec
+from settings import Case, MakeOptimizer
+
+NM = tuple[int, int]
+Frame = tuple[NM, "NM | None", float]
+"""The pattern, the pattern before it or None for all weights, and delta."""
+
+
+# --- masks ------------------------------------------------------------------------------------
+
+
+def parse(pattern: str) -> tuple[int, int, int]:
+    body, _, panel = pattern.partition("@")
+    n, m = body.split(":")
+    return int(n), int(m), int(panel or 1)
+
+
+def keep(weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1) -> torch.Tensor:
+    """The n largest |w| of every m along `dim`, ties to the lowest index, by a stable sort."""
+    w = np.abs(weight.detach().to(torch.float64).numpy())
+    out_axis = 0 if dim % w.ndim != 0 else 1
+    moved = np.moveaxis(w, (out_axis, dim % w.ndim), (0, -1))
+    kept = np.zeros(moved.shape, dtype=bool)
+    for start in range(0, moved.shape[0], panel):
+        score = moved[start : start + panel].sum(axis=0)
+        groups = score.reshape(*score.shape[:-1], -1, m)
+        order = np.argsort(-groups, axis=-1, kind="stable")[..., :n]
+        chosen = np.zeros(groups.shape, dtype=bool)
+        np.put_along_axis(chosen, order, True, axis=-1)
+        kept[start : start + panel] = chosen.reshape(score.shape)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(kept, (0, -1), (out_axis, dim))))
+
+
+def holds(weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1) -> bool:
+    """At most n non-zeros in every group; within a panel, at most n columns with a non-zero."""
+    w = weight.detach().to(torch.float64).numpy() != 0
+    out_axis = 0 if dim % w.ndim != 0 else 1
+    moved = np.moveaxis(w, (out_axis, dim % w.ndim), (0, -1))
+    for start in range(0, moved.shape[0], panel):
+        used = moved[start : start + panel].any(axis=0)
+        if used.reshape(-1, m).sum(axis=1).max() > n:
+            return False
+    return True
+
+
+def rows_of(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+    return tensor if spec.rows is None else tensor[spec.rows[0] : spec.rows[1]]
+
+
+# --- schedules --------------------------------------------------------------------------------
+
+
+def ladder(structure: str, n: int, m: int, length: int) -> list[NM]:
+    """The patterns of SDGF's frames."""
+    if structure == "geometric":
+        frames: list[NM] = []
+        for j in (3, 2, 1, 0):
+            while length % (2**j * m):
+                j -= 1
+            frames.append((2**j * n, 2**j * m))
+        return frames
+    kept = [max(n, m - 1)] if n < m else [n]
+    half = 2
+    while kept[-1] > n:
+        kept.append(max(n, math.ceil(m / half)))
+        half *= 2
+    return [(value, m) for i, value in enumerate(kept) if i == 0 or value != kept[i - 1]]
+
+
+def fade(decay: str, beta: float | None, j: int, span: int) -> float:
+    """Delta after j steps; without beta it reaches 0 or e^-5 after `span` of them."""
+    if decay == "linear":
+        return max(0.0, 1.0 - (j / span if beta is None else beta * j))
+    return math.exp(-(5.0 * j / span if beta is None else beta * j))
+
+
+def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Frame | None:
+    """What the network computes with after k steps; None is the dense weight."""
+    options = case.kwargs
+    dense = options.get("dense", 0)
+    end = total - options.get("finetune", 0)
+    if case.kind == "Dense" or (k < dense and k < total):
+        return None
+    if case.kind in ("OneShot", "STE", "SRSTE") or k >= end:
+        return (n, m), None, 0.0
+    j, span = k - dense, end - dense
+    if case.kind == "MDGF":
+        return (n, m), None, fade(options["decay"], options.get("beta"), j, span)
+    frames = ladder(options["structure"], n, m, length)
+    index = j * len(frames) // span
+    if case.kind == "SDGF":
+        return frames[index], None, 0.0
+    start, stop = (math.ceil(i * span / len(frames)) for i in (index, index + 1))
+    previous = frames[index - 1] if index else None
+    delta = fade(options["decay"], options.get("beta"), j - start, stop - start)
+    return frames[index], previous, delta
+
+
+# --- the run ----------------------------------------------------------------------------------
+
+
+class _Through(torch.autograd.Function):
+    """w * factor forward; g, or g * factor under the masked rule, backward."""
+
+    @staticmethod
+    def forward(ctx: Any, w: torch.Tensor, factor: torch.Tensor, masked: bool) -> torch.Tensor:
+        ctx.factor = factor if masked else None
+        return w * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (g,) = grads
+        return (g if ctx.factor is None else g * ctx.factor), None, None
+
+
+class Reference:
+    """A training run of one recipe with the masks in the forward pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make: MakeOptimizer,
+        case: Case,
+        targets: Mapping[str, Spec],
+        pattern: str,
+        total: int,
+        parameters: Callable[[nn.Module], Any] = nn.Module.parameters,
+    ) -> None:
+        self.model = copy.deepcopy(model)
+        self.optimizer = make(parameters(self.model))
+        self.case, self.targets, self.total = case, targets, total
+        self.n, self.m, self.panel = parse(pattern)
+        self.k = 0
+        self.frozen: dict[str, torch.Tensor] = {}
+        self.held: dict[str, tuple[int, NM, torch.Tensor]] = {}
+
+    def _frame(self, weight: torch.Tensor, spec: Spec) -> Frame | None:
+        return frame_at(self.case, self.k, self.total, self.n, self.m, weight.shape[spec.dim])
+
+    def _masks(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The kept weights, and the factor of every weight, for the rows of one target."""
+        spec = self.targets[name]
+        weight = rows_of(self.model.get_parameter(name), spec)
+        frame = self._frame(weight, spec)
+        if frame is None:
+            return None
+        (n, m), previous, delta = frame
+        kept = self._kept(name, weight, (n, m), spec)
+        finetune = self.k >= self.total - self.case.kwargs.get("finetune", 0)
+        if self.case.kind == "OneShot" or (self.case.attach.get("freeze_mask") and finetune):
+            kept = self.frozen.setdefault(name, kept)
+        fading = torch.ones_like(kept)
+        if previous is not None:
+            fading = keep(weight, *previous, spec.dim, self.panel)
+        factor = kept.to(weight.dtype) + (~kept & fading).to(weight.dtype) * delta
+        return kept, factor
+
+    def _kept(self, name: str, weight: torch.Tensor, nm: NM, spec: Spec) -> torch.Tensor:
+        """The mask, held since the last step that `mask_interval` divides."""
+        since, held, kept = self.held.get(name, (-1, (0, 0), weight))
+        due = self.k % self.case.attach.get("mask_interval", 1) == 0
+        if held != nm or (due and since != self.k):
+            kept = keep(weight, *nm, spec.dim, self.panel)
+            self.held[name] = (self.k, nm, kept)
+        return self.held[name][2]
+
+    def effective(self) -> dict[str, torch.Tensor]:
+        """What the network computes with now, as differentiable functions of the dense weight."""
+        masked = self.case.kind == "OneShot" or self.case.kwargs.get("gradient") == "masked"
+        weights: dict[str, torch.Tensor] = {}
+        for name, spec in self.targets.items():
+            dense, masks = self.model.get_parameter(name), self._masks(name)
+            if masks is None:
+                continue
+            factor = torch.ones_like(dense)
+            rows_of(factor, spec).copy_(masks[1])
+            weights[name] = _Through.apply(dense, factor, masked)  # type: ignore[assignment]
+        return weights
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        return functional_call(self.model, self.effective(), inputs)
+
+    @torch.no_grad()
+    def regularise(self) -> None:
+        """SR-STE's term, once a step; under a loss scaler call it after `unscale_`."""
+        if self.case.kind != "SRSTE" or self.k < self.case.kwargs.get("dense", 0):
+            return
+        for name, spec in self.targets.items():
+            dense, masks = self.model.get_parameter(name), self._masks(name)
+            if dense.grad is not None and masks is not None:
+                term = self.case.kwargs["lam"] * rows_of(dense, spec) * ~masks[0]
+                rows_of(dense.grad, spec).add_(term)
+
+    def step(self) -> None:
+        self.regularise()
+        self.optimizer.step()
+        self.k += 1
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Every parameter as the network computes with it."""
+        now = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return now | {name: w.detach().clone() for name, w in self.effective().items()}
+
+    def dense_weights(self) -> dict[str, torch.Tensor]:
+        return {name: self.model.get_parameter(name).detach().clone() for name in self.targets}

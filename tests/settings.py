@@ -1,0 +1,90 @@
+"""The one table of what the contract tests run: recipes and optimizers.
+
+Phases are given in steps, not fractions, so that a row says exactly where each phase begins.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import nmflow
+
+TOTAL = 14
+"""Steps of a contract run: 2 dense, 8 of decay or sparsity (four frames of two), 4 to fine-tune."""
+
+MakeOptimizer = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe as its class's name and arguments, which the reference reads on its own."""
+
+    id: str
+    kind: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    attach: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Any:
+        return getattr(nmflow, self.kind)(**self.kwargs)
+
+
+def _mdgf(decay: str, gradient: str, **more: Any) -> dict[str, Any]:
+    return {"decay": decay, "gradient": gradient, "dense": 2, "finetune": 4, **more}
+
+
+CASES = [
+    Case("dense", "Dense"),
+    Case("one-shot", "OneShot", {"dense": 5}),
+    Case("ste", "STE", {"dense": 2}),
+    Case("sr-ste", "SRSTE", {"lam": 0.05, "dense": 2}),
+    Case("mdgf-linear", "MDGF", _mdgf("linear", "straight-through")),
+    Case("mdgf-linear-masked", "MDGF", _mdgf("linear", "masked")),
+    Case("mdgf-exp", "MDGF", _mdgf("exponential", "straight-through")),
+    Case("mdgf-exp-masked", "MDGF", _mdgf("exponential", "masked")),
+    Case("sdgf-stepwise", "SDGF", {"structure": "stepwise", "dense": 2, "finetune": 4}),
+    Case("sdgf-geometric", "SDGF", {"structure": "geometric", "dense": 2, "finetune": 4}),
+    Case("hybrid", "Hybrid", {"structure": "stepwise", **_mdgf("linear", "straight-through")}),
+    Case("hybrid-masked", "Hybrid", {"structure": "geometric", **_mdgf("exponential", "masked")}),
+]
+
+MORE_CASES = [
+    Case("ste-at-once", "STE"),
+    Case("sr-ste-at-once", "SRSTE", {"lam": 0.05}),
+    Case("mdgf-beta", "MDGF", _mdgf("exponential", "masked", beta=0.9)),
+    Case("mdgf-linear-beta", "MDGF", _mdgf("linear", "straight-through", beta=0.2)),
+    Case("mdgf-at-once", "MDGF", {"decay": "exponential", "dense": 0, "finetune": 0}),
+    Case("mdgf-frozen", "MDGF", _mdgf("linear", "masked"), {"freeze_mask": True}),
+    Case(
+        "sdgf-frozen",
+        "SDGF",
+        {"structure": "stepwise", "dense": 2, "finetune": 4},
+        {"freeze_mask": True},
+    ),
+]
+"""Variants that differ from a row of `CASES` in one argument; run on one module family."""
+
+INTERVAL_CASES = [
+    Case("ste-interval", "STE", {"dense": 2}, {"mask_interval": 3}),
+    Case("mdgf-interval", "MDGF", _mdgf("linear", "masked"), {"mask_interval": 3}),
+    Case(
+        "hybrid-interval",
+        "Hybrid",
+        {"structure": "stepwise", **_mdgf("linear", "masked")},
+        {"mask_interval": 3, "freeze_mask": True},
+    ),
+]
+
+BY_ID = {case.id: case for case in [*CASES, *MORE_CASES, *INTERVAL_CASES]}
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "adamw-foreach": functools.partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1, foreach=True),
+    "adamw-fused": functools.partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1, fused=True),
+    "adamw-plain": functools.partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1, foreach=False),
+    "sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adafactor": functools.partial(torch.optim.Adafactor, lr=0.05, weight_decay=0.01),
+}

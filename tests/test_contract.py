@@ -1,0 +1,205 @@
+"""The contract table: every recipe on every module family under every optimizer.
+
+Each row trains the library and the independent reference side by side and compares what the
+network computes with, step for step.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import nmflow
+from harness import (
+    Run,
+    all_hold,
+    assert_near,
+    assert_same,
+    dense_of,
+    parameters_of,
+    reference_step,
+    through_file,
+    traces,
+    twin,
+)
+from models import FAMILIES, MLP, Family
+from settings import CASES, INTERVAL_CASES, MORE_CASES, OPTIMIZERS, TOTAL, Case
+
+ROWS = [
+    pytest.param(case, family, name, id=f"{case.id}-{family.id}-{name}")
+    for case in CASES
+    for family in FAMILIES
+    for name in OPTIMIZERS
+]
+
+
+def check_row(
+    case: Case, family: Family, optimizer: str, dtype: torch.dtype = torch.float64
+) -> None:
+    make = OPTIMIZERS[optimizer]
+    run = Run(family, case, make, dtype=dtype, attached=False)
+    ref = twin(run, make)
+    keys = list(run.model.state_dict())
+    objects = dict(run.model.named_parameters())
+    batches = family.batches(TOTAL, dtype)
+    resume_at = 1 + sum(map(ord, case.id + family.id + optimizer)) % (TOTAL - 1)
+
+    run.attach()
+    planned = {(t.name, t.dim, t.rows) for t in run.flow.plan}
+    assert planned == {(name, spec.dim, spec.rows) for name, spec in family.targets.items()}
+
+    saved = None
+    for k, x in enumerate(batches):
+        assert run.flow.steps_done == k
+        assert_near(parameters_of(run.model), ref.weights(), f"after {k} steps")
+        if k == resume_at:
+            saved = through_file((run.model.state_dict(), run.optimizer.state_dict()))
+        run.step(x)
+        reference_step(ref, x)
+        assert list(run.model.state_dict()) == keys
+        now = dict(run.model.named_parameters())
+        assert list(now) == list(objects)
+        assert all(now[name] is p for name, p in objects.items())
+
+    last = parameters_of(run.model)
+    assert_near(last, ref.weights(), "at the end")
+    assert run.flow.stage.phase == ("dense" if case.kind == "Dense" else "final")
+    assert case.kind == "Dense" or all_hold(run.model, family.targets, family.pattern)
+
+    run.flow.finalize()
+    assert_same(parameters_of(run.model), last, "after finalize")
+    assert all(p is objects[name] for name, p in run.model.named_parameters())
+    assert list(run.model.state_dict()) == keys
+    assert traces(run.optimizer) == []
+
+    assert saved is not None
+    again = Run(family, case, make, dtype=dtype, seed=99, attached=False)
+    again.model.load_state_dict(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    again.attach()
+    assert again.flow.steps_done == resume_at
+    again.train(batches[resume_at:])
+    assert_same(parameters_of(again.model), last, f"resumed at {resume_at}")
+
+
+@pytest.mark.parametrize(("case", "family", "optimizer"), ROWS)
+def test_row(case: Case, family: Family, optimizer: str) -> None:
+    check_row(case, family, optimizer)
+
+
+@pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.id)
+def test_variant(case: Case) -> None:
+    check_row(case, MLP, "adamw-foreach")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["linear", "attention", "fused-qkv", "hf-conv1d", "3:8"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_dtype(case: Case, family: str, dtype: torch.dtype) -> None:
+    from models import BY_ID
+
+    check_row(case, BY_ID[family], "sgd", dtype)
+
+
+@pytest.mark.parametrize("case", INTERVAL_CASES[:2], ids=lambda case: case.id)
+def test_mask_interval(case: Case) -> None:
+    """Masks are taken at every third step, and when the pattern changes; delta moves each step."""
+    check_row(case, MLP, "adamw-foreach")
+    check_row(case, MLP, "sgd", torch.float32)
+
+
+def test_mask_interval_counts_three_steps() -> None:
+    """Under STE the kept set may change at every third step only, and does change there."""
+    case = Case("ste-interval", "STE", {}, {"mask_interval": 3})
+    run = Run(MLP, case, OPTIMIZERS["sgd"], total=24)
+    changed, before = [], run.model.get_parameter("0.weight") != 0
+    for k, x in enumerate(MLP.batches(24), start=1):
+        run.step(x * 4)
+        now = run.model.get_parameter("0.weight") != 0
+        if not torch.equal(now, before):
+            changed.append(k)
+        before = now
+    assert len(changed) >= 2
+    gaps = {b - a for a, b in itertools.pairwise(changed) if b < 24}
+    assert all(gap % 3 == 0 for gap in gaps), changed
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_steps_past_the_end_keep_the_pattern(case: Case) -> None:
+    run = Run(MLP, case)
+    run.train(MLP.batches(TOTAL))
+    keys = parameters_of(run.model)
+    for x in MLP.batches(3):
+        run.step(x)
+        assert case.kind == "Dense" or all_hold(run.model, MLP.targets, MLP.pattern)
+    assert any(not torch.equal(p, keys[n]) for n, p in run.model.named_parameters())
+    run.flow.finalize()
+    assert case.kind == "Dense" or all_hold(run.model, MLP.targets, MLP.pattern)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 7])
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.id)
+def test_finalize_early_is_exact(case: Case, steps: int) -> None:
+    """A run that is stopped in mid-decay still ends as N:M, of its dense weights."""
+    run = Run(MLP, case)
+    run.train(MLP.batches(steps))
+    dense = dense_of(run)
+    run.flow.finalize()
+    assert all_hold(run.model, MLP.targets, MLP.pattern)
+    for name, weight in dense.items():
+        now = run.model.get_parameter(name)
+        assert torch.equal(now[now != 0], weight[now != 0])
+    assert traces(run.optimizer) == []
+
+
+def test_dense_weights_are_the_references() -> None:
+    from settings import BY_ID
+
+    run = Run(MLP, BY_ID["mdgf-exp-masked"], attached=False)
+    ref = twin(run)
+    run.attach()
+    for x in MLP.batches(6):
+        assert_near(dense_of(run), ref.dense_weights())
+        run.step(x)
+        reference_step(ref, x)
+    state = run.optimizer.state[run.model.get_parameter("0.weight")]
+    assert_near({"w": state["nmflow_dense"]}, {"w": ref.dense_weights()["0.weight"]})
+
+
+def test_only_one_copy_lives_between_steps() -> None:
+    """The state holds the dense copy of each target and nothing else of its size."""
+    from settings import BY_ID
+
+    for name in ("sr-ste", "mdgf-linear", "sdgf-geometric"):
+        run = Run(MLP, BY_ID[name])
+        run.train(MLP.batches(3))
+        for parameter, state in run.optimizer.state.items():
+            assert isinstance(parameter, torch.Tensor)
+            mine = [key for key in state if "nmflow" in key]
+            assert mine == (["nmflow_dense"] if parameter.dim() == 2 else [])
+        for group in run.optimizer.param_groups:
+            assert group["nmflow_step"] == 3
+            assert isinstance(group["nmflow_recipe"], str)
+
+
+def test_recipes_by_name_are_the_dataclasses() -> None:
+    for name, recipe in [
+        ("ste", nmflow.STE()),
+        ("mdgf-exponential", nmflow.MDGF(decay="exponential")),
+        ("sdgf-geometric", nmflow.SDGF(structure="geometric")),
+    ]:
+        ends = []
+        for given in (name, recipe):
+            model = MLP.build()
+            optimizer = OPTIMIZERS["sgd"](model.parameters())
+            nmflow.attach(
+                model, optimizer, recipe=given, pattern="1:4", include=MLP.include, total_steps=10
+            )
+            for x in MLP.batches(10):
+                optimizer.zero_grad()
+                model(x).pow(2).mean().backward()
+                optimizer.step()
+            ends.append(parameters_of(model))
+        assert_same(ends[0], ends[1], name)
