@@ -52,7 +52,6 @@ void run_task(void *context, int64_t task) {
 
 const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
   const int isa = nmf_isa();
-  (void)g;
   switch (number) {
 #if defined(NMFLOW_X86)
     case NMFLOW_GATHER:
@@ -63,6 +62,9 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
       return isa == NMFLOW_AVX512 ? nmf_tokens_avx512()
              : isa == NMFLOW_AVX2 ? nmf_tokens_avx2()
                                   : nmf_tokens_portable();
+    case NMFLOW_PERMUTE:
+      if (g.m > 32 || g.panels) return nullptr;
+      return isa == NMFLOW_AVX512 ? nmf_permute_avx512() : nullptr;
 #else
     case NMFLOW_GATHER:
       return nmf_gather_portable();
@@ -75,7 +77,7 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
 }
 
 int choose(const nmf_geometry &g, int64_t tokens) {
-  (void)g;
+  if (kernel_of(NMFLOW_PERMUTE, g) != nullptr && tokens < 48) return NMFLOW_PERMUTE;
   return tokens < 8 ? NMFLOW_GATHER : NMFLOW_TOKENS;
 }
 

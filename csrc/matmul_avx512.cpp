@@ -1,4 +1,6 @@
 #define NMF_LANES 16
+#include "avx512.h"
+
 #include "matmul_impl.h"
 
 const nmf_kernel *nmf_gather_avx512(void) { return &gather_kernel; }

@@ -10,32 +10,54 @@ namespace {
 
 /* ------------------------------------------------------------------ gather */
 
+#ifndef NMF_GATHER
+NMF_INLINE vecf gather(const float *x, const uint32_t *columns) {
+  vecf v;
+  for (int i = 0; i < LANES; ++i) v[i] = x[columns[i]];
+  return v;
+}
+#endif
+
 void gather_run(const nmf_job *job, const nmf_part *part, char *scratch) {
   const nmf_geometry &g = job->g;
-  float *x = reinterpret_cast<float *>(scratch);
   const int64_t count = part->token_end - part->token;
+  uint32_t *columns = reinterpret_cast<uint32_t *>(scratch);
+  float *room = reinterpret_cast<float *>(scratch + g.entries * 64);
+  float *x = reinterpret_cast<float *>(scratch + g.entries * 128 + 64);
   for (int64_t t = 0; t < count; ++t)
     read_inputs(job, part->token + t, 0, g.in, x + t * g.in);
   for (int64_t tile = part->tile; tile < part->tile_end; ++tile) {
+    const float *values = decode_values(job, tile, 0, g.entries, room);
+    decode_columns(job, tile, 0, g.entries, 0, 1, columns);
     float bias[16];
     read_bias(job, tile, bias);
-    float sums[4][16];
-    for (int64_t t = 0; t < count; ++t) memcpy(sums[t], bias, sizeof bias);
-    for (int64_t s = 0; s < g.entries; ++s) {
-      float values[16];
-      uint32_t columns[16];
-      read_values(job, tile, s, values);
-      read_columns(job, tile, s, 0, 1, columns);
-      for (int64_t t = 0; t < count; ++t)
-        for (int i = 0; i < 16; ++i) sums[t][i] += values[i] * x[t * g.in + columns[i]];
+    for (int64_t t = 0; t < count; ++t) {
+      const float *from = x + t * g.in;
+      /* Two sums of every row, so that one addition need not wait for the one before. */
+      vecf even[16 / LANES], odd[16 / LANES];
+      for (int i = 0; i < 16 / LANES; ++i) {
+        even[i] = load(bias + i * LANES);
+        odd[i] = vecf{};
+      }
+      int64_t s = 0;
+      for (; s + 2 <= g.entries; s += 2)
+        for (int i = 0; i < 16 / LANES; ++i) {
+          const int64_t at = s * 16 + i * LANES;
+          even[i] += load(values + at) * gather(from, columns + at);
+          odd[i] += load(values + at + 16) * gather(from, columns + at + 16);
+        }
+      for (; s < g.entries; ++s)
+        for (int i = 0; i < 16 / LANES; ++i)
+          even[i] += load(values + s * 16 + i * LANES) * gather(from, columns + s * 16 + i * LANES);
+      float sums[16];
+      for (int i = 0; i < 16 / LANES; ++i) store(sums + i * LANES, even[i] + odd[i]);
+      write_rows(job, part->token + t, tile * 16, sums, nmf_min(16, g.out - tile * 16));
     }
-    for (int64_t t = 0; t < count; ++t)
-      write_rows(job, part->token + t, tile * 16, sums[t], nmf_min(16, g.out - tile * 16));
   }
 }
 
 int64_t gather_scratch(const nmf_job *job, int64_t tokens, int64_t) {
-  return tokens * job->g.in * 4;
+  return job->g.entries * 128 + 64 + tokens * job->g.in * 4;
 }
 
 /* ------------------------------------------------------------------ tokens */
@@ -63,7 +85,7 @@ int64_t tokens_scratch(const nmf_job *job, int64_t tokens, int64_t tiles) {
   const int64_t c = nmf_ceil_div(tokens, LANES), inputs = block_inputs(g, c);
   const int64_t entries = inputs / g.span * g.span_entries;
   return round64(inputs * c * LANES * 4) + round64(tiles * 16 * c * LANES * 4) +
-         2 * round64(entries * 64);
+         2 * round64(entries * 64 + 64);
 }
 
 #ifndef NMF_TRANSPOSE
@@ -137,10 +159,10 @@ void tokens_part(const nmf_job *job, const nmf_part *part, char *scratch) {
   const int64_t tokens = part->token_end - part->token;
   float *x = reinterpret_cast<float *>(scratch);
   scratch += round64(inputs * width * 4);
-  float *values = reinterpret_cast<float *>(scratch);
-  scratch += round64(most * 64);
+  float *room = reinterpret_cast<float *>(scratch);
+  scratch += round64(most * 64 + 64);
   uint32_t *offsets = reinterpret_cast<uint32_t *>(scratch);
-  scratch += round64(most * 64);
+  scratch += round64(most * 64 + 64);
   float *sums = reinterpret_cast<float *>(scratch);
   for (int64_t first = 0; first < g.in; first += inputs) {
     const int64_t count = nmf_min(inputs, g.in - first);
@@ -149,10 +171,8 @@ void tokens_part(const nmf_job *job, const nmf_part *part, char *scratch) {
     const int64_t entries = nmf_min(s0 + most, g.entries) - s0;
     const bool last = first + inputs >= g.in;
     for (int64_t tile = part->tile; tile < part->tile_end; ++tile) {
-      for (int64_t s = 0; s < entries; ++s) {
-        read_values(job, tile, s0 + s, values + s * 16);
-        read_columns(job, tile, s0 + s, first, static_cast<uint32_t>(width * 4), offsets + s * 16);
-      }
+      const float *values = decode_values(job, tile, s0, entries, room);
+      decode_columns(job, tile, s0, entries, first, static_cast<uint32_t>(width * 4), offsets);
       float *tile_sums = sums + (tile - part->tile) * 16 * width;
       float bias[16];
       if (first == 0) read_bias(job, tile, bias);

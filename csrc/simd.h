@@ -45,6 +45,16 @@ NMF_INLINE vecf pick(veci condition, vecf yes, vecf no) {
   return as_float(((vecu)condition & as_bits(yes)) | (~(vecu)condition & as_bits(no)));
 }
 
+/* IEEE half in the low 16 bits of each lane to fp32, subnormals, infinities and NaNs too. */
+NMF_INLINE vecf half_to_float(vecu h) {
+  const vecu sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+  const vecf subnormal = __builtin_convertvector((veci)rest, vecf) * 5.9604644775390625e-8f;
+  const vecu normal = (rest << 13) + 0x38000000u, special = (rest << 13) + 0x70000000u;
+  const vecu is_special = (vecu)(rest >= 0x7c00u), is_normal = (vecu)(rest >= 0x0400u) & ~is_special;
+  return as_float(sign | (is_special & special) | (is_normal & normal) |
+                  (~(is_special | is_normal) & as_bits(subnormal)));
+}
+
 NMF_INLINE float element(const void *p, int64_t i, int dtype) {
   if (dtype == NMFLOW_F32) return static_cast<const float *>(p)[i];
   const uint16_t h = static_cast<const uint16_t *>(p)[i];
@@ -116,42 +126,80 @@ NMF_INLINE void read_bias(const nmf_job *job, int64_t tile, float *bias) {
     bias[i] = job->bias && row + i < job->g.out ? element(job->bias, row + i, job->g.dtype) : 0.0f;
 }
 
-/* The 16 values of entry s of a tile, as fp32. */
-NMF_INLINE void read_values(const nmf_job *job, int64_t tile, int64_t s, float *to) {
+/* Entries [s0, s0 + count) of a tile's 16 rows as fp32, [count][16]: fp32 weights where they are,
+ * 16-bit ones converted into `to`, which holds (count + 1) * 16 floats. */
+NMF_INLINE const float *decode_values(const nmf_job *job, int64_t tile, int64_t s0, int64_t count,
+                                      float *to) {
   const nmf_geometry &g = job->g;
-  if (g.dtype == NMFLOW_F32) {
-    memcpy(to, static_cast<const float *>(job->values) + (tile * g.entries_held + s) * 16, 64);
-    return;
+  if (g.dtype == NMFLOW_F32)
+    return static_cast<const float *>(job->values) + (tile * g.entries_held + s0) * 16;
+  const int64_t odd = s0 & 1, pairs = (count + odd + 1) / 2;
+  const char *from = static_cast<const char *>(job->values) +
+                     (tile * g.entries_held + s0 - odd) * 32;
+  /* The partner of the first or last entry is decoded too where a pair is cut: skip or spare. */
+  float *at = to - odd * 16;
+  for (int64_t p = 0; p < pairs; ++p, at += 32, from += 64) {
+    const bool first = p > 0 || !odd, second = 2 * p + 1 - odd < count;
+    for (int i = 0; i < 16; i += LANES) {
+      const vecu both = load(reinterpret_cast<const uint32_t *>(from) + i);
+      vecf low, high;
+      if (g.dtype == NMFLOW_BF16) {
+        low = as_float(both << 16);
+        high = as_float(both & 0xffff0000u);
+      } else {
+        low = half_to_float(both & 0xffffu);
+        high = half_to_float(both >> 16);
+      }
+      if (first) store(at + i, low);
+      if (second) store(at + 16 + i, high);
+    }
   }
-  const uint16_t *from = static_cast<const uint16_t *>(job->values) +
-                         tile * g.entries_held * 16 + s / 2 * 32 + s % 2;
-  if (g.dtype == NMFLOW_BF16)
-    for (int i = 0; i < 16; ++i) to[i] = nmf_bf16_to_float(from[2 * i]);
-  else
-    for (int i = 0; i < 16; ++i) to[i] = nmf_f16_to_float(from[2 * i]);
+  return to;
 }
 
-/* The columns of entry s of a tile's rows relative to input `base`, times `scale`. A code is
- * clamped to the last input of its span, so no code can lead outside the row. */
-NMF_INLINE void read_columns(const nmf_job *job, int64_t tile, int64_t s, int64_t base,
-                             uint32_t scale, uint32_t *to) {
+/* The columns of entries [s0, s0 + count) of a tile's rows, relative to input `base` and times
+ * `scale`: [count][16]. A code is clamped to the last input of its span, so that no code leads
+ * outside the row. */
+NMF_INLINE void decode_columns(const nmf_job *job, int64_t tile, int64_t s0, int64_t count,
+                               int64_t base, uint32_t scale, uint32_t *to) {
   const nmf_geometry &g = job->g;
-  const int64_t span = s / g.span_entries * g.span;
-  const uint32_t most = static_cast<uint32_t>(nmf_min(g.span, g.in - span) - 1);
-  const uint32_t start = static_cast<uint32_t>(span - base);
-  if (g.panels) {
-    const uint8_t code = static_cast<const uint8_t *>(
-        job->codes)[tile * 16 / g.panel * g.entries + s];
-    const uint32_t column = (code < most ? code : most) + start;
-    for (int i = 0; i < 16; ++i) to[i] = column * scale;
-    return;
-  }
-  const uint32_t *words =
-      static_cast<const uint32_t *>(job->codes) + (tile * g.words + s / g.per) * 16;
-  const uint32_t shift = static_cast<uint32_t>(s % g.per * g.bits), mask = (1u << g.bits) - 1;
-  for (int i = 0; i < 16; ++i) {
-    const uint32_t code = words[i] >> shift & mask;
-    to[i] = ((code < most ? code : most) + start) * scale;
+  int64_t span = s0 / g.span_entries * g.span, left = g.span_entries - s0 % g.span_entries;
+  uint32_t most = static_cast<uint32_t>(nmf_min(g.span, g.in - span) - 1);
+  vecu start = static_cast<uint32_t>(span - base) * scale - vecu{};
+  const vecu step = static_cast<uint32_t>(g.span) * scale - vecu{};
+  const uint8_t *shared = static_cast<const uint8_t *>(job->codes);
+  if (g.panels) shared += tile * 16 / g.panel * g.entries + s0;
+  const uint32_t *words = static_cast<const uint32_t *>(job->codes) +
+                          (tile * g.words + s0 / g.per) * 16;
+  const uint32_t mask = (1u << g.bits) - 1, bits = static_cast<uint32_t>(g.bits);
+  int64_t in_word = g.per - s0 % g.per;
+  vecu word[16 / LANES];
+  for (int i = 0; i < 16 / LANES; ++i)
+    word[i] = g.panels ? vecu{} : load(words + i * LANES) >> static_cast<uint32_t>(s0 % g.per) * bits;
+  for (int64_t s = 0; s < count; ++s) {
+    for (int i = 0; i < 16 / LANES; ++i) {
+      vecu code;
+      if (g.panels) {
+        code = static_cast<uint32_t>(shared[s]) - vecu{};
+      } else {
+        code = word[i] & mask;
+        word[i] >>= bits;
+      }
+      const vecu over = (vecu)(code > most);
+      code = (code & ~over) | (over & most);
+      store(to + s * 16 + i * LANES, code * scale + start);
+    }
+    if (--in_word == 0 && !g.panels && s + 1 < count) {
+      words += 16;
+      in_word = g.per;
+      for (int i = 0; i < 16 / LANES; ++i) word[i] = load(words + i * LANES);
+    }
+    if (--left == 0) {
+      left = g.span_entries;
+      span += g.span;
+      start += step;
+      most = static_cast<uint32_t>(nmf_min(g.span, g.in - span) - 1);
+    }
   }
 }
 
