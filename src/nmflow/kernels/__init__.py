@@ -1,0 +1,19 @@
+"""Kernels of packed layers: ops behind `torch.library`, one file per backend, and a registry."""
+
+from __future__ import annotations
+
+from nmflow.kernels.explain import Explanation, explain
+from nmflow.kernels.ops import matmul, unpack
+from nmflow.kernels.registry import BACKENDS, Backend, Call, Choice, choose
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Call",
+    "Choice",
+    "Explanation",
+    "choose",
+    "explain",
+    "matmul",
+    "unpack",
+]

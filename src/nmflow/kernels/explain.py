@@ -1,0 +1,101 @@
+"""`explain`: run a module once and say which kernel served each packed product, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nmflow.errors import CompressError
+from nmflow.kernels.layout import Shape
+from nmflow.kernels.registry import Call, Choice, choose
+
+
+class Explanation(list[tuple[str, Choice]]):
+    """(path of the module, choice) of every packed product of a run, in order; `str` is a list."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{path or 'model'}: {choice}" for path, choice in self)
+
+
+class _Listen(TorchDispatchMode):
+    """Notes every `nmflow::matmul` that passes, with the module that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Explanation()
+        self.running: list[str] = [""]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.nmflow.matmul.default:
+            x, values, _, _, out, inputs, n, m, panel, epilogue = args
+            call = Call(
+                Shape(out, inputs, n, m, panel),
+                values.dtype,
+                x.device.type,
+                x.numel() // inputs,
+                torch.get_num_threads(),
+                epilogue,
+            )
+            self.found.append((self.running[-1], choose(call)))
+        return func(*args, **(kwargs or {}))
+
+
+def explain(module: nn.Module, example: Any) -> Explanation:
+    """Say which kernel serves each packed product of a module for an example, and why.
+
+    The module runs once, without gradients, on the example.
+
+    Args:
+        module: a packed layer, or a whole model.
+        example: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
+    Returns:
+        A list of `(path, Choice)`; each `Choice` names the backend and the kernel and says of every
+        backend before it in the registry why that one did not serve the call.
+
+    Raises:
+        CompressError: the run made no packed product.
+
+    Example:
+        >>> import nmflow
+        >>> layer = nn.Linear(64, 32)
+        >>> layer.weight.data *= nmflow.mask(layer.weight, "1:16")
+        >>> packed = nmflow.compress(nn.Sequential(layer), measure=False)
+        >>> path, choice = explain(packed, torch.ones(1, 64))[0]
+        >>> path, choice.call.tokens
+        ('0', 1)
+    """
+    listen = _Listen()
+    handles = []
+    for path, part in module.named_modules():
+        handles.append(part.register_forward_pre_hook(_enter(listen.running, path)))
+        handles.append(part.register_forward_hook(_leave(listen.running), always_call=True))
+    try:
+        with torch.no_grad(), listen:
+            if isinstance(example, Mapping):
+                module(**example)
+            else:
+                module(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not listen.found:
+        raise CompressError("module made no packed product for this example: compress it first")
+    return listen.found
+
+
+def _enter(running: list[str], path: str) -> Any:
+    return lambda module, args: running.append(path)
+
+
+def _leave(running: list[str]) -> Any:
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+
+    return leave

@@ -1,0 +1,52 @@
+"""The reference backend: plain torch, any device and dtype; right everywhere, fast nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmflow.kernels.layout import Shape, canonical_from_tiled, dense_from_canonical
+
+EPILOGUES: tuple[str | None, ...] = (None, "gelu", "relu")
+
+
+def dense(values: Tensor, codes: Tensor, shape: Shape) -> Tensor:
+    """The dense matrix `(out, inputs)` of a tiled weight, bit by bit what was packed."""
+    return dense_from_canonical(*canonical_from_tiled(values, codes, shape), shape)
+
+
+def matmul(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: Shape, epilogue: int = 0
+) -> Tensor:
+    """`epilogue(x Wᵀ + bias)` through the dense matrix, rebuilt at every call."""
+    y = F.linear(x, dense(values, codes, shape), bias)
+    return apply_epilogue(y, epilogue)
+
+
+def apply_epilogue(y: Tensor, epilogue: int) -> Tensor:
+    """Apply the epilogue of that number: 0 none, 1 GELU (erf), 2 ReLU."""
+    if epilogue == 1:
+        return F.gelu(y)
+    return torch.relu(y) if epilogue == 2 else y
+
+
+def why_not(call: object) -> str | None:
+    """The reference serves every call."""
+    return None
+
+
+def kernel(call: object) -> str:
+    """The name of the way a call is computed."""
+    return "rebuild the dense weight, F.linear"
+
+
+def bind(values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]:
+    """Bind one weight: a function `(x, bias, y, tokens, epilogue)` that writes `y`."""
+
+    def run(x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int) -> None:
+        y.copy_(matmul(x, values, codes, bias, shape, epilogue))
+
+    return run

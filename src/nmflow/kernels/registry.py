@@ -1,0 +1,101 @@
+"""The registry of backends: which kernel serves a call, and why the others do not.
+
+A backend is a module of this package with four names:
+
+* `why_not(call: Call) -> str | None`: None if it serves the call, else the reason in words;
+* `kernel(call: Call) -> str`: the name of the kernel inside it that would run;
+* `bind(values, codes, shape: Shape) -> run`: prepares one tiled weight. `run(x, bias, y, tokens,
+  epilogue)` writes `y = epilogue(x Wᵀ + bias)`, where `x (tokens, inputs)` and `y (tokens, out)`
+  have unit stride along their last axis and any row stride (`y` may be a slice of a wider output),
+  `bias` is None or contiguous of the weight's dtype, and epilogue is 0 none, 1 GELU, 2 ReLU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nmflow import native
+from nmflow.kernels import cpu, reference
+from nmflow.kernels.layout import Shape
+
+_log = logging.getLogger("nmflow")
+_told = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend must know to say whether it serves a call."""
+
+    shape: Shape
+    dtype: torch.dtype
+    device: str
+    tokens: int
+    threads: int = 1
+    epilogue: int = 0
+
+
+class Backend(Protocol):
+    """What the registry asks of a backend; see the module's docstring."""
+
+    def why_not(self, call: Call) -> str | None: ...  # noqa: D102
+
+    def kernel(self, call: Call) -> str: ...  # noqa: D102
+
+    def bind(self, values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]: ...  # noqa: D102
+
+
+# The first that serves a call runs it; the reference serves all.
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend and kernel serve a call, and why those before it in the list do not."""
+
+    call: Call
+    backend: str
+    kernel: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        c = self.call
+        text = (
+            f"{self.backend} ({self.kernel}) serves {c.shape.pattern} ({c.shape.out}, "
+            f"{c.shape.inputs}) {str(c.dtype).removeprefix('torch.')} on {c.device} with "
+            f"{c.tokens} tokens and {c.threads} threads"
+        )
+        return text + "".join(f"; not {name}: {why}" for name, why in self.refused)
+
+
+def choose(call: Call) -> Choice:
+    """Take the first backend of the list that serves the call, and keep the others' reasons."""
+    refused: list[tuple[str, str]] = []
+    for name, backend in BACKENDS.items():
+        why = backend.why_not(call)
+        if why is None:
+            return Choice(call, name, backend.kernel(call), tuple(refused))
+        refused.append((name, why))
+    raise AssertionError("the reference backend serves every call")
+
+
+def bind(values: Tensor, codes: Tensor, shape: Shape) -> tuple[str, Callable[..., None]]:
+    """The name of the backend that serves a tiled weight, and its function for that weight."""
+    choice = choose(Call(shape, values.dtype, values.device.type, 1))
+    _tell(choice)
+    return choice.backend, BACKENDS[choice.backend].bind(values, codes, shape)
+
+
+def _tell(choice: Choice) -> None:
+    """Say once in the log that the compiled kernels are missing and the slow way runs."""
+    global _told
+    if not _told and choice.call.device == "cpu" and not native.available():
+        _told = True
+        _log.warning(
+            "nmflow runs packed layers on its slow reference kernels: %s", native.why_not()
+        )

@@ -1,0 +1,18 @@
+"""Packed networks: weights stored as kept values and their columns, in memory and in files."""
+
+from __future__ import annotations
+
+from nmflow.packed.compress import compress, decompress
+from nmflow.packed.files import load, load_state, save, save_state
+from nmflow.packed.report import Report, Row
+
+__all__ = [
+    "Report",
+    "Row",
+    "compress",
+    "decompress",
+    "load",
+    "load_state",
+    "save",
+    "save_state",
+]

@@ -1,0 +1,102 @@
+"""Timing: several ways of one computation, interleaved, as medians and quantiles."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Way = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call: median, first and ninth decile, and how many runs they are of."""
+
+    median: float
+    q10: float
+    q90: float
+    runs: int
+
+
+def time_ways(
+    ways: Mapping[str, Way], budget: float = 0.05, least: int = 5, most: int = 2000
+) -> dict[str, Timing]:
+    """Time each way, turn by turn, so that a slow second of the machine meets them all.
+
+    Args:
+        ways: name to a function without arguments.
+        budget: seconds to spend on each way, about.
+        least: runs of each way at least.
+        most: runs of each way at most.
+    """
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    spent = 0.0
+    for way in ways.values():
+        way()
+        way()
+    while True:
+        runs = min(map(len, took.values()))
+        if runs >= most or (runs >= least and spent >= budget * len(ways)):
+            break
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds = time.perf_counter() - start
+            took[name].append(seconds * 1e6)
+            spent += seconds
+    return {name: _timing(times) for name, times in took.items()}
+
+
+def _timing(times: list[float]) -> Timing:
+    cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+    return Timing(statistics.median(times), cuts[0], cuts[-1], len(times))
+
+
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype on this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
+def dense_ways(weight: Tensor, bias: Tensor | None, x: Tensor) -> dict[str, Way]:
+    """The dense ways to multiply `x (T, in)` by `weight (out, in)`: F.linear and oneDNN's two."""
+    ways: dict[str, Way] = {"F.linear": lambda: F.linear(x, weight, bias)}
+    if x.device.type == "cpu" and onednn_takes(x.dtype):
+        multiply = torch.ops.mkldnn._linear_pointwise
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+        ways["oneDNN"] = lambda: multiply(x, weight, bias, "none", [], "")
+        ways["oneDNN packed"] = lambda: multiply(x, packed, bias, "none", [], "")
+    return ways
+
+
+def conv_ways(conv: nn.Module, x: Tensor) -> dict[str, Way]:
+    """The dense ways to run a convolution: as it is, channels last, and oneDNN packed."""
+    wide = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
+    ways: dict[str, Way] = {"conv": lambda: conv(x)}
+    if wide is not None:
+        last = x.to(memory_format=wide)
+        ways["conv, channels last"] = lambda: conv(last)
+    c = conv
+    if (
+        x.device.type == "cpu"
+        and onednn_takes(x.dtype)
+        and x.dim() == 4
+        and type(c.padding) is tuple
+    ):
+        sizes = (c.padding, c.stride, c.dilation, c.groups)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(c.weight, *sizes, list(x.shape))
+        run = torch.ops.mkldnn._convolution_pointwise
+        if c.padding_mode == "zeros":  # pyright: ignore
+            ways["oneDNN packed"] = lambda: run(x, packed, c.bias, *sizes, "none", [], "")
+    return ways

@@ -1,0 +1,292 @@
+"""Modules whose weight is stored as kept values and their columns, for inference.
+
+They take the place of `nn.Linear`, HF `Conv1D`, convolutions and `nn.MultiheadAttention`. Biases
+and inputs still get gradients; the packed weight is a constant.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from nmflow.errors import CompressError
+from nmflow.kernels import matmul, unpack
+from nmflow.kernels.layout import (
+    Shape,
+    canonical_from_dense,
+    canonical_from_tiled,
+    check_canonical,
+    check_tiled,
+    tiled_from_canonical,
+)
+from nmflow.packed.layout import from_matrix
+from nmflow.pattern import Pattern
+
+
+class PackedLinear(nn.Module):
+    """`y = x Wᵀ + b` with W `(out, in)` packed under N:M.
+
+    Buffers `values` and `codes` hold the tiled layout of `nmflow.kernels.layout`, the same on
+    every machine; `bias` is the parameter of the layer it stands for.
+
+    Args:
+        values: canonical values `(out, S)`, `S = in / M * N`.
+        index: canonical index `(lists, S)` uint8.
+        shape: sizes and pattern.
+        bias: `(out,)` or None.
+        stored: `"Linear"`, or `"Conv1D"` where the weight was stored `(in, out)`.
+
+    Raises:
+        CompressError: sizes, dtypes or an index that are wrong.
+
+    Example:
+        >>> w = torch.tensor([[0.0, 3.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+        >>> layer = PackedLinear.pack(w, "1:4")
+        >>> layer(torch.ones(1, 4)).tolist()
+        [[3.0, 1.0]]
+    """
+
+    values: Tensor
+    codes: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        values: Tensor,
+        index: Tensor,
+        shape: Shape,
+        bias: nn.Parameter | None = None,
+        stored: str = "Linear",
+    ) -> None:
+        super().__init__()
+        check_canonical(values, index, shape)
+        self.shape = shape
+        # Plain ints, so that the op call and torch.compile see no attribute look-ups.
+        self.dims = (shape.out, shape.inputs, shape.n, shape.m, shape.panel)
+        self.in_features, self.out_features = shape.inputs, shape.out
+        self.stored = stored
+        tiled, codes = tiled_from_canonical(values.detach(), index, shape)
+        self.register_buffer("values", tiled)
+        self.register_buffer("codes", codes)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def pack(
+        cls,
+        matrix: Tensor,
+        pattern: str | Pattern,
+        bias: nn.Parameter | None = None,
+        stored: str = "Linear",
+    ) -> PackedLinear:
+        """Pack a dense matrix `(out, in)` that holds the pattern."""
+        shape = Shape.of(matrix.shape[0], matrix.shape[1], pattern)
+        return cls(*canonical_from_dense(matrix.detach(), shape), shape, bias, stored)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of the weight."""
+        return self.shape.pattern
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer it stands for: its shape, dtype and device cost nothing.
+
+        Networks ask a layer for `weight.dtype` in their forward pass, so the values are rebuilt
+        only by an op that reads them.
+        """
+        if torch.compiler.is_compiling():  # an op in the graph, removed where nobody reads it
+            return self.dense()
+        return _LazyWeight(self)  # pyright: ignore[reportCallIssue]
+
+    def dense(self) -> Tensor:
+        """The weight, rebuilt: `(out, in)`, or `(in, out)` for a `Conv1D`."""
+        matrix = unpack(self.values, self.codes, self.dims)
+        return matrix.t().contiguous() if self.stored == "Conv1D" else matrix
+
+    def canonical(self) -> tuple[Tensor, Tensor]:
+        """Canonical values `(out, S)` and index `(lists, S)`."""
+        return canonical_from_tiled(self.values, self.codes, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return matmul(x, self.values, self.codes, self.bias, self.dims)
+
+    def extra_repr(self) -> str:
+        """Sizes, pattern and dtype."""
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"pattern={self.pattern}, dtype={dtype}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        # Two-byte values are tiled otherwise than four-byte ones: convert row by row.
+        probe = fn(self.values.new_empty(0))
+        if probe.dtype == self.values.dtype:
+            return super()._apply(fn, recurse)
+        values, index = self.canonical()
+        super()._apply(fn, recurse)
+        tiled, codes = tiled_from_canonical(fn(values), index.to(probe.device), self.shape)
+        self.values, self.codes = tiled, codes
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        values, codes = state_dict.get(prefix + "values"), state_dict.get(prefix + "codes")
+        if isinstance(values, Tensor) and isinstance(codes, Tensor):
+            try:
+                check_tiled(values, codes, self.shape)
+                check_canonical(*canonical_from_tiled(values, codes, self.shape), self.shape)
+            except CompressError as error:
+                error_msgs.append(f"{prefix}values, {prefix}codes: {error}")
+                return
+        elif (values is None) != (codes is None):
+            error_msgs.append(f"{prefix}values and {prefix}codes are only right together")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class _LazyWeight(Tensor):
+    """Stands for the dense weight of a packed layer and rebuilds it when an op reads it."""
+
+    owner: PackedLinear
+
+    @staticmethod
+    def __new__(cls, owner: PackedLinear) -> _LazyWeight:
+        o, i = owner.out_features, owner.in_features
+        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            cls,
+            (i, o) if owner.stored == "Conv1D" else (o, i),
+            dtype=owner.values.dtype,
+            device=owner.values.device,
+        )
+        made.owner = owner
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"<packed weight {tuple(self.shape)} of {self.owner.extra_repr()}>"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            raise CompressError(
+                "the weight of a packed layer is read-only: call nmflow.decompress(model), change "
+                "the dense weight, and compress again"
+            )
+        args, kwargs = tree_map(
+            lambda a: a.owner.dense() if isinstance(a, _LazyWeight) else a, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+class FusedLinear(nn.Module):
+    """Several runs of output rows, each packed or dense, one after the other: a fused `qkv`."""
+
+    def __init__(self, parts: list[PackedLinear | nn.Linear], stored: str = "Linear") -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.in_features = parts[0].in_features
+        self.out_features = sum(p.out_features for p in parts)
+        self.stored = stored
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, rebuilt."""
+        return self.dense()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The whole bias."""
+        return _joined_bias(self)
+
+    def dense(self) -> Tensor:
+        """The weight, rebuilt: `(out, in)`, or `(in, out)` for a `Conv1D`."""
+        rows = [p.dense() if isinstance(p, PackedLinear) else p.weight for p in self.parts]
+        matrix = torch.cat(rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return matrix.t().contiguous() if self.stored == "Conv1D" else matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+class PackedConv(nn.Module):
+    """A convolution of one to three dimensions on a packed weight.
+
+    The windows of a channels-last input become the rows of a matrix, kernel positions before
+    channels, and one packed product does the rest. A 1×1 convolution needs no windows.
+    """
+
+    def __init__(self, conv: nn.modules.conv._ConvNd, linear: PackedLinear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode, self.groups = conv.padding, conv.padding_mode, conv.groups
+        # Pairs from the last axis backwards, as F.pad takes them; right also for "same".
+        self.pads = [int(p) for p in conv._reversed_padding_repeated_twice]
+        self._plain = all(k == 1 for k in self.kernel_size) and not any(self.pads)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight `(out, in, ...)`, rebuilt."""
+        return self.dense()
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias."""
+        return self.linear.bias
+
+    def dense(self) -> Tensor:
+        """The weight `(out, in, ...)`, rebuilt."""
+        size = (self.out_channels, self.in_channels, *self.kernel_size)
+        return from_matrix(self.linear.dense(), size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, in, ...)` or `(in, ...)` to `(batch, out, ...)` or `(out, ...)`."""
+        spatial = len(self.kernel_size)
+        if any(self.pads):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self.pads, mode=mode)
+        x = x.movedim(-spatial - 1, -1)  # channels last
+        if self._plain:
+            steps = tuple(slice(None, None, s) for s in self.stride)
+            rows = x[(..., *steps, slice(None))]
+        else:
+            rows = self._windows(x, spatial)
+        return self.linear(rows).movedim(-1, -spatial - 1)
+
+    def _windows(self, x: Tensor, spatial: int) -> Tensor:
+        """`(..., *outputs, positions * channels)` from a padded channels-last input."""
+        sizes = x.shape[-spatial - 1 : -1]
+        along = [
+            [slice(i * d, n - d * (k - 1 - i), s) for i in range(k)]
+            for n, k, s, d in zip(sizes, self.kernel_size, self.stride, self.dilation, strict=True)
+        ]
+        return torch.cat([x[(..., *at, slice(None))] for at in itertools.product(*along)], -1)
+
+    def extra_repr(self) -> str:
+        """Channels, kernel, stride and padding."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}"
+        )
+
+
+def _joined_bias(fused: FusedLinear) -> Tensor | None:
+    biases = [p.bias for p in fused.parts]
+    if any(b is None for b in biases):
+        return None
+    return torch.cat(biases)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -1,0 +1,72 @@
+"""The table that `compress` reports: a row per weight, packed or dense, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nmflow.tables import table
+
+# Tokens to (microseconds packed, microseconds of the best dense way, the name of that way).
+Times = dict[int, tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one weight.
+
+    Attributes:
+        name: the parameter's name.
+        shape: its shape.
+        pattern: the pattern or patterns that it holds, as text; empty where there is none.
+        kept: `"packed"` or `"dense"`.
+        why: the kernel that serves it, or the reason why it stays dense.
+        dense_bytes: bytes of the dense weight.
+        bytes: bytes of the weight as it now is.
+        times: tokens to (µs packed, µs of the best dense way, that way); of the whole module.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    kept: str
+    why: str
+    dense_bytes: int
+    bytes: int
+    times: Times = field(default_factory=dict)
+
+
+class Report(list[Row]):
+    """A row per weight of at least two dimensions; as `str`, the table."""
+
+    @property
+    def packed(self) -> list[Row]:
+        """The rows of packed weights."""
+        return [row for row in self if row.kept == "packed"]
+
+    def __str__(self) -> str:
+        tokens = sorted({t for row in self for t in row.times})
+        rows = [["weight", "shape", "pattern", "kept", "bytes"]]
+        rows[0] += [f"T={t}: packed, best dense (µs)" for t in tokens]
+        for row in self:
+            if row.pattern:
+                cells = [row.name, "x".join(map(str, row.shape)), row.pattern, row.kept]
+                cells.append(f"{row.bytes / row.dense_bytes:.4f}")
+                rows.append(cells + [_shown(row.times.get(t)) for t in tokens])
+        lines = [table(rows)] if len(rows) > 1 else []
+        reasons: dict[str, list[str]] = {}
+        for row in self:
+            reasons.setdefault(f"{row.kept}, {row.why}", []).append(row.name)
+        lines += [""] + [f"{why}: {', '.join(names)}" for why, names in reasons.items()]
+        before, after = sum(r.dense_bytes for r in self), sum(r.bytes for r in self)
+        lines.append(
+            f"{len(self.packed)} of {len(self)} weights packed: {before:,} bytes dense, "
+            f"{after:,} as they are now"
+        )
+        return "\n".join(lines)
+
+
+def _shown(times: tuple[float, float, str] | None) -> str:
+    if times is None:
+        return ""
+    packed, dense, way = times
+    return f"{packed:,.0f}, {dense:,.0f} by {way}: {dense / packed:.2f}x"
