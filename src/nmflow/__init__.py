@@ -3,7 +3,7 @@
 from nmflow.flow import Flow, attach
 from nmflow.masks import holds, mask
 from nmflow.pattern import Pattern
-from nmflow.recipes import MDGF, SDGF, SRSTE, STE, Dense, Hybrid, OneShot, Recipe
+from nmflow.recipes import MDGF, SDGF, SRSTE, STE, STEP, Dense, Hybrid, OneShot, Recipe
 from nmflow.schedules import Stage
 from nmflow.targets import Target, plan
 
@@ -12,6 +12,7 @@ __all__ = [
     "SDGF",
     "SRSTE",
     "STE",
+    "STEP",
     "Dense",
     "Flow",
     "Hybrid",

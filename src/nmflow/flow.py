@@ -174,7 +174,8 @@ class Flow:
     def dense_weights(self) -> dict[str, Tensor]:
         """The dense weights W by parameter name: the tensors themselves, not copies."""
         self._check_live("dense_weights()")
-        return {slot.name: slot.dense for slot in self._all_slots()}
+        slots = [slot for stepper in self._steppers for slot in stepper.slots]
+        return {s.name: s.dense if self.recipe.prunes else s.param for s in slots}
 
     def observe(self, observer: Observer) -> Observation:
         """Call `observer(step, views)` before each optimizer step, on what it will step with.
@@ -220,7 +221,7 @@ class Flow:
         finally:
             self._hard = False
             for stepper in self._steppers:
-                stepper.rewrite()
+                stepper.soften()
 
     def sync(self) -> None:
         """Take what the parameters hold now as the dense weights, where somebody wrote them.
@@ -260,11 +261,6 @@ class Flow:
     def __repr__(self) -> str:
         where = "finalized" if self._finalized else f"step {self.steps_done} of {self.total_steps}"
         return f"<Flow {self.recipe.name}, {len(self.plan)} weights, {where}>"
-
-    # -- for the steppers ----------------------------------------------------------------------
-
-    def _all_slots(self) -> list[Slot]:
-        return [slot for stepper in self._steppers for slot in stepper.slots]
 
     def _check_live(self, what: str) -> None:
         if self._finalized:

@@ -48,7 +48,9 @@ class Pattern:
                 )
             n, m, panel = int(found[1]), int(found[2]), int(found[3] or 1)
         if m < 1:
-            raise PatternError(f"pattern is '{spec}': a group has at least 1 weight, not M={m}")
+            raise PatternError(
+                f"pattern is '{spec}': N weights are kept of every M, so M must be at least 1"
+            )
         if not 1 <= n <= m:
             raise PatternError(
                 f"pattern is '{n}:{m}': N is the number of weights kept of every M, so it must be "

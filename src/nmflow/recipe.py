@@ -20,12 +20,15 @@ class Recipe:
         gradient: the rule for the dense weight's gradient, from g = ∂L/∂W̃:
             `"straight-through"` passes g, `"masked"` passes g ⊙ (m + (1 - m) ⊙ m' · δ).
         lam: λ of SR-STE's term λ·(1 - m) ⊙ W, added to g once per optimizer step.
+        prunes: whether weights end at N:M; False for the dense baseline alone.
+        freezes_second_moment: whether Adam's second moment stays as it is from step d on.
     """
 
     # Without annotations: a dataclass would otherwise order its own fields after these names.
     gradient = "straight-through"
     lam = 0.0
     prunes = True
+    freezes_second_moment = False
 
     @property
     def name(self) -> str:

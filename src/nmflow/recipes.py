@@ -101,6 +101,34 @@ class SRSTE(Recipe):
 
 
 @dataclass(frozen=True)
+class STEP(Recipe):
+    """STEP: a dense phase with Adam, whose second moment is then frozen as a preconditioner.
+
+    W̃ = W ⊙ m from step d, the dense weight receives g + λ·(1 - m) ⊙ W, and Adam divides by the
+    √v of step d, for every parameter of the optimizer.
+
+    Args:
+        dense: d, a fraction (float) or steps (int).
+        lam: λ of SR-STE's term; 0 is plain straight-through.
+        finetune: the last steps, in which `freeze_mask` may keep the mask.
+
+    References:
+        arXiv 2302.01172, algorithm 1. Differs from it: d is given, where the paper's AutoSwitch
+        watches the change of v; Adam's bias correction goes on to count steps.
+    """
+
+    dense: float = 0.5
+    lam: float = 2e-4  # type: ignore[misc]
+    finetune: float = 0.0
+    name: ClassVar[str] = "step"  # type: ignore[assignment]
+    freezes_second_moment: ClassVar[bool] = True  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        check_lam(self.lam)
+        check_phases(self)
+
+
+@dataclass(frozen=True)
 class MDGF(Decaying):
     """Mask decay gradient flow: δ, the value of the mask where m is 0, decays from 1 to 0.
 
@@ -240,6 +268,7 @@ RECIPES: dict[str, Recipe] = {
         OneShot(),
         STE(),
         SRSTE(),
+        STEP(),
         MDGF("linear"),
         MDGF("exponential"),
         SDGF("stepwise"),

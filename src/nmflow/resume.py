@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from nmflow.errors import StateError
-from nmflow.slots import DENSE_KEY, PENDING_KEY, Slot
+from nmflow.slots import PENDING_KEY, Slot
 from nmflow.states import RECIPE_KEY, STEP_KEY, differences
 
 
@@ -34,24 +34,26 @@ def check_groups(groups: Sequence[dict[str, Any]], signature: str) -> None:
 
 
 def check_slots(
-    optimizer: Optimizer, slots: Sequence[Slot], state: dict, keys: Sequence[Any]
+    optimizer: Optimizer, slots: Sequence[Slot], state: dict, keys: Sequence[Any], needed: set[str]
 ) -> None:
-    """Raise a `StateError` unless a state has the dense weights of every slot.
+    """Raise a `StateError` unless a state has the tensors of every slot.
 
     Args:
         optimizer: the optimizer that owns the slots.
         slots: the slots.
         state: an optimizer's state, saved or live.
         keys: the key in it of each of the optimizer's parameters, in order.
+        needed: the slots' keys that it has to have.
     """
     places = _places(optimizer)
     pending = state.get(PENDING_KEY, {})
     for slot in slots:
         place = places[id(slot.param)]
-        if DENSE_KEY not in {**state.get(keys[place], {}), **pending.get(place, {})}:
+        absent = needed - state.get(keys[place], {}).keys() - pending.get(place, {}).keys()
+        if absent:
             raise StateError(
-                f"the optimizer state has no dense weights of '{slot.name}': load the whole "
-                "optimizer state of the run that is resumed"
+                f"the optimizer state has no {', '.join(sorted(absent))} of '{slot.name}': load "
+                "the whole optimizer state of the run that is resumed, unflattened"
             )
 
 

@@ -24,6 +24,8 @@ DENSE_KEY, KEPT_KEY, FADING_KEY = KEYS = ("nmflow_dense", "nmflow_mask", "nmflow
 PENDING_KEY = "nmflow_pending"
 """The key in a saved state of the slots that are pending: their tensors by parameter index."""
 
+_SAMPLE = 16
+
 Stages = Mapping[str, Stage]
 
 
@@ -49,7 +51,7 @@ class Slot:
         self.stepping = False
         self._tensors: dict[str, Tensor] = {}
         self._resting: Tensor | None = None
-        self._version = -1
+        self._mark: tuple[int, int, tuple[float, ...]] = (-1, 0, ())
         rows = sum(r.count for r in regions)
         self._covered = rows == local(param).shape[out_axis(regions[0].target)]
 
@@ -70,6 +72,10 @@ class Slot:
     def start(self) -> None:
         """Take the parameter as W, before the optimizer's first step."""
         self.pending = {DENSE_KEY: self.param.detach().clone()}
+
+    def take(self) -> None:
+        """Take what the parameter holds now as W; masks that are held stay until the next write."""
+        self.tensors[DENSE_KEY] = self.param.detach().clone()
 
     def adopt(self, pending: dict[str, Tensor] | None) -> None:
         """Take the tensors that a loaded state brought, in the parameter's own or as pending."""
@@ -178,16 +184,31 @@ class Slot:
         self.seen()
 
     def seen(self) -> None:
-        """Remember the parameter as it is: a later write by somebody else has another version."""
-        self._version = local(self.param)._version
+        """Remember the parameter as it is, so that a write by somebody else is noticed."""
+        self._mark = self._marks()
 
     def untouched(self) -> bool:
-        """Whether nobody has written the parameter since it was last seen, as torch knows."""
-        return local(self.param)._version == self._version
+        """Whether nobody has written the parameter since it was last seen.
+
+        Three marks tell: torch's version of it, its address (`p.data = x` changes that alone), and
+        on a CPU a sample of its values (`p.data.copy_(x)` changes neither).
+        """
+        return self._mark == self._marks()
+
+    def _marks(self) -> tuple[int, int, tuple[float, ...]]:
+        shown = local(self.param)
+        sample: tuple[float, ...] = ()
+        if shown.device.type == "cpu" and (count := min(shown.numel(), _SAMPLE)):
+            stride = shown.numel() // count
+            spread = shown.as_strided((count,), (stride,)) if _is_dense(shown) else shown.flatten()
+            sample = tuple(spread[:count].nan_to_num().tolist())  # NaN is unequal to itself
+        return shown._version, shown.data_ptr(), sample
 
     def shows(self, stages: Stages, held: bool) -> bool:
         """Whether the parameter still holds W̃, bit for bit, whoever wrote it."""
         source, sink = local(self.dense), local(self.param)
+        if (source.dtype, source.device) != (sink.dtype, sink.device):
+            return False
         expected = source.clone()
         for region in self.regions:
             stage = stages[region.target.label]
@@ -231,6 +252,11 @@ class Slot:
         first = all(kept is None for kept, _ in needs.values()) or KEPT_KEY in self.tensors
         second = all(fading is None for _, fading in needs.values()) or FADING_KEY in self.tensors
         return first and second
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the values of `x` fill its memory without gaps, in whatever order."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _one_pass(region: Region, stage: Stage, source: Tensor, sink: Tensor) -> bool:

@@ -34,6 +34,11 @@ class Run:
             t.label: self.recipe.stage(k, self.total_steps, t.pattern, t.length) for t in targets
         }
 
+    @property
+    def dense_steps(self) -> int:
+        """d, the steps before the first mask."""
+        return self.recipe.phases(self.total_steps)[0]
+
     def frozen_since(self) -> int | None:
         """The step at which the mask is taken for good; None if it never is."""
         if self.freeze_mask:

@@ -1,0 +1,183 @@
+"""The weights of one optimizer under a recipe: W̃ from W at step k, and what may go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nmflow import gradients
+from nmflow.errors import FlowError, StateError, WeightError
+from nmflow.observing import View
+from nmflow.schedules import Stage
+from nmflow.sharding import local
+from nmflow.slots import Slot
+from nmflow.states import Run
+
+
+class Weights:
+    """Slots that step together. Nothing here counts: every method is told k.
+
+    Attributes:
+        run: the recipe over its run.
+        slots: the parameters.
+        targets: their targets, in the same order.
+        prunes: whether there are dense weights beside the network's own.
+    """
+
+    def __init__(self, run: Run, slots: Sequence[Slot]) -> None:
+        self.run, self.slots, self.prunes = run, slots, run.recipe.prunes
+        self.targets = [r.target for s in slots for r in s.regions]
+        self._unread: list[Tensor] = []
+
+    def start(self) -> None:
+        """Take the parameters as W."""
+        for slot in self.slots if self.prunes else ():
+            slot.start()
+        self.write(0)
+
+    def enter(self) -> None:
+        """Put W into the parameters, for the optimizer's step."""
+        for slot in self.slots if self.prunes else ():
+            slot.enter()
+
+    def leave(self, stateless: bool) -> None:
+        """Take W out of the parameters again."""
+        for slot in self.slots:
+            if slot.stepping:
+                slot.leave(stateless)
+
+    # -- before a step -------------------------------------------------------------------------
+
+    def apply_gradient_rule(self, k: int, scale: Tensor | None) -> None:
+        """Change the gradients by the recipe's rule; `scale` is the loss scale still in them."""
+        recipe = self.run.recipe
+        if not self.prunes or (recipe.gradient != "masked" and not recipe.lam):
+            return
+        stages, held = self.run.stages(self.targets, k), self.has_masks(k)
+        for slot in self.slots:
+            if slot.param.grad is None:
+                continue
+            if slot.param.grad.is_sparse:
+                raise FlowError(
+                    f"'{slot.name}' has a sparse gradient, which the rule of {recipe.name} cannot "
+                    "change: build the embedding with sparse=False"
+                )
+            g, dense, shown = local(slot.param.grad), local(slot.dense), local(slot.param)
+            for region in slot.regions:
+                stage, part = stages[region.target.label], region.of(g)
+                if stage.pattern is None or region.count == 0:
+                    continue
+                if recipe.lam:
+                    gradients.refined(part, region.of(dense), region.of(shown), recipe.lam, scale)
+                elif stage.delta != 1.0 or stage.previous is not None:
+                    kept, fading = slot.masks(region, stage, held)
+                    gradients.masked(part, kept, fading, stage.delta)
+
+    def views(self, k: int, scale: Tensor | None) -> list[View]:
+        """What an observer sees before step `k + 1`; `scale` as for the gradient rule."""
+        stages, held = self.run.stages(self.targets, k), self.has_masks(k)
+        views = []
+        for slot in self.slots:
+            weight = local(slot.dense if self.prunes else slot.param)
+            grad = None if slot.param.grad is None else local(slot.param.grad)
+            if grad is not None and scale is not None:
+                grad = grad / scale.to(grad.device)
+            for region in slot.regions:
+                stage, target = stages[region.target.label], region.target
+                dense = stage.pattern is None
+                shown = Stage("final", target.pattern) if dense else stage
+                mask, _ = slot.masks(region, shown, held and not dense)
+                g = None if grad is None else region.of(grad)
+                views.append(View(target, region.of(weight), g, mask, stage))
+        return views
+
+    def check_untouched(self, k: int) -> None:
+        """Raise a `StateError` if somebody wrote a parameter since step `k`."""
+        if not self.prunes:
+            return
+        stages, held = self.run.stages(self.targets, k), self.has_masks(k)
+        for slot in self.slots:
+            if slot.untouched():
+                continue
+            if not slot.shows(stages, held):
+                raise StateError(
+                    f"'{slot.name}' was written since step {k}, but training goes on from the "
+                    "dense weights in the optimizer's state: call flow.sync() after the write to "
+                    "take the new weights as dense ones, or load the optimizer's state with them"
+                )
+            slot.seen()
+
+    # -- W̃ from W ------------------------------------------------------------------------------
+
+    def has_masks(self, k: int) -> bool:
+        """Whether the masks of step `k` are in the state rather than taken from W."""
+        stages = self.run.stages(self.targets, k)
+        return self.prunes and self.run.holds(k) and all(s.holds(stages) for s in self.slots)
+
+    def write(self, k: int, reuse: bool | None = None) -> None:
+        """Write W̃ of step `k` into the parameters.
+
+        Args:
+            k: the optimizer steps done.
+            reuse: whether to mask by the masks that are held; None says: if they are of step `k`.
+        """
+        if not self.prunes:
+            return
+        reuse = self.has_masks(k) if reuse is None else reuse
+        stages, hold = self.run.stages(self.targets, k), self.run.holds(k)
+        for slot in self.slots:
+            flags = slot.write(stages, reuse, hold)
+            if local(slot.param).device.type != "cpu":
+                # Reading a flag waits for the device; before the next step it is there already.
+                self._unread += flags
+            elif not all(bool(f) for f in flags):
+                for one in self.slots:
+                    one.rest()
+                raise _not_finite(slot, k)
+
+    def harden(self, k: int) -> None:
+        """Write the final N:M weights into the parameters."""
+        if not self.prunes:
+            return
+        final = {t.label: Stage("final", t.pattern) for t in self.targets}
+        now = self.run.stages(self.targets, k)
+        # A held mask is of the current pattern; where that is the final one already, it stays.
+        reuse = self.has_masks(k) and all(now[t].pattern == final[t].pattern for t in now)
+        for slot in self.slots:
+            slot.write(final, reuse, hold=None)
+
+    def sync(self, k: int) -> None:
+        """Take each parameter that somebody wrote as W."""
+        if not self.prunes:
+            return
+        stages, held = self.run.stages(self.targets, k), self.has_masks(k)
+        changed = [s for s in self.slots if not s.untouched() and not s.shows(stages, held)]
+        for slot in changed:
+            if not bool(torch.isfinite(local(slot.param)).all()):
+                raise _not_finite(slot, k)
+        for slot in changed:
+            slot.take()
+            slot.write(stages, False, self.run.holds(k))
+
+    def read_finite(self, k: int) -> None:
+        """Raise a `WeightError` if the last write on a device met a weight that is not finite."""
+        if self._unread:
+            fine = bool(torch.stack(self._unread).all())
+            self._unread = []
+            if not fine:
+                self.check_finite(k)
+
+    def check_finite(self, k: int) -> None:
+        """Raise a `WeightError` that names the first weight that is not finite."""
+        for slot in self.slots if self.prunes else ():
+            if not bool(torch.isfinite(local(slot.dense)).all()):
+                raise _not_finite(slot, k)
+
+
+def _not_finite(slot: Slot, k: int) -> WeightError:
+    return WeightError(
+        f"'{slot.name}' holds a NaN or an infinity after step {k}, so it has no mask: resume from "
+        "an earlier state, with a lower learning rate or with gradient clipping"
+    )
