@@ -1,4 +1,4 @@
-"""What a flow does beside training: hard(), sync(), finalize(), several optimizers, odd gradients."""
+"""Beside training: hard(), sync(), finalize(), several optimizers, gradients that are missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from harness import (
 )
 from models import BY_ID as FAMILY
 from models import FAMILIES, MLP, Family, Spec, loss_of
-from nmflow.errors import FlowError, StateError
+from nmflow.errors import FlowError, StateError, WeightError
 from settings import BY_ID, CASES, OPTIMIZERS, TOTAL, Case
 
 # --- hard() -----------------------------------------------------------------------------------
@@ -110,6 +110,16 @@ def test_hard_is_saved_as_what_it_is_not() -> None:
         assert one.shape == other.shape
 
 
+def _use(run: Run, what: str) -> None:
+    if what == "step":
+        run.optimizer.step()
+    elif what == "hard":
+        with run.flow.hard():
+            pass
+    else:
+        getattr(run.flow, what)()
+
+
 # --- writes between steps ---------------------------------------------------------------------
 
 
@@ -144,13 +154,7 @@ def test_a_write_between_steps_is_refused_by_name(then: str, case: str, how: str
     exp_avg = run.optimizer.state[run.model.get_parameter("0.weight")]["exp_avg"].clone()
     for _ in range(2):  # it stays an error until it is mended
         with pytest.raises(StateError) as caught:
-            if then == "step":
-                run.optimizer.step()
-            elif then == "finalize":
-                run.flow.finalize()
-            else:
-                with run.flow.hard():
-                    pass
+            _use(run, then)
     assert "0.weight" in str(caught.value)
     assert "sync" in str(caught.value)
     assert run.flow.steps_done == 3
@@ -217,9 +221,8 @@ def test_other_parameters_may_be_written() -> None:
 def test_weights_that_turn_nan_are_named() -> None:
     run = Run(MLP, BY_ID["ste-at-once"])
     run.train(MLP.batches(3))
-    with pytest.raises(nmflow.errors.WeightError, match=r"0\.weight"):
-        run.step(MLP.batches(1)[0] * float("nan"))
-        run.step(MLP.batches(1)[0])
+    with pytest.raises(WeightError, match=r"0\.weight"):
+        run.train([MLP.batches(1)[0] * float("nan"), MLP.batches(1)[0]])
 
 
 # --- finalize ---------------------------------------------------------------------------------
@@ -278,11 +281,7 @@ def test_a_finalized_flow_is_over(what: str) -> None:
     run.flow.finalize()
     before = parameters_of(run.model)
     with pytest.raises(FlowError, match="finalize"):
-        if what == "hard":
-            with run.flow.hard():
-                pass
-        else:
-            getattr(run.flow, what)()
+        _use(run, what)
     assert_same(parameters_of(run.model), before)
 
 
@@ -307,7 +306,7 @@ def test_attach_again_after_finalize() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("case", ["sr-ste-at-once", "mdgf-linear-masked", "one-shot"])
 def test_gradients_that_are_missing(case: str, optimizer: str) -> None:
-    """A parameter without a gradient is not stepped, and its state is built late; it decays all the same."""
+    """A parameter without a gradient is not stepped and has late state; it decays all the same."""
     make = OPTIMIZERS[optimizer]
     run = Run(MLP, BY_ID[case], make, attached=False)
     ref = twin(run, make)
@@ -532,33 +531,30 @@ def test_observers_see_the_raw_gradient_and_the_dense_weight(case: str, scaled: 
     ref = twin(run, make)
     run.attach()
     seen: list[Any] = []
-    handle = run.flow.observe(
-        lambda step, views: seen.append(
-            (
-                step,
-                [(v.target.label, v.weight.clone(), v.grad.clone(), v.mask.clone()) for v in views],
-            )
-        )
-    )
+    name = "attn.qkv.weight"
+
+    def watch(step: int, views: list[Any]) -> None:
+        rows = [(v.target.label, v.weight.clone(), v.grad.clone(), v.mask.clone()) for v in views]
+        seen.append((step, rows))
+
+    handle = run.flow.observe(watch)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=scaled)
     for k, x in enumerate(family.batches(TOTAL, torch.float32)):
         run.optimizer.zero_grad()
         scaler.scale(loss_of(run.model(x))).backward()
         plain = copy.deepcopy(ref)
-        weight = plain.effective().get(
-            "attn.qkv.weight", plain.model.get_parameter("attn.qkv.weight")
-        )
+        weight = plain.effective().get(name, plain.model.get_parameter(name))
         weight = weight.detach().requires_grad_()
-        output = torch.func.functional_call(plain.model, {"attn.qkv.weight": weight}, (x,))
+        output = torch.func.functional_call(plain.model, {name: weight}, (x,))
         (raw,) = torch.autograd.grad(loss_of(output), weight)
         scaler.step(run.optimizer)
         scaler.update()
         step, views = seen[-1]
         ((label, dense, grad, mask),) = views
         assert (step, label) == (k, "attn.qkv.weight[0:16]")
-        assert_near({"w": dense}, {"w": ref.dense_weights()["attn.qkv.weight"][:16]})
+        assert_near({"w": dense}, {"w": ref.dense_weights()[name][:16]})
         assert_near({"g": grad}, {"g": raw[:16]})
-        frozen = ref.frozen.get("attn.qkv.weight")
+        frozen = ref.frozen.get(name)
         kept = reference.keep(dense, 1, 4) if frozen is None else frozen
         assert torch.equal(mask, kept)
         reference_step(ref, x)

@@ -393,7 +393,7 @@ def test_deepspeed() -> None:
 
 
 def test_accelerate_wraps_an_optimizer() -> None:
-    """Accelerate's wrapper hands its hooks on, or is refused with a sentence; never half attached."""
+    """Accelerate's wrapper hands its hooks on, or is refused by name; never half attached."""
     from accelerate import Accelerator
 
     model = MLP.build()
