@@ -11,7 +11,7 @@ help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(READY)  ## Train six recipes on three seeds (minutes) and write the report
-	$(BIN)/nmflow train configs/demo.yaml --runs $(RUNS)
+	$(BIN)/nmflow train configs/demo.yaml --output $(RUNS)
 	$(BIN)/nmflow report $(RUNS)
 
 test: $(READY)  ## The fast tests, under 10 minutes on 2 cores

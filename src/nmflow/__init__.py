@@ -1,5 +1,12 @@
 """Train networks to N:M structured sparsity, and run them faster than dense."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nmflow.audit import audit
+from nmflow.cost import cost
 from nmflow.flow import Flow, attach
 from nmflow.masks import holds, mask
 from nmflow.pattern import Pattern
@@ -7,6 +14,12 @@ from nmflow.recipes import MDGF, SDGF, SRSTE, STE, STEP, Dense, Hybrid, OneShot,
 from nmflow.schedules import Stage
 from nmflow.targets import Target, plan
 
+if TYPE_CHECKING:
+    from nmflow import kernels
+    from nmflow.diagnostics import track
+    from nmflow.packed import compress, decompress, load, save
+
+__version__ = "0.1.0"
 __all__ = [
     "MDGF",
     "SDGF",
@@ -22,8 +35,38 @@ __all__ = [
     "Stage",
     "Target",
     "attach",
+    "audit",
+    "compress",
+    "cost",
+    "decompress",
     "holds",
+    "kernels",
+    "load",
     "mask",
     "plan",
+    "save",
+    "track",
 ]
-__version__ = "0.1.0"
+
+# What training does not need is imported at first use.
+_LATER = {
+    "compress": "nmflow.packed",
+    "decompress": "nmflow.packed",
+    "kernels": "",
+    "load": "nmflow.packed",
+    "save": "nmflow.packed",
+    "track": "nmflow.diagnostics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'nmflow' has no attribute {name!r}")
+    home = _LATER[name]
+    if not home:
+        return importlib.import_module(f"nmflow.{name}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])

@@ -282,12 +282,16 @@ def _slots(
 ) -> list[Slot]:
     """One slot a parameter, with the optimizer that owns it."""
     params = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(p): name for name, p in reversed(params.items())}
     owners: dict[int, Optimizer] = {}
     for one in optimizers:
         for group in one.param_groups:
             for p in group["params"]:
                 if owners.setdefault(id(p), one) is not one:
-                    raise FlowError("optimizer is a list in which two own the same parameter")
+                    raise FlowError(
+                        f"'{names.get(id(p), 'a parameter')}' is in two of the optimizers, which "
+                        "would both step it: leave it to one of them"
+                    )
     slots = []
     for name in dict.fromkeys(t.name for t in chosen):
         param = params[name]

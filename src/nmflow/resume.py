@@ -5,25 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from nmflow.errors import StateError
+from nmflow.errors import StateError, WeightError
+from nmflow.sharding import local
 from nmflow.slots import PENDING_KEY, Slot
-from nmflow.states import RECIPE_KEY, STEP_KEY, differences
+from nmflow.states import GROUP_KEYS, RECIPE_KEY, STEP_KEY, differences
 
 
 def is_there(optimizer: Optimizer) -> bool:
     """Whether an optimizer was loaded with the state of a run under a recipe."""
-    return any(RECIPE_KEY in group for group in optimizer.param_groups)
+    return any(key in group for key in GROUP_KEYS for group in optimizer.param_groups)
 
 
 def check_groups(groups: Sequence[dict[str, Any]], signature: str) -> None:
     """Raise a `StateError` unless the param groups are of a run with this signature."""
     for group in groups:
-        if RECIPE_KEY not in group or not isinstance(group.get(STEP_KEY), int):
+        if RECIPE_KEY not in group or STEP_KEY not in group:
             raise StateError(
                 "the optimizer state is of a run without a recipe, so it has no dense weights "
                 "and no step: load it before attach(), which then starts from it at step 0"
+            )
+        k = group[STEP_KEY]
+        if isinstance(k, bool) or not isinstance(k, int) or k < 0 or k != groups[0][STEP_KEY]:
+            raise StateError(
+                f"the optimizer state has {STEP_KEY}={k!r}, which is no number of steps done: it "
+                "is damaged, so resume from another"
             )
         said = differences(group[RECIPE_KEY], signature)
         if said:
@@ -49,12 +58,28 @@ def check_slots(
     pending = state.get(PENDING_KEY, {})
     for slot in slots:
         place = places[id(slot.param)]
-        absent = needed - state.get(keys[place], {}).keys() - pending.get(place, {}).keys()
-        if absent:
-            raise StateError(
-                f"the optimizer state has no {', '.join(sorted(absent))} of '{slot.name}': load "
-                "the whole optimizer state of the run that is resumed, unflattened"
-            )
+        found = {**state.get(keys[place], {}), **pending.get(place, {})}
+        for key in sorted(needed):
+            if key not in found:
+                raise StateError(
+                    f"the optimizer state has no {key} of '{slot.name}': load the whole optimizer "
+                    "state of the run that is resumed, unflattened"
+                )
+            _check_tensor(slot, key, found[key])
+
+
+def _check_tensor(slot: Slot, key: str, value: Any) -> None:
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != tuple(slot.param.shape):
+        raise StateError(
+            f"the optimizer state's {key} of '{slot.name}' is {shape}, but the weight is "
+            f"{tuple(slot.param.shape)}: it is damaged, so resume from another"
+        )
+    if not bool(torch.isfinite(local(value)).all()):
+        raise WeightError(
+            f"the optimizer state's {key} of '{slot.name}' holds a NaN or an infinity, which no "
+            "magnitude mask can order: resume from an earlier state"
+        )
 
 
 def adopt(optimizer: Optimizer, slots: Sequence[Slot]) -> None:

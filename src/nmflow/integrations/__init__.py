@@ -1,0 +1,1 @@
+"""nmflow inside other people's trainers; each file imports its framework only when it is used."""

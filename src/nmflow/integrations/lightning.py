@@ -1,0 +1,101 @@
+"""Lightning: a callback that attaches a recipe to the trainer's optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nmflow.errors import FlowError
+from nmflow.flow import Flow, attach
+from nmflow.recipes import Recipe
+from nmflow.targets import Names, Patterns
+
+
+class NMFlowCallback(pl.Callback):
+    r"""Train to N:M with an unchanged `Trainer`: `Trainer(..., callbacks=[NMFlowCallback(...)])`.
+
+    It attaches when training starts, after Lightning has made the optimizers and restored a
+    checkpoint, and takes the number of steps from the trainer. `trainer.fit(..., ckpt_path=...)`
+    goes on exactly, since the recipe's state travels in the optimizer's.
+
+    Validation sees the final N:M network, as `flow.hard()` shows it, unless `hard_validation` is
+    off: it is then what the network computes with at that step.
+
+    Args:
+        recipe: a name or a recipe, see `nmflow.attach`.
+        pattern: N:M with N kept, or patterns by glob or preset.
+        include: presets or globs of the weights.
+        exclude: presets or globs to leave out.
+        total_steps: K; the trainer's estimate of its optimizer steps by default.
+        hard_validation: validate the final N:M network while the mask still decays.
+        finalize: leave a plain N:M model when training ends.
+        **options: `remainder`, `mask_interval` and `freeze_mask` of `nmflow.attach`.
+
+    Raises:
+        FlowError: the number of steps is not known.
+
+    Example:
+        >>> from nmflow.integrations.lightning import NMFlowCallback
+        >>> NMFlowCallback("mdgf-exponential", "1:16", include="ff").flow is None
+        True
+    """
+
+    def __init__(
+        self,
+        recipe: str | Recipe = "mdgf-exponential",
+        pattern: Patterns = "1:16",
+        include: Names = "all",
+        exclude: Names = (),
+        *,
+        total_steps: int | None = None,
+        hard_validation: bool = True,
+        finalize: bool = True,
+        **options: Any,
+    ) -> None:
+        self.flow: Flow | None = None
+        self._live = False
+        self._total_steps, self._finalize = total_steps, finalize
+        self._hard_validation, self._hard = hard_validation, None
+        self._how = {
+            "recipe": recipe,
+            "pattern": pattern,
+            "include": include,
+            "exclude": exclude,
+            **options,
+        }
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach, now that the optimizers are made and, on a resume, their state restored."""
+        steps = self._total_steps or trainer.estimated_stepping_batches
+        if steps in (-1, float("inf")):
+            raise FlowError(
+                "total_steps is None, and the trainer has no end to take it from: give it, or "
+                "max_steps or max_epochs to the Trainer"
+            )
+        self.flow = attach(pl_module, trainer.optimizers, total_steps=int(steps), **self._how)
+        self._live = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the final masks."""
+        if self.flow is not None and self._live and self._hard_validation:
+            self._hard = self.flow.hard()
+            self._hard.__enter__()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the masks of the step again."""
+        if self._hard is not None:
+            self._hard.__exit__(None, None, None)
+            self._hard = None
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave `hard()` when validation was broken off."""
+        self.on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave an exactly N:M model, unless told to wait."""
+        if self.flow is not None and self._live and self._finalize:
+            self.flow.finalize()
+            self._live = False

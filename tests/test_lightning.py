@@ -1,0 +1,98 @@
+"""The Lightning callback: a closure-driven loop, resume from a checkpoint, honest validation."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import nmflow
+from nmflow.errors import FlowError
+
+pl = pytest.importorskip("lightning.pytorch")
+
+from nmflow.integrations.lightning import NMFlowCallback  # noqa: E402
+
+STEPS = 12
+
+
+class Net(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(16, 32)
+        self.last = torch.nn.Linear(32, 4)
+        self.seen: list[bool] = []
+
+    def training_step(self, batch, batch_idx):
+        (x,) = batch
+        return self.last(self.first(x).relu()).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(nmflow.holds(self.first.weight, "1:8"))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def trainer(folder, callback, **how):
+    return pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+        **how,
+    )
+
+
+def loader():
+    """Half the steps: Lightning resumes exactly at the end of an epoch."""
+    torch.manual_seed(1)
+    data = torch.utils.data.TensorDataset(torch.randn(STEPS // 2 * 4, 16))
+    return torch.utils.data.DataLoader(data, batch_size=4, num_workers=0)
+
+
+def callback(**how):
+    return NMFlowCallback("mdgf-linear", "1:8", include="first", total_steps=STEPS, **how)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        yield
+
+
+def test_fit_ends_at_the_pattern_and_validates_it(tmp_path):
+    net = Net()
+    trainer(tmp_path, callback(), max_epochs=2, val_check_interval=4, num_sanity_val_steps=0).fit(
+        net, loader(), loader()
+    )
+    assert nmflow.holds(net.first.weight, "1:8")
+    assert net.seen
+    assert all(net.seen)
+
+
+def test_resume_is_exact(tmp_path):
+    whole = Net()
+    trainer(tmp_path, callback(), max_epochs=2, enable_checkpointing=False).fit(whole, loader())
+
+    first = Net()
+    half = trainer(tmp_path, callback(finalize=False), max_epochs=1)
+    half.fit(first, loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    second = Net()
+    trainer(tmp_path, callback(), max_epochs=2, enable_checkpointing=False).fit(
+        second, loader(), ckpt_path=str(tmp_path / "half.ckpt")
+    )
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_trainer_without_an_end_is_refused(tmp_path):
+    endless = NMFlowCallback("mdgf-linear", "1:8", include="first")
+    with pytest.raises(FlowError, match="total_steps"):
+        trainer(tmp_path, endless, max_epochs=-1, enable_checkpointing=False).fit(Net(), loader())
