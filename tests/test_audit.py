@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import nmflow.audit
+from nmflow import packed
 from nmflow.audit import Audit, audit
 from nmflow.errors import FileFormatError, PlanError
 from nmflow.masks import mask
@@ -150,6 +151,23 @@ def test_files_tell_the_same_as_the_model(build, tmp_path):
         assert not audit(str(path), {"ff": "1:32", "qkv": "1:4"}).ok
 
 
+def test_packed_networks_and_their_folders_tell_the_same(tmp_path):
+    patterns = {"ff": "1:16", "qkv": "1:4"}
+    model = prune(gpt2(), patterns)
+    expected = audit(model, patterns)
+    compressed = packed.compress(model, measure=False)
+    packed.save(compressed, tmp_path)
+    for found in (audit(compressed, patterns), audit(tmp_path, patterns)):
+        assert found.ok
+        assert {(r.name, r.nonzero) for r in found.rows} == {
+            (r.name, r.nonzero) for r in expected.rows
+        }
+    assert not audit(tmp_path, {"ff": "1:32", "qkv": "1:4"}).ok
+    (tmp_path / "nmflow.json").write_text("{")
+    with pytest.raises(FileFormatError):
+        audit(tmp_path, patterns)
+
+
 def test_a_file_of_a_plain_network_is_audited_without_its_head(tmp_path):
     model = prune(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)), "1:4")
     torch.save(model.state_dict(), tmp_path / "a.pt")
@@ -228,4 +246,4 @@ def test_the_density_is_weighted_by_size():
 
 
 def test_examples():
-    assert doctest.testmod(nmflow.audit).failed == 0
+    assert doctest.testmod(importlib.import_module("nmflow.audit")).failed == 0

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nmflow.checkpoints import open_state
+from nmflow.checkpoints import SavedState, open_state, state_of
 from nmflow.layers import Layer, layers_of, layers_of_state
 from nmflow.masks import holds
 from nmflow.pattern import Pattern
 from nmflow.tables import table
-from nmflow.targets import Names, Patterns, Plan, Target, choose
+from nmflow.targets import Names, Patterns, Plan, choose, rows_of
+
+_PACKED = "nmflow.json"
+"""The header of a folder that `nmflow.save` wrote."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def audit(
     if isinstance(model_or_path, nn.Module):
         layers, read = _of_model(model_or_path)
     else:
-        state = open_state(model_or_path)
+        state = _open(model_or_path)
         layers = [
             (layer, layer.why_not or ("" if state.floating[layer.name] else "not floating point"))
             for layer in layers_of_state(state.shapes)
@@ -128,7 +131,20 @@ def audit(
     return _compare(chosen, {layer.name: layer for layer, _ in layers}, read)
 
 
+def _open(path: str | Path) -> SavedState:
+    if not (Path(path) / _PACKED).is_file():
+        return open_state(path)
+    from nmflow.packed import load_state  # a later room, which imports this one's neighbours
+
+    return state_of(load_state(path))
+
+
 def _of_model(model: nn.Module) -> tuple[list[tuple[Layer, str]], Callable[[str], Tensor]]:
+    # Packed modules hold no dense weight; whoever made one has imported the room already.
+    if any(type(m).__module__.startswith("nmflow.packed.") for m in model.modules()):
+        from nmflow.packed import decompress
+
+        model = decompress(model)
     parameters = dict(model.named_parameters())
 
     def read(name: str) -> Tensor:
@@ -156,14 +172,6 @@ def _compare(chosen: Plan, layers: dict[str, Layer], read: Callable[[str], Tenso
             weight = weight.narrow(0 if layer.dim else 1, start, stop - start)
         others.append(_row(label, layer.shape, None, None, weight, reason))
     return Audit(rows, others)
-
-
-def rows_of(weight: Tensor, target: Target) -> Tensor:
-    """The output rows of a weight that a target means, as a view."""
-    if target.rows is None:
-        return weight
-    start, stop = target.rows
-    return weight.narrow(0 if target.dim else 1, start, stop - start)
 
 
 def _row(

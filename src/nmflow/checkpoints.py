@@ -42,6 +42,15 @@ class SavedState:
     read: Callable[[str], Tensor]
 
 
+def state_of(tensors: Mapping[str, Tensor]) -> SavedState:
+    """Tensors in memory as a `SavedState`."""
+    return SavedState(
+        {name: tuple(t.shape) for name, t in tensors.items()},
+        {name: t.is_floating_point() for name, t in tensors.items()},
+        tensors.__getitem__,
+    )
+
+
 def open_state(path: str | Path) -> SavedState:
     """Open a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, or a Hugging Face folder.
 
@@ -145,11 +154,7 @@ def _pickled(file: Path) -> SavedState:
             f"{file} holds no state dict of tensors: save model.state_dict(), or a dict with it "
             f"under one of {', '.join(_NESTED)}"
         )
-    return SavedState(
-        {name: tuple(t.shape) for name, t in tensors.items()},
-        {name: t.is_floating_point() for name, t in tensors.items()},
-        tensors.__getitem__,
-    )
+    return state_of(tensors)
 
 
 def _damaged(file: Path, error: Exception) -> FileFormatError:

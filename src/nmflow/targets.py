@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from nmflow.errors import PlanError
 from nmflow.layers import Layer, Part, layers_of
@@ -99,6 +99,14 @@ class Plan(list[Target]):
         return "\n".join(lines)
 
 
+def rows_of(weight: Tensor, target: Target) -> Tensor:
+    """The output rows of a weight that a target means, as a view."""
+    if target.rows is None:
+        return weight
+    start, stop = target.rows
+    return weight.narrow(0 if target.dim else 1, start, stop - start)
+
+
 def plan(
     model: nn.Module,
     pattern: Patterns,
@@ -139,7 +147,7 @@ def plan(
         PatternError: a pattern that cannot be read.
 
     Example:
-        >>> from torch import nn
+        >>> from torch import Tensor, nn
         >>> layer = nn.TransformerEncoderLayer(64, 4, 128)
         >>> [t.label for t in plan(layer, {"ff": "1:16", "qk": "1:4"})]
         ['self_attn.in_proj_weight[0:128]', 'linear1.weight', 'linear2.weight']
