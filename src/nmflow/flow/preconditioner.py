@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from nmflow.errors import FlowError
-from nmflow.sharding import local
+from nmflow.flow.sharding import local
 
 MOMENT = "exp_avg_sq"
 

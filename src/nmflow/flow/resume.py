@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nmflow.errors import StateError, WeightError
-from nmflow.sharding import local
-from nmflow.slots import PENDING_KEY, Slot
-from nmflow.states import GROUP_KEYS, RECIPE_KEY, STEP_KEY, differences
+from nmflow.flow.sharding import local
+from nmflow.flow.slots import PENDING_KEY, Slot
+from nmflow.flow.states import GROUP_KEYS, RECIPE_KEY, STEP_KEY, differences
 
 
 def is_there(optimizer: Optimizer) -> bool:

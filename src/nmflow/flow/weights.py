@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nmflow import gradients
 from nmflow.errors import FlowError, StateError, WeightError
-from nmflow.observing import View
+from nmflow.flow import gradients
+from nmflow.flow.observing import View
+from nmflow.flow.sharding import local
+from nmflow.flow.slots import Slot
+from nmflow.flow.states import Run
 from nmflow.schedules import Stage
-from nmflow.sharding import local
-from nmflow.slots import Slot
-from nmflow.states import Run
 
 
 class Weights:

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nmflow import preconditioner, resume
 from nmflow.errors import FlowError, WeightError
-from nmflow.observing import Observer
-from nmflow.sharding import local
-from nmflow.slots import DENSE_KEY, FADING_KEY, KEPT_KEY, Slot
-from nmflow.states import GROUP_KEYS, RECIPE_KEY, STEP_KEY, Run
-from nmflow.weights import Weights
+from nmflow.flow import preconditioner, resume
+from nmflow.flow.observing import Observer
+from nmflow.flow.sharding import local
+from nmflow.flow.slots import DENSE_KEY, FADING_KEY, KEPT_KEY, Slot
+from nmflow.flow.states import GROUP_KEYS, RECIPE_KEY, STEP_KEY, Run
+from nmflow.flow.weights import Weights
 
 log = logging.getLogger("nmflow")
 

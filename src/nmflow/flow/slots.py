@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nmflow import native
+from nmflow.flow.sharding import Region, local, out_axis
 from nmflow.masks import native_serves, project, select
 from nmflow.schedules import Stage
-from nmflow.sharding import Region, local, out_axis
 
 DENSE_KEY, KEPT_KEY, FADING_KEY = KEYS = ("nmflow_dense", "nmflow_mask", "nmflow_fading")
 """The keys of a slot in `optimizer.state[p]`: W, and the masks that are held between steps."""

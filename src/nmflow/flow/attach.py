@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmflow.errors import FlowError, RecipeError
-from nmflow.hosts import check_model, optimizers_of
-from nmflow.observing import Observation, Observer
+from nmflow.flow.hosts import check_model, optimizers_of
+from nmflow.flow.observing import Observation, Observer
+from nmflow.flow.sharding import region
+from nmflow.flow.slots import Slot
+from nmflow.flow.states import Run
+from nmflow.flow.stepping import Stepper
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
 from nmflow.schedules import Stage
-from nmflow.sharding import region
-from nmflow.slots import Slot
-from nmflow.states import Run
-from nmflow.stepping import Stepper
 from nmflow.targets import Names, Patterns, Plan, plan
 
 log = logging.getLogger("nmflow")
