@@ -15,7 +15,7 @@ from nmflow.errors import FlowError
 from nmflow.flow import Flow
 from nmflow.masks import mask
 from nmflow.noise import GradientNoise, gradient_noise
-from nmflow.observing import View
+from nmflow.flow import View
 
 __all__ = ["GradientNoise", "Tracker", "gradient_noise", "track"]
 
