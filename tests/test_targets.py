@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 
 import pytest
 import torch
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import nmflow.roles
@@ -61,6 +64,9 @@ def gpt2(**more):
         vocab_size=48, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, **more
     )
     return transformers.GPT2LMHeadModel(config)
+
+
+GPT2 = gpt2()
 
 
 def marian():
@@ -441,6 +447,33 @@ def test_the_table_tells_targets_and_reasons():
     assert "6.25%" in text
     assert "not chosen by 'qk', 'ff': attn.qkv.weight[64:96], attn.proj.weight" in text
     assert f"3 targets, {2048 + 4096:,} weights, of which {512 + 256:,} are kept" in text
+
+
+NAMES = ["ff", "qk", "qkv", "attn", "*.mlp.*", "*attn*", "*c_proj*", "*h.0*"]
+INCLUDE = st.lists(st.sampled_from([*NAMES, "all", "*"]), min_size=1, max_size=3, unique=True)
+EXCLUDE = st.lists(st.sampled_from(NAMES), max_size=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(include=INCLUDE, exclude=EXCLUDE, skip=st.booleans())
+def test_every_row_of_every_weight_is_a_target_or_left_out_and_never_both(include, exclude, skip):
+    model = GPT2
+    try:
+        made = plan(model, "1:4", include, exclude, remainder="skip" if skip else "error")
+    except PlanError:
+        reject()  # a key that is shadowed or excluded as a whole
+    rows = {n: [] for n, p in model.named_parameters() if p.ndim >= 2}
+    out = {x.name: x.out for x in layers_of(model)}
+    for label in [t.label for t in made] + [label for label, _ in made.left_out]:
+        name, _, part = label.partition("[")
+        rows[name].append(tuple(map(int, part.rstrip("]").split(":"))) if part else (0, out[name]))
+    for name, spans in rows.items():
+        spans.sort()
+        assert spans[0][0] == 0
+        assert spans[-1][1] == out[name]
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+    for target in made:
+        assert target.shape[target.dim] % target.pattern.m == 0
 
 
 @pytest.mark.parametrize("build", [vit, swinv2, t5, bert, gpt2, marian, torch_transformer, Timm])

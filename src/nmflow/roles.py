@@ -53,7 +53,8 @@ _FF = {"fc1", "fc2", "lin1", "lin2", "linear1", "linear2", "wi", "wi_0", "wi_1",
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 _HEADS = {"classifier", "pre_classifier", "lm_head", "head", "heads", "score", "qa_outputs",
-          "embed_out", "classification_head", "output_projection", "logits"}  # fmt: skip
+          "embed_out", "classification_head", "head_dist", "output_projection",
+          "logits"}  # fmt: skip
 # Names that mean a head only where the model itself holds them.
 _TOP_HEADS = {"fc", "proj_out", "output", "out", "decoder", "cls", "generator"}
 _POSITION = re.compile(
