@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nmflow.packed.compress import compress, decompress
+from nmflow.packed.export import export_onnx, export_program
 from nmflow.packed.files import load, load_state, save, save_state
 from nmflow.packed.report import Report, Row
 
@@ -11,6 +12,8 @@ __all__ = [
     "Row",
     "compress",
     "decompress",
+    "export_onnx",
+    "export_program",
     "load",
     "load_state",
     "save",

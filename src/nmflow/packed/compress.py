@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def compress(
     exclude: Names = (),
     measure: bool = True,
     inplace: bool = False,
-) -> nn.Module:
+) -> Any:
     """Replace every N:M weight by its kept values and their columns, where that is faster.
 
     A module is packed if the geometric mean over `tokens` of (best dense time / packed time) is
@@ -52,7 +53,7 @@ def compress(
         inplace: True changes `model`; the default leaves it alone and returns a copy.
 
     Returns:
-        A model that runs like `model`, for inference, with a `Report` as its attribute `report`.
+        A module that runs like `model`, for inference, with a `Report` as its attribute `report`.
         Packed are `nn.Linear`, HF `Conv1D`, `nn.MultiheadAttention` and ungrouped convolutions;
         what stays dense is in the report with the reason.
 
@@ -102,7 +103,7 @@ def compress(
     return made
 
 
-def decompress(model: nn.Module, inplace: bool = False) -> nn.Module:
+def decompress(model: nn.Module, inplace: bool = False) -> Any:
     """Give every packed module its dense one back, with exactly the weights that were packed.
 
     Kept weights come back bit by bit and pruned ones as +0.0 (`torch.equal` holds; a pruned -0.0
@@ -145,9 +146,9 @@ def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module], inplace: 
         model = copy.deepcopy(model, memo)
     else:
         for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if child in new:
-                    setattr(parent, name, new[child])
+            for name, child in parent._modules.items():  # named_children skips repeated ones
+                if child is not None and child in new:
+                    parent._modules[name] = new[child]
         model = new.get(model, model)
     for module in model.modules():
         _set_fast_path(module)

@@ -33,6 +33,7 @@ HEADER = "nmflow.json"
 FORMAT = "nmflow"
 _LARGEST_HEADER = 64 << 20
 _LARGEST_SIZE = 1 << 48
+_LONGEST_PATTERN = 40
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -143,7 +144,7 @@ def checksum(t: Tensor) -> str:
 
 
 def _bad(what: str) -> FileFormatError:
-    return FileFormatError(f"the saved network is damaged or not one of nmflow's: {what}")
+    return FileFormatError(f"the saved network is damaged or not one of nmflow's: {what[:400]}")
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -187,7 +188,8 @@ def _tensors(path: Path, described: dict[str, Any]) -> dict[str, Tensor]:
             for name, one in described.items():
                 if not isinstance(one, dict):
                     raise _bad(f"the header says nothing of {name!r}")
-                data[name] = file.get_tensor(name)
+                # A copy: what is checked must not change with the file that it is mapped from.
+                data[name] = file.get_tensor(name).clone()
                 dtype = str(data[name].dtype).removeprefix("torch.")
                 if one.get("shape") != list(data[name].shape) or one.get("dtype") != dtype:
                     raise _bad(f"{name!r} has another shape or dtype than the header says")
@@ -246,7 +248,9 @@ def _part(
         if tuple(values.shape) != (rows[1] - rows[0], inputs):
             raise _bad(f"part {i} of {name!r} has the shape {tuple(values.shape)}")
         return rows[0], rows[1], None, values, None
-    shape = Shape.of(rows[1] - rows[0], inputs, pattern if isinstance(pattern, str) else "?")
+    if not isinstance(pattern, str) or len(pattern) > _LONGEST_PATTERN:
+        raise _bad(f"part {i} of {name!r} has a pattern that is no text or too long")
+    shape = Shape.of(rows[1] - rows[0], inputs, pattern)
     packed = data.pop(f"{name}#{i}.index", None)
     bits = file_bits(shape.m)
     size = (shape.lists, -(-shape.entries * bits // 8))

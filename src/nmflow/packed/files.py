@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def save(
     )
 
 
-def load(folder: Folder, model: nn.Module) -> nn.Module:
+def load(folder: Folder, model: nn.Module) -> Any:
     """Load what `save` wrote into a dense model of the same architecture.
 
     Args:
@@ -110,8 +111,8 @@ def load(folder: Folder, model: nn.Module) -> nn.Module:
     extra = [name for name in known if name not in taken and name not in names]
     if missing or extra:
         raise FileFormatError(
-            f"the saved network is another than the model: it lacks {missing[:5]} and has "
-            f"{extra[:5]} besides"
+            "the saved network is another than the model: it lacks "
+            f"{str(missing[:5])[:150]} and has {str(extra[:5])[:150]} besides"
         )
     modules = dict(model.named_modules())
     sites: dict[str, dict[str, list[build.Run]]] = {}

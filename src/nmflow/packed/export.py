@@ -1,0 +1,152 @@
+"""Export of the masked dense network: ONNX and `torch.export`, checked against the model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nmflow.errors import CompressError
+from nmflow.packed.build import PACKED
+from nmflow.packed.compress import decompress
+
+Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def export_program(
+    model: nn.Module, example: Example, dynamic_batch: bool = True, packed: bool = False
+) -> ExportedProgram:
+    """Export with `torch.export`: the masked dense network, or the packed one with nmflow's ops.
+
+    Args:
+        model: a dense model that holds N:M, or what `compress` returned.
+        example: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        dynamic_batch: True lets the first axis of every input tensor vary, all together; the
+            example then needs at least 2 along it.
+        packed: True keeps packed modules; running the program then needs `import nmflow.kernels`.
+
+    Raises:
+        CompressError: the model's outputs and the program's differ, or torch cannot export it.
+    """
+    model = _plain(model, packed)
+    args, kwargs = _arguments(example)
+    shapes = tree_map(_first_axis, kwargs or args) if dynamic_batch else None
+    try:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except (RuntimeError, ValueError) as error:
+        raise CompressError(f"model cannot be exported: {_first_line(error)}") from error
+    with torch.no_grad():
+        _agree(_tensors(model(*args, **kwargs)), _tensors(program.module()(*args, **kwargs)))
+    return program
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Example,
+    path: str | os.PathLike[str],
+    dynamic_batch: bool = True,
+    verify: bool = True,
+) -> Path:
+    """Write the masked dense network as ONNX, and check with onnxruntime that it agrees.
+
+    ONNX knows no N:M op, so the weights are written dense, with their zeros; onnxruntime and most
+    compilers run them as dense ones.
+
+    Args:
+        model: a dense model that holds N:M, or what `compress` returned (it is decompressed).
+        example: as for `export_program`.
+        path: the file; written whole or not at all.
+        dynamic_batch: as for `export_program`.
+        verify: run the file with onnxruntime and compare with the model.
+
+    Returns:
+        The path.
+
+    Raises:
+        CompressError: packages are missing (`pip install 'nmflow[onnx]'`), the export fails, the
+            file cannot be written, or its outputs differ from the model's.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise CompressError(
+            f"export to ONNX needs the package {error.name!r}: pip install 'nmflow[onnx]'"
+        ) from error
+    target = Path(path)
+    program = export_program(model, example, dynamic_batch)
+    made = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert made is not None
+    try:
+        # Weights above 2 GB go to a file of their own beside it, so a folder is moved, not a file.
+        with tempfile.TemporaryDirectory(prefix=".nmflow-", dir=target.parent) as folder:
+            part = Path(folder, target.name)
+            made.save(str(part))
+            if verify:
+                args, kwargs = _arguments(example)
+                with torch.no_grad():
+                    want = _tensors(_plain(model, False)(*args, **kwargs))
+                _agree(want, _run_onnx(part, tree_leaves((args, kwargs))))
+            for file in sorted(Path(folder).iterdir(), key=lambda f: f == part):
+                os.replace(file, target.with_name(file.name))
+    except OSError as error:
+        raise CompressError(f"path '{target}' cannot be written: {error}") from error
+    return target
+
+
+def _run_onnx(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise CompressError(
+            "verify needs the package 'onnxruntime': pip install 'nmflow[onnx]', or verify=False"
+        ) from error
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
+    return [torch.from_numpy(y) for y in session.run(None, feed)]
+
+
+def _plain(model: nn.Module, packed: bool) -> nn.Module:
+    """The model itself, or decompressed; in evaluation mode as the caller set it."""
+    if packed or not any(isinstance(m, PACKED) for m in model.modules()):
+        return model
+    return decompress(model)
+
+
+def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _first_axis(value: Any) -> Any:
+    return {0: Dim("batch", min=1)} if isinstance(value, Tensor) and value.dim() else None
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+
+
+def _agree(want: list[Tensor], got: list[Tensor]) -> None:
+    if len(want) != len(got):
+        raise CompressError(f"the export has {len(got)} outputs and the model {len(want)}")
+    for i, (a, b) in enumerate(zip(want, got, strict=True)):
+        a, b = a.double(), b.double()
+        scale = max(float(a.abs().max()), 1e-6) if a.numel() else 1.0
+        if a.shape != b.shape or (a.numel() and float((a - b).abs().max()) > 1e-3 * scale):
+            raise CompressError(
+                f"output {i} of the export differs from the model's by more than 0.1 % of its "
+                "largest value: export in evaluation mode (model.eval())"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,438 @@
+"""`compress`: every kind of module against its masked dense self in float64, and the table."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.pytorch_utils import Conv1D
+
+from nmflow import mask
+from nmflow.errors import CompressError, PlanError
+from nmflow.packed import compress, decompress
+from nmflow.packed.layout import detect, runs
+from nmflow.packed.measure import Timing
+from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def prune(model: Any, pattern: str = "1:8") -> Any:
+    """Prune every weight of two or more dimensions that has groups."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            dim = 0 if isinstance(module, Conv1D) else 1
+            if parameter.ndim >= 2 and parameter.shape[dim] % int(pattern.split(":")[1]) == 0:
+                parameter.data *= mask(parameter, pattern, dim)
+    return model.eval()
+
+
+class Attend(nn.Module):
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(32, 4, **kwargs)
+        self.kdim, self.vdim = self.mha.kdim, self.mha.vdim
+        self.batch_first = self.mha.batch_first
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        k, v = x[..., : self.kdim], x[..., : self.vdim]
+        return self.mha(x, k, v)
+
+
+@dataclass
+class Case:
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    kind: str = "PackedLinear"
+
+
+CASES = {
+    "linear": Case(lambda: nn.Linear(32, 24), (5, 32)),
+    "linear without bias": Case(lambda: nn.Linear(32, 24, bias=False), (2, 3, 32)),
+    "Conv1D of HF": Case(lambda: Conv1D(24, 32), (2, 3, 32)),
+    "conv 1x1": Case(lambda: nn.Conv2d(32, 24, 1), (2, 32, 5, 6), "PackedConv"),
+    "conv 1x1 stride": Case(
+        lambda: nn.Conv2d(32, 24, 1, 2, bias=False), (2, 32, 5, 6), "PackedConv"
+    ),
+    "conv 3x3": Case(lambda: nn.Conv2d(16, 24, 3, 1, 1), (2, 16, 5, 6), "PackedConv"),
+    "conv odd": Case(
+        lambda: nn.Conv2d(16, 9, (3, 2), (2, 1), (0, 1), (1, 2)), (2, 16, 9, 7), "PackedConv"
+    ),
+    "conv same reflect": Case(
+        lambda: nn.Conv2d(16, 8, 3, padding="same", padding_mode="reflect"),
+        (16, 7, 7),
+        "PackedConv",
+    ),
+    "conv 1d": Case(lambda: nn.Conv1d(16, 8, 5, 2, 2), (2, 16, 12), "PackedConv"),
+    "conv 3d": Case(lambda: nn.Conv3d(16, 8, 2, 2), (1, 16, 4, 4, 6), "PackedConv"),
+    "attention": Case(Attend, (7, 2, 32), "PackedAttention"),
+    "attention batch first": Case(lambda: Attend(batch_first=True), (2, 7, 32), "PackedAttention"),
+    "attention unbatched": Case(Attend, (7, 32), "PackedAttention"),
+    "attention other sizes": Case(
+        lambda: Attend(kdim=16, vdim=24, bias=False), (7, 2, 32), "PackedAttention"
+    ),
+    "attention extras": Case(
+        lambda: Attend(add_bias_kv=True, add_zero_attn=True), (7, 2, 32), "PackedAttention"
+    ),
+}
+
+
+def _flat(output: Tensor | tuple[Tensor | None, ...]) -> Tensor:
+    parts = output if isinstance(output, tuple) else (output,)
+    return torch.cat([p.double().flatten() for p in parts if p is not None])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_modules_against_float64(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    model = prune(nn.Sequential(case.make()).to(dtype))
+    packed = compress(model, measure=False)
+    assert case.kind in {type(m).__name__ for m in packed.modules()}
+    x = torch.randn(case.shape).to(dtype)
+    with torch.no_grad():
+        want = copy.deepcopy(model).double()(x.double())
+        got = packed(x)
+        plain = got[0] if isinstance(got, tuple) else got
+        assert plain.shape == (want[0] if isinstance(want, tuple) else want).shape
+    torch.testing.assert_close(
+        _flat(got), _flat(want), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
+    back = decompress(packed)
+    assert str(back) == str(model)
+    assert back.state_dict().keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+    assert [p.requires_grad for p in back.parameters()] == [True] * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_copies_pickles_and_state_dicts(name: str) -> None:
+    case = CASES[name]
+    packed = compress(prune(nn.Sequential(case.make())), measure=False)
+    x = torch.randn(case.shape)
+    want = _flat(packed(x))
+    assert torch.equal(_flat(copy.deepcopy(packed)(x)), want)
+    assert torch.equal(_flat(pickle.loads(pickle.dumps(packed))(x)), want)
+    other = compress(prune(nn.Sequential(case.make())), measure=False)
+    other.load_state_dict(packed.state_dict())
+    assert torch.equal(_flat(other(x)), want)
+    narrow = copy.deepcopy(packed).to(torch.bfloat16)
+    again = narrow.to(torch.float32)
+    torch.testing.assert_close(_flat(again(x)), want, atol=5e-2, rtol=5e-2)
+
+
+def test_masks_of_attention() -> None:
+    model = prune(nn.MultiheadAttention(32, 4, batch_first=True))
+    packed = compress(model, measure=False)
+    x = torch.randn(2, 5, 32)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    heads = torch.randn(8, 5, 5)
+    for kwargs in (
+        {"key_padding_mask": padding},
+        {"attn_mask": causal},
+        {"attn_mask": heads, "key_padding_mask": torch.randn(2, 5)},
+        {"attn_mask": causal, "is_causal": True, "need_weights": False},
+        {"need_weights": True, "average_attn_weights": False},
+    ):
+        a, b = model(x, x, x, **kwargs), packed(x, x, x, **kwargs)
+        torch.testing.assert_close(b[0], a[0], atol=1e-5, rtol=1e-5)
+        assert (a[1] is None) == (b[1] is None)
+        if a[1] is not None:
+            torch.testing.assert_close(b[1], a[1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(CompressError, match="attn_mask"):
+        packed(x, x, x, is_causal=True)
+
+
+def test_transformer_encoder_leaves_its_fused_path_and_finds_it_again() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = prune(nn.TransformerEncoder(layer, 2))
+    packed = compress(model, measure=False)
+    x = torch.randn(2, 5, 32)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), model(x), atol=1e-5, rtol=1e-5)
+        a = packed(x, src_key_padding_mask=padding)[~padding]
+        b = model(x, src_key_padding_mask=padding)[~padding]
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    back = decompress(packed)
+    assert back.layers[0].activation_relu_or_gelu == 1  # pyright: ignore
+    assert back.use_nested_tensor == model.use_nested_tensor
+
+
+def _vit() -> ViTForImageClassification:
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def _t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                                   vocab_size=64))  # fmt: skip
+
+
+def _gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=64,
+                   bos_token_id=0, eos_token_id=0)
+    )  # fmt: skip
+
+
+NETWORKS = {
+    "vit": (_vit, {"pixel_values": torch.zeros(2, 3, 16, 16).normal_()}, 0),
+    "t5": (_t5, {"input_ids": torch.arange(12).view(2, 6)}, 0),
+    "gpt2": (_gpt2, {"input_ids": torch.arange(12).view(2, 6)}, 0),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_hf(name: str) -> None:
+    make, inputs, at = NETWORKS[name]
+    model = prune(make())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    packed = compress(model, measure=False)
+    assert len(packed.report.packed) >= 8  # pyright: ignore
+    with torch.no_grad():
+        torch.testing.assert_close(packed(**inputs)[at], model(**inputs)[at], atol=1e-4, rtol=1e-4)
+    for key, value in model.state_dict().items():  # compress leaves its input alone
+        assert torch.equal(value, before[key])
+    back = decompress(packed)
+    assert all(torch.equal(back.state_dict()[k], v) for k, v in before.items())
+
+
+def test_fused_qkv_by_rows() -> None:
+    model = cast(Any, nn.Sequential(nn.Linear(32, 96)))
+    w = model[0].weight.data
+    w[:32] *= mask(w[:32], "1:16")
+    w[32:64] *= mask(w[32:64], "1:4")
+    packed = compress(model, measure=False)
+    fused = packed[0]
+    assert isinstance(fused, FusedLinear)
+    assert [type(p).__name__ for p in fused.parts] == ["PackedLinear", "PackedLinear", "Linear"]
+    assert packed.report[0].pattern == "1:16 [0:32], 1:4 [32:64]"
+    x = torch.randn(2, 3, 32)
+    torch.testing.assert_close(packed(x), model(x), atol=1e-5, rtol=1e-5)
+    back = decompress(packed)
+    assert torch.equal(back[0].weight, model[0].weight)
+    assert torch.equal(back[0].bias, model[0].bias)
+    assert torch.equal(fused.weight, model[0].weight)
+
+
+def test_detect_finds_the_sparsest_and_smallest() -> None:
+    w = torch.randn(64, 192)
+    for pattern in ("1:2", "2:4", "1:16", "3:8", "1:3", "2:12", "1:64"):
+        assert str(detect(w * mask(w, pattern))) == pattern
+    assert str(detect(w * mask(w, "1:16@32"))) == "1:16@32"
+    assert detect(w) is None
+    assert detect(torch.zeros(4, 8)) is None
+    assert [r[:2] for r in runs(w * mask(w, "1:16"))] == [(0, 64)]
+
+
+def test_what_stays_dense_says_why() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(16, 32)
+            self.head = nn.Linear(32, 16, bias=False)
+            self.head.weight = self.embed.weight
+            self.lstm = nn.LSTM(32, 32)
+            self.grouped = nn.Conv2d(32, 32, 3, groups=2)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+            self.hooked = nn.Linear(32, 32)
+            self.hooked.register_forward_hook(lambda m, a, o: o)
+            self.dense = nn.Linear(32, 32)
+            self.good = nn.Linear(32, 32)
+
+    model = cast(Any, Mixed())
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and name != "dense.weight":
+            parameter.data *= mask(parameter, "1:8") if parameter.shape[1] % 8 == 0 else 1
+    report = compress(model, measure=False).report
+    why = {row.name: row.why for row in report}
+    assert [row.name for row in report.packed] == ["good.weight"]
+    assert "shared by several modules (embed, head)" in why["embed.weight"]
+    assert "recurrent" in why["lstm.weight_ih_l0"]
+    assert "grouped convolution" in why["grouped.weight"]
+    assert "hooks" in why["hooked.weight"]
+    assert why["dense.weight"] == "holds no N:M pattern"
+    assert "1 of" in str(report)
+
+
+def test_measuring_keeps_dense_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict is the geometric mean over the token counts of what the clock said."""
+    module = sys.modules["nmflow.packed.compress"]
+
+    def clock(packed: dict[int, float]):
+        def time_ways(ways: dict, **kwargs: object) -> dict[str, Timing]:
+            for way in ways.values():
+                tokens = way().shape[0]
+            times = {name: Timing(10.0 + i, 0, 0, 1) for i, name in enumerate(ways)}
+            times["packed"] = Timing(packed[tokens], 0, 0, 1)
+            return times
+
+        return time_ways
+
+    model = prune(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)))
+    monkeypatch.setattr(module, "time_ways", clock({1: 2.0, 9: 40.0}))
+    packed = compress(model, tokens=(1, 9))
+    assert isinstance(packed[0], PackedLinear)  # 5 x 0.25 is above 1
+    assert packed.report[0].times[1] == (2.0, 10.0, "F.linear")
+    assert "5.00x" in str(packed.report)
+    monkeypatch.setattr(module, "time_ways", clock({1: 4.0, 9: 40.0}))
+    kept = compress(model, tokens=(1, 9))
+    assert isinstance(kept[0], nn.Linear)
+    assert kept.report[0].why == "the best dense way is faster"
+    assert kept.report[0].bytes == kept.report[0].dense_bytes
+
+
+def test_measuring_for_real() -> None:
+    model = prune(nn.Sequential(nn.Linear(256, 256), nn.Conv2d(16, 16, 3), Attend()), "1:16")
+    for dtype in (torch.float32, torch.bfloat16):
+        report = compress(model.to(dtype), tokens=(2,)).report
+        for row in report:
+            packed, dense, way = row.times[2]
+            assert packed > 0
+            assert dense > 0
+            assert way.split(" and ")[0] in {
+                "F.linear", "oneDNN", "oneDNN packed", "conv", "conv, channels last",
+            }  # fmt: skip
+            # Packed only where the clock says so.
+            assert (row.kept == "packed") == (dense > packed)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 0.075), (torch.bfloat16, 0.08), (torch.float16, 0.08)]
+)
+def test_bytes_in_memory(dtype: torch.dtype, limit: float) -> None:
+    model = prune(nn.Sequential(nn.Linear(768, 3072, bias=False)).to(dtype), "1:16")
+    packed = compress(model, measure=False)
+    held = sum(b.nbytes for b in packed.buffers())
+    dense = model[0].weight.nbytes
+    assert held <= limit * dense
+    assert packed.report[0].bytes == held
+
+
+def test_inplace_and_shared_modules() -> None:
+    shared = nn.Linear(32, 32)
+    model = prune(nn.Sequential(shared, nn.ReLU(), shared))
+    x = torch.randn(3, 32)
+    want = model(x)
+    packed = compress(model, measure=False)
+    assert packed[0] is packed[2]
+    assert model[0] is shared
+    same = compress(model, measure=False, inplace=True)
+    assert same is model
+    assert isinstance(model[0], PackedLinear)
+    assert model[0] is model[2]
+    torch.testing.assert_close(model(x), want)
+    decompress(model, inplace=True)
+    torch.testing.assert_close(model(x), want)
+    root = compress(prune(nn.Linear(32, 32)), measure=False)
+    assert isinstance(root, PackedLinear)
+
+
+def test_the_weight_of_a_packed_layer() -> None:
+    model = prune(nn.Sequential(nn.Linear(32, 24), nn.Conv2d(16, 8, 3)))
+    packed = compress(model, measure=False)
+    weight = packed[0].weight
+    assert (weight.shape, weight.dtype, weight.device) == (
+        model[0].weight.shape, torch.float32, torch.device("cpu"),
+    )  # fmt: skip
+    assert torch.equal(weight + 0, model[0].weight)
+    assert torch.equal(torch.nn.functional.linear(torch.eye(32), weight), model[0].weight.t())
+    with pytest.raises(CompressError, match="read-only"):
+        weight.zero_()
+    assert isinstance(packed[1], PackedConv)
+    assert torch.equal(packed[1].weight, model[1].weight)
+
+
+def test_damaged_state_dicts_are_refused_whole() -> None:
+    packed = compress(prune(nn.Sequential(nn.Linear(36, 24)), "1:12"), measure=False)
+    good = {k: v.clone() for k, v in packed.state_dict().items()}
+    x = torch.randn(3, 36)
+    want = packed(x)
+    for change in (
+        {"0.codes": good["0.codes"] | 0x0F},  # column 15 of a group of 12
+        {"0.codes": good["0.codes"][:-1]},
+        {"0.values": good["0.values"].double()[..., :-1]},
+    ):
+        with pytest.raises(RuntimeError, match=r"0\.values, 0\.codes"):
+            packed.load_state_dict({**good, **change})
+        assert torch.equal(packed(x), want)
+    with pytest.raises(RuntimeError, match="together"):
+        packed.load_state_dict({k: v for k, v in good.items() if k != "0.codes"})
+
+
+def test_training_biases_and_inputs_through_a_packed_network() -> None:
+    model = prune(nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 8)))
+    packed = compress(model, measure=False)
+    x = torch.randn(4, 32, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    model(x).square().sum().backward()
+    packed(y).square().sum().backward()
+    torch.testing.assert_close(y.grad, x.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed[0].bias.grad, model[0].bias.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_choice_of_weights() -> None:
+    model = cast(Any, _vit())
+    for name, parameter in model.named_parameters():
+        if ".layer" in name and parameter.ndim == 2:
+            parameter.data *= mask(parameter, "1:8")
+    ff = compress(model, include="ff", measure=False).report
+    assert all("mlp" in r.name or "intermediate" in r.name or "output.dense" in r.name
+               or "fc" in r.name for r in ff.packed)  # fmt: skip
+    assert 0 < len(ff.packed) < len(compress(model, measure=False).report.packed)
+    none = compress(model, "2:8", include="ff", measure=False).report
+    assert {r.pattern for r in none.packed} == {"2:8"}
+    some = compress(model, {"qk": "1:8"}, measure=False).report
+    assert len(some.packed) == 4
+    rest = compress(model, exclude="qk", measure=False).report
+    assert len(rest.packed) + 4 == len(compress(model, measure=False).report.packed)
+
+
+BAD = {
+    "dense": (lambda m: compress(m), "no N:M weight"),
+    "tokens empty": (lambda m: compress(m, tokens=()), "tokens is"),
+    "tokens zero": (lambda m: compress(m, tokens=(0, 1)), "tokens is"),
+    "pattern": (lambda m: compress(m, "0:4"), "N"),
+    "preset": (lambda m: compress(m, include="nothing*"), "nothing"),
+    "not held": (lambda m: compress(prune(m), "1:16"), "does not hold 1:16"),
+    "not packed": (lambda m: decompress(m), "no packed module"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_one_sentence_and_change_nothing(name: str) -> None:
+    call, said = BAD[name]
+    model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises((CompressError, PlanError, ValueError), match=said) as caught:
+        call(model)
+    assert type(caught.value).__module__ == "nmflow.errors"
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_wrong_dtype_at_run_time_says_the_mend() -> None:
+    packed = compress(prune(nn.Sequential(nn.Linear(32, 32))), measure=False)
+    with pytest.raises(CompressError, match=r"packed\.to\(dtype\)"):
+        packed(torch.randn(2, 32).bfloat16())

@@ -1,0 +1,337 @@
+"""Ops: right against float64, registered as torch wants them, and honest about who serves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nmflow import Pattern, mask, native
+from nmflow.errors import CompressError
+from nmflow.kernels import Call, choose, cpu, explain, matmul, reference, unpack
+from nmflow.kernels.layout import (
+    DTYPES,
+    Shape,
+    canonical_from_dense,
+    canonical_from_tiled,
+    check_canonical,
+    check_tiled,
+    dense_from_canonical,
+    tiled_from_canonical,
+)
+from nmflow.packed import compress
+
+# (pattern, out, inputs): tails of rows and entries, spans of several groups, shared codes.
+CASES = [
+    ("1:2", 16, 32),
+    ("2:4", 33, 36),
+    ("1:4", 48, 96),
+    ("1:8", 17, 64),
+    ("1:16", 50, 64),
+    ("1:32", 31, 96),
+    ("3:7", 17, 49),
+    ("5:12", 16, 36),
+    ("4:32", 20, 64),
+    ("8:256", 9, 512),
+    ("1:16@16", 40, 64),
+    ("2:8@32", 70, 64),
+    ("4:8@3", 10, 32),
+    ("1:1", 5, 3),
+    ("1:16", 1, 16),
+]
+# Largest error allowed, as a share of sum |x||w| + |b| of each output.
+TOLERANCE = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+
+
+def sparse(pattern: str, out: int, inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    w = torch.randn(out, inputs).to(dtype)
+    return torch.where(mask(w, pattern), w, torch.zeros((), dtype=dtype))
+
+
+def tiled(w: Tensor, pattern: str) -> tuple[Tensor, Tensor, Shape]:
+    shape = Shape.of(w.shape[0], w.shape[1], pattern)
+    values, codes = tiled_from_canonical(*canonical_from_dense(w, shape), shape)
+    return values, codes, shape
+
+
+def dims(s: Shape) -> tuple[int, ...]:
+    return (s.out, s.inputs, s.n, s.m, s.panel)
+
+
+def close(y: Tensor, x: Tensor, w: Tensor, b: Tensor | None, epilogue: int = 0) -> None:
+    x, w = x.double(), w.double()
+    b64 = torch.zeros(w.shape[0], dtype=torch.float64) if b is None else b.double()
+    want = reference.apply_epilogue(F.linear(x, w, b64), epilogue)
+    scale = F.linear(x.abs(), w.abs(), b64.abs()) + 1e-6
+    assert y.shape == want.shape
+    assert float(((y.double() - want).abs() / scale).max()) <= TOLERANCE[y.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("pattern", "out", "inputs"), CASES)
+def test_matmul_against_float64(pattern: str, out: int, inputs: int, dtype: torch.dtype) -> None:
+    w = sparse(pattern, out, inputs, dtype)
+    values, codes, shape = tiled(w, pattern)
+    bias = torch.randn(out).to(dtype)
+    for lead in [(1,), (7,), (2, 3), (49,), ()]:
+        x = torch.randn(*lead, inputs).to(dtype)
+        close(matmul(x, values, codes, bias, dims(shape)), x, w, bias)
+        for epilogue in (1, 2):
+            y = matmul(x, values, codes, None, dims(shape), epilogue)
+            close(y, x, w, None, epilogue)
+    assert torch.equal(unpack(values, codes, dims(shape)), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_of_any_stride(dtype: torch.dtype) -> None:
+    w = sparse("1:8", 40, 64, dtype)
+    values, codes, shape = tiled(w, "1:8")
+    bias = torch.randn(80).to(dtype)[::2]
+    wide = torch.randn(9, 80).to(dtype)
+    for x in (wide[:, 3:67], wide[::2, :64], torch.randn(64, 9).to(dtype).t(), wide[0, :64]):
+        close(matmul(x, values, codes, bias, dims(shape)), x, w, bias)
+    for x in (wide[:0, :64], torch.empty(2, 0, 64, dtype=dtype)):
+        assert matmul(x, values, codes, bias, dims(shape)).shape == (*x.shape[:-1], 40)
+
+
+@st.composite
+def _weights(draw: st.DrawFn) -> tuple[Tensor, str]:
+    m = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 12, 16, 17, 32, 64, 256]))
+    n = draw(st.integers(1, m))
+    panel = draw(st.sampled_from([1, 1, 2, 5, 16, 32]))
+    out, groups = draw(st.integers(1, 40)), draw(st.integers(1, 5))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    w = torch.randn(out, groups * m).to(draw(st.sampled_from(DTYPES)))
+    # Coarse values: ties, and zeros among the kept.
+    w = (w * 2).round() / 2
+    pattern = f"{n}:{m}@{panel}"
+    return torch.where(mask(w, pattern), w, torch.zeros((), dtype=w.dtype)), pattern
+
+
+@given(_weights())
+def test_layouts_round_trip(case: tuple[Tensor, str]) -> None:
+    w, pattern = case
+    shape = Shape.of(w.shape[0], w.shape[1], pattern)
+    values, index = canonical_from_dense(w, shape)
+    check_canonical(values, index, shape)
+    assert torch.equal(dense_from_canonical(values, index, shape), w)
+    tile, codes = tiled_from_canonical(values, index, shape)
+    check_tiled(tile, codes, shape)
+    again = canonical_from_tiled(tile, codes, shape)
+    assert torch.equal(again[0], values)
+    assert torch.equal(again[1], index)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is not built")
+@given(_weights())
+def test_layouts_are_the_compiled_ones(case: tuple[Tensor, str]) -> None:
+    w, pattern = case
+    if w.dtype == torch.float64:
+        return
+    packed = cpu.pack(w, Pattern(pattern))
+    values, codes, _ = tiled(w, pattern)
+    assert torch.equal(packed.values.view(torch.uint8), values.view(-1).view(torch.uint8))
+    assert torch.equal(packed.codes.view(torch.uint8), codes.view(-1).view(torch.uint8))
+
+
+def test_minus_zero_and_nan_payloads_survive() -> None:
+    w = torch.zeros(2, 16)
+    w[0, 3], w[1, 5] = float("nan"), float("inf")
+    w.view(torch.int32)[0, 3] += 77
+    values, codes, shape = tiled(w, "1:16")
+    back = unpack(values, codes, dims(shape))
+    assert torch.equal(back.view(torch.int32), w.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", ["1:16", "1:16@16"])
+def test_opcheck(pattern: str, dtype: torch.dtype) -> None:
+    values, codes, shape = tiled(sparse(pattern, 40, 64, dtype), pattern)
+    for x in (torch.randn(3, 64).to(dtype), torch.randn(2, 3, 64).to(dtype)):
+        for bias in (None, torch.randn(40).to(dtype)):
+            args = (x, values, codes, bias, *dims(shape), 0)
+            torch.library.opcheck(torch.ops.nmflow.matmul.default, args)
+    torch.library.opcheck(torch.ops.nmflow.unpack.default, (values, codes, *dims(shape)))
+
+
+def test_gradients_of_input_and_bias() -> None:
+    w = sparse("1:4", 12, 16, torch.float64)
+    values, codes, shape = tiled(w, "1:4")
+    x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    for epilogue in (0, 1, 2):
+        assert torch.autograd.gradcheck(
+            lambda x, b, e=epilogue: matmul(x, values, codes, b, dims(shape), e), (x, bias)
+        )
+    only = matmul(x.detach(), values, codes, bias, dims(shape)).sum()
+    only.backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((12,), 10.0, dtype=torch.float64))
+
+
+def _network() -> Any:
+    layer, second = nn.Linear(64, 48), nn.Linear(48, 32)
+    model = cast(Any, nn.Sequential(layer, nn.GELU(), second).eval())
+    for one in (layer, second):
+        one.weight.data *= mask(one.weight, "1:16")
+    return model
+
+
+def test_compile_is_one_graph_with_a_dynamic_batch() -> None:
+    model = _network()
+    packed = compress(model, measure=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for batch in (1, 3, 50):
+            x = torch.randn(batch, 64)
+            torch.testing.assert_close(compiled(x), model(x))
+    x = torch.randn(4, 64, requires_grad=True)
+    compiled(x).sum().backward()
+    got = x.grad
+    x.grad = None
+    model(x).sum().backward()
+    torch.testing.assert_close(got, x.grad)
+    torch._dynamo.reset()
+
+
+def test_weight_dtype_may_be_read_in_a_compiled_forward() -> None:
+    """T5 compares `wo.weight.dtype` with its input's: no dense weight may be built for that."""
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wo = compress(_network(), measure=False)[0]  # pyright: ignore
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wo(x.to(self.wo.weight.dtype))
+
+    model = Asks()
+    program = torch.export.export(model, (torch.randn(2, 64),))
+    ops = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "nmflow.matmul.default" in ops
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graph.graph.eliminate_dead_code()
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend=backend)(torch.randn(2, 64))
+    assert not [op for op in seen if "unpack" in op]
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_inductor_and_aot_inductor(tmp_path) -> None:
+    model = _network()
+    packed = compress(model, measure=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(packed, (torch.randn(3, 64),), dynamic_shapes=({0: batch},))
+    file = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "packed.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(file)
+    with torch.no_grad():
+        for size in (1, 3, 50):
+            x = torch.randn(size, 64)
+            torch.testing.assert_close(compiled(x), model(x))
+            torch.testing.assert_close(loaded(x), model(x))
+    torch._dynamo.reset()
+
+
+BAD = {
+    "features": (lambda x, v, c, b: (x[:, :48], v, c, b), "48 features"),
+    "dtype": (lambda x, v, c, b: (x.bfloat16(), v, c, b), "bfloat16"),
+    "bias dtype": (lambda x, v, c, b: (x, v, c, b.half()), "float16"),
+    "short bias": (lambda x, v, c, b: (x, v, c, b[:-1]), r"\(39,\)"),
+    "short values": (lambda x, v, c, b: (x, v[:-1], c, b), "packed buffers"),
+    "short codes": (lambda x, v, c, b: (x, v, c[:-1], b), "packed buffers"),
+    "other codes": (lambda x, v, c, b: (x, v, c.to(torch.int64), b), "packed buffers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_arguments_are_refused(name: str) -> None:
+    change, said = BAD[name]
+    values, codes, shape = tiled(sparse("1:16", 40, 64), "1:16")
+    x, bias = torch.randn(3, 64), torch.randn(40)
+    matmul(x, values, codes, bias, dims(shape))
+    x, v, c, b = change(x, values, codes, bias)
+    with pytest.raises(CompressError, match=said):
+        matmul(x, v, c, b, dims(shape))
+
+
+@pytest.mark.parametrize(
+    "numbers", [(0, 64, 1, 16, 1), (40, 60, 1, 16, 1), (40, 512, 1, 512, 1), (-1, 64, 1, 16, 1)]
+)
+def test_wrong_shapes_are_refused(numbers: tuple[int, ...]) -> None:
+    values, codes, _ = tiled(sparse("1:16", 40, 64), "1:16")
+    with pytest.raises(CompressError):
+        matmul(torch.randn(3, numbers[1]), values, codes, None, numbers)
+    with pytest.raises(CompressError):
+        unpack(values, codes, numbers)
+
+
+def test_choose_says_why() -> None:
+    shape = Shape.of(40, 64, "1:16")
+    choice = choose(Call(shape, torch.float64, "cpu", 3))
+    assert choice.backend == "reference"
+    assert choice.refused[0][0] == "cpu"
+    assert "float64" in str(choice) or "native" in str(choice)
+    assert choose(Call(shape, torch.float32, "cuda", 3)).backend == "reference"
+
+
+def test_explain_names_module_and_kernel() -> None:
+    packed = compress(_network(), measure=False)
+    found = explain(packed, torch.randn(7, 64))
+    assert [path for path, _ in found] == ["0", "2"]
+    assert [choice.call.tokens for _, choice in found] == [7, 7]
+    expected = "cpu" if native.available() else "reference"
+    assert {choice.backend for _, choice in found} == {expected}
+    assert "1:16 (48, 64) float32 on cpu with 7 tokens" in str(found)
+    with pytest.raises(CompressError, match="no packed product"):
+        explain(nn.Linear(4, 4), torch.randn(1, 4))
+
+
+def test_without_the_library_the_reference_serves_and_says_so_once() -> None:
+    code = """
+import torch, nmflow
+from torch import nn
+from nmflow.kernels import explain
+from nmflow.packed import compress
+layer = nn.Linear(64, 48)
+layer.weight.data *= nmflow.mask(layer.weight, "1:16")
+packed = compress(nn.Sequential(layer), measure=False)
+x = torch.randn(3, 64)
+torch.testing.assert_close(packed(x), layer(x))
+packed(x)
+print(explain(packed, x))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"NMFLOW_NATIVE": "0", "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stderr.count("slow reference kernels") == 1
+    assert "NMFLOW_NATIVE=0 is set" in ran.stderr
+    assert "reference" in ran.stdout
+    assert "not cpu: the native library is not available" in ran.stdout
