@@ -9,8 +9,11 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from nmflow import packed
 from nmflow.audit import Audit, audit
@@ -104,6 +107,21 @@ def test_a_pruned_network_is_ok_until_one_weight_comes_back():
 def test_a_frozen_model_is_audited():
     model = prune(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), "1:4").requires_grad_(False)
     assert audit(model, "1:4").ok
+
+
+def test_a_sharded_parameter_is_planned_and_audited_whole(tmp_path):
+    model = prune(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2)), "1:4")
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh)
+        (target,) = plan(model, "1:4")
+        assert target.shape == (8, 16)
+        found = audit(model, "1:4")
+        assert found.ok
+        assert found.rows[0].nonzero == 32
+    finally:
+        dist.destroy_process_group()
 
 
 def test_panels_have_to_share_their_columns():
