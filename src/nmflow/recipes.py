@@ -108,13 +108,13 @@ class STEP(Recipe):
     √v of step d, for every parameter of the optimizer.
 
     Args:
-        dense: d, a fraction (float) or steps (int).
+        dense: d, a fraction (float) or steps (int), at least one step.
         lam: λ of SR-STE's term; 0 is plain straight-through.
         finetune: the last steps, in which `freeze_mask` may keep the mask.
 
     References:
         arXiv 2302.01172, algorithm 1. Differs from it: d is given, where the paper's AutoSwitch
-        watches the change of v; Adam's bias correction goes on to count steps.
+        watches the change of v.
     """
 
     dense: float = 0.5
@@ -126,6 +126,15 @@ class STEP(Recipe):
     def __post_init__(self) -> None:
         check_lam(self.lam)
         check_phases(self)
+
+    def check(self, total_steps: int) -> None:
+        """As for every recipe; and there has to be a moment to freeze."""
+        super().check(total_steps)
+        if self.phases(total_steps)[0] < 1:
+            raise RecipeError(
+                f"dense is {self.dense} of {total_steps} steps: STEP freezes the second moment of "
+                "a dense phase, so give it at least one step"
+            )
 
 
 @dataclass(frozen=True)

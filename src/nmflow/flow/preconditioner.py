@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
@@ -27,36 +29,54 @@ def check(optimizer: Optimizer) -> None:
         )
 
 
-def freeze(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
-    r"""Prepare the second moments v so that the coming step computes with v as it is.
+@dataclass(frozen=True)
+class Frozen:
+    """One parameter's values from before a step, for the time of it alone."""
 
-    Adam first updates `v ← β₂·v + (1 - β₂)·g²` and then divides by √v. So v is set to
-    `(v - (1 - β₂)·g²) / β₂`, from which the update comes back to v.
+    param: Tensor
+    before: Tensor
+    moment: Tensor
+    held: Tensor
+    group: dict[str, Any]
+    state: dict[str, Any]
 
-    Returns:
-        Each moment with its value, for `restore`: nothing of it lives between steps.
-    """
-    saved = []
+
+def freeze(optimizer: Optimizer) -> list[Frozen]:
+    """Remember each parameter that the coming step will change, and its second moment v."""
+    frozen = []
     for group in optimizer.param_groups:
-        beta = float(group["betas"][1])
         for p in group["params"]:
-            moment = optimizer.state.get(p, {}).get(MOMENT)
-            if moment is None or p.grad is None:
-                continue
-            v, g = local(moment), local(p.grad)
-            scale = getattr(optimizer, "grad_scale", None)
-            g = g if scale is None else g / scale.to(g.device)
-            if group["weight_decay"] and not group.get("decoupled_weight_decay", False):
-                g = g + group["weight_decay"] * local(p)
-            saved.append((v, v.clone()))
-            step = (g * g).to(v.dtype).mul_(1.0 - beta)
-            # The margin covers the rounding of Adam's own sum, which must not end below zero.
-            margin = 8 * torch.finfo(v.dtype).eps
-            v.sub_(step).div_(beta).add_(step, alpha=margin)
-    return saved
+            state = optimizer.state.get(p, {})
+            if MOMENT in state and p.grad is not None:
+                p_here, v = local(p), local(state[MOMENT])
+                frozen.append(Frozen(p_here, p_here.clone(), v, v.clone(), group, state))
+    return frozen
 
 
-def restore(saved: list[tuple[Tensor, Tensor]]) -> None:
+def thaw(frozen: list[Frozen]) -> None:
     """Put the second moments back, bit for bit."""
-    for moment, value in saved:
-        moment.copy_(value)
+    for one in frozen:
+        one.moment.copy_(one.held)
+
+
+def settle(frozen: list[Frozen], since: int) -> None:
+    r"""Take Adam's step anew, with the second moment as it was frozen.
+
+    `W ← (1 - η·wd)·W - η / (1 - β₁ᵗ) · m / (√(v / (1 - β₂ᵈ)) + ε)`, with m and t of the step that
+    Adam has just taken, and v of step d with the bias correction of step d.
+
+    Args:
+        frozen: what `freeze` remembered.
+        since: the steps done since step d, this one too.
+    """
+    thaw(frozen)
+    for one in frozen:
+        group, t = one.group, float(one.state["step"])
+        beta1, beta2 = (float(b) for b in group["betas"])
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        correction = 1.0 - beta2 ** max(t - since, 1.0)
+        denominator = (one.moment.sqrt() / correction**0.5).add_(group["eps"])
+        if decay and group.get("decoupled_weight_decay", False):
+            one.before.mul_(1.0 - lr * decay)
+        momentum = local(one.state["exp_avg"])
+        one.param.copy_(one.before.addcdiv_(momentum, denominator, value=-lr / (1.0 - beta1**t)))

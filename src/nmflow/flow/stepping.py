@@ -44,7 +44,7 @@ class Stepper:
         self._signature = run.signature(self._weights.targets)
         self._handles: list[Any] = []
         self._hard = self._entered = self._counts = False
-        self._moments: list[tuple[Tensor, Tensor]] = []
+        self._frozen: list[preconditioner.Frozen] = []
 
     # -- from attach to finalize ---------------------------------------------------------------
 
@@ -174,9 +174,13 @@ class Stepper:
                 for observer in list(self._observers):
                     observer(self.k, views)
             self._weights.apply_gradient_rule(self.k, scale)
-            if self.run.recipe.freezes_second_moment and self.k >= self.run.dense_steps:
-                self._moments = preconditioner.freeze(self.optimizer)
         self._weights.enter()
+        if (
+            self._counts
+            and self.run.recipe.freezes_second_moment
+            and self.k >= self.run.dense_steps
+        ):
+            self._frozen = preconditioner.freeze(self.optimizer)
         self._entered = True
 
     @torch.no_grad()
@@ -187,8 +191,11 @@ class Stepper:
                 "stepped the sparse weights: call backward() first and step() without a closure"
             )
         self._entered = False
+        counts = self._counts and not self._found_inf()
+        if counts and self._frozen:
+            preconditioner.settle(self._frozen, self.k + 1 - self.run.dense_steps)
         self._leave()
-        if self._counts and not self._found_inf():
+        if counts:
             self.k += 1
             if self.prunes and self.k == self.run.total_steps + 1:
                 log.warning(
@@ -205,8 +212,8 @@ class Stepper:
         return found is not None and bool(found)
 
     def _leave(self) -> None:
-        preconditioner.restore(self._moments)
-        self._moments = []
+        preconditioner.thaw(self._frozen)
+        self._frozen = []
         self._weights.leave(stateless=not any(self.optimizer.state.values()))
 
     def _is_phantom(self) -> bool:
