@@ -131,13 +131,13 @@ class Flow:
         freeze_mask: bool,
     ) -> None:
         self.model, self.recipe, self.plan, self.total_steps = model, recipe, chosen, total_steps
-        self._observers: list[Observer] = []
+        self._observations: list[Observation] = []
         self._hard = self._finalized = False
         run = Run(recipe, total_steps, mask_interval, freeze_mask)
         slots = _slots(model, optimizers, recipe, chosen)
         owned = {id(o): [s for s in slots if s.optimizer is o] for o in optimizers}
         self._steppers = [
-            Stepper(run, o, owned[id(o)], self._observers) for o in optimizers if owned[id(o)]
+            Stepper(run, o, owned[id(o)], self._observations) for o in optimizers if owned[id(o)]
         ]
 
     def _start(self) -> None:
@@ -177,17 +177,24 @@ class Flow:
         slots = [slot for stepper in self._steppers for slot in stepper.slots]
         return {s.name: s.dense if self.recipe.prunes else s.param for s in slots}
 
-    def observe(self, observer: Observer) -> Observation:
-        """Call `observer(step, views)` before each optimizer step, on what it will step with.
+    def observe(self, observer: Observer, every: int = 1) -> Observation:
+        """Call `observer(step, views)` before an optimizer step, on what it will step with.
 
         Args:
             observer: called with the number of steps done and a `View` of each target.
+            every: call it at steps 0, `every`, 2 · `every` … only; the others cost nothing.
 
         Returns:
             A handle; its `remove()` ends it.
+
+        Raises:
+            FlowError: `every` is not a whole number of at least 1.
         """
-        self._observers.append(observer)
-        return Observation(self._observers, observer)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise FlowError(f"every is {every!r}: give a whole number of steps, at least 1")
+        observation = Observation(observer, every, self._observations)
+        self._observations.append(observation)
+        return observation
 
     # -- what one does with it -----------------------------------------------------------------
 

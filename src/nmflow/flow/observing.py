@@ -33,14 +33,15 @@ class View(NamedTuple):
 Observer = Callable[[int, list[View]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Observation:
     """A running observation of a flow."""
 
-    observers: list[Observer]
     observer: Observer
+    every: int
+    _all: list[Observation]
 
     def remove(self) -> None:
         """End it; a second call does nothing."""
-        if self.observer in self.observers:
-            self.observers.remove(self.observer)
+        if self in self._all:
+            self._all.remove(self)

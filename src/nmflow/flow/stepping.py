@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nmflow.errors import FlowError, WeightError
 from nmflow.flow import preconditioner, resume
-from nmflow.flow.observing import Observer
+from nmflow.flow.observing import Observation
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import DENSE_KEY, FADING_KEY, KEPT_KEY, Slot
 from nmflow.flow.states import GROUP_KEYS, RECIPE_KEY, STEP_KEY, Run
@@ -36,11 +36,11 @@ class Stepper:
     """
 
     def __init__(
-        self, run: Run, optimizer: Optimizer, slots: Sequence[Slot], observers: list[Observer]
+        self, run: Run, optimizer: Optimizer, slots: Sequence[Slot], observations: list[Observation]
     ) -> None:
         self.run, self.optimizer, self.slots, self.k = run, optimizer, slots, 0
         self._weights = Weights(run, slots)
-        self._observers = observers
+        self._observations = observations
         self._signature = run.signature(self._weights.targets)
         self._handles: list[Any] = []
         self._hard = self._entered = self._counts = False
@@ -169,10 +169,11 @@ class Stepper:
         if self._counts:
             # Only a fused optimizer, which unscales inside its step, has a scale here.
             scale = getattr(self.optimizer, "grad_scale", None)
-            if self._observers and not self._found_inf():
+            due = [o for o in self._observations if self.k % o.every == 0]
+            if due and not self._found_inf():
                 views = self._weights.views(self.k, scale)
-                for observer in list(self._observers):
-                    observer(self.k, views)
+                for observation in due:
+                    observation.observer(self.k, views)
             self._weights.apply_gradient_rule(self.k, scale)
         self._weights.enter()
         if (

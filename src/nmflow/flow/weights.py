@@ -13,6 +13,7 @@ from nmflow.flow.observing import View
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
 from nmflow.flow.states import Run
+from nmflow.masks import select
 from nmflow.schedules import Stage
 
 
@@ -86,9 +87,10 @@ class Weights:
                 grad = grad / scale.to(grad.device)
             for region in slot.regions:
                 stage, target = stages[region.target.label], region.target
-                dense = stage.pattern is None
-                shown = Stage("final", target.pattern) if dense else stage
-                mask, _ = slot.masks(region, shown, held and not dense)
+                if stage.pattern is None:
+                    mask, _ = select(region.of(weight), target.pattern, target.dim)
+                else:
+                    mask, _ = slot.masks(region, stage, held)
                 g = None if grad is None else region.of(grad)
                 views.append(View(target, region.of(weight), g, mask, stage))
         return views
