@@ -1,0 +1,56 @@
+"""The command line, `nmflow`: one file a command, each a function of the file's name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+from nmflow.errors import NMFlowError
+
+ORDER = ("train", "sweep", "report", "plan", "audit", "cost", "compress", "bench")
+
+
+def commands() -> list[str]:
+    """The commands that are there, in the order of a working day."""
+    there = {m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")}
+    return [name for name in ORDER if name in there] + sorted(there - set(ORDER))
+
+
+def app():
+    """The typer application with every command of this folder."""
+    import typer
+
+    made = typer.Typer(
+        name="nmflow",
+        help=(_version.__doc__ or ""),
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    # With a callback a lone command keeps its name.
+    made.callback()(_version)
+    for name in commands():
+        made.command(name)(getattr(importlib.import_module(f"nmflow.cli.{name}"), name))
+    return made
+
+
+def _version() -> None:
+    """Train networks to N:M structured sparsity; N is the number of weights kept of every M."""
+
+
+def main() -> None:
+    """Run a command; a mistake of the user is one sentence and exit code 1."""
+    try:
+        app()()
+    except NMFlowError as error:
+        sys.exit(f"nmflow: {error}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("nmflow"):
+            raise
+        sys.exit(
+            f"nmflow: the package {error.name!r} is missing: install the experiments with "
+            "pip install 'nmflow[experiments]'"
+        )
+    except KeyboardInterrupt:
+        sys.exit("nmflow: stopped; the same command goes on from the last checkpoint")

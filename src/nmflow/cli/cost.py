@@ -1,0 +1,36 @@
+"""`nmflow cost CONFIG`: parameters, bytes and FLOPs of a network and of its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def cost(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")],
+) -> None:
+    """Print parameters, bytes with the index, and FLOPs, for every recipe of CONFIG."""
+    from rich.console import Console
+
+    import nmflow
+    from nmflow.cli._networks import network
+
+    console = Console()
+    model, run, example = network(config, config_only=True)
+    from nmflow.experiments.config import load
+
+    for spec in load(config).recipes:
+        recipe = spec.build()
+        found = nmflow.cost(
+            model,
+            example,
+            pattern=run.pattern if recipe.prunes else None,
+            include=run.include,
+            exclude=run.exclude,
+            recipe=recipe,
+            total_steps=run.training.steps,
+        )
+        console.print(f"{spec.title}, {run.pattern_text}", style="bold")
+        console.print(str(found), soft_wrap=True, markup=False, highlight=False)

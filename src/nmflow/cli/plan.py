@@ -1,0 +1,37 @@
+"""`nmflow plan CONFIG`: which weights a recipe would prune, and why not the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    source: Annotated[Path, typer.Argument(help="A YAML file, or a model's folder.")],
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M with N kept; a YAML file has its own.")
+    ] = None,
+    include: Annotated[str | None, typer.Option(help="Presets or globs, by commas.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Presets or globs to leave out.")] = None,
+    remainder: Annotated[
+        str | None, typer.Option(help="error or skip, where M does not divide an axis.")
+    ] = None,
+) -> None:
+    """Print the weights that SOURCE's network would have pruned, and what is left out and why."""
+    from rich.console import Console
+
+    import nmflow
+    from nmflow.cli._networks import network
+    from nmflow.cli._words import globs
+
+    model, run, _ = network(source)
+    chosen = nmflow.plan(
+        model,
+        pattern or (run.pattern if run else "1:16"),
+        globs(include) if include else (run.include if run else "all"),
+        globs(exclude) if exclude else (run.exclude if run else []),
+        remainder=remainder or (run.remainder if run else "error"),
+    )
+    Console().print(str(chosen), soft_wrap=True, markup=False, highlight=False)

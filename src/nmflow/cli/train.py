@@ -1,0 +1,51 @@
+"""`nmflow train CONFIG`: every recipe and seed of a file, with progress; finished runs are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")],
+    output: Annotated[Path | None, typer.Option(help="The folder of the runs.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes side by side; 0 chooses.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.steps=100."),
+    ] = None,
+) -> None:
+    """Train every recipe and seed of CONFIG; a stopped command goes on where it was."""
+    from rich.console import Console
+
+    from nmflow.cli._progress import Watcher
+    from nmflow.errors import NMFlowError
+    from nmflow.experiments import config as configs
+    from nmflow.experiments.results import RunFolder
+
+    experiment = configs.load(config, set_)
+    runs = list(experiment.runs())
+    folder = output or experiment.folder
+    done = sum(RunFolder(folder / run.id).finished for run in runs)
+    console = Console()
+    console.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
+    if done < len(runs):
+        # Only now: importing torch and transformers takes seconds.
+        from nmflow.experiments.runner import run_all
+
+        with Watcher(runs, folder, console) as watcher:
+            failed = run_all(
+                runs,
+                folder,
+                experiment.workers if workers is None else workers,
+                experiment.threads,
+                watcher.notify,
+            )
+        if failed:
+            others = f" ({len(failed)} of {len(runs)} runs failed)" if len(failed) > 1 else ""
+            raise NMFlowError(failed[0][1] + others)
+    console.print(f"all {len(runs)} runs are finished; now: nmflow report {folder}")

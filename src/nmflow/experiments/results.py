@@ -1,0 +1,141 @@
+"""Run folders: what is finished, what goes on, and files that are never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from nmflow.errors import ConfigError
+
+RESULT, CONFIG, MODEL, LOCK, MARK = "result.json", "config.json", "model", ".lock", "nmflow.json"
+
+
+@contextlib.contextmanager
+def one_sentence(path: Path | str) -> Iterator[None]:
+    """Turn an OSError while writing `path` (full disk, no permission) into one ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"output is {str(path)!r} and cannot be written ({error.strerror or error}): "
+            "free some space or choose another folder"
+        ) from None
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Write a whole file or nothing: a temporary file beside it, flushed, then renamed."""
+    data = content.encode() if isinstance(content, str) else content
+    with one_sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values; NaN is refused so that every reader can parse the file."""
+    write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that `write_json` wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{str(path)!r} cannot be read ({error}): delete it and run again"
+        ) from None
+
+
+class RunFolder:
+    """One run on disk: `config.json`, checkpoints while it runs, then `model/` and `result.json`.
+
+    A run is finished when `result.json` is there; it is written last, in one piece.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its result."""
+        return (self.path / RESULT).is_file()
+
+    def result(self) -> dict[str, Any]:
+        """The finished run's figures."""
+        return read_json(self.path / RESULT)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run, waiting for another process that does; a killed one holds nothing."""
+        lock = FileLock(str(self.path / LOCK), poll_interval=0.5)
+        with one_sentence(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; those that a kill left half-written are removed."""
+        whole: list[tuple[int, Path]] = []
+        for folder in self.path.glob("checkpoint-*"):
+            if (folder / MARK).is_file():
+                whole.append((int(folder.name.rpartition("-")[2]), folder))
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        return max(whole)[1] if whole else None
+
+    def clear_checkpoints(self) -> None:
+        """Remove what only a run in progress needs."""
+        for folder in self.path.glob("checkpoint-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def put_folder(self, name: str, fill: Any) -> None:
+        """Let `fill(path)` write a folder beside the run, then move it into place whole."""
+        with one_sentence(self.path / name):
+            staging = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self.path))
+            try:
+                fill(staging)
+                shutil.rmtree(self.path / name, ignore_errors=True)
+                os.replace(staging, self.path / name)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def finished_runs(folders: list[Path | str]) -> list[dict[str, Any]]:
+    """The results under the folders, in the order of their names.
+
+    Raises:
+        ConfigError: a folder that is not there, or that holds no finished run.
+    """
+    found: list[dict[str, Any]] = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ConfigError(
+                f"runs is {str(folder)!r}: no such folder; give the output of a training"
+            )
+        for path in sorted(Path(folder).rglob(RESULT)):
+            found.append({**read_json(path), "folder": str(path.parent)})
+    if not found:
+        raise ConfigError(
+            f"runs is {', '.join(str(f) for f in folders)!r}: no finished run (no {RESULT}) in it; "
+            "train first with 'nmflow train CONFIG'"
+        )
+    return found

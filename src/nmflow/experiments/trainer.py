@@ -1,0 +1,113 @@
+"""A lean `Trainer`: it computes what our runs need, and a failed save is one sentence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.data import Subset
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from nmflow.errors import ConfigError
+from nmflow.experiments.config import Run, _near
+from nmflow.experiments.results import RunFolder
+from nmflow.experiments.tasks import Problem
+from nmflow.integrations.transformers import HardEvaluation
+
+
+class _Lean(HardEvaluation):
+    """What our runs do not need of a `Trainer` is not computed; a failed save is one sentence."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nothing: `nmflow.cost` counts, and counting here would walk the modules at each step."""
+        return 0
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        ours: Any = self
+        place = Path(ours.args.output_dir) / f"checkpoint-{ours.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            # torch.save reports a full disk as a RuntimeError of its file writer.
+            if type(error) is RuntimeError and "inline_container" not in reason:
+                raise
+            shutil.rmtree(place, ignore_errors=True)
+            raise ConfigError(
+                f"output is {str(place)!r} and cannot be written ({reason[:160]}): free some "
+                "space or choose another folder; the run goes on from its checkpoint before"
+            ) from None
+
+
+def trainer(
+    run: Run, folder: RunFolder, problem: Problem, model: nn.Module, callbacks: list[Any]
+) -> Trainer:
+    """The `Trainer` of a run, or the subclass that its task asks for."""
+    rows = len(problem.validation)
+    few = np.linspace(0, rows - 1, num=min(run.training.eval_rows, rows)).astype(int)
+    kind: Any = type("Trainer", (_Lean, problem.trainer or Trainer), {})
+    made = kind(
+        model=model,
+        args=_arguments(run, folder, problem),
+        data_collator=problem.collate,
+        train_dataset=problem.train,
+        eval_dataset=Subset(problem.validation, few.tolist()),
+        compute_metrics=problem.metrics,
+        preprocess_logits_for_metrics=problem.reduce,
+        callbacks=callbacks,
+    )
+    made.remove_callback(PrinterCallback)  # a library does not print
+    return made
+
+
+def _arguments(run: Run, folder: RunFolder, problem: Problem) -> TrainingArguments:
+    t = run.training
+    kind = TrainingArguments
+    if problem.trainer is not None and problem.trainer is not Trainer:
+        kind = transformers.Seq2SeqTrainingArguments
+    known = list(kind.__dataclass_fields__)
+    for key in t.trainer:
+        if key not in known:
+            raise ConfigError(f"unknown key 'training.trainer.{key}'{_near(key, known)}")
+    values: dict[str, Any] = {
+        "output_dir": str(folder.path),
+        "max_steps": t.steps,
+        "per_device_train_batch_size": t.batch_size,
+        "per_device_eval_batch_size": 4 * t.batch_size,
+        "gradient_accumulation_steps": t.accumulate,
+        "learning_rate": t.learning_rate,
+        "weight_decay": t.weight_decay,
+        "warmup_steps": round(t.warmup * t.steps),
+        "lr_scheduler_type": t.schedule,
+        "optim": t.optimizer,
+        "max_grad_norm": t.clip,
+        "bf16": t.precision == "bf16",
+        "fp16": t.precision == "fp16",
+        "use_cpu": t.device == "cpu",
+        "logging_steps": t.log_every,
+        "eval_strategy": "steps",
+        "eval_steps": t.interval("eval_every"),
+        "save_strategy": "steps",
+        "save_steps": t.interval("save_every"),
+        "save_total_limit": 2,
+        "seed": run.seed,
+        "data_seed": run.seed,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": torch.cuda.is_available() and t.device != "cpu",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    try:
+        return kind(**{**values, **(problem.arguments or {}), **t.trainer})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"training is refused by the Trainer: {' '.join(str(error).split())}"
+        ) from None

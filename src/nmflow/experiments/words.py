@@ -1,0 +1,133 @@
+"""What the figures of a setting show, and what they do not, in sentences made from the figures."""
+
+from __future__ import annotations
+
+from nmflow.experiments.blocks import number
+from nmflow.experiments.comparing import LESS_IS_BETTER, Comparison, Setting
+from nmflow.experiments.statistics import LEVEL
+
+NOISE = (
+    "The paper explains the gain by less noise in the gradients. A second moment alone does not "
+    "decide that: it adds signal and noise, and shrinks with any factor on the gradient. So the "
+    "gradients of many independent batches are compared at frozen weights, half-way and at the "
+    "end: their mean is signal, their variance noise. These figures go beside the losses; they "
+    "do not prove a cause."
+)
+PERCENT = f"{LEVEL:.0%}".replace("%", " %")
+
+
+def shown(setting: Setting) -> list[str]:
+    """What the figures show."""
+    out = []
+    if setting.baseline is None:
+        return ["Without the baseline recipe among the runs nothing is compared."]
+    for metric in (m for m in setting.metrics if m in ("loss", setting.headline)):
+        out += [_sentence(setting, c) for c in setting.comparisons if _contest(c, metric)]
+    if gap := _gap(setting):
+        out.append(gap)
+    return out
+
+
+def multiplicity(setting: Setting) -> str:
+    """How many comparisons were made, and which of them survive it."""
+    family = [c for c in setting.comparisons if c.adjusted is not None]
+    if not family:
+        return "With one seed there is no interval: the differences are single figures."
+    alone = [c for c in family if c.difference.differs]
+    kept = [c for c in family if c.adjusted is not None and c.adjusted <= 1 - LEVEL]
+    names = ", ".join(f"{c.recipe.title} in {c.metric}" for c in kept)
+    return (
+        f"{len(family)} comparisons are made in this setting, and each interval is a {PERCENT} one "
+        f"by itself: where nothing differed at all, about {len(family) * (1 - LEVEL):.1f} of them "
+        f"would leave zero out by chance. {len(alone)} do. After Holm's adjustment for all "
+        f"{len(family)}, {f'{len(kept)} remain: {names}' if kept else 'none remains'}."
+    )
+
+
+def not_shown(setting: Setting) -> list[str]:
+    """What these figures cannot say."""
+    runs, sample = setting.seeds, setting.sample
+    out = [
+        "Anything beyond this task, this network and "
+        f"{sample['run']['training']['steps']:,} steps: the order of recipes may change with the "
+        "data, the size, the length of training and the pattern.",
+        "The choice of the test data: a seed changes the initial weights and the order of "
+        "batches, while the split is one and the same, so an interval speaks of training anew on "
+        "this split.",
+        "Speed: FLOPs and bytes are counted for an N:M implementation, not timed; these runs "
+        "multiply dense tensors that hold zeros.",
+        "The best that each recipe can do: no recipe was tuned, all share one learning rate and "
+        "one schedule.",
+    ]
+    if len(runs) < 5:
+        text = f"Small differences: {len(runs)} seed{'s are' if len(runs) > 1 else ' is'} few"
+        out.insert(0, f"{text}, and the interval of a mean over so few is wide.")
+    inside = [
+        f"{c.recipe.title} in {c.metric}"
+        for c in setting.comparisons
+        if c.recipe.name != "dense" and c.difference.low is not None and not c.difference.differs
+    ]
+    if inside:
+        out.insert(
+            0,
+            f"A difference between {_baseline(setting)} and: {'; '.join(inside)}. Inside its "
+            "interval a difference is none that was shown; nor are the two shown to be equal.",
+        )
+    return out
+
+
+def _contest(comparison: Comparison, metric: str) -> bool:
+    return comparison.metric == metric and comparison.recipe.name != "dense"
+
+
+def _baseline(setting: Setting) -> str:
+    return setting.baseline.title if setting.baseline else "the baseline"
+
+
+def _sentence(setting: Setting, c: Comparison) -> str:
+    d, base = c.difference, _baseline(setting)
+    name = f"test {c.metric}"
+    digits = 4 if abs(d.mean) < 0.01 else 3
+    amount = number(d.mean, digits, sign=True)
+    if d.low is None or d.high is None:
+        return (
+            f"{c.recipe.title} differs from {base} by {amount} in {name}, on one seed: no interval."
+        )
+    interval = f"{number(d.low, digits, True)} to {number(d.high, digits, True)}"
+    agree = f"{c.in_favour} of {d.n} seeds are in its favour"
+    if not d.differs:
+        return (
+            f"Between {c.recipe.title} and {base} no difference is shown in {name}: {amount} lies "
+            f"inside its {PERCENT} interval ({interval}; {agree})."
+        )
+    verdict = "better" if c.better else "worse"
+    return (
+        f"{c.recipe.title} is {verdict} than {base} in {name}: {amount}, {PERCENT} interval "
+        f"{interval}; {agree}."
+    )
+
+
+def _gap(setting: Setting) -> str:
+    dense, base = setting.dense, setting.baseline
+    if dense is None or base is None:
+        return ""
+    metric = setting.headline
+    gap = base.summary(metric).mean - dense.summary(metric).mean
+    cost = gap if metric in LESS_IS_BETTER else -gap
+    text = (
+        f"{base.title} is {number(abs(gap))} {'worse' if cost > 0 else 'better'} than the dense "
+        f"network in test {metric}"
+    )
+    best = max(
+        (
+            c
+            for c in setting.comparisons
+            if _contest(c, metric) and c.difference.differs and c.better
+        ),
+        key=lambda c: abs(c.difference.mean),
+        default=None,
+    )
+    if cost <= 0 or best is None:
+        return text + "."
+    share = abs(best.difference.mean) / cost
+    return f"{text}; {best.recipe.title} closes {share:.0%} of that gap.".replace("%", " %")
