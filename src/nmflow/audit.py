@@ -133,9 +133,6 @@ def audit(
 
 def _open(path: str | Path) -> SavedState:
     if not (Path(path) / _PACKED).is_file():
-        # Only a path needs safetensors; importing nmflow does not.
-        from nmflow.checkpoints import open_state
-
         return open_state(path)
     from nmflow.packed import load_state  # a later room, which imports this one's neighbours
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nmflow.errors import FileFormatError
@@ -117,6 +116,9 @@ def _sharded(index: Path) -> SavedState:
 
 
 def _safetensors(file: Path) -> SavedState:
+    # Here, since audit() needs it for files alone, and importing nmflow needs torch and numpy only.
+    from safetensors import SafetensorError, safe_open
+
     shapes: dict[str, tuple[int, ...]] = {}
     floating: dict[str, bool] = {}
     try:
