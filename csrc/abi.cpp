@@ -150,6 +150,7 @@ int32_t nmflow_project(const void *w, int32_t dtype, int64_t groups, int64_t n, 
   job.args.m = m;
   job.args.delta = static_cast<float>(delta);
   job.args.dtype = dtype;
+  job.args.stream = total > (INT64_C(1) << 18);
   job.groups = groups;
   job.infinity = dtype == NMFLOW_F32 ? 0x7f800000u : dtype == NMFLOW_BF16 ? 0x7f80u : 0x7c00u;
   job.seen.store(0);

@@ -118,7 +118,7 @@ struct nmf_job {
   int64_t x_stride, y_stride, tokens;
   int epilogue;
   /* The grid of tasks: token blocks (fastest) x tile blocks. Filled in by the driver. */
-  int64_t token_block, tile_block, token_blocks;
+  int64_t token_blocks, tile_block;
 };
 struct nmf_part {
   int64_t token, token_end, tile, tile_end;
@@ -145,6 +145,7 @@ struct nmf_project_args {
   int64_t n, m;
   float delta;
   int dtype;
+  int stream; /* dense is too long for the caches: write past them */
 };
 uint32_t nmf_project_portable(const nmf_project_args *args, int64_t first, int64_t last,
                               uint32_t *keys);

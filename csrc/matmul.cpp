@@ -38,8 +38,13 @@ void run_task(void *context, int64_t task) {
   Run *run = static_cast<Run *>(context);
   const nmf_job &job = run->job;
   nmf_part part;
-  part.token = task % job.token_blocks * job.token_block;
-  part.token_end = nmf_min(part.token + job.token_block, job.tokens);
+  /* Tokens are cut evenly in vectors of the kernel's: 197 as 64 + 48 + 48 + 37 and not as 3 x 64
+   * and a lonely 5. */
+  const int64_t step = run->kernel->step, vectors = nmf_ceil_div(job.tokens, step);
+  const int64_t block = task % job.token_blocks;
+  const int64_t each = vectors / job.token_blocks, longer = vectors % job.token_blocks;
+  part.token = (block * each + nmf_min(block, longer)) * step;
+  part.token_end = nmf_min(part.token + (each + (block < longer)) * step, job.tokens);
   part.tile = task / job.token_blocks * job.tile_block;
   part.tile_end = nmf_min(part.tile + job.tile_block, job.g.tiles);
   char *scratch = t_scratch.at_least(run->scratch_bytes);
@@ -128,19 +133,16 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
   job.y_stride = y_stride;
   job.tokens = tokens;
   job.epilogue = epilogue;
-  /* Tokens are cut evenly, in steps of the kernel's vector: 197 as 64 + 48 + 48 + 48 (the last
-   * with 37 tokens) and not as 3 x 64 and a lonely 5. */
   job.token_blocks = nmf_ceil_div(tokens, run.kernel->max_tokens);
-  job.token_block =
-      nmf_ceil_div(nmf_ceil_div(tokens, job.token_blocks), run.kernel->step) * run.kernel->step;
-  job.token_blocks = nmf_ceil_div(tokens, job.token_block);
   job.tile_block = g.tiles;
   if (threads > 1) {
     /* About four tasks a thread, so that a thread that came late does not hold the others up. */
     const int64_t wanted = nmf_ceil_div(4 * static_cast<int64_t>(threads), job.token_blocks);
     job.tile_block = nmf_ceil_div(g.tiles, nmf_min(wanted, nmf_ceil_div(g.tiles, 4)));
   }
-  run.scratch_bytes = run.kernel->scratch_bytes(&job, job.token_block, job.tile_block);
+  run.scratch_bytes = run.kernel->scratch_bytes(
+      &job, nmf_min(run.kernel->max_tokens, nmf_ceil_div(tokens, run.kernel->step) * run.kernel->step),
+      job.tile_block);
   run.failed.store(false);
   nmf_parallel(job.token_blocks * nmf_ceil_div(g.tiles, job.tile_block), threads < 1 ? 1 : threads,
                run_task, &run);

@@ -63,8 +63,14 @@ int64_t gather_scratch(const nmf_job *job, int64_t tokens, int64_t) {
 /* ------------------------------------------------------------------ tokens */
 
 /* Registers: C vectors of tokens times R rows of sums. */
-const int MAX_C = 4;
-const int ROWS = LANES == 16 ? 4 : 2;
+#ifndef NMF_MAX_C
+#define NMF_MAX_C 4
+#endif
+const int MAX_C = NMF_MAX_C;
+template <int C>
+struct Rows {
+  static const int count = LANES < 16 ? 2 : C <= 6 ? 4 : 2;
+};
 /* Bytes of the transposed block: most of a 32 KB (or larger) L1. */
 #ifndef NMF_BLOCK_BYTES
 #define NMF_BLOCK_BYTES 32768
@@ -151,12 +157,40 @@ NMF_INLINE void tokens_rows(const char *x, const float *values, const uint32_t *
     for (int c = 0; c < C; ++c) store(sums + (r * C + c) * LANES, acc[r][c]);
 }
 
+/* Sums of a tile, [16][width] with tokens in lanes, to y. The epilogue comes first, while lanes are
+ * full whatever the number of rows. */
+NMF_INLINE void write_tile(const nmf_job *job, const nmf_part *part, int64_t tile, float *sums,
+                           int64_t width) {
+  const int64_t tokens = part->token_end - part->token;
+  const int64_t row = tile * 16, rows = nmf_min(16, job->g.out - row);
+  if (job->epilogue != NMFLOW_NONE)
+    for (int64_t i = 0; i < 16 * width; i += LANES)
+      store(sums + i, finish(load(sums + i), job->epilogue));
+  for (int64_t t = 0; t < tokens; t += 16) {
+    const int64_t here = nmf_min(16, tokens - t), token = part->token + t;
+    const bool whole = here == 16 && rows == 16 && t + 16 <= width;
+    if (whole && job->g.dtype == NMFLOW_F32) {
+      transpose16(sums + t, width, static_cast<float *>(job->y) + token * job->y_stride + row,
+                  job->y_stride);
+      continue;
+    }
+    float block[256];
+    if (t + 16 <= width) {
+      transpose16(sums + t, width, block, 16);
+    } else {
+      for (int i = 0; i < 16; ++i)
+        for (int64_t k = 0; k < here; ++k) block[k * 16 + i] = sums[i * width + t + k];
+    }
+    for (int64_t k = 0; k < here; ++k)
+      put_rows(job, token + k, row, block + k * 16, rows);
+  }
+}
+
 template <int C>
 void tokens_part(const nmf_job *job, const nmf_part *part, char *scratch) {
   const nmf_geometry &g = job->g;
   const int64_t width = C * LANES, inputs = block_inputs(g, C);
   const int64_t most = inputs / g.span * g.span_entries;
-  const int64_t tokens = part->token_end - part->token;
   float *x = reinterpret_cast<float *>(scratch);
   scratch += round64(inputs * width * 4);
   float *room = reinterpret_cast<float *>(scratch);
@@ -176,39 +210,25 @@ void tokens_part(const nmf_job *job, const nmf_part *part, char *scratch) {
       float *tile_sums = sums + (tile - part->tile) * 16 * width;
       float bias[16];
       if (first == 0) read_bias(job, tile, bias);
-      for (int r = 0; r < 16; r += ROWS)
-        tokens_rows<C, ROWS>(reinterpret_cast<const char *>(x), values + r, offsets + r, entries,
+      const int R = Rows<C>::count;
+      for (int r = 0; r < 16; r += R)
+        tokens_rows<C, R>(reinterpret_cast<const char *>(x), values + r, offsets + r, entries,
                              tile_sums + r * width, first == 0 ? bias + r : nullptr);
       if (!last) continue;
-      for (int64_t t = 0; t < width; t += 16) {
-        float block[256];
-        const int64_t here = nmf_min(16, tokens - t);
-        if (here <= 0) break;
-        if (width - t >= 16) {
-          transpose16(tile_sums + t, width, block, 16);
-        } else {
-          for (int i = 0; i < 16; ++i)
-            for (int64_t k = 0; k < here; ++k) block[k * 16 + i] = tile_sums[i * width + t + k];
-        }
-        for (int64_t k = 0; k < here; ++k)
-          write_rows(job, part->token + t + k, tile * 16, block + k * 16,
-                     nmf_min(16, g.out - tile * 16));
-      }
+      write_tile(job, part, tile, tile_sums, width);
     }
   }
 }
 
+template <int C>
+NMF_INLINE void tokens_dispatch(int64_t c, const nmf_job *job, const nmf_part *part,
+                                char *scratch) {
+  if (C == 1 || c >= C) return tokens_part<C>(job, part, scratch);
+  tokens_dispatch<(C > 1 ? C - 1 : 1)>(c, job, part, scratch);
+}
+
 void tokens_run(const nmf_job *job, const nmf_part *part, char *scratch) {
-  switch (nmf_ceil_div(part->token_end - part->token, LANES)) {
-    case 1:
-      return tokens_part<1>(job, part, scratch);
-    case 2:
-      return tokens_part<2>(job, part, scratch);
-    case 3:
-      return tokens_part<3>(job, part, scratch);
-    default:
-      return tokens_part<4>(job, part, scratch);
-  }
+  tokens_dispatch<MAX_C>(nmf_ceil_div(part->token_end - part->token, LANES), job, part, scratch);
 }
 
 const nmf_kernel gather_kernel = {gather_run, gather_scratch, 4, 1};

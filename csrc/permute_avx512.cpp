@@ -95,8 +95,16 @@ void block(const nmf_job *job, int64_t token, int64_t tile, const float *const (
       x += g.span;
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < TILES; ++i) {
     const int64_t row = (tile + i) * 16, count = nmf_min(16, g.out - row);
+    if (g.dtype == NMFLOW_F32 && job->epilogue == NMFLOW_NONE && count == 16) {
+      float *y = static_cast<float *>(job->y) + token * job->y_stride + row;
+#pragma GCC unroll 8
+      for (int t = 0; t < NT; ++t) _mm512_storeu_ps(y + t * job->y_stride, acc[i][t]);
+      continue;
+    }
+#pragma GCC unroll 8
     for (int t = 0; t < NT; ++t) {
       float sums[16];
       _mm512_storeu_ps(sums, acc[i][t]);

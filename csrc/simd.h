@@ -4,6 +4,10 @@
 #ifndef NMFLOW_SIMD_H
 #define NMFLOW_SIMD_H
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "common.h"
 
 #ifndef NMF_LANES
@@ -97,11 +101,9 @@ NMF_INLINE vecf finish(vecf v, int epilogue) {
   return v;
 }
 
-/* `count` <= 16 results of one token, rows row.. of y, with epilogue, rounded to the dtype. */
-NMF_INLINE void write_rows(const nmf_job *job, int64_t token, int64_t row, float *sums,
-                           int64_t count) {
-  if (job->epilogue != NMFLOW_NONE)
-    for (int i = 0; i < 16; i += LANES) store(sums + i, finish(load(sums + i), job->epilogue));
+/* `count` <= 16 results of one token, rows row.. of y, rounded to the dtype. */
+NMF_INLINE void put_rows(const nmf_job *job, int64_t token, int64_t row, const float *sums,
+                         int64_t count) {
   const int64_t at = token * job->y_stride + row;
   if (job->g.dtype == NMFLOW_F32) {
     float *y = static_cast<float *>(job->y) + at;
@@ -116,7 +118,19 @@ NMF_INLINE void write_rows(const nmf_job *job, int64_t token, int64_t row, float
     for (int i = 0; i < 16; ++i) rounded[i] = nmf_float_to_bf16(sums[i]);
   else
     for (int i = 0; i < 16; ++i) rounded[i] = nmf_float_to_f16(sums[i]);
-  memcpy(static_cast<uint16_t *>(job->y) + at, rounded, static_cast<size_t>(count) * 2);
+  uint16_t *y = static_cast<uint16_t *>(job->y) + at;
+  if (count == 16)
+    memcpy(y, rounded, 32);
+  else
+    memcpy(y, rounded, static_cast<size_t>(count) * 2);
+}
+
+/* The same after the epilogue. */
+__attribute__((noinline)) void write_rows(const nmf_job *job, int64_t token, int64_t row, float *sums,
+                           int64_t count) {
+  if (job->epilogue != NMFLOW_NONE)
+    for (int i = 0; i < 16; i += LANES) store(sums + i, finish(load(sums + i), job->epilogue));
+  put_rows(job, token, row, sums, count);
 }
 
 /* The bias of a tile's 16 rows as fp32; zero where there is none. */
@@ -160,9 +174,77 @@ NMF_INLINE const float *decode_values(const nmf_job *job, int64_t tile, int64_t 
 /* The columns of entries [s0, s0 + count) of a tile's rows, relative to input `base` and times
  * `scale`: [count][16]. A code is clamped to the last input of its span, so that no code leads
  * outside the row. */
+#if defined(__AVX512F__)
+/* With 4-bit codes the clamped column of every code fits a register: decoding is a look-up, which
+ * reads only the low 4 bits of a lane and so needs no mask either. */
+NMF_INLINE void decode_nibbles(const nmf_job *job, int64_t tile, int64_t s0, int64_t count,
+                               int64_t base, uint32_t scale, uint32_t *to) {
+  const nmf_geometry &g = job->g;
+  int64_t span = s0 / g.span_entries * g.span, left = g.span_entries - s0 % g.span_entries;
+  const uint32_t *words = static_cast<const uint32_t *>(job->codes) +
+                          (tile * g.words + s0 / 8) * 16;
+  __m512i word = _mm512_srl_epi32(_mm512_loadu_si512(words),
+                                  _mm_cvtsi32_si128(static_cast<int>(s0 % 8 * 4)));
+  int64_t in_word = 8 - s0 % 8;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i scales = _mm512_set1_epi32(static_cast<int>(scale));
+  const __m512i step = _mm512_set1_epi32(static_cast<int>(g.span * scale));
+  const __m512i last = _mm512_set1_epi32(static_cast<int>(g.span - 1));
+  __m512i table = _mm512_add_epi32(
+      _mm512_mullo_epi32(_mm512_min_epi32(lane, last), scales),
+      _mm512_set1_epi32(static_cast<int>((span - base) * scale)));
+  const int64_t full = (g.in / g.span) * g.span_entries; /* entries of whole spans */
+  const int64_t end = s0 + count, whole = end < full ? end : full;
+  int64_t s = s0;
+  if (s % 8 == 0 && (8 % g.span_entries == 0))
+    for (; s + 8 <= whole; s += 8, words += 16) {
+      word = _mm512_loadu_si512(words);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi32(word, table));
+        to += 16;
+        word = _mm512_srli_epi32(word, 4);
+        if (--left == 0) {
+          left = g.span_entries;
+          table = _mm512_add_epi32(table, step);
+        }
+      }
+    }
+  if (s < end && s % 8 == 0) {
+    word = _mm512_loadu_si512(words);
+    in_word = 8;
+  }
+  for (; s < end; ++s) {
+    if (in_word == 0) {
+      words += 16;
+      word = _mm512_loadu_si512(words);
+      in_word = 8;
+    }
+    if (s == full) { /* the last span is cut short: clamp to the last input of the row */
+      const int64_t start = g.in / g.span * g.span;
+      table = _mm512_add_epi32(
+          _mm512_mullo_epi32(
+              _mm512_min_epi32(lane, _mm512_set1_epi32(static_cast<int>(g.in - start - 1))), scales),
+          _mm512_set1_epi32(static_cast<int>((start - base) * scale)));
+    }
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(word, table));
+    to += 16;
+    word = _mm512_srli_epi32(word, 4);
+    --in_word;
+    if (--left == 0) {
+      left = g.span_entries;
+      table = _mm512_add_epi32(table, step);
+    }
+  }
+}
+#endif
+
 NMF_INLINE void decode_columns(const nmf_job *job, int64_t tile, int64_t s0, int64_t count,
                                int64_t base, uint32_t scale, uint32_t *to) {
   const nmf_geometry &g = job->g;
+#if defined(__AVX512F__)
+  if (g.bits == 4 && !g.panels) return decode_nibbles(job, tile, s0, count, base, scale, to);
+#endif
   int64_t span = s0 / g.span_entries * g.span, left = g.span_entries - s0 % g.span_entries;
   uint32_t most = static_cast<uint32_t>(nmf_min(g.span, g.in - span) - 1);
   vecu start = static_cast<uint32_t>(span - base) * scale - vecu{};
