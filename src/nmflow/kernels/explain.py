@@ -18,7 +18,8 @@ class Explanation(list[tuple[str, Choice]]):
     """(path of the module, choice) of every packed product of a run, in order; `str` is a list."""
 
     def __str__(self) -> str:
-        return "\n".join(f"{path or 'model'}: {choice}" for path, choice in self)
+        said = "\n".join(f"{path or 'model'}: {choice}" for path, choice in self)
+        return said or "no packed product: compress() kept every layer dense, see its report"
 
 
 class _Listen(TorchDispatchMode):
@@ -60,7 +61,7 @@ def explain(module: nn.Module, example: Any) -> Explanation:
         backend before it in the registry why that one did not serve the call.
 
     Raises:
-        CompressError: the run made no packed product.
+        CompressError: the module is no compressed one and made no packed product.
 
     Example:
         >>> import nmflow
@@ -85,7 +86,7 @@ def explain(module: nn.Module, example: Any) -> Explanation:
     finally:
         for handle in handles:
             handle.remove()
-    if not listen.found:
+    if not listen.found and not hasattr(module, "report"):
         raise CompressError("module made no packed product for this example: compress it first")
     return listen.found
 
