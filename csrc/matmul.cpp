@@ -67,6 +67,11 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
       return isa == NMFLOW_AVX512 ? nmf_tokens_avx512()
              : isa == NMFLOW_AVX2 ? nmf_tokens_avx2()
                                   : nmf_tokens_portable();
+    case NMFLOW_PANEL:
+      if (!g.panels) return nullptr;
+      return isa == NMFLOW_AVX512 ? nmf_panel_avx512()
+             : isa == NMFLOW_AVX2 ? nmf_panel_avx2()
+                                  : nmf_panel_portable();
     case NMFLOW_PERMUTE:
       if (g.m > 32 || g.panels) return nullptr;
       return isa == NMFLOW_AVX512 ? nmf_permute_avx512() : nullptr;
@@ -75,6 +80,8 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
       return nmf_gather_portable();
     case NMFLOW_TOKENS:
       return nmf_tokens_portable();
+    case NMFLOW_PANEL:
+      return g.panels ? nmf_panel_portable() : nullptr;
 #endif
     default:
       return nullptr;
@@ -82,6 +89,7 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
 }
 
 int choose(const nmf_geometry &g, int64_t tokens) {
+  if (g.panels) return NMFLOW_PANEL;
   if (kernel_of(NMFLOW_PERMUTE, g) != nullptr && tokens < 48) return NMFLOW_PERMUTE;
   return tokens < 8 ? NMFLOW_GATHER : NMFLOW_TOKENS;
 }

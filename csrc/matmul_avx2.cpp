@@ -13,6 +13,8 @@ NMF_INLINE vecf gather(const float *x, const uint32_t *columns) {
 }  // namespace
 
 #include "matmul_impl.h"
+#include "panel_impl.h"
 
 const nmf_kernel *nmf_gather_avx2(void) { return &gather_kernel; }
 const nmf_kernel *nmf_tokens_avx2(void) { return &tokens_kernel; }
+const nmf_kernel *nmf_panel_avx2(void) { return &panel_kernel; }

@@ -4,6 +4,9 @@
  * tokens: lanes are tokens. x is transposed a block of inputs at a time into L1, a row's kept
  *   weights are broadcast one by one, and the input a weight belongs to is a memory operand: the
  *   load ports do the selecting. Partial sums wait in L2 between blocks of inputs. */
+#ifndef NMFLOW_MATMUL_IMPL_H
+#define NMFLOW_MATMUL_IMPL_H
+
 #include "simd.h"
 
 namespace {
@@ -235,3 +238,4 @@ const nmf_kernel gather_kernel = {gather_run, gather_scratch, 4, 1};
 const nmf_kernel tokens_kernel = {tokens_run, tokens_scratch, MAX_C *LANES, LANES};
 
 }  // namespace
+#endif

@@ -1,0 +1,205 @@
+/* Vectors for the mask kernel: 16 lanes on AVX-512, 8 elsewhere, in GCC's vector extension, with
+ * intrinsics only where a compiler does not find the instruction by itself. All static, see
+ * common.h. A lane holds a key: a non-negative number below 2^31, so signed compares order it. */
+#ifndef NMFLOW_PROJECT_VECTOR_H
+#define NMFLOW_PROJECT_VECTOR_H
+
+#include "common.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512BW__)
+const int LANES = 16;
+#else
+const int LANES = 8;
+#endif
+typedef float vecf __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vecu __attribute__((vector_size(4 * LANES)));
+typedef int32_t veci __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vech __attribute__((vector_size(2 * LANES)));
+typedef uint8_t vecb __attribute__((vector_size(LANES)));
+
+template <class V>
+NMF_INLINE V get(const void *from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class V>
+NMF_INLINE void put(void *to, V v) {
+  memcpy(to, &v, sizeof v);
+}
+NMF_INLINE vecu splat(uint32_t value) { return value - vecu{}; }
+NMF_INLINE vecu widen(vech v) { return __builtin_convertvector(v, vecu); }
+
+NMF_INLINE vecu larger(vecu a, vecu b) {
+#if defined(__AVX512BW__)
+  return (vecu)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vecu)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  const vecu c = (vecu)((veci)a > (veci)b);
+  return (a & c) | (b & ~c);
+#endif
+}
+NMF_INLINE vecu smaller(vecu a, vecu b) {
+#if defined(__AVX512BW__)
+  return (vecu)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vecu)_mm256_min_epi32((__m256i)a, (__m256i)b);
+#else
+  const vecu c = (vecu)((veci)a > (veci)b);
+  return (b & c) | (a & ~c);
+#endif
+}
+/* The key that comes first when the largest (TOP) or the smallest are looked for. */
+template <bool TOP>
+NMF_INLINE vecu better(vecu a, vecu b) {
+  return TOP ? larger(a, b) : smaller(a, b);
+}
+template <bool TOP>
+NMF_INLINE vecu worse(vecu a, vecu b) {
+  return TOP ? smaller(a, b) : larger(a, b);
+}
+
+/* A byte a lane: 1 where the key is kept, which is key >= t (TOP) or key > t. */
+template <bool TOP>
+NMF_INLINE vecb kept_bytes(vecu key, vecu t) {
+#if defined(__AVX512BW__)
+  const __mmask16 k = TOP ? _mm512_cmpge_epi32_mask((__m512i)key, (__m512i)t)
+                          : _mm512_cmpgt_epi32_mask((__m512i)key, (__m512i)t);
+  return (vecb)_mm_maskz_set1_epi8(k, 1);
+#else
+  const veci c = TOP ? ((veci)t > (veci)key) + 1 : -((veci)key > (veci)t);
+#if defined(__SSE2__)
+  __m128i half[2];
+  memcpy(half, &c, sizeof c);
+  const __m128i bytes = _mm_packs_epi16(_mm_packs_epi32(half[0], half[1]), _mm_setzero_si128());
+  vecb r;
+  memcpy(&r, &bytes, sizeof r);
+  return r;
+#else
+  return __builtin_convertvector(c, vecb);
+#endif
+#endif
+}
+
+/* Lane i gets lane i ^ K. */
+template <int K>
+NMF_INLINE vecu flip(vecu v) {
+#if defined(__AVX512BW__)
+  const __m512i x = (__m512i)v;
+  return (vecu)(K == 1   ? _mm512_shuffle_epi32(x, _MM_PERM_CDAB)
+                : K == 2 ? _mm512_shuffle_epi32(x, _MM_PERM_BADC)
+                : K == 4 ? _mm512_shuffle_i32x4(x, x, 0xb1)
+                         : _mm512_shuffle_i32x4(x, x, 0x4e));
+#elif defined(__AVX2__)
+  const __m256i x = (__m256i)v;
+  return (vecu)(K == 1   ? _mm256_shuffle_epi32(x, 0xb1)
+                : K == 2 ? _mm256_shuffle_epi32(x, 0x4e)
+                         : _mm256_permute4x64_epi64(x, 0x4e));
+#else
+  vecu r;
+  for (int i = 0; i < LANES; ++i) r[i] = v[i ^ K];
+  return r;
+#endif
+}
+
+/* Lane i gets lane index[i] of v. */
+NMF_INLINE vecu permute(vecu v, const uint8_t *index) {
+#if defined(__AVX512BW__)
+  return (vecu)_mm512_permutexvar_epi32(_mm512_cvtepu8_epi32(get<__m128i>(index)), (__m512i)v);
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(index));
+  return (vecu)_mm256_permutevar8x32_epi32((__m256i)v, _mm256_cvtepu8_epi32(bytes));
+#else
+  vecu r;
+  for (int i = 0; i < LANES; ++i) r[i] = v[index[i]];
+  return r;
+#endif
+}
+
+/* Four 32-bit units from each of LANES rows, `stride` bytes apart: unit i of every row to to[i]. */
+NMF_INLINE void transpose4(const char *from, int64_t stride, vecu *to) {
+#if defined(__AVX512BW__)
+  /* Quarters of rows are loaded straight to their place, so that the load ports do half of it. */
+  __m512i r[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const char *p = from + k * stride;
+    __m512i v = _mm512_castsi128_si512(get<__m128i>(p));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, get<__m128i>(p + 4 * stride));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, get<__m128i>(p + 8 * stride));
+    r[k] = _mm512_mask_broadcast_i32x4(v, 0xf000, get<__m128i>(p + 12 * stride));
+  }
+  const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+  const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+  /* The rows come out in the order 0 4 8 12 of quarters: lane 4 q + k is row 4 q + k. */
+  to[0] = (vecu)_mm512_unpacklo_epi64(a, c);
+  to[1] = (vecu)_mm512_unpackhi_epi64(a, c);
+  to[2] = (vecu)_mm512_unpacklo_epi64(b, d);
+  to[3] = (vecu)_mm512_unpackhi_epi64(b, d);
+#elif defined(__AVX2__)
+  __m256i r[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k)
+    r[k] = _mm256_inserti128_si256(_mm256_castsi128_si256(get<__m128i>(from + k * stride)),
+                                   get<__m128i>(from + (k + 4) * stride), 1);
+  const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
+  const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
+  to[0] = (vecu)_mm256_unpacklo_epi64(a, c);
+  to[1] = (vecu)_mm256_unpackhi_epi64(a, c);
+  to[2] = (vecu)_mm256_unpacklo_epi64(b, d);
+  to[3] = (vecu)_mm256_unpackhi_epi64(b, d);
+#else
+  for (int i = 0; i < LANES; ++i) {
+    uint32_t unit[4];
+    memcpy(unit, from + i * stride, 16);
+    for (int k = 0; k < 4; ++k) to[k][i] = unit[k];
+  }
+#endif
+}
+
+/* How a dtype's elements become fp32 and back, a vector at a time. */
+NMF_INLINE vecf to_float(vech v, int dtype) {
+  const vecu h = widen(v);
+  if (dtype == NMFLOW_BF16) return (vecf)(h << 16);
+#if defined(__AVX512BW__)
+  return (vecf)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__F16C__)
+  return (vecf)_mm256_cvtph_ps((__m128i)v);
+#else
+  const vecu sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+  const vecf subnormal = __builtin_convertvector((veci)rest, vecf) * 5.9604644775390625e-8f;
+  const vecu normal = (rest << 13) + 0x38000000u, special = (rest << 13) + 0x70000000u;
+  const vecu is_special = (vecu)(rest >= 0x7c00u);
+  const vecu is_normal = (vecu)(rest >= 0x0400u) & ~is_special;
+  return (vecf)(sign | (is_special & special) | (is_normal & normal) |
+                (~(is_special | is_normal) & (vecu)subnormal));
+#endif
+}
+/* Rounds to nearest even, as nmf_float_to_bf16 and nmf_float_to_f16 do, of finite values. */
+NMF_INLINE vech from_float(vecf v, int dtype) {
+  const vecu bits = (vecu)v;
+  if (dtype == NMFLOW_BF16)
+    return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, vech);
+#if defined(__AVX512BW__)
+  return (vech)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (vech)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vecu sign = (bits >> 16) & 0x8000u, a = bits & 0x7fffffffu;
+  const vecu small = (vecu)((vecf)a + 0.5f) - 0x3f000000u;
+  const vecu normal = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
+  const vecu is_small = (vecu)(a < 0x38800000u), is_large = (vecu)(a >= 0x477ff000u);
+  const vecu half = (is_small & small) | (is_large & 0x7c00u) | (~(is_small | is_large) & normal);
+  return __builtin_convertvector(sign | half, vech);
+#endif
+}
+
+}  // namespace
+#endif
