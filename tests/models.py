@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,8 @@ class HFConv1D(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        from transformers.pytorch_utils import Conv1D  # slow to import, and few tests need it
+
         self.up = Conv1D(16, 8)
         self.down = Conv1D(8, 16)
 

@@ -101,7 +101,7 @@ def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Fra
     end = total - options.get("finetune", 0)
     if case.kind == "Dense" or (k < dense and k < total):
         return None
-    if case.kind in ("OneShot", "STE", "SRSTE") or k >= end:
+    if case.kind in ("OneShot", "STE", "SRSTE", "STEP") or k >= end:
         return (n, m), None, 0.0
     j, span = k - dense, end - dense
     if case.kind == "MDGF":
@@ -203,7 +203,7 @@ class Reference:
     @torch.no_grad()
     def regularise(self) -> None:
         """SR-STE's term, once a step; under a loss scaler call it after `unscale_`."""
-        if self.case.kind != "SRSTE" or self.k < self.case.kwargs.get("dense", 0):
+        if self.case.kind not in ("SRSTE", "STEP") or self.k < self.case.kwargs.get("dense", 0):
             return
         for name, spec in self.targets.items():
             dense, masks = self.model.get_parameter(name), self._masks(name)
@@ -213,8 +213,26 @@ class Reference:
 
     def step(self) -> None:
         self.regularise()
-        self.optimizer.step()
+        if self.case.kind == "STEP" and self.k >= self.case.kwargs["dense"]:
+            self._preconditioned_step()
+        else:
+            self.optimizer.step()
         self.k += 1
+
+    @torch.no_grad()
+    def _preconditioned_step(self) -> None:
+        """AdamW, written out, with the second moment as the dense phase left it."""
+        (group,) = self.optimizer.param_groups
+        lr, decay, eps, (b1, b2) = (group[k] for k in ("lr", "weight_decay", "eps", "betas"))
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.optimizer.state[p]
+            state["step"] += 1
+            t = float(state["step"])
+            state["exp_avg"].mul_(b1).add_(p.grad, alpha=1 - b1)
+            divisor = state["exp_avg_sq"].sqrt() / math.sqrt(1 - b2**t) + eps
+            p.mul_(1 - lr * decay).sub_(lr / (1 - b1**t) * state["exp_avg"] / divisor)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every parameter as the network computes with it."""

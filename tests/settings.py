@@ -42,6 +42,7 @@ CASES = [
     Case("one-shot", "OneShot", {"dense": 5}),
     Case("ste", "STE", {"dense": 2}),
     Case("sr-ste", "SRSTE", {"lam": 0.05, "dense": 2}),
+    Case("step", "STEP", {"lam": 0.05, "dense": 5}),
     Case("mdgf-linear", "MDGF", _mdgf("linear", "straight-through")),
     Case("mdgf-linear-masked", "MDGF", _mdgf("linear", "masked")),
     Case("mdgf-exp", "MDGF", _mdgf("exponential", "straight-through")),
@@ -80,6 +81,9 @@ INTERVAL_CASES = [
 ]
 
 BY_ID = {case.id: case for case in [*CASES, *MORE_CASES, *INTERVAL_CASES]}
+
+ADAM = ["adamw-foreach", "adamw-fused", "adamw-plain"]
+"""The optimizers with a second moment that STEP can freeze."""
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw-foreach": functools.partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1, foreach=True),

@@ -24,14 +24,16 @@ from harness import (
     traces,
     twin,
 )
-from models import FAMILIES, MLP, Family
-from settings import CASES, INTERVAL_CASES, MORE_CASES, OPTIMIZERS, TOTAL, Case
+from models import BY_ID, FAMILIES, MLP, Family, loss_of
+from nmflow.errors import FlowError
+from settings import ADAM, CASES, INTERVAL_CASES, MORE_CASES, OPTIMIZERS, TOTAL, Case
+from settings import BY_ID as RECIPE
 
 ROWS = [
     pytest.param(case, family, name, id=f"{case.id}-{family.id}-{name}")
     for case in CASES
     for family in FAMILIES
-    for name in OPTIMIZERS
+    for name in (ADAM if case.kind == "STEP" else OPTIMIZERS)
 ]
 
 
@@ -98,9 +100,7 @@ def test_variant(case: Case) -> None:
 @pytest.mark.parametrize("family", ["linear", "attention", "fused-qkv", "hf-conv1d", "3:8"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_dtype(case: Case, family: str, dtype: torch.dtype) -> None:
-    from models import BY_ID
-
-    check_row(case, BY_ID[family], "sgd", dtype)
+    check_row(case, BY_ID[family], "adamw-plain" if case.kind == "STEP" else "sgd", dtype)
 
 
 @pytest.mark.parametrize("case", INTERVAL_CASES[:2], ids=lambda case: case.id)
@@ -155,9 +155,7 @@ def test_finalize_early_is_exact(case: Case, steps: int) -> None:
 
 
 def test_dense_weights_are_the_references() -> None:
-    from settings import BY_ID
-
-    run = Run(MLP, BY_ID["mdgf-exp-masked"], attached=False)
+    run = Run(MLP, RECIPE["mdgf-exp-masked"], attached=False)
     ref = twin(run)
     run.attach()
     for x in MLP.batches(6):
@@ -170,10 +168,8 @@ def test_dense_weights_are_the_references() -> None:
 
 def test_only_one_copy_lives_between_steps() -> None:
     """The state holds the dense copy of each target and nothing else of its size."""
-    from settings import BY_ID
-
     for name in ("sr-ste", "mdgf-linear", "sdgf-geometric"):
-        run = Run(MLP, BY_ID[name])
+        run = Run(MLP, RECIPE[name])
         run.train(MLP.batches(3))
         for parameter, state in run.optimizer.state.items():
             assert isinstance(parameter, torch.Tensor)
@@ -203,3 +199,29 @@ def test_recipes_by_name_are_the_dataclasses() -> None:
                 optimizer.step()
             ends.append(parameters_of(model))
         assert_same(ends[0], ends[1], name)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("optimizer", ADAM)
+def test_step_divides_by_the_frozen_moment(optimizer: str, scale: float) -> None:
+    """STEP, however much larger than the frozen moment the gradients of its second phase are."""
+    run = Run(MLP, RECIPE["step"], OPTIMIZERS[optimizer], dtype=torch.float32, attached=False)
+    ref = twin(run, OPTIMIZERS[optimizer])
+    run.attach()
+    for k, x in enumerate(MLP.batches(6, torch.float32)):
+        for one, forward in ((run.optimizer, run.model), (ref.optimizer, ref)):
+            one.zero_grad()
+            (loss_of(forward(x)) * (scale if k >= 5 else 1.0)).backward()
+        frozen = run.optimizer.state[run.model.get_parameter("0.bias")].get("exp_avg_sq")
+        before = frozen.clone() if k >= 5 else None
+        run.optimizer.step()
+        ref.step()
+        assert before is None or torch.equal(frozen, before)
+        for name, weight in ref.dense_weights().items():
+            torch.testing.assert_close(dense_of(run)[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_step_needs_adam() -> None:
+    for make in (OPTIMIZERS["sgd"], OPTIMIZERS["adafactor"]):
+        with pytest.raises(FlowError, match="Adam"):
+            Run(MLP, RECIPE["step"], make)
