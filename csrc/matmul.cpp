@@ -88,10 +88,13 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
   }
 }
 
+/* Measured on the machine of docs/benchmarks/kernels.md: permuting costs one shuffle a weight and
+ * token, the transposed way one load and the transposing, which takes some 30 tokens to pay. */
 int choose(const nmf_geometry &g, int64_t tokens) {
   if (g.panels) return NMFLOW_PANEL;
-  if (kernel_of(NMFLOW_PERMUTE, g) != nullptr && tokens < 48) return NMFLOW_PERMUTE;
-  return tokens < 8 ? NMFLOW_GATHER : NMFLOW_TOKENS;
+  const bool permutes = kernel_of(NMFLOW_PERMUTE, g) != nullptr;
+  if (permutes) return tokens < 32 ? NMFLOW_PERMUTE : NMFLOW_TOKENS;
+  return tokens < 6 ? NMFLOW_GATHER : NMFLOW_TOKENS;
 }
 
 }  // namespace
@@ -141,7 +144,8 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
   job.y_stride = y_stride;
   job.tokens = tokens;
   job.epilogue = epilogue;
-  job.token_blocks = nmf_ceil_div(tokens, run.kernel->max_tokens);
+  const int64_t most = run.kernel->max_tokens(&g);
+  job.token_blocks = nmf_ceil_div(tokens, most);
   job.tile_block = g.tiles;
   if (threads > 1) {
     /* About four tasks a thread, so that a thread that came late does not hold the others up. */
@@ -149,7 +153,7 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
     job.tile_block = nmf_ceil_div(g.tiles, nmf_min(wanted, nmf_ceil_div(g.tiles, 4)));
   }
   run.scratch_bytes = run.kernel->scratch_bytes(
-      &job, nmf_min(run.kernel->max_tokens, nmf_ceil_div(tokens, run.kernel->step) * run.kernel->step),
+      &job, nmf_min(most, nmf_ceil_div(tokens, run.kernel->step) * run.kernel->step),
       job.tile_block);
   run.failed.store(false);
   nmf_parallel(job.token_blocks * nmf_ceil_div(g.tiles, job.tile_block), threads < 1 ? 1 : threads,

@@ -70,9 +70,10 @@ int64_t gather_scratch(const nmf_job *job, int64_t tokens, int64_t) {
 #define NMF_MAX_C 4
 #endif
 const int MAX_C = NMF_MAX_C;
+const int SPARSE_C = MAX_C / 2;
 template <int C>
 struct Rows {
-  static const int count = LANES < 16 ? 2 : C <= 6 ? 4 : 2;
+  static const int count = LANES < 16 ? (C == 1 ? 4 : 2) : C <= 2 ? 8 : 4;
 };
 /* Bytes of the transposed block: most of a 32 KB (or larger) L1. */
 #ifndef NMF_BLOCK_BYTES
@@ -234,8 +235,16 @@ void tokens_run(const nmf_job *job, const nmf_part *part, char *scratch) {
   tokens_dispatch<MAX_C>(nmf_ceil_div(part->token_end - part->token, LANES), job, part, scratch);
 }
 
-const nmf_kernel gather_kernel = {gather_run, gather_scratch, 4, 1};
-const nmf_kernel tokens_kernel = {tokens_run, tokens_scratch, MAX_C *LANES, LANES};
+int64_t gather_most(const nmf_geometry *) { return 4; }
+/* A sum waits outside the registers between blocks of inputs. Where a block of the widest kind
+ * holds few entries of a row, half the tokens and blocks twice as long fetch it half as often. */
+int64_t tokens_most(const nmf_geometry *g) {
+  const int64_t inputs = NMF_BLOCK_BYTES / (MAX_C * LANES * 4);
+  return (inputs * g->n < 16 * g->m ? SPARSE_C : MAX_C) * LANES;
+}
+
+const nmf_kernel gather_kernel = {gather_run, gather_scratch, gather_most, 1};
+const nmf_kernel tokens_kernel = {tokens_run, tokens_scratch, tokens_most, LANES};
 
 }  // namespace
 #endif

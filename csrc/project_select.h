@@ -1,0 +1,260 @@
+/* Which elements are kept: a byte each, 1 or 0, exactly n of every group, ties to the lowest index.
+ *
+ * A key is |w|'s bits, ordered as the finite floats are. A 16-bit key has room below it for the
+ * place in the group, counted down, so that 16-bit keys never tie. fp32 keys may: then a group gets
+ * a count other than n, which is seen by summing the bytes and mended there.
+ *
+ * With TOP the n-th largest key t is found and key >= t kept; else, when n > m / 2, the (m - n)-th
+ * smallest and key > t kept. The rank is so never more than m / 2. */
+#ifndef NMFLOW_PROJECT_SELECT_H
+#define NMFLOW_PROJECT_SELECT_H
+
+#include "project.h"
+#include "project_network.h"
+
+namespace {
+
+enum Way { WAY_ALL, WAY_SMALL, WAY_LONG, WAY_PAIR, WAY_NETWORK, WAY_BISECT };
+
+/* How groups of one pattern are selected. */
+struct Plan {
+  int64_t n, m, rank;
+  bool top;
+  Way way;
+  int64_t length, blocks; /* the network's blocks and how many of them cover m */
+  int64_t block;          /* groups that are selected at a time */
+};
+
+NMF_INLINE Plan plan_of(int64_t n, int64_t m) {
+  Plan plan;
+  plan.n = n;
+  plan.m = m;
+  plan.top = n <= m - n;
+  plan.rank = plan.top ? n : m - n;
+  plan.length = 1;
+  while (plan.length < plan.rank && plan.length < m) plan.length *= 2;
+  plan.blocks = nmf_ceil_div(m, plan.length);
+  plan.block = LANES;
+  const bool power = (m & (m - 1)) == 0;
+  if (n == m)
+    plan.way = WAY_ALL;
+  else if (plan.rank == 1 && m <= LANES && power)
+    plan.way = WAY_SMALL;
+  else if (plan.rank == 1 && m % LANES == 0 && m <= 32768)
+    plan.way = WAY_LONG;
+  else if (m == 4)
+    plan.way = WAY_PAIR;
+  else if (m <= NMF_NETWORK_M && plan.rank <= NMF_NETWORK_RANK)
+    plan.way = WAY_NETWORK;
+  else
+    plan.way = WAY_BISECT;
+  if (plan.way == WAY_BISECT) plan.block = 1;
+  if (plan.way != WAY_NETWORK && plan.way != WAY_BISECT && m < NMF_BLOCK / LANES)
+    plan.block = NMF_BLOCK / m / LANES * LANES;
+  if (plan.way == WAY_LONG) plan.block = m < NMF_BLOCK ? NMF_BLOCK / m : 1;
+  return plan;
+}
+
+/* The room a selection needs, carved out of a task's scratch. */
+struct Room {
+  uint32_t *keys;   /* [blocks * length][LANES], or one group's */
+  char *staged;     /* a block's elements, when the last one is cut short */
+  uint8_t *kept;    /* and its bytes */
+  uint8_t *group;   /* lane by lane: the group of a block it belongs to, when m % LANES */
+  uint16_t *below;  /* lane by lane: what goes below a 16-bit key */
+  vecu seen;        /* the largest keys so far */
+};
+
+/* Keys of LANES consecutive elements. */
+template <int BYTES>
+NMF_INLINE vecu keys_of(const char *from, vecu below) {
+  if (BYTES == 4) return get<vecu>(from) & 0x7fffffffu;
+  return ((widen(get<vech>(from)) << 16) & 0x7fff0000u) | below;
+}
+NMF_INLINE uint32_t place(int64_t i) { return 0xffffu - static_cast<uint32_t>(i); }
+
+/* m <= LANES, a power of two, rank 1: the best of a group is spread over its lanes by flips. */
+template <int BYTES, bool TOP, int M>
+void select_small(const char *w, int64_t vectors, uint8_t *kept, Room &room) {
+  const vecu below = widen(get<vech>(room.below));
+  vecu seen = room.seen;
+  for (int64_t i = 0; i < vectors; ++i) {
+    const vecu keys = keys_of<BYTES>(w + i * LANES * BYTES, below);
+    seen = larger(seen, keys);
+    vecu t = better<TOP>(keys, flip<1>(keys));
+    if constexpr (M >= 4) t = better<TOP>(t, flip<2>(t));
+    if constexpr (M >= 8) t = better<TOP>(t, flip<4>(t));
+    if constexpr (M >= 16) t = better<TOP>(t, flip<8>(t));
+    put(kept + i * LANES, kept_bytes<TOP>(keys, t));
+  }
+  room.seen = seen;
+}
+
+/* 2:4. The second of four is the larger of the pairs' smaller of larger and larger of smaller. */
+template <int BYTES>
+void select_pair(const char *w, int64_t vectors, uint8_t *kept, Room &room) {
+  const vecu below = widen(get<vech>(room.below));
+  vecu seen = room.seen;
+  for (int64_t i = 0; i < vectors; ++i) {
+    const vecu keys = keys_of<BYTES>(w + i * LANES * BYTES, below);
+    seen = larger(seen, keys);
+    const vecu other = flip<1>(keys), first = larger(keys, other), second = smaller(keys, other);
+    const vecu t = larger(smaller(first, flip<2>(first)), larger(second, flip<2>(second)));
+    put(kept + i * LANES, kept_bytes<true>(keys, t));
+  }
+  room.seen = seen;
+}
+
+/* m a multiple of LANES, rank 1. */
+template <int BYTES, bool TOP>
+void select_long(const char *w, int64_t groups, int64_t m, uint8_t *kept, Room &room) {
+  const vecu first = widen(get<vech>(room.below));
+  vecu seen = room.seen;
+  for (int64_t g = 0; g < groups; ++g, w += m * BYTES, kept += m) {
+    vecu below = first, t = keys_of<BYTES>(w, below), most = t;
+    for (int64_t i = LANES; i < m; i += LANES) {
+      below -= static_cast<uint32_t>(LANES);
+      const vecu keys = keys_of<BYTES>(w + i * BYTES, below);
+      t = better<TOP>(t, keys);
+      if (!TOP) most = larger(most, keys);
+    }
+    seen = larger(seen, TOP ? t : most);
+    t = better<TOP>(t, flip<1>(t));
+    t = better<TOP>(t, flip<2>(t));
+    t = better<TOP>(t, flip<4>(t));
+    if constexpr (LANES == 16) t = better<TOP>(t, flip<8>(t));
+    below = first;
+    for (int64_t i = 0; i < m; i += LANES, below -= static_cast<uint32_t>(LANES))
+      put(kept + i, kept_bytes<TOP>(keys_of<BYTES>(w + i * BYTES, below), t));
+  }
+  room.seen = seen;
+}
+
+/* A block of LANES groups to columns: element i of every group in keys[i]. */
+template <int BYTES>
+void to_columns(const char *w, int64_t m, Room &room) {
+  const int64_t wide = BYTES == 4 ? 4 : 8;
+  uint32_t *keys = room.keys;
+  vecu seen = room.seen;
+  int64_t i = 0;
+  for (; i + wide <= m; i += wide, keys += wide * LANES) {
+    vecu unit[4];
+    transpose4(w + i * BYTES, m * BYTES, unit);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      if (BYTES == 4) {
+        const vecu key = unit[k] & 0x7fffffffu;
+        put(keys + k * LANES, key);
+        seen = larger(seen, key);
+      } else {
+        const vecu even = ((unit[k] << 16) & 0x7fff0000u) | splat(place(i + 2 * k));
+        const vecu odd = (unit[k] & 0x7fff0000u) | splat(place(i + 2 * k + 1));
+        put(keys + 2 * k * LANES, even);
+        put(keys + (2 * k + 1) * LANES, odd);
+        seen = larger(seen, larger(even, odd));
+      }
+    }
+  }
+  for (; i < m; ++i, keys += LANES) {
+    for (int lane = 0; lane < LANES; ++lane) {
+      const char *from = w + (lane * m + i) * BYTES;
+      uint32_t bits32;
+      uint16_t bits16;
+      if (BYTES == 4) {
+        memcpy(&bits32, from, 4);
+        keys[lane] = bits32 & 0x7fffffffu;
+      } else {
+        memcpy(&bits16, from, 2);
+        keys[lane] = (static_cast<uint32_t>(bits16 & 0x7fffu) << 16) | place(i);
+      }
+    }
+    seen = larger(seen, get<vecu>(keys));
+  }
+  room.seen = seen;
+}
+
+/* LANES groups by the sorting network. */
+template <int BYTES, bool TOP>
+void select_network(const Plan &plan, const char *w, uint8_t *kept, Room &room) {
+  const int64_t m = plan.m;
+  to_columns<BYTES>(w, m, room);
+  for (int64_t i = m; i < plan.blocks * plan.length; ++i)
+    put(room.keys + i * LANES, splat(TOP ? 0u : 0x7fffffffu));
+  const vecu t = ranked<TOP>(room.keys, plan.length, plan.blocks, plan.rank);
+  if (m % LANES == 0) {
+    uint32_t of_group[LANES];
+    put(of_group, t);
+    const vecu first = widen(get<vech>(room.below));
+    for (int g = 0; g < LANES; ++g) {
+      const vecu own = splat(of_group[g]);
+      vecu below = first;
+      for (int64_t i = 0; i < m; i += LANES, w += LANES * BYTES, kept += LANES) {
+        put(kept, kept_bytes<TOP>(keys_of<BYTES>(w, below), own));
+        if (BYTES == 2) below -= static_cast<uint32_t>(LANES);
+      }
+    }
+    return;
+  }
+  for (int64_t i = 0; i < m * LANES; i += LANES) {
+    const vecu keys = keys_of<BYTES>(w + i * BYTES, widen(get<vech>(room.below + i)));
+    put(kept + i, kept_bytes<TOP>(keys, permute(t, room.group + i)));
+  }
+}
+
+/* How many of `count` (a multiple of 8) bytes of 0 and 1 are 1. */
+NMF_INLINE int64_t sum_bytes(const uint8_t *bytes, int64_t count) {
+  int64_t total = 0;
+  while (count > 0) {
+    /* 255 additions fill a byte. */
+    const int64_t here = nmf_min(count, 255 * LANES);
+    vecb sums = {};
+    int64_t i = 0;
+    for (; i + LANES <= here; i += LANES) sums += get<vecb>(bytes + i);
+    for (; i < here; ++i) total += bytes[i];
+    uint64_t words[LANES / 8];
+    memcpy(words, &sums, LANES);
+    for (uint64_t word : words) {
+      const uint64_t pairs = (word & 0x00ff00ff00ff00ffull) + ((word >> 8) & 0x00ff00ff00ff00ffull);
+      total += static_cast<int64_t>((pairs * 0x0001000100010001ull) >> 48);
+    }
+    bytes += here;
+    count -= here;
+  }
+  return total;
+}
+
+/* Groups of fp32 keys with ties at t: of the elements equal to it, only the first stay (TOP: too
+ * many are kept) or come back (else: too few are). */
+NMF_INLINE void mend_ties(const Plan &plan, const char *w, int64_t groups, uint8_t *kept) {
+  const int64_t n = plan.n, m = plan.m;
+  for (int64_t g = 0; g < groups; ++g, w += m * 4, kept += m) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < m; ++i) count += kept[i];
+    if (count == n) continue;
+    uint32_t bits, t = plan.top ? 0xffffffffu : 0;
+    for (int64_t i = 0; i < m; ++i) {
+      memcpy(&bits, w + i * 4, 4);
+      bits &= 0x7fffffffu;
+      if (plan.top && kept[i] && bits < t) t = bits;
+      if (!plan.top && !kept[i] && bits > t) t = bits;
+    }
+    if (plan.top) {
+      for (int64_t i = m - 1; count > n; --i) {
+        memcpy(&bits, w + i * 4, 4);
+        if (!kept[i] || (bits & 0x7fffffffu) != t) continue;
+        kept[i] = 0;
+        --count;
+      }
+    } else {
+      for (int64_t i = 0; count < n; ++i) {
+        memcpy(&bits, w + i * 4, 4);
+        if (kept[i] || (bits & 0x7fffffffu) != t) continue;
+        kept[i] = 1;
+        ++count;
+      }
+    }
+  }
+}
+
+}  // namespace
+#endif
