@@ -73,7 +73,7 @@ const int MAX_C = NMF_MAX_C;
 const int SPARSE_C = MAX_C / 2;
 template <int C>
 struct Rows {
-  static const int count = LANES < 16 ? (C == 1 ? 4 : 2) : C <= 2 ? 8 : 4;
+  static const int count = LANES < 16 ? (C == 1 ? 8 : C == 2 ? 4 : 2) : C <= 2 ? 8 : 4;
 };
 /* Bytes of the transposed block: most of a 32 KB (or larger) L1. */
 #ifndef NMF_BLOCK_BYTES
