@@ -4,7 +4,7 @@
 #ifndef NMFLOW_SIMD_H
 #define NMFLOW_SIMD_H
 
-#if defined(__AVX512F__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -57,6 +57,25 @@ NMF_INLINE vecf half_to_float(vecu h) {
   const vecu is_special = (vecu)(rest >= 0x7c00u), is_normal = (vecu)(rest >= 0x0400u) & ~is_special;
   return as_float(sign | (is_special & special) | (is_normal & normal) |
                   (~(is_special | is_normal) & as_bits(subnormal)));
+}
+
+/* fp32 to 16 bits, rounded to nearest even; a NaN stays a NaN. */
+NMF_INLINE vech to_bf16(vecf v) {
+  const vecu bits = as_bits(v);
+  const vecu nan = (vecu)((veci)(bits & 0x7fffffffu) > 0x7f800000);
+  const vecu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return __builtin_convertvector(((nan & (bits | 0x400000u)) | (~nan & rounded)) >> 16, vech);
+}
+NMF_INLINE vech to_f16(vecf v) {
+#if defined(__AVX512F__)
+  return (vech)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (vech)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  vech h;
+  for (int i = 0; i < LANES; ++i) h[i] = nmf_float_to_f16(v[i]);
+  return h;
+#endif
 }
 
 NMF_INLINE float element(const void *p, int64_t i, int dtype) {
@@ -114,10 +133,10 @@ NMF_INLINE void put_rows(const nmf_job *job, int64_t token, int64_t row, const f
     return;
   }
   uint16_t rounded[16];
-  if (job->g.dtype == NMFLOW_BF16)
-    for (int i = 0; i < 16; ++i) rounded[i] = nmf_float_to_bf16(sums[i]);
-  else
-    for (int i = 0; i < 16; ++i) rounded[i] = nmf_float_to_f16(sums[i]);
+  for (int i = 0; i < 16; i += LANES) {
+    const vech h = job->g.dtype == NMFLOW_BF16 ? to_bf16(load(sums + i)) : to_f16(load(sums + i));
+    memcpy(rounded + i, &h, sizeof h);
+  }
   uint16_t *y = static_cast<uint16_t *>(job->y) + at;
   if (count == 16)
     memcpy(y, rounded, 32);
