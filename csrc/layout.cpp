@@ -185,10 +185,11 @@ int nmf_geometry_of(const nmflow_shape *shape, nmf_geometry *g) {
   if (shape->dtype < NMFLOW_F32 || shape->dtype > NMFLOW_F16) return NMFLOW_BAD_DTYPE;
   if (shape->n < 1 || shape->m < shape->n || shape->m > 256 || shape->panel < 1)
     return NMFLOW_BAD_PATTERN;
-  /* 2^40 a side and 2^56 in all: far above any memory, and no product below can overflow. */
-  const int64_t side = INT64_C(1) << 40;
+  /* 2^26 inputs: an offset into a transposed x (at most 48 tokens wide) fits 32 bits. 2^40 rows and
+   * 2^56 in all: far above any memory, and no product below can overflow. */
+  const int64_t rows = INT64_C(1) << 40, inputs = INT64_C(1) << 26;
   int64_t total;
-  if (shape->out < 1 || shape->in < 1 || shape->out > side || shape->in > side ||
+  if (shape->out < 1 || shape->in < 1 || shape->out > rows || shape->in > inputs ||
       __builtin_mul_overflow(shape->out, shape->in, &total) || total > (INT64_C(1) << 56))
     return NMFLOW_BAD_SHAPE;
   if (shape->in % shape->m) return NMFLOW_BAD_PATTERN;
@@ -210,7 +211,6 @@ int nmf_geometry_of(const nmflow_shape *shape, nmf_geometry *g) {
   g->lists = g->panel > 1 ? nmf_ceil_div(g->out, g->panel) : g->out;
   g->panels = g->panel % 16 == 0 ? nmf_ceil_div(g->out, g->panel) : 0;
   const int64_t item = nmf_item_bytes(shape->dtype);
-  /* At most 2^56 * (16 + 1) / 1 elements of padding never arises: a tile pads out to 16 rows. */
   if (__builtin_mul_overflow(g->tiles * 16, g->entries_held * item, &g->values_bytes))
     return NMFLOW_BAD_SHAPE;
   if (__builtin_mul_overflow(g->tiles * 64, g->words, &g->codes_bytes)) return NMFLOW_BAD_SHAPE;

@@ -147,6 +147,10 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
   const int64_t most = run.kernel->max_tokens(&g);
   job.token_blocks = nmf_ceil_div(tokens, most);
   job.tile_block = g.tiles;
+  /* A thread more for every quarter of a million products: waking one takes microseconds. */
+  const double products = static_cast<double>(g.out) * static_cast<double>(g.entries) *
+                          static_cast<double>(tokens);
+  if (threads > 1 + products / 262144) threads = static_cast<int32_t>(1 + products / 262144);
   if (threads > 1) {
     /* About four tasks a thread, so that a thread that came late does not hold the others up. */
     const int64_t wanted = nmf_ceil_div(4 * static_cast<int64_t>(threads), job.token_blocks);
