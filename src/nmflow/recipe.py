@@ -21,6 +21,7 @@ class Recipe:
             `"straight-through"` passes g, `"masked"` passes g ⊙ (m + (1 - m) ⊙ m' · δ).
         lam: λ of SR-STE's term λ·(1 - m) ⊙ W, added to g once per optimizer step.
         prunes: whether weights end at N:M; False for the dense baseline alone.
+        fades_between: whether a stage has two masks, m and m'.
         freezes_second_moment: whether Adam's second moment stays as it is from step d on.
     """
 
@@ -29,6 +30,7 @@ class Recipe:
     lam = 0.0
     prunes = True
     freezes_second_moment = False
+    fades_between = False
 
     @property
     def name(self) -> str:

@@ -248,6 +248,7 @@ class Hybrid(Decaying):
     dense: float = 0.0
     finetune: float = 0.2
     name: ClassVar[str] = "hybrid"  # type: ignore[assignment]
+    fades_between: ClassVar[bool] = True  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         check_choice("structure", self.structure, schedules.FRAMES)

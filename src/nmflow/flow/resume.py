@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from nmflow.errors import StateError, WeightError
 from nmflow.flow.sharding import local
-from nmflow.flow.slots import PENDING_KEY, Slot
-from nmflow.flow.states import GROUP_KEYS, RECIPE_KEY, STEP_KEY, differences
+from nmflow.flow.slots import Slot
+from nmflow.flow.states import GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, differences
 
 
 def is_there(optimizer: Optimizer) -> bool:
@@ -43,7 +43,11 @@ def check_groups(groups: Sequence[dict[str, Any]], signature: str) -> None:
 
 
 def check_slots(
-    optimizer: Optimizer, slots: Sequence[Slot], state: dict, keys: Sequence[Any], needed: set[str]
+    optimizer: Optimizer,
+    slots: Sequence[Slot],
+    state: dict,
+    keys: Sequence[Any],
+    needed: Sequence[str],
 ) -> None:
     """Raise a `StateError` unless a state has the tensors of every slot.
 
@@ -59,11 +63,11 @@ def check_slots(
     for slot in slots:
         place = places[id(slot.param)]
         found = {**state.get(keys[place], {}), **pending.get(place, {})}
-        for key in sorted(needed):
+        for key in needed:
             if key not in found:
                 raise StateError(
                     f"the optimizer state has no {key} of '{slot.name}': load the whole optimizer "
-                    "state of the run that is resumed, unflattened"
+                    "state of the run that is resumed"
                 )
             _check_tensor(slot, key, found[key])
 

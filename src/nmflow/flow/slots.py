@@ -16,13 +16,9 @@ from torch.optim import Optimizer
 
 from nmflow import native
 from nmflow.flow.sharding import Region, local, out_axis
+from nmflow.flow.states import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.masks import native_serves, project, select
 from nmflow.schedules import Stage
-
-DENSE_KEY, KEPT_KEY, FADING_KEY = KEYS = ("nmflow_dense", "nmflow_mask", "nmflow_fading")
-"""The keys of a slot in `optimizer.state[p]`: W, and the masks that are held between steps."""
-PENDING_KEY = "nmflow_pending"
-"""The key in a saved state of the slots that are pending: their tensors by parameter index."""
 
 _SAMPLE = 16
 
@@ -69,9 +65,16 @@ class Slot:
         """The dense weights W, shaped and sharded like the parameter."""
         return self.tensors[DENSE_KEY]
 
-    def start(self) -> None:
-        """Take the parameter as W, before the optimizer's first step."""
+    def start(self, keys: Sequence[str]) -> None:
+        """Take the parameter as W, before the optimizer's first step, and make room for masks.
+
+        Args:
+            keys: the masks that the run will ever hold. They are there from the start, since a
+                distributed checkpoint reads what a fresh state has, and on empty shards too.
+        """
         self.pending = {DENSE_KEY: self.param.detach().clone()}
+        for key in keys:
+            self.pending[key] = torch.ones_like(self.param, dtype=torch.bool).detach()
 
     def take(self) -> None:
         """Take what the parameter holds now as W; masks that are held stay until the next write."""
@@ -89,7 +92,7 @@ class Slot:
         self.pending = None
         state = self.optimizer.state.get(self.param)
         if state is not None:
-            for key in KEYS:
+            for key in SLOT_KEYS:
                 state.pop(key, None)
             if not state:
                 del self.optimizer.state[self.param]
@@ -99,7 +102,7 @@ class Slot:
     def enter(self) -> None:
         """Put W into the parameter, for the optimizer's step."""
         tensors = self.tensors
-        self._tensors = {key: tensors.pop(key) for key in KEYS if key in tensors}
+        self._tensors = {key: tensors.pop(key) for key in SLOT_KEYS if key in tensors}
         self.pending = None
         if self.param in self.optimizer.state and not self.optimizer.state[self.param]:
             del self.optimizer.state[self.param]
@@ -138,13 +141,13 @@ class Slot:
         kept, fading, _ = self._select(region, stage, held)
         return kept, fading
 
-    def write(self, stages: Stages, held: bool, hold: bool | None) -> list[Tensor]:
+    def write(self, stages: Stages, held: bool, hold: bool) -> list[Tensor]:
         """Write W̃ into the parameter.
 
         Args:
             stages: the stage of each target, by label.
             held: whether the masks are those of the state, rather than taken from W.
-            hold: whether the masks are to be held in the state; None leaves what is held there.
+            hold: whether the masks are to be held in the state; False leaves what is held there.
 
         Returns:
             Bool scalars, on the parameter's device: whether the weights were finite.
@@ -170,9 +173,6 @@ class Slot:
                 finite.append(fine)
                 if hold and not held:
                     self._hold(region, kept, fading)
-        if hold is False:
-            for key in (KEPT_KEY, FADING_KEY):
-                self.tensors.pop(key, None)
         # The compiled kernel's write is unknown to autograd, which must not reuse the old weight.
         torch.autograd.graph.increment_version(sink)
         self.seen()
@@ -235,23 +235,9 @@ class Slot:
         return kept, fading, finite
 
     def _hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
-        for key, value in ((KEPT_KEY, kept), (FADING_KEY, fading)):
-            if value is None:
-                self.tensors.pop(key, None)
-                continue
-            if key not in self.tensors:
-                self.tensors[key] = torch.ones_like(self.param, dtype=torch.bool).detach()
-            region.of(local(self.tensors[key])).copy_(value)
-
-    def holds(self, stages: Stages) -> bool:
-        """Whether the masks that these stages need are held in the state.
-
-        A held mask does not know its pattern; it is of the stage that the last step wrote.
-        """
-        needs = {r.target.label: stages[r.target.label].masks for r in self.regions}
-        first = all(kept is None for kept, _ in needs.values()) or KEPT_KEY in self.tensors
-        second = all(fading is None for _, fading in needs.values()) or FADING_KEY in self.tensors
-        return first and second
+        region.of(local(self.tensors[KEPT_KEY])).copy_(kept)
+        if fading is not None:
+            region.of(local(self.tensors[FADING_KEY])).copy_(fading)
 
 
 def _is_dense(x: Tensor) -> bool:

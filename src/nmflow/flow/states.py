@@ -15,6 +15,11 @@ from nmflow.targets import Target
 STEP_KEY, RECIPE_KEY = GROUP_KEYS = ("nmflow_step", "nmflow_recipe")
 """The keys of a flow in an optimizer's param groups: k, and `Run.signature`. Plain types both."""
 
+DENSE_KEY, KEPT_KEY, FADING_KEY = SLOT_KEYS = ("nmflow_dense", "nmflow_mask", "nmflow_fading")
+"""The keys of a weight in `optimizer.state[p]`: W, and the masks m and m' where they are held."""
+PENDING_KEY = "nmflow_pending"
+"""The key in a saved state of the weights whose parameter has no state of its own yet."""
+
 # What wrappers put into a parameter's name; a state may be resumed with or without them.
 _WRAPPINGS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -44,6 +49,13 @@ class Run:
         if self.freeze_mask:
             return self.total_steps - self.recipe.phases(self.total_steps)[1]
         return self.recipe.frozen_since(self.total_steps)
+
+    @property
+    def held_keys(self) -> tuple[str, ...]:
+        """The masks that the run ever holds between steps, by their key in the state."""
+        if self.mask_interval == 1 and self.frozen_since() is None:
+            return ()
+        return (KEPT_KEY, FADING_KEY) if self.recipe.fades_between else (KEPT_KEY,)
 
     def holds(self, k: int) -> bool:
         """Whether the masks of step `k` are to be held, since a later step needs them."""

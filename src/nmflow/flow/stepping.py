@@ -17,8 +17,8 @@ from nmflow.errors import FlowError, WeightError
 from nmflow.flow import preconditioner, resume
 from nmflow.flow.observing import Observation
 from nmflow.flow.sharding import local
-from nmflow.flow.slots import DENSE_KEY, FADING_KEY, KEPT_KEY, Slot
-from nmflow.flow.states import GROUP_KEYS, RECIPE_KEY, STEP_KEY, Run
+from nmflow.flow.slots import Slot
+from nmflow.flow.states import DENSE_KEY, GROUP_KEYS, RECIPE_KEY, STEP_KEY, Run
 from nmflow.flow.weights import Weights
 
 log = logging.getLogger("nmflow")
@@ -69,7 +69,7 @@ class Stepper:
             resume.check_groups(groups, self._signature)
             if self.prunes:
                 state, params = self.optimizer.state, resume.params_of(groups)
-                self._check_slots(state, params, groups[0][STEP_KEY])
+                self._check_slots(state, params)
 
     def start(self) -> None:
         """Take the weights, or the state that is there already, and hook the optimizer."""
@@ -254,14 +254,10 @@ class Stepper:
         keys = resume.params_of(groups)
         # Where the number differs, the optimizer itself refuses the state.
         if self.prunes and len(keys) == len(resume.params_of(optimizer.param_groups)):
-            self._check_slots(state_dict["state"], keys, groups[0][STEP_KEY])
+            self._check_slots(state_dict["state"], keys)
 
-    def _check_slots(self, state: dict, keys: list, k: int) -> None:
-        needed = {DENSE_KEY}
-        if self.run.holds(k):
-            masks = [s.masks for s in self.run.stages(self._weights.targets, k).values()]
-            needed |= {KEPT_KEY} if all(kept for kept, _ in masks) else set()
-            needed |= {FADING_KEY} if all(fading for _, fading in masks) else set()
+    def _check_slots(self, state: dict, keys: list) -> None:
+        needed = (DENSE_KEY, *self.run.held_keys)
         resume.check_slots(self.optimizer, self.slots, state, keys, needed)
 
     @torch.no_grad()

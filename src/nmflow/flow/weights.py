@@ -35,8 +35,8 @@ class Weights:
     def start(self) -> None:
         """Take the parameters as W."""
         for slot in self.slots if self.prunes else ():
-            slot.start()
-        self.write(0)
+            slot.start(self.run.held_keys)
+        self.write(0, reuse=False)
 
     def enter(self) -> None:
         """Put W into the parameters, for the optimizer's step."""
@@ -115,8 +115,7 @@ class Weights:
 
     def has_masks(self, k: int) -> bool:
         """Whether the masks of step `k` are in the state rather than taken from W."""
-        stages = self.run.stages(self.targets, k)
-        return self.prunes and self.run.holds(k) and all(s.holds(stages) for s in self.slots)
+        return self.prunes and self.run.holds(k)
 
     def write(self, k: int, reuse: bool | None = None) -> None:
         """Write W̃ of step `k` into the parameters.
@@ -148,7 +147,7 @@ class Weights:
         # A held mask is of the current pattern; where that is the final one already, it stays.
         reuse = self.has_masks(k) and all(now[t].pattern == final[t].pattern for t in now)
         for slot in self.slots:
-            slot.write(final, reuse, hold=None)
+            slot.write(final, reuse, hold=False)
 
     def sync(self, k: int) -> None:
         """Take each parameter that somebody wrote as W."""
