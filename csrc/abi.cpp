@@ -1,6 +1,5 @@
 /* The boundary: what is checked before anything runs, and which instruction set runs it. */
 #include <atomic>
-#include <new>
 #include <stdlib.h>
 
 #include "common.h"
@@ -65,44 +64,6 @@ int first_isa() {
 
 std::atomic<int> g_isa{-1};
 
-struct ProjectJob {
-  nmf_project_args args;
-  int64_t groups, chunk;
-  uint32_t infinity;
-  std::atomic<uint32_t> seen;
-  std::atomic<bool> failed;
-};
-
-void project_task(void *context, int64_t task) {
-  ProjectJob *job = static_cast<ProjectJob *>(context);
-  if (job->seen.load(std::memory_order_relaxed) >= job->infinity) return;
-  uint32_t small[4096 + 32];
-  uint32_t *keys = small;
-  if (job->args.m > 4096) {
-    keys = new (std::nothrow) uint32_t[static_cast<size_t>(job->args.m) + 32];
-    if (keys == nullptr) {
-      job->failed.store(true);
-      return;
-    }
-  }
-  const int64_t first = task * job->chunk, last = nmf_min(first + job->chunk, job->groups);
-  uint32_t seen;
-  switch (nmf_isa()) {
-#if defined(NMF_HAS_X86)
-    case NMFLOW_AVX512:
-      seen = nmf_project_avx512(&job->args, first, last, keys);
-      break;
-    case NMFLOW_AVX2:
-      seen = nmf_project_avx2(&job->args, first, last, keys);
-      break;
-#endif
-    default:
-      seen = nmf_project_portable(&job->args, first, last, keys);
-  }
-  if (keys != small) delete[] keys;
-  if (seen >= job->infinity) job->seen.store(seen, std::memory_order_relaxed);
-}
-
 }  // namespace
 
 int nmf_isa(void) {
@@ -129,38 +90,4 @@ const char *nmflow_compiler(void) {
 #else
   return "unknown";
 #endif
-}
-
-int32_t nmflow_project(const void *w, int32_t dtype, int64_t groups, int64_t n, int64_t m,
-                       double delta, void *dense, uint8_t *mask, void *out, int32_t threads) {
-  if (dtype < NMFLOW_F32 || dtype > NMFLOW_F16) return NMFLOW_BAD_DTYPE;
-  if (n < 1 || m < n) return NMFLOW_BAD_PATTERN;
-  int64_t total;
-  if (groups < 0 || m > (INT64_C(1) << 31) || groups > INT64_C(1) << 60 ||
-      __builtin_mul_overflow(groups, m, &total) || total > (INT64_C(1) << 60))
-    return NMFLOW_BAD_SHAPE;
-  if (total == 0) return NMFLOW_OK;
-  if (w == nullptr) return NMFLOW_BAD_POINTER;
-  ProjectJob job;
-  job.args.w = w;
-  job.args.dense = dense;
-  job.args.out = out;
-  job.args.mask = mask;
-  job.args.n = n;
-  job.args.m = m;
-  job.args.delta = static_cast<float>(delta);
-  job.args.dtype = dtype;
-  job.args.stream = total > (INT64_C(1) << 18);
-  job.groups = groups;
-  job.infinity = dtype == NMFLOW_F32 ? 0x7f800000u : dtype == NMFLOW_BF16 ? 0x7f80u : 0x7c00u;
-  job.seen.store(0);
-  job.failed.store(false);
-  /* Tasks of about 32k elements: small enough to share out, large enough not to be felt. A
-   * multiple of 64 groups keeps vector kernels off the borders. */
-  job.chunk = (nmf_ceil_div(32768, m) + 63) / 64 * 64;
-  const int64_t tasks = nmf_ceil_div(groups, job.chunk);
-  if (threads < 1) threads = 1;
-  nmf_parallel(tasks, threads, project_task, &job);
-  if (job.failed.load()) return NMFLOW_NO_MEMORY;
-  return job.seen.load() >= job.infinity ? NMFLOW_NOT_FINITE : NMFLOW_OK;
 }

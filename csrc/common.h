@@ -138,21 +138,4 @@ const nmf_kernel *nmf_gather_avx2(void), *nmf_tokens_avx2(void), *nmf_panel_avx2
 const nmf_kernel *nmf_gather_avx512(void), *nmf_tokens_avx512(void), *nmf_panel_avx512(void);
 const nmf_kernel *nmf_permute_avx2(void), *nmf_permute_avx512(void), *nmf_dot_avx512bf16(void);
 
-/* project_*.cpp: one contiguous run of groups. Returns the largest key seen. */
-struct nmf_project_args {
-  const void *w;
-  void *dense, *out;
-  uint8_t *mask;
-  int64_t n, m;
-  float delta;
-  int dtype;
-  int stream; /* dense is too long for the caches: write past them */
-};
-uint32_t nmf_project_portable(const nmf_project_args *args, int64_t first, int64_t last,
-                              uint32_t *keys);
-uint32_t nmf_project_avx2(const nmf_project_args *args, int64_t first, int64_t last,
-                          uint32_t *keys);
-uint32_t nmf_project_avx512(const nmf_project_args *args, int64_t first, int64_t last,
-                            uint32_t *keys);
-
 #endif

@@ -24,12 +24,15 @@ NMF_INLINE int64_t nmf_projection_unit(const nmf_projection *job) { /* elements 
   return job->panel > 1 ? job->panel * job->length * job->inner : job->m * job->inner;
 }
 
-/* Does units [first, last). Returns whether they hold no NaN and no infinity. `scratch` is 64-byte
- * aligned and of nmf_project_scratch(job) bytes. */
-int64_t nmf_project_scratch(const nmf_projection *job);
-bool nmf_project_portable(const nmf_projection *job, int64_t first, int64_t last, char *scratch);
-bool nmf_project_avx2(const nmf_projection *job, int64_t first, int64_t last, char *scratch);
-bool nmf_project_avx512(const nmf_projection *job, int64_t first, int64_t last, char *scratch);
+/* One for each instruction set. `run` does units [first, last) and returns whether they hold no NaN
+ * and no infinity; its scratch is 64-byte aligned and of `scratch(job)` bytes. */
+struct nmf_projector {
+  bool (*run)(const nmf_projection *job, int64_t first, int64_t last, char *scratch);
+  int64_t (*scratch)(const nmf_projection *job);
+};
+const nmf_projector *nmf_projector_portable(void);
+const nmf_projector *nmf_projector_avx2(void);
+const nmf_projector *nmf_projector_avx512(void);
 
 /* Limits of the sorting networks; a larger group is bisected by itself. */
 const int64_t NMF_NETWORK_M = 4096, NMF_NETWORK_RANK = 1024;

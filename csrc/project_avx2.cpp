@@ -1,7 +1,4 @@
-/* Compiled with -mavx2 -mfma -mf16c: the same source, vectorised for 8 lanes. */
+/* Compiled with -mavx2 -mfma -mf16c: the same source, for 8 lanes. */
 #include "project_impl.h"
 
-uint32_t nmf_project_avx2(const nmf_project_args *args, int64_t first, int64_t last,
-                          uint32_t *keys) {
-  return project_any(args, first, last, keys);
-}
+const nmf_projector *nmf_projector_avx2(void) { return &projector; }

@@ -1,44 +1,38 @@
-/* Mask and projection of a run of groups; the same source is compiled once for each instruction
- * set (the includer sets NMF_PROJECT and the vector width), so loops here are written for the
- * vectoriser. Everything is static: see common.h.
+/* Mask and projection of a run of units (project.h). The same source is compiled once for each
+ * instruction set. Everything is static: see common.h.
  *
- * A group's mask is decided by its keys, the bits of |w| as an integer (order of finite floats).
- * The n-th largest key is found by bisection between two bounds with an early stop as soon as
- * exactly n keys reach the middle; only when keys tie at the threshold is index order looked at. */
-#include "common.h"
+ * Work goes block by block: the block's bytes (project_select.h) are all known before any of its
+ * outputs is written, so `out` may be `w`, and the second look at w finds it in a cache. */
+#include "project_select.h"
 
 namespace {
 
-/* keys[0, padded) holds m keys and then zeros. Returns a threshold t with exactly n keys >= t,
- * or, when a tie forbids that, the n-th largest key itself; *above is the count of keys > t that
- * are kept for sure, *tied says which of the two it was. */
+/* ------------------------------------------------------------------ one large group */
+
+/* The n-th largest of m keys by bisection of its bits. keys[m, ...) are zeros up to a vector. */
 struct Threshold {
   uint32_t at;   /* keys >= at are kept ... */
-  int64_t spare; /* ... but of those equal to at only the first `spare` (when spare >= 0) */
+  int64_t spare; /* ... but, when >= 0, of those equal to it only the first `spare` */
 };
 
 NMF_INLINE int64_t count_at_least(const uint32_t *keys, int64_t m, uint32_t at) {
-  int32_t count = 0;
-  for (int64_t i = 0; i < m; ++i) count += static_cast<int32_t>(keys[i]) >= static_cast<int32_t>(at);
+  vecu counts = {};
+  for (int64_t i = 0; i < m; i += LANES) counts -= (vecu)((veci)get<vecu>(keys + i) >= (veci)splat(at));
+  int64_t count = 0;
+  for (int i = 0; i < LANES; ++i) count += counts[i];
   return count;
 }
 
-NMF_INLINE Threshold find_threshold(const uint32_t *keys, int64_t n, int64_t m, uint32_t top) {
+Threshold find_threshold(const uint32_t *keys, int64_t n, int64_t m, uint32_t top) {
   /* Invariant: count(>= low) >= n, count(>= high) < n. Keys are below 2^31. */
-  uint32_t low = 0, high = top + 1;
-  Threshold found = {0, -1};
-  if (n == m) return found;
+  uint32_t low = 0, high = top + 1, step = 1u << 23;
   /* Magnitudes within a group are of one scale, so the first guess is half the largest, in value
    * (one exponent less), and not half its bits. */
-  uint32_t step = 1u << 23;
   uint32_t at = top > step ? top - step : top / 2;
   while (high - low > 1) {
     if (at <= low || at >= high) at = low + (high - low) / 2;
     const int64_t count = count_at_least(keys, m, at);
-    if (count == n) {
-      found.at = at;
-      return found;
-    }
+    if (count == n) return {at, -1};
     if (count > n) {
       low = at;
       at = low + (high - low) / 2;
@@ -52,158 +46,319 @@ NMF_INLINE Threshold find_threshold(const uint32_t *keys, int64_t n, int64_t m, 
       }
     }
   }
-  found.at = low;
-  found.spare = n - count_at_least(keys, m, low + 1);
-  return found;
+  return {low, n - count_at_least(keys, m, low + 1)};
 }
 
-#if !defined(__AVX512F__)
-template <int DTYPE>
-uint32_t project_groups(const nmf_project_args *args, int64_t first, int64_t last,
-                        uint32_t *keys) {
-  typedef nmf_element<DTYPE> E;
-  typedef typename E::type T;
-  const int64_t n = args->n, m = args->m;
-  const T *w = static_cast<const T *>(args->w);
-  T *dense = static_cast<T *>(args->dense), *out = static_cast<T *>(args->out);
-  uint8_t *mask = args->mask;
-  const float delta = args->delta;
-  uint32_t seen = 0;
-  for (int64_t g = first; g < last; ++g) {
-    const T *from = w + g * m;
-    uint32_t top = 0;
-    for (int64_t i = 0; i < m; ++i) {
-      keys[i] = E::key(from[i]);
-      top = keys[i] > top ? keys[i] : top;
-    }
-    if (top > seen) seen = top;
-    if (top >= E::infinity) return seen;
-    Threshold t = {top, 1};
-    if (n > 1) t = find_threshold(keys, n, m, top);
-    if (dense) memcpy(dense + g * m, from, static_cast<size_t>(m) * sizeof(T));
-    /* From here keys[i] becomes 1 for kept and 0 for pruned. */
-    if (t.spare < 0) {
-      for (int64_t i = 0; i < m; ++i) keys[i] = keys[i] >= t.at;
-    } else {
-      int64_t spare = t.spare;
-      for (int64_t i = 0; i < m; ++i) {
-        const uint32_t tied = keys[i] == t.at, takes = tied & (spare > 0);
-        keys[i] = (keys[i] > t.at) | takes;
-        spare -= takes;
-      }
-    }
-    if (mask)
-      for (int64_t i = 0; i < m; ++i) mask[g * m + i] = static_cast<uint8_t>(keys[i]);
-    if (out)
-      for (int64_t i = 0; i < m; ++i) {
-        const T value = from[i];
-        const T faded = E::store(E::load(value) * delta);
-        out[g * m + i] = keys[i] ? value : faded;
-      }
+template <int BYTES>
+void select_bisect(const char *w, int64_t n, int64_t m, uint8_t *kept, Room &room) {
+  uint32_t *keys = room.keys, top = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    uint32_t bits = 0;
+    memcpy(&bits, w + i * BYTES, BYTES);
+    keys[i] = (BYTES == 4 ? bits : bits << 16) & 0x7fffffffu;
+    top = keys[i] > top ? keys[i] : top;
   }
-  return seen;
+  for (int64_t i = m; i % LANES; ++i) keys[i] = 0;
+  room.seen = larger(room.seen, splat(top));
+  const Threshold t = find_threshold(keys, n, m, top);
+  int64_t spare = t.spare;
+  for (int64_t i = 0; i < m; ++i) {
+    const bool takes = spare > 0 && keys[i] == t.at;
+    kept[i] = spare < 0 ? keys[i] >= t.at : (keys[i] > t.at) | takes;
+    spare -= takes;
+  }
 }
 
-/* n:4 by ranks, in vectors of whole groups: a key is beaten by each of the three others that is
- * larger, or equal and before it. */
-#if defined(__AVX2__)
-typedef int32_t four __attribute__((vector_size(32)));
-typedef float fours __attribute__((vector_size(32)));
-typedef uint8_t four_bytes __attribute__((vector_size(8)));
-#define NMF_FOUR(a, b, c, d) {a, b, c, d, a + 4, b + 4, c + 4, d + 4}
-#define NMF_FOUR_BIAS(a, b, c, d) {a, b, c, d, a, b, c, d}
-#else
-typedef int32_t four __attribute__((vector_size(16)));
-typedef float fours __attribute__((vector_size(16)));
-typedef uint8_t four_bytes __attribute__((vector_size(4)));
-#define NMF_FOUR(a, b, c, d) {a, b, c, d}
-#define NMF_FOUR_BIAS(a, b, c, d) {a, b, c, d}
-#endif
+/* ------------------------------------------------------------------ groups in a row */
 
-template <int DTYPE>
-uint32_t project_fours(const nmf_project_args *args, int64_t first, int64_t last,
-                       uint32_t *keys) {
-  typedef nmf_element<DTYPE> E;
-  typedef typename E::type T;
-  const int64_t lanes = sizeof(four) / 4;
-  const int32_t n = static_cast<int32_t>(args->n);
-  const T *w = static_cast<const T *>(args->w);
-  T *dense = static_cast<T *>(args->dense), *out = static_cast<T *>(args->out);
-  const four r1 = NMF_FOUR(1, 2, 3, 0), r2 = NMF_FOUR(2, 3, 0, 1), r3 = NMF_FOUR(3, 0, 1, 2);
-  const four b1 = NMF_FOUR_BIAS(0, 0, 0, 1), b2 = NMF_FOUR_BIAS(0, 0, 1, 1),
-             b3 = NMF_FOUR_BIAS(0, 1, 1, 1);
-  four seen = {};
-  int64_t at = first * 4;
-  const int64_t end = last * 4;
-  for (; at + lanes <= end; at += lanes) {
-    four key;
-    for (int i = 0; i < lanes; ++i) key[i] = static_cast<int32_t>(E::key(w[at + i]));
-    const four larger = key > seen;
-    seen = (key & larger) | (seen & ~larger);
-    /* Each true comparison is -1. */
-    const four rank = (__builtin_shuffle(key, r1) + b1 > key) +
-                      (__builtin_shuffle(key, r2) + b2 > key) +
-                      (__builtin_shuffle(key, r3) + b3 > key);
-    const four kept = rank > -n;
-    T value[8];
-    memcpy(value, w + at, static_cast<size_t>(lanes) * sizeof(T));
-    if (dense) memcpy(dense + at, value, static_cast<size_t>(lanes) * sizeof(T));
-    if (args->mask) {
-      const four_bytes bytes = __builtin_convertvector(kept & 1, four_bytes);
-      memcpy(args->mask + at, &bytes, sizeof bytes);
-    }
-    if (out) {
-      if (DTYPE == NMFLOW_F32) {
-        four bits, result;
-        fours faded;
-        memcpy(&bits, value, sizeof bits);
-        memcpy(&faded, value, sizeof faded);
-        faded *= args->delta;
-        memcpy(&result, &faded, sizeof result);
-        result = (kept & bits) | (~kept & result);
-        memcpy(out + at, &result, sizeof result);
-        continue;
-      }
-      T result[8];
-      int32_t keeps[8];
-      memcpy(keeps, &kept, sizeof kept);
-      for (int i = 0; i < lanes; ++i) {
-        const T faded = E::store(E::load(value[i]) * args->delta);
-        result[i] = keeps[i] ? value[i] : faded;
-      }
-      memcpy(out + at, result, static_cast<size_t>(lanes) * sizeof(T));
-    }
+template <int BYTES>
+void select_all(const char *w, int64_t count, uint8_t *kept, Room &room) {
+  memset(kept, 1, static_cast<size_t>(count));
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES)
+    room.seen = larger(room.seen, keys_of<BYTES>(w + i * BYTES, vecu{}));
+  for (; i < count; ++i) {
+    uint32_t bits = 0;
+    memcpy(&bits, w + i * BYTES, BYTES);
+    room.seen = larger(room.seen, splat((BYTES == 4 ? bits : bits << 16) & 0x7fffffffu));
   }
-  uint32_t most = 0;
-  for (int i = 0; i < lanes; ++i)
-    most = static_cast<uint32_t>(seen[i]) > most ? static_cast<uint32_t>(seen[i]) : most;
-  if (at < end) {
-    const uint32_t rest = project_groups<DTYPE>(args, at / 4, last, keys);
-    most = rest > most ? rest : most;
-  }
-  return most;
 }
 
-uint32_t project_any(const nmf_project_args *args, int64_t first, int64_t last, uint32_t *keys) {
-  if (args->m == 4 && args->n < 4) {
-    switch (args->dtype) {
-      case NMFLOW_F32:
-        return project_fours<NMFLOW_F32>(args, first, last, keys);
-      case NMFLOW_BF16:
-        return project_fours<NMFLOW_BF16>(args, first, last, keys);
-      default:
-        return project_fours<NMFLOW_F16>(args, first, last, keys);
-    }
-  }
-  switch (args->dtype) {
-    case NMFLOW_F32:
-      return project_groups<NMFLOW_F32>(args, first, last, keys);
-    case NMFLOW_BF16:
-      return project_groups<NMFLOW_BF16>(args, first, last, keys);
+template <int BYTES, bool TOP>
+void select_whole(const Plan &plan, const char *w, int64_t groups, uint8_t *kept, Room &room) {
+  const int64_t m = plan.m, vectors = groups * m / LANES;
+  switch (plan.way) {
+    case WAY_SMALL:
+      switch (m) {
+        case 2:
+          return select_small<BYTES, TOP, 2>(w, vectors, kept, room);
+        case 4:
+          return select_small<BYTES, TOP, 4>(w, vectors, kept, room);
+        case 8:
+          return select_small<BYTES, TOP, 8>(w, vectors, kept, room);
+        default:
+          return select_small<BYTES, TOP, LANES>(w, vectors, kept, room);
+      }
+    case WAY_LONG:
+      return select_long<BYTES, TOP>(w, groups, m, kept, room);
+    case WAY_PAIR:
+      return select_pair<BYTES>(w, vectors, kept, room);
     default:
-      return project_groups<NMFLOW_F16>(args, first, last, keys);
+      return select_network<BYTES, TOP>(plan, w, kept, room);
   }
 }
-#endif
+
+/* `groups` groups, at most a block. */
+template <int BYTES>
+void select_block(const Plan &plan, const char *w, int64_t groups, uint8_t *kept, Room &room) {
+  if (plan.way == WAY_ALL) return select_all<BYTES>(w, groups * plan.m, kept, room);
+  if (plan.way == WAY_BISECT) return select_bisect<BYTES>(w, plan.n, plan.m, kept, room);
+  const int64_t count = groups * plan.m, whole = plan.block * plan.m;
+  const char *from = w;
+  uint8_t *to = kept;
+  if (groups < plan.block) {
+    memcpy(room.staged, w, static_cast<size_t>(count * BYTES));
+    memset(room.staged + count * BYTES, 0, static_cast<size_t>((whole - count) * BYTES));
+    from = room.staged;
+    to = room.staged_kept;
+  }
+  if (plan.top)
+    select_whole<BYTES, true>(plan, from, plan.block, to, room);
+  else
+    select_whole<BYTES, false>(plan, from, plan.block, to, room);
+  if (to != kept) memcpy(kept, to, static_cast<size_t>(count));
+  if (BYTES == 4 && sum_bytes(kept, count) != groups * plan.n) mend_ties(plan, w, groups, kept);
+}
+
+template <int BYTES>
+void select_groups(const Plan &plan, const char *w, int64_t groups, uint8_t *kept, Room &room) {
+  for (int64_t g = 0; g < groups; g += plan.block)
+    select_block<BYTES>(plan, w + g * plan.m * BYTES, nmf_min(plan.block, groups - g),
+                        kept + g * plan.m, room);
+}
+
+/* ------------------------------------------------------------------ groups across rows */
+
+/* LANES neighbours of one m x inner unit, each with a group of its own down the rows. */
+template <int BYTES, bool TOP>
+void select_down(const Plan &plan, const char *w, int64_t inner, uint8_t *kept, Room &room) {
+  const int64_t m = plan.m;
+  vecu seen = room.seen;
+  for (int64_t i = 0; i < m; ++i) {
+    const vecu keys = keys_of<BYTES>(w + i * inner * BYTES, splat(place(i)));
+    seen = larger(seen, keys);
+    put(room.keys + i * LANES, keys);
+  }
+  room.seen = seen;
+  for (int64_t i = m; i < plan.blocks * plan.length; ++i)
+    put(room.keys + i * LANES, splat(TOP ? 0u : 0x7fffffffu));
+  const vecu t = ranked<TOP>(room.keys, plan.length, plan.blocks, plan.rank);
+  vecu above = {};
+  bool exact = true;
+  if (BYTES == 4) {
+    vecu count = {};
+    for (int64_t i = 0; i < m; ++i) {
+      const veci keys = (veci)keys_of<BYTES>(w + i * inner * BYTES, vecu{});
+      above -= (vecu)(keys > (veci)t);
+      count -= (vecu)(TOP ? keys >= (veci)t : keys > (veci)t);
+    }
+    for (int lane = 0; lane < LANES; ++lane) exact &= count[lane] == static_cast<uint32_t>(plan.n);
+  }
+  if (exact) {
+    for (int64_t i = 0; i < m; ++i)
+      put(kept + i * inner,
+          kept_bytes<TOP>(keys_of<BYTES>(w + i * inner * BYTES, splat(place(i))), t));
+    return;
+  }
+  vecu spare = splat(static_cast<uint32_t>(plan.n)) - above;
+  for (int64_t i = 0; i < m; ++i) {
+    const vecu keys = keys_of<BYTES>(w + i * inner * BYTES, vecu{});
+    const vecu takes = (vecu)(keys == t) & (vecu)((veci)spare > 0);
+    spare += takes;
+    const vecu keep = (vecu)((veci)keys > (veci)t) | takes;
+    put(kept + i * inner, kept_bytes<false>(keep & 1u, vecu{}));
+  }
+}
+
+/* `units` consecutive units of m x inner. */
+template <int BYTES>
+void select_units(const Plan &plan, const char *w, int64_t units, int64_t inner, uint8_t *kept,
+                  Room &room) {
+  const int64_t m = plan.m, size = m * inner;
+  if (inner == 1) return select_groups<BYTES>(plan, w, units, kept, room);
+  if (inner >= LANES && plan.networked) {
+    for (int64_t u = 0; u < units; ++u, w += size * BYTES, kept += size)
+      for (int64_t x = 0; x < inner; x += LANES) {
+        /* The last vector overlaps the one before: the bytes come out the same. */
+        const int64_t at = nmf_min(x, inner - LANES);
+        if (plan.top)
+          select_down<BYTES, true>(plan, w + at * BYTES, inner, kept + at, room);
+        else
+          select_down<BYTES, false>(plan, w + at * BYTES, inner, kept + at, room);
+      }
+    return;
+  }
+  /* Narrow: turned into rows and back, as many units at a time as fill the lanes. */
+  for (int64_t u = 0; u < units; u += LANES, w += LANES * size * BYTES, kept += LANES * size) {
+    const int64_t here = nmf_min(LANES, units - u);
+    for (int64_t v = 0; v < here; ++v)
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t x = 0; x < inner; ++x)
+          memcpy(room.turned + ((v * inner + x) * m + i) * BYTES,
+                 w + ((v * m + i) * inner + x) * BYTES, BYTES);
+    select_groups<BYTES>(plan, room.turned, here * inner, room.turned_kept, room);
+    for (int64_t v = 0; v < here; ++v)
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t x = 0; x < inner; ++x)
+          kept[(v * m + i) * inner + x] = room.turned_kept[(v * inner + x) * m + i];
+  }
+}
+
+/* ------------------------------------------------------------------ outputs */
+
+template <int DTYPE>
+void write_out(const void *from, const uint8_t *kept, int64_t count, float delta, void *to) {
+  typedef nmf_element<DTYPE> E;
+  typedef typename E::type T;
+  const T *w = static_cast<const T *>(from);
+  T *out = static_cast<T *>(to);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const vecb bytes = get<vecb>(kept + i);
+    if constexpr (DTYPE == NMFLOW_F32) {
+      const vecu keep = -__builtin_convertvector(bytes, vecu);
+      const vecu value = get<vecu>(w + i);
+      vecu result = value & keep;
+      if (delta != 0.0f) result |= (vecu)((vecf)value * delta) & ~keep;
+      put(out + i, result);
+    } else {
+      const vech keep = -__builtin_convertvector(bytes, vech);
+      const vech value = get<vech>(w + i);
+      vech result = value & keep;
+      if (delta != 0.0f)
+        result |= from_float(to_float(value, DTYPE) * delta, DTYPE) & ~keep;
+      put(out + i, result);
+    }
+  }
+  for (; i < count; ++i) {
+    const T value = w[i], faded = delta != 0.0f ? E::store(E::load(value) * delta) : T(0);
+    out[i] = kept[i] ? value : faded;
+  }
+}
+
+template <int DTYPE>
+void write_outputs(const nmf_projection *job, int64_t first, int64_t count, const uint8_t *kept) {
+  typedef typename nmf_element<DTYPE>::type T;
+  const T *w = static_cast<const T *>(job->w) + first;
+  if (job->dense) memcpy(static_cast<T *>(job->dense) + first, w, static_cast<size_t>(count) * sizeof(T));
+  if (job->mask && job->mask + first != kept) memcpy(job->mask + first, kept, static_cast<size_t>(count));
+  if (job->out) write_out<DTYPE>(w, kept, count, job->delta, static_cast<T *>(job->out) + first);
+}
+
+/* ------------------------------------------------------------------ panels */
+
+/* sums[j] = sum over the panel's rows, in order and in fp32, of |w[row][j]|. */
+template <int DTYPE>
+void sum_rows(const nmf_projection *job, int64_t first, int64_t rows, int64_t size, Room &room) {
+  typedef typename nmf_element<DTYPE>::type T;
+  typedef nmf_element<DTYPE> E;
+  const T *w = static_cast<const T *>(job->w) + first * size;
+  const vecu bits = splat(0x7fffffffu);
+  int64_t j = 0;
+  for (; j + LANES <= size; j += LANES) {
+    vecf sum = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      vecf value;
+      if constexpr (DTYPE == NMFLOW_F32)
+        value = get<vecf>(w + row * size + j);
+      else
+        value = to_float(get<vech>(w + row * size + j), DTYPE);
+      const vecu size_of = (vecu)value & bits;
+      room.seen = larger(room.seen, size_of);
+      sum = row == 0 ? (vecf)size_of : sum + (vecf)size_of;
+    }
+    put(room.sums + j, sum);
+  }
+  for (; j < size; ++j) {
+    float sum = 0.0f;
+    for (int64_t row = 0; row < rows; ++row) {
+      const uint32_t size_of = nmf_bits_of_float(E::load(w[row * size + j])) & 0x7fffffffu;
+      room.seen = larger(room.seen, splat(size_of));
+      sum = row == 0 ? nmf_float_of_bits(size_of) : sum + nmf_float_of_bits(size_of);
+    }
+    room.sums[j] = sum;
+  }
+}
+
+template <int DTYPE>
+bool run_panels(const nmf_projection *job, const Plan &plan, int64_t first, int64_t last, Room &room) {
+  const int64_t size = job->length * job->inner;
+  vecu seen = {};
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t row = p * job->panel, rows = nmf_min(job->panel, job->outer - row);
+    room.seen = seen;
+    sum_rows<DTYPE>(job, row, rows, size, room);
+    seen = room.seen;
+    /* A sum may overflow where no weight is infinite, and still orders the columns. */
+    select_units<4>(plan, reinterpret_cast<const char *>(room.sums), job->length / job->m,
+                    job->inner, room.kept, room);
+    for (int64_t i = 0; i < rows; ++i) write_outputs<DTYPE>(job, (row + i) * size, size, room.kept);
+  }
+  room.seen = seen;
+  return true;
+}
+
+/* ------------------------------------------------------------------ a task */
+
+template <int DTYPE>
+void run_units(const nmf_projection *job, const Plan &plan, int64_t first, int64_t last, Room &room) {
+  const int BYTES = sizeof(typename nmf_element<DTYPE>::type);
+  const int64_t size = job->m * job->inner, step = units_at_once(job, plan);
+  for (int64_t u = first; u < last; u += step) {
+    const int64_t here = nmf_min(step, last - u), at = u * size;
+    uint8_t *kept = job->mask ? job->mask + at : room.kept;
+    select_units<BYTES>(plan, static_cast<const char *>(job->w) + at * BYTES, here, job->inner,
+                        kept, room);
+    write_outputs<DTYPE>(job, at, here * size, kept);
+  }
+}
+
+template <int DTYPE>
+bool run_typed(const nmf_projection *job, const Plan &plan, int64_t first, int64_t last, Room &room) {
+  if (job->panel > 1) {
+    run_panels<DTYPE>(job, plan, first, last, room);
+  } else {
+    run_units<DTYPE>(job, plan, first, last, room);
+  }
+  /* Keys of 16 bits lie in the upper half; a panel's are already fp32. */
+  const uint32_t infinity = DTYPE == NMFLOW_F32 || job->panel > 1
+                                ? 0x7f800000u
+                                : nmf_element<DTYPE>::infinity << 16;
+  uint32_t seen = 0;
+  for (int lane = 0; lane < LANES; ++lane) seen = room.seen[lane] > seen ? room.seen[lane] : seen;
+  return seen < infinity;
+}
+
+bool run_any(const nmf_projection *job, int64_t first, int64_t last, char *scratch) {
+  const Plan plan = plan_of(job->n, job->m);
+  Room room;
+  carve(job, plan, scratch, &room);
+  fill_tables(plan, &room);
+  switch (job->dtype) {
+    case NMFLOW_F32:
+      return run_typed<NMFLOW_F32>(job, plan, first, last, room);
+    case NMFLOW_BF16:
+      return run_typed<NMFLOW_BF16>(job, plan, first, last, room);
+    default:
+      return run_typed<NMFLOW_F16>(job, plan, first, last, room);
+  }
+}
+
+int64_t scratch_any(const nmf_projection *job) {
+  Room room;
+  return carve(job, plan_of(job->n, job->m), nullptr, &room);
+}
+
+const nmf_projector projector = {run_any, scratch_any};
 
 }  // namespace

@@ -55,11 +55,11 @@ NMF_INLINE void exchange(vecu &a, vecu &b) {
   a = first;
 }
 template <bool TOP, int P, size_t... I>
-NMF_INLINE void sort_run(vecu *v, std::index_sequence<I...>) {
+NMF_INLINE void sort_run([[maybe_unused]] vecu *v, std::index_sequence<I...>) {
   (exchange<TOP>(v[Network<P>::sort.a[I]], v[Network<P>::sort.b[I]]), ...);
 }
 template <bool TOP, int P, size_t... I>
-NMF_INLINE void merge_run(vecu *v, std::index_sequence<I...>) {
+NMF_INLINE void merge_run([[maybe_unused]] vecu *v, std::index_sequence<I...>) {
   (exchange<TOP>(v[Network<P>::merge.a[I]], v[Network<P>::merge.b[I]]), ...);
 }
 template <bool TOP, int P>

@@ -1,6 +1,3 @@
 #include "project_impl.h"
 
-uint32_t nmf_project_portable(const nmf_project_args *args, int64_t first, int64_t last,
-                              uint32_t *keys) {
-  return project_any(args, first, last, keys);
-}
+const nmf_projector *nmf_projector_portable(void) { return &projector; }

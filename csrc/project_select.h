@@ -23,6 +23,7 @@ struct Plan {
   Way way;
   int64_t length, blocks; /* the network's blocks and how many of them cover m */
   int64_t block;          /* groups that are selected at a time */
+  bool networked;         /* within the network's limits, whatever the way */
 };
 
 NMF_INLINE Plan plan_of(int64_t n, int64_t m) {
@@ -35,6 +36,7 @@ NMF_INLINE Plan plan_of(int64_t n, int64_t m) {
   while (plan.length < plan.rank && plan.length < m) plan.length *= 2;
   plan.blocks = nmf_ceil_div(m, plan.length);
   plan.block = LANES;
+  plan.networked = n < m && m <= NMF_NETWORK_M && plan.rank <= NMF_NETWORK_RANK;
   const bool power = (m & (m - 1)) == 0;
   if (n == m)
     plan.way = WAY_ALL;
@@ -44,26 +46,80 @@ NMF_INLINE Plan plan_of(int64_t n, int64_t m) {
     plan.way = WAY_LONG;
   else if (m == 4)
     plan.way = WAY_PAIR;
-  else if (m <= NMF_NETWORK_M && plan.rank <= NMF_NETWORK_RANK)
+  else if (plan.networked)
     plan.way = WAY_NETWORK;
   else
     plan.way = WAY_BISECT;
+  if (plan.way == WAY_SMALL || plan.way == WAY_PAIR) plan.block = NMF_BLOCK / m;
+  if (plan.way == WAY_LONG || plan.way == WAY_ALL) plan.block = m < NMF_BLOCK ? NMF_BLOCK / m : 1;
   if (plan.way == WAY_BISECT) plan.block = 1;
-  if (plan.way != WAY_NETWORK && plan.way != WAY_BISECT && m < NMF_BLOCK / LANES)
-    plan.block = NMF_BLOCK / m / LANES * LANES;
-  if (plan.way == WAY_LONG) plan.block = m < NMF_BLOCK ? NMF_BLOCK / m : 1;
   return plan;
 }
 
 /* The room a selection needs, carved out of a task's scratch. */
 struct Room {
-  uint32_t *keys;   /* [blocks * length][LANES], or one group's */
-  char *staged;     /* a block's elements, when the last one is cut short */
-  uint8_t *kept;    /* and its bytes */
-  uint8_t *group;   /* lane by lane: the group of a block it belongs to, when m % LANES */
-  uint16_t *below;  /* lane by lane: what goes below a 16-bit key */
-  vecu seen;        /* the largest keys so far */
+  uint32_t *keys;       /* [blocks * length][LANES], or one group's */
+  uint8_t *kept;        /* a byte an element of what is selected before it is written */
+  char *staged;         /* a block's elements, when the last one is cut short, ... */
+  uint8_t *staged_kept; /* ... and their bytes */
+  char *turned;         /* units with the groups in rows, when inner is short, ... */
+  uint8_t *turned_kept; /* ... and their bytes */
+  float *sums;          /* a panel's sums */
+  uint8_t *group;       /* lane by lane: which group of a block, when m % LANES */
+  uint16_t *below;      /* lane by lane: what goes below a 16-bit key */
+  vecu seen;            /* the largest keys so far */
 };
+
+/* Units that are selected before they are written. */
+NMF_INLINE int64_t units_at_once(const nmf_projection *job, const Plan &plan) {
+  if (job->inner == 1) return plan.block;
+  return job->inner >= LANES ? 1 : LANES;
+}
+
+NMF_INLINE char *take(char **at, int64_t bytes) {
+  char *here = *at;
+  *at += (bytes + 63) / 64 * 64;
+  return here;
+}
+
+/* Points a room into scratch; returns the bytes it takes. A null scratch only counts. */
+int64_t carve(const nmf_projection *job, const Plan &plan, char *scratch, Room *room) {
+  char *const start = scratch != nullptr ? scratch : reinterpret_cast<char *>(64), *at = start;
+  const int64_t m = plan.m, row = job->length * job->inner;
+  const bool networked = plan.networked;
+  const int64_t keys = networked ? plan.blocks * plan.length * LANES : m + LANES;
+  const int64_t lanes = networked && m % LANES ? m * LANES : LANES;
+  const int64_t block = plan.block > 1 ? plan.block * m : 0;
+  const int64_t units = units_at_once(job, plan) * m * job->inner;
+  const int64_t turned = job->inner > 1 ? LANES * m * job->inner : 0;
+  room->keys = reinterpret_cast<uint32_t *>(take(&at, keys * 4));
+  room->kept = reinterpret_cast<uint8_t *>(take(&at, job->panel > 1 ? row : units));
+  room->staged = take(&at, block * 4);
+  room->staged_kept = reinterpret_cast<uint8_t *>(take(&at, block));
+  room->turned = take(&at, turned * 4);
+  room->turned_kept = reinterpret_cast<uint8_t *>(take(&at, turned));
+  room->sums = reinterpret_cast<float *>(take(&at, job->panel > 1 ? row * 4 : 0));
+  room->group = reinterpret_cast<uint8_t *>(take(&at, lanes));
+  room->below = reinterpret_cast<uint16_t *>(take(&at, lanes * 2));
+  room->seen = vecu{};
+  return at - start;
+}
+
+NMF_INLINE uint32_t place(int64_t i) { return 0xffffu - static_cast<uint32_t>(i); }
+
+void fill_tables(const Plan &plan, Room *room) {
+  if (plan.networked && plan.m % LANES) {
+    int64_t at = 0;
+    for (int g = 0; g < LANES; ++g)
+      for (int64_t i = 0; i < plan.m; ++i, ++at) {
+        room->group[at] = static_cast<uint8_t>(g);
+        room->below[at] = static_cast<uint16_t>(place(i));
+      }
+    return;
+  }
+  for (int lane = 0; lane < LANES; ++lane)
+    room->below[lane] = static_cast<uint16_t>(place(lane % plan.m));
+}
 
 /* Keys of LANES consecutive elements. */
 template <int BYTES>
@@ -71,8 +127,6 @@ NMF_INLINE vecu keys_of(const char *from, vecu below) {
   if (BYTES == 4) return get<vecu>(from) & 0x7fffffffu;
   return ((widen(get<vech>(from)) << 16) & 0x7fff0000u) | below;
 }
-NMF_INLINE uint32_t place(int64_t i) { return 0xffffu - static_cast<uint32_t>(i); }
-
 /* m <= LANES, a power of two, rank 1: the best of a group is spread over its lanes by flips. */
 template <int BYTES, bool TOP, int M>
 void select_small(const char *w, int64_t vectors, uint8_t *kept, Room &room) {

@@ -9,6 +9,10 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+#if defined(__GNUC__) && !defined(__clang__)
+/* Vectors wider than the target's registers are passed in memory; all of this is inlined. */
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
 
 namespace {
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 
 from nmflow.errors import NMFlowError, PatternError, WeightError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("portable", "avx2", "avx512")
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16")
@@ -69,7 +70,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 def _declare(lib: ctypes.CDLL) -> None:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     lib.nmflow_project.argtypes = [
-        *(pointer, i32, i64, i64, i64, ctypes.c_double),
+        *(pointer, i32, i64, i64, i64, i64, i64, i64, ctypes.c_double),
         *(pointer, pointer, pointer, i32),
     ]
     lib.nmflow_set_isa.argtypes = [i32]
@@ -164,27 +165,35 @@ def project(
     dense: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    *,
+    dim: int = -1,
+    panel: int = 1,
 ) -> bool:
     r"""Magnitude mask and projection of a weight, in one pass over memory.
 
     Writes any of `dense = w`, `mask` (True for the n largest |w| of every m consecutive elements
-    along the last axis) and `out = w * (mask + (1 - mask) * delta)`.
+    along `dim`) and `out = w * (mask + (1 - mask) * delta)`, +0.0 where pruned if `delta` is 0.
 
     Args:
-        w: contiguous CPU tensor, float32, bfloat16 or float16, last axis a multiple of `m`.
+        w: contiguous CPU tensor, float32, bfloat16 or float16.
         n: number kept of every `m`; exactly that many, ties to the lowest index.
         m: size of a group.
         delta: what pruned weights are multiplied with, in float32, rounded once to the dtype.
         dense: like `w`, or None.
         mask: bool of `w`'s shape, or None.
         out: like `w`, or None; may be `w` itself.
+        dim: the axis that is cut into groups; its length is a multiple of `m`.
+        panel: consecutive places along axis 0 that share what they keep, the n largest sums of
+            their |w|, added in float32 in their order; the last panel may be smaller. Not along
+            `dim` itself.
 
     Returns:
         False if `w` holds a NaN or an infinity: what the outputs then hold is unspecified.
 
     Raises:
         WeightError: a tensor of the wrong dtype, shape, device or layout.
-        PatternError: not 1 <= n <= m, or the last axis is not a multiple of m.
+        PatternError: not 1 <= n <= m, the axis is missing or not a multiple of m, or panels are
+            asked for along it.
         NMFlowError: the library is not available.
 
     Example:
@@ -197,19 +206,34 @@ def project(
     code = DTYPES.get(w.dtype)
     if code is None:
         raise WeightError(f"w is {w.dtype}: the kernel takes float32, bfloat16 and float16")
-    if not 1 <= n <= m or w.dim() == 0 or w.shape[-1] % m:
+    shape = w.shape
+    if not -len(shape) <= dim < len(shape):
         raise PatternError(
-            f"pattern is '{n}:{m}' for a weight of shape {tuple(w.shape)}: it needs "
-            f"1 <= N <= M and a last axis that is a multiple of M"
+            f"dim is {dim}, but w has the shape {tuple(shape)}: name one of its axes"
         )
+    dim %= len(shape)
+    if not 1 <= n <= m or shape[dim] % m:
+        raise PatternError(
+            f"pattern is '{n}:{m}' along axis {dim} of a weight of shape {tuple(shape)}: it needs "
+            f"1 <= N <= M and an axis that is a multiple of M"
+        )
+    if panel < 1 or (panel > 1 and dim == 0):
+        raise PatternError(
+            f"panel is {panel} for groups along axis {dim}: panels run along axis 0, so it must be "
+            f"at least 1, and 1 where the groups run along axis 0 themselves"
+        )
+    # Axes between the rows and the groups only repeat the groups: M divides the grouped one.
+    outer = shape[0] if dim else 1
+    inner = math.prod(shape[dim + 1 :])
+    length = math.prod(shape[1 : dim + 1]) if dim else shape[0]
     base = _pointer(w, "w", w, w.dtype)
     status = lib.nmflow_project(
-        *(base, code, w.numel() // m, n, m, float(delta)),
+        *(base, code, outer, length, inner, n, m, panel, float(delta)),
         _pointer(dense, "dense", w, w.dtype),
         _pointer(mask, "mask", w, torch.bool),
         _pointer(out, "out", w, w.dtype),
         torch.get_num_threads(),
     )
     if status < 0:
-        raise WeightError(f"w of shape {tuple(w.shape)} {REASONS[status]}")
+        raise WeightError(f"w of shape {tuple(shape)} {REASONS[status]}")
     return status != NOT_FINITE
