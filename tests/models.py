@@ -58,9 +58,11 @@ def loss_of(output: torch.Tensor) -> torch.Tensor:
 
 
 class Attention(nn.Module):
+    """No biases: a key's bias has a gradient of nothing but rounding, which Adam makes large."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.attention(x, x, x, need_weights=False)[0]
@@ -96,7 +98,7 @@ class FusedQKV(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attn = nn.Module()
-        self.attn.qkv = nn.Linear(8, 24)
+        self.attn.qkv = nn.Linear(8, 24, bias=False)
         self.attn.proj = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,7 +129,7 @@ def _conv3d() -> nn.Module:
 
 
 def _layer() -> nn.Module:
-    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, bias=False, batch_first=True)
 
 
 BOTH = ["0.*", "2.*"]

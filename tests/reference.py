@@ -152,6 +152,7 @@ class Reference:
         self.n, self.m, self.panel = parse(pattern)
         self.k = 0
         self.frozen: dict[str, torch.Tensor] = {}
+        self.dense_steps: dict[torch.Tensor, float] = {}
         self.held: dict[str, tuple[int, NM, torch.Tensor]] = {}
 
     def _frame(self, weight: torch.Tensor, spec: Spec) -> Frame | None:
@@ -221,17 +222,18 @@ class Reference:
 
     @torch.no_grad()
     def _preconditioned_step(self) -> None:
-        """AdamW, written out, with the second moment as the dense phase left it."""
+        """AdamW, written out, with the second moment of the dense phase and its correction."""
         (group,) = self.optimizer.param_groups
         lr, decay, eps, (b1, b2) = (group[k] for k in ("lr", "weight_decay", "eps", "betas"))
         for p in group["params"]:
             if p.grad is None:
                 continue
             state = self.optimizer.state[p]
+            d = self.dense_steps.setdefault(p, float(state["step"]))
             state["step"] += 1
             t = float(state["step"])
             state["exp_avg"].mul_(b1).add_(p.grad, alpha=1 - b1)
-            divisor = state["exp_avg_sq"].sqrt() / math.sqrt(1 - b2**t) + eps
+            divisor = state["exp_avg_sq"].sqrt() / math.sqrt(1 - b2**d) + eps
             p.mul_(1 - lr * decay).sub_(lr / (1 - b1**t) * state["exp_avg"] / divisor)
 
     def weights(self) -> dict[str, torch.Tensor]:

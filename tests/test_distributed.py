@@ -73,7 +73,6 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
 def agree(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], what: str) -> None:
     for name, weight in got.items():
         assert torch.equal(weight != 0, want[name] != 0), f"{what}: the mask of {name} differs"
-        # Attention's key bias has a gradient of nothing but rounding, which Adam makes larger.
         torch.testing.assert_close(
             weight,
             want[name],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import pickle
 from typing import Any
@@ -303,8 +304,13 @@ def test_attach_again_after_finalize() -> None:
 # --- gradients --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("case", ["sr-ste-at-once", "mdgf-linear-masked", "one-shot"])
+@pytest.mark.parametrize(
+    ("case", "optimizer"),
+    [
+        *itertools.product(["sr-ste-at-once", "mdgf-linear-masked", "one-shot"], OPTIMIZERS),
+        ("step", "adamw-foreach"),
+    ],
+)
 def test_gradients_that_are_missing(case: str, optimizer: str) -> None:
     """A parameter without a gradient is not stepped and has late state; it decays all the same."""
     make = OPTIMIZERS[optimizer]
