@@ -26,8 +26,9 @@ from nmflow import mask
 from nmflow.errors import CompressError, PlanError
 from nmflow.packed import compress, decompress
 from nmflow.packed.layout import detect, runs
-from nmflow.packed.measure import Timing
+from nmflow.packed.measure import Timing, onednn_takes
 from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
+from nmflow.packed.onednn import OneDNNLinear
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -280,7 +281,7 @@ def test_what_stays_dense_says_why() -> None:
 
 def test_measuring_keeps_dense_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict is the geometric mean over the token counts of what the clock said."""
-    module = sys.modules["nmflow.packed.compress"]
+    module = sys.modules["nmflow.packed.judge"]
 
     def clock(packed: dict[int, float]):
         def time_ways(ways: dict, **kwargs: object) -> dict[str, Timing]:
@@ -303,6 +304,35 @@ def test_measuring_keeps_dense_where_it_is_faster(monkeypatch: pytest.MonkeyPatc
     assert isinstance(kept[0], nn.Linear)
     assert kept.report[0].why == "the best dense way is faster"
     assert kept.report[0].bytes == kept.report[0].dense_bytes
+    assert type(kept[0]) is nn.Linear
+
+
+@pytest.mark.skipif(not onednn_takes(torch.float32), reason="this torch has no oneDNN")
+def test_what_loses_to_packed_onednn_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_ways(ways: dict, **kwargs: object) -> dict[str, Timing]:
+        return {n: Timing(1.0 if n == "oneDNN packed" else 9.0, 0, 0, 1) for n in ways}
+
+    monkeypatch.setattr(sys.modules["nmflow.packed.judge"], "time_ways", time_ways)
+    model = prune(nn.Sequential(nn.Linear(64, 32)))
+    kept = compress(model, tokens=(3,))
+    assert isinstance(kept[0], OneDNNLinear)
+    assert "runs on packed oneDNN" in str(kept.report)
+    assert kept.report[0].bytes == 2 * kept.report[0].dense_bytes
+    x = torch.randn(2, 3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(kept(x), model(x))
+        kept[0].weight.mul_(2)  # a changed weight is seen
+        torch.testing.assert_close(kept(x), 2 * model(x) - model[0].bias)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(kept)))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), kept(x))
+        torch.testing.assert_close(
+            again.bfloat16()(x.bfloat16()).float(), kept(x), atol=0.1, rtol=0.1
+        )
+    kept(x.requires_grad_()).sum().backward()
+    assert kept[0].weight.grad is not None
+    assert type(decompress(kept)[0]) is nn.Linear
 
 
 def test_measuring_for_real() -> None:

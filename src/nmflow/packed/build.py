@@ -12,6 +12,7 @@ from nmflow.layers import is_hf_conv1d
 from nmflow.packed.attention import PackedAttention
 from nmflow.packed.layout import as_matrix
 from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
+from nmflow.packed.onednn import OneDNNLinear
 from nmflow.pattern import Pattern
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -97,8 +98,11 @@ def pack(module: nn.Module, found: dict[str, list[Run]]) -> nn.Module:
 
 def unpack(module: nn.Module) -> nn.Module:
     """The dense module that a packed one stands for, with its exact weights."""
-    if isinstance(module, PackedAttention):
-        dense: nn.Module = _unpack_attention(module)
+    if isinstance(module, OneDNNLinear):
+        dense: nn.Module = nn.Linear(module.in_features, module.out_features, False, "meta")
+        dense.weight, dense.bias = module.weight, module.bias
+    elif isinstance(module, PackedAttention):
+        dense = _unpack_attention(module)
     elif isinstance(module, PackedConv):
         dense = _unpack_conv(module)
     elif isinstance(module, PackedLinear | FusedLinear):

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from nmflow.errors import CompressError
 from nmflow.kernels import Call, choose
 from nmflow.kernels.layout import Shape
-from nmflow.layers import is_hf_conv1d
 from nmflow.packed import build
 from nmflow.packed.build import PACKED, Run
-from nmflow.packed.layout import as_matrix
-from nmflow.packed.measure import conv_ways, dense_ways, time_ways
-from nmflow.packed.modules import PackedConv
-from nmflow.packed.report import Report, Row, Times
+from nmflow.packed.judge import Verdict, judge, kind_of
+from nmflow.packed.onednn import OneDNNLinear
+from nmflow.packed.report import Report, Row
 from nmflow.packed.survey import Found, survey
 from nmflow.targets import Names, Patterns
 
@@ -40,7 +38,9 @@ def compress(
     A module is packed if the geometric mean over `tokens` of (best dense time / packed time) is
     above 1. Dense are `F.linear`, oneDNN and packed oneDNN, or for a convolution the convolution
     itself, channels last, and oneDNN packed, on about that many output positions. Modules of the
-    same kind, sizes and patterns are measured once, with as many threads as torch has.
+    same kind, sizes and patterns are measured once, with as many threads as torch has. Where a
+    linear layer loses to packed oneDNN, it runs on that (`OneDNNLinear`, which holds the weight
+    twice); everything else that loses stays as it is.
 
     Args:
         model: a model whose weights hold N:M, such as after `flow.finalize()`.
@@ -81,22 +81,24 @@ def compress(
             f"name its pattern ({said})"
         )
     modules = dict(model.named_modules())
-    judged: dict[tuple[object, ...], tuple[str, Times]] = {}
-    verdicts: dict[str, tuple[str, Times]] = {}  # site to (why it stays dense, or empty; times)
+    judged: dict[tuple[object, ...], Verdict] = {}
+    verdicts: dict[str, Verdict] = {}
     new: dict[nn.Module, nn.Module] = {}
     for path, found in sites.items():
         module = modules[path]
         try:
             packed = build.pack(module, found)
         except CompressError as error:
-            verdicts[path] = str(error), {}
+            verdicts[path] = Verdict(str(error))
             continue
-        key = _kind(module, found)
+        key = kind_of(module, found)
         if measure and key not in judged:
-            judged[key] = _judge(module, packed, counts)
-        verdicts[path] = judged[key] if measure else ("", {})
-        if not verdicts[path][0]:
+            judged[key] = judge(module, packed, counts)
+        verdicts[path] = judged[key] if measure else Verdict()
+        if not verdicts[path].why:
             new[module] = packed
+        elif verdicts[path].onednn and isinstance(module, nn.Linear):
+            new[module] = OneDNNLinear.of(module, max(counts))
     report = Report(_row(w, model.get_parameter(w.layer.name), verdicts, counts) for w in weights)
     made = replace_modules(model, new, inplace)
     made.__dict__["report"] = report  # a plain attribute, past nn.Module's registry
@@ -119,7 +121,7 @@ def decompress(model: nn.Module, inplace: bool = False) -> Any:
     new: dict[nn.Module, nn.Module] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():  # parents come before their children
-        if isinstance(module, PACKED) and module not in inside:
+        if isinstance(module, (*PACKED, OneDNNLinear)) and module not in inside:
             inside.update(module.modules())
             new[module] = build.unpack(module)
     if not new:
@@ -171,82 +173,13 @@ def _set_fast_path(module: nn.Module) -> None:
                 del module.nmflow_fast_path
 
 
-def _kind(module: nn.Module, found: Runs) -> tuple[object, ...]:
-    """What decides how fast a module is: modules that agree on it are measured once."""
-    sizes = tuple((n, tuple(p.shape), p.dtype, str(p.device)) for n, p in module.named_parameters())
-    runs = tuple((own, tuple(runs)) for own, runs in found.items())
-    return type(module), sizes, runs, getattr(module, "stride", None)
-
-
-def _judge(module: nn.Module, packed: nn.Module, counts: tuple[int, ...]) -> tuple[str, Times]:
-    """Why a module stays dense (empty if packed is faster), and the times by token count."""
-    some = next(module.parameters())
-    if some.device.type != "cpu":
-        return f"no packed kernel on {some.device.type} is faster", {}
-    times = {}
-    with torch.no_grad():
-        for t in counts:
-            if isinstance(packed, PackedConv):
-                times[t] = _race(conv_ways(module, x := _conv_input(packed, t, some)), packed, x)
-                continue
-            mine, best, names = 0.0, 0.0, []
-            for matrix, bias, parts in _products(module, packed):
-                x = torch.randn(t, matrix.shape[1]).to(matrix.dtype)
-                ways = dense_ways(matrix, bias, x)
-                if is_hf_conv1d(module):
-                    ways["addmm"] = lambda x=x: module(x)
-                p, d, name = _race(ways, parts, x)
-                mine, best, names = mine + p, best + d, [*names, name]
-            times[t] = mine, best, " and ".join(dict.fromkeys(names))
-    gain = math.prod(dense / mine for mine, dense, _ in times.values())
-    return ("" if gain > 1 else "the best dense way is faster"), times
-
-
-def _race(ways: dict, packed: nn.Module, x: Tensor) -> tuple[float, float, str]:
-    took = time_ways({**ways, "packed": lambda: packed(x)})
-    mine = took.pop("packed").median
-    best = min(took, key=lambda name: took[name].median)
-    return mine, took[best].median, best
-
-
-def _products(
-    module: nn.Module, packed: nn.Module
-) -> list[tuple[Tensor, Tensor | None, nn.Module]]:
-    """The matrix products of a module: dense matrix, bias, and the packed module of each."""
-    if not isinstance(module, nn.MultiheadAttention):
-        axis = 0 if is_hf_conv1d(module) else 1
-        matrix = as_matrix(module.get_parameter("weight").detach(), axis).contiguous()
-        return [(matrix, module.bias, packed)]  # pyright: ignore[reportReturnType]
-    q, k, v, out = packed.q, packed.k, packed.v, packed.out_proj  # pyright: ignore
-    bias = [None] * 3 if module.in_proj_bias is None else list(module.in_proj_bias.chunk(3))
-    if module._qkv_same_embed_dim:
-        fused = build.FusedLinear([q, k, v])  # pyright: ignore[reportArgumentType]
-        first = [(module.in_proj_weight, module.in_proj_bias, fused)]
-    else:
-        whole = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        first = list(zip(whole, bias, (q, k, v), strict=True))
-    return [*first, (module.out_proj.weight, module.out_proj.bias, out)]  # pyright: ignore
-
-
-def _conv_input(conv: PackedConv, tokens: int, like: Tensor) -> Tensor:
-    """An input that gives about that many output positions."""
-    spatial = len(conv.kernel_size)
-    side = max(round(tokens ** (1 / spatial)), 1)
-    pads = [sum(conv.pads[2 * i : 2 * i + 2]) for i in reversed(range(spatial))]
-    sizes = [
-        max((side - 1) * s + d * (k - 1) + 1 - pad, 1)
-        for k, s, d, pad in zip(conv.kernel_size, conv.stride, conv.dilation, pads, strict=True)
-    ]
-    return torch.randn(1, conv.in_channels, *sizes).to(like.dtype)
-
-
-def _row(
-    w: Found, parameter: Tensor, verdicts: dict[str, tuple[str, Times]], counts: tuple[int, ...]
-) -> Row:
+def _row(w: Found, parameter: Tensor, verdicts: dict[str, Verdict], counts: tuple[int, ...]) -> Row:
     size = parameter.numel() * parameter.element_size()
-    why, times = (w.why_not, {}) if w.why_not else verdicts[w.site]
-    if why:
-        return Row(w.layer.name, w.layer.shape, w.patterns, "dense", why, size, size, times)
+    verdict = Verdict(w.why_not) if w.why_not else verdicts[w.site]
+    if verdict.why:
+        held = 2 * size if verdict.onednn else size
+        return Row(w.layer.name, w.layer.shape, w.patterns, "dense", verdict.why, size, held,
+                   verdict.times)  # fmt: skip
     out, inputs = w.layer.out, parameter.numel() // w.layer.out
     small, kernels = 0, []
     for run in w.runs:
@@ -261,4 +194,4 @@ def _row(
     dense = out - sum(run.stop - run.start for run in w.runs)
     small += dense * inputs * parameter.element_size()
     why = "by " + ", ".join(dict.fromkeys(kernels))
-    return Row(w.layer.name, w.layer.shape, w.patterns, "packed", why, size, small, times)
+    return Row(w.layer.name, w.layer.shape, w.patterns, "packed", why, size, small, verdict.times)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from nmflow.tables import table
@@ -47,22 +48,40 @@ class Report(list[Row]):
         tokens = sorted({t for row in self for t in row.times})
         rows = [["weight", "shape", "pattern", "kept", "bytes"]]
         rows[0] += [f"T={t}: packed, best dense (µs)" for t in tokens]
-        for row in self:
-            if row.pattern:
-                cells = [row.name, "x".join(map(str, row.shape)), row.pattern, row.kept]
-                cells.append(f"{row.bytes / row.dense_bytes:.4f}")
-                rows.append(cells + [_shown(row.times.get(t)) for t in tokens])
-        lines = [table(rows)] if len(rows) > 1 else []
+        alike: dict[tuple[str, ...], list[str]] = {}
         reasons: dict[str, list[str]] = {}
         for row in self:
             reasons.setdefault(f"{row.kept}, {row.why}", []).append(row.name)
-        lines += [""] + [f"{why}: {', '.join(names)}" for why, names in reasons.items()]
+            if row.pattern:
+                cells = ["x".join(map(str, row.shape)), row.pattern, row.kept]
+                cells.append(f"{row.bytes / row.dense_bytes:.4f}")
+                cells += [_shown(row.times.get(t)) for t in tokens]
+                alike.setdefault((_numbered(row.name), *cells), []).append(row.name)
+        for cells, names in alike.items():
+            rows.append([_together(names)[0], *cells[1:]])
+        lines = [table(rows)] if len(rows) > 1 else []
+        lines += [""] + [f"{why}: {', '.join(_together(n))}" for why, n in reasons.items()]
         before, after = sum(r.dense_bytes for r in self), sum(r.bytes for r in self)
         lines.append(
             f"{len(self.packed)} of {len(self)} weights packed: {before:,} bytes dense, "
             f"{after:,} as they are now"
         )
         return "\n".join(lines)
+
+
+def _numbered(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _together(names: list[str]) -> list[str]:
+    """Names that differ in their numbers only as one: `layers.*.fc1.weight (12)`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_numbered(name), []).append(name)
+    return [
+        group[0] if len(group) == 1 else f"{pattern} ({len(group)})"
+        for pattern, group in groups.items()
+    ]
 
 
 def _shown(times: tuple[float, float, str] | None) -> str:

@@ -1,0 +1,82 @@
+"""`nmflow bench MODEL`: packed against the best dense way, by layer and end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="vit-base, t5-base, a kind of transformers such as gpt2, a folder with weights, "
+            "or a name on the hub (random weights)."
+        ),
+    ],
+    pattern: Annotated[
+        str, typer.Option(help="N:M with N kept of every M; 'held' takes what the weights hold.")
+    ] = "1:16",
+    include: Annotated[
+        str, typer.Option(help="Presets or globs of the weights, separated by commas.")
+    ] = "ff",
+    exclude: Annotated[str, typer.Option(help="Presets or globs to leave out.")] = "",
+    tokens: Annotated[str, typer.Option(help="Token counts of the layers.")] = "1,16,197",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32,bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="Batch of the network.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 128,
+    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
+    layers: Annotated[bool, typer.Option(help="Measure single layers.")] = True,
+    network: Annotated[bool, typer.Option(help="Measure the whole network.")] = True,
+    onnx: Annotated[bool, typer.Option(help="Measure onnxruntime too (the extra onnx).")] = False,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Time for each way.")] = 0.2,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for bench.csv and bench.png.")
+    ] = None,
+) -> None:
+    """Measure packed layers and the packed network against the best dense way."""
+    import torch
+    from rich.console import Console
+
+    from nmflow.cli._words import globs
+    from nmflow.errors import CompressError
+    from nmflow.packed import networks
+    from nmflow.packed.bench import bench as measure
+    from nmflow.packed.plots import plot
+
+    counts = []
+    for text in globs(tokens):
+        if not text.isdigit():
+            raise CompressError(f"tokens is {tokens!r}: give numbers such as 1,16,197")
+        counts.append(int(text))
+    if out is not None:  # before minutes of measuring, not after
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CompressError(f"out is '{out}', which cannot be written: {error}") from error
+    console = Console()
+    torch.set_num_threads(threads)
+    built = networks.network(model)
+    with Console(stderr=True).status("building the network") as status:
+        found = measure(
+            built,
+            networks.example(built, batch, length),
+            None if pattern == "held" else pattern,
+            globs(include),
+            globs(exclude),
+            counts,
+            globs(dtype),
+            layers,
+            network,
+            onnx,
+            seconds,
+            Path(model).name,
+            lambda what: status.update(f"measuring {what}"),
+        )
+    console.print(str(found), soft_wrap=True, markup=False, highlight=False)
+    if out is not None:
+        found.to_csv(out / "bench.csv")
+        plot(found, out / "bench.png")
+        console.print(f"wrote {out / 'bench.csv'} and {out / 'bench.png'}", markup=False)

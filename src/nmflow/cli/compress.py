@@ -1,0 +1,73 @@
+"""`nmflow compress CHECKPOINT -o DIR`: write a network with its N:M weights packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compress(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A folder of Hugging Face's, or a .safetensors or .pt file.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    pattern: Annotated[
+        str, typer.Option(help="N:M with N kept of every M; empty finds what each weight holds.")
+    ] = "",
+    include: Annotated[
+        str, typer.Option(help="Presets or globs of the weights, separated by commas.")
+    ] = "*",
+    exclude: Annotated[str, typer.Option(help="Presets or globs to leave dense.")] = "",
+    tokens: Annotated[
+        str,
+        typer.Option(
+            help="Token counts to be fast at, such as 1,197: each layer is measured and left dense "
+            "where that is faster. Needs a folder; empty packs every N:M weight."
+        ),
+    ] = "",
+) -> None:
+    """Pack the N:M weights of CHECKPOINT into the folder OUT, and print what became of each."""
+    import shutil
+
+    from rich.console import Console
+
+    from nmflow import packed
+    from nmflow.checkpoints import open_state
+    from nmflow.cli._networks import network
+    from nmflow.cli._words import globs
+    from nmflow.errors import CompressError
+
+    if not all(count.isdigit() for count in globs(tokens)):
+        raise CompressError(f"tokens is {tokens!r}: give numbers such as 1,197")
+    if out.resolve() == checkpoint.resolve():
+        raise CompressError(f"out is '{out}', the checkpoint itself: give another folder")
+    counts = [int(count) for count in globs(tokens)]
+    chosen = globs(include)
+    names = "*" if chosen == ["*"] else chosen
+    held = pattern or None
+    if (checkpoint / "config.json").is_file():
+        model, _, _ = network(checkpoint)
+        made = packed.compress(
+            model, held, counts or (1,), names, globs(exclude), bool(counts), inplace=True
+        )
+        report = made.report
+        packed.save(made, out)
+        for file in checkpoint.iterdir():  # the config and the tokenizer, so OUT stands alone
+            kept = file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja")
+            if kept and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, out / file.name)
+    elif counts:
+        raise CompressError(
+            f"checkpoint is '{checkpoint}', which has no config.json to build a network from: "
+            "leave tokens out, or give a folder of Hugging Face's"
+        )
+    else:
+        state = open_state(checkpoint)
+        tensors = {name: state.read(name) for name in state.shapes}
+        report = packed.save_state(tensors, out, held, names, globs(exclude))
+    console = Console()
+    console.print(str(report), soft_wrap=True, markup=False, highlight=False)
+    size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
+    console.print(f"wrote {out}: {size:,} bytes", markup=False, highlight=False)
