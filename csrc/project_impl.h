@@ -224,20 +224,15 @@ void write_out(const void *from, const uint8_t *kept, int64_t count, float delta
   T *out = static_cast<T *>(to);
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) {
-    const vecb bytes = get<vecb>(kept + i);
     if constexpr (DTYPE == NMFLOW_F32) {
-      const vecu keep = -__builtin_convertvector(bytes, vecu);
       const vecu value = get<vecu>(w + i);
-      vecu result = value & keep;
-      if (delta != 0.0f) result |= (vecu)((vecf)value * delta) & ~keep;
-      put(out + i, result);
+      const vecu faded = delta != 0.0f ? (vecu)((vecf)value * delta) : vecu{};
+      put(out + i, choose(kept + i, value, faded));
     } else {
-      const vech keep = -__builtin_convertvector(bytes, vech);
       const vech value = get<vech>(w + i);
-      vech result = value & keep;
-      if (delta != 0.0f)
-        result |= from_float(to_float(value, DTYPE) * delta, DTYPE) & ~keep;
-      put(out + i, result);
+      const vech faded =
+          delta != 0.0f ? from_float(to_float(value, DTYPE) * delta, DTYPE) : vech{};
+      put(out + i, choose(kept + i, value, faded));
     }
   }
   for (; i < count; ++i) {

@@ -38,7 +38,19 @@ NMF_INLINE void put(void *to, V v) {
   memcpy(to, &v, sizeof v);
 }
 NMF_INLINE vecu splat(uint32_t value) { return value - vecu{}; }
-NMF_INLINE vecu widen(vech v) { return __builtin_convertvector(v, vecu); }
+NMF_INLINE vecu widen(vech v) {
+#if defined(__AVX512BW__)
+  return (vecu)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (vecu)_mm256_cvtepu16_epi32((__m128i)v);
+#elif defined(__SSE2__)
+  const __m128i zero = _mm_setzero_si128();
+  const __m128i half[2] = {_mm_unpacklo_epi16((__m128i)v, zero), _mm_unpackhi_epi16((__m128i)v, zero)};
+  return get<vecu>(half);
+#else
+  return __builtin_convertvector(v, vecu);
+#endif
+}
 
 NMF_INLINE vecu larger(vecu a, vecu b) {
 #if defined(__AVX512BW__)
@@ -89,6 +101,56 @@ NMF_INLINE vecb kept_bytes(vecu key, vecu t) {
 #else
   return __builtin_convertvector(c, vecb);
 #endif
+#endif
+}
+
+/* Lane by lane: yes where the byte is 1, no where it is 0. */
+NMF_INLINE vecu choose(const uint8_t *bytes, vecu yes, vecu no) {
+#if defined(__AVX512BW__)
+  const __m128i b = get<__m128i>(bytes);
+  return (vecu)_mm512_mask_mov_epi32((__m512i)no, _mm_test_epi8_mask(b, b), (__m512i)yes);
+#elif defined(__AVX2__)
+  const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(bytes)));
+  const vecu keep = -(vecu)b;
+#elif defined(__SSE2__)
+  const __m128i zero = _mm_setzero_si128();
+  const __m128i b = _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(bytes)), zero);
+  const __m128i half[2] = {_mm_unpacklo_epi16(b, zero), _mm_unpackhi_epi16(b, zero)};
+  const vecu keep = -get<vecu>(half);
+#else
+  const vecu keep = -__builtin_convertvector(get<vecb>(bytes), vecu);
+#endif
+#if !defined(__AVX512BW__)
+  return (yes & keep) | (no & ~keep);
+#endif
+}
+NMF_INLINE vech choose(const uint8_t *bytes, vech yes, vech no) {
+#if defined(__AVX512BW__)
+  const __m128i b = get<__m128i>(bytes);
+  return (vech)_mm256_mask_mov_epi16((__m256i)no, _mm_test_epi8_mask(b, b), (__m256i)yes);
+#elif defined(__SSE2__)
+  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(bytes));
+  const vech keep = -(vech)_mm_unpacklo_epi8(b, _mm_setzero_si128());
+#else
+  const vech keep = -__builtin_convertvector(get<vecb>(bytes), vech);
+#endif
+#if !defined(__AVX512BW__)
+  return (yes & keep) | (no & ~keep);
+#endif
+}
+
+/* The low halves of the lanes. */
+NMF_INLINE vech narrow(vecu v) {
+#if defined(__AVX512BW__)
+  return (vech)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__SSE2__)
+  /* Packing saturates signed numbers, so the low half becomes one first. */
+  const veci low = (veci)(v << 16) >> 16;
+  __m128i half[2];
+  memcpy(half, &low, sizeof low);
+  return (vech)_mm_packs_epi32(half[0], half[1]);
+#else
+  return __builtin_convertvector(v, vech);
 #endif
 }
 
@@ -190,7 +252,7 @@ NMF_INLINE vecf to_float(vech v, int dtype) {
 NMF_INLINE vech from_float(vecf v, int dtype) {
   const vecu bits = (vecu)v;
   if (dtype == NMFLOW_BF16)
-    return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, vech);
+    return narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 #if defined(__AVX512BW__)
   return (vech)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
@@ -201,7 +263,7 @@ NMF_INLINE vech from_float(vecf v, int dtype) {
   const vecu normal = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
   const vecu is_small = (vecu)(a < 0x38800000u), is_large = (vecu)(a >= 0x477ff000u);
   const vecu half = (is_small & small) | (is_large & 0x7c00u) | (~(is_small | is_large) & normal);
-  return __builtin_convertvector(sign | half, vech);
+  return narrow(sign | half);
 #endif
 }
 
