@@ -343,6 +343,21 @@ def test_a_state_of_another_flow_is_refused(what: str, order: str) -> None:
     assert_same(parameters_of(again.model), before)
 
 
+def test_patterns_that_changed_places_are_refused() -> None:
+    """The same patterns on as many weights, but the other way round."""
+    case = BY_ID["mdgf-linear"]
+    ways = [{"0.*": "1:4", "2.*": "2:4"}, {"0.*": "2:4", "2.*": "1:4"}]
+    run = Run(MLP, case, pattern=ways[0])
+    run.train(MLP.batches(5))
+    saved = through_file(run.optimizer.state_dict())
+    other = Run(MLP, case, seed=99, pattern=ways[1])
+    with pytest.raises(StateError):
+        other.optimizer.load_state_dict(saved)
+    same = Run(MLP, case, seed=99, pattern=ways[0])
+    same.optimizer.load_state_dict(saved)
+    assert same.flow.steps_done == 5
+
+
 def test_a_state_of_another_network_is_refused() -> None:
     run = Run(FAMILY["hf-conv1d"], BY_ID["mdgf-linear"])
     run.train(FAMILY["hf-conv1d"].batches(5))
