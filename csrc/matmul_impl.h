@@ -92,10 +92,15 @@ NMF_INLINE int64_t round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t tokens_scratch(const nmf_job *job, int64_t tokens, int64_t tiles) {
   const nmf_geometry &g = job->g;
-  const int64_t c = nmf_ceil_div(tokens, LANES), inputs = block_inputs(g, c);
-  const int64_t entries = inputs / g.span * g.span_entries;
-  return round64(inputs * c * LANES * 4) + round64(tiles * 16 * c * LANES * 4) +
-         2 * round64(entries * 64 + 64);
+  int64_t bytes = 0;
+  /* The last part of a call may be narrower, and narrower blocks hold more inputs and entries. */
+  for (int64_t c = nmf_ceil_div(tokens, LANES); c > 0; --c) {
+    const int64_t inputs = block_inputs(g, c), entries = inputs / g.span * g.span_entries;
+    const int64_t these = round64(inputs * c * LANES * 4) + round64(tiles * 16 * c * LANES * 4) +
+                          2 * round64(entries * 64 + 64);
+    if (these > bytes) bytes = these;
+  }
+  return bytes;
 }
 
 #ifndef NMF_TRANSPOSE

@@ -186,9 +186,8 @@ void panel_run(const nmf_job *job, const nmf_part *part, char *scratch) {
 
 int64_t panel_scratch(const nmf_job *job, int64_t tokens, int64_t) {
   const nmf_geometry &g = job->g;
-  const int64_t rooms = tokens > LANES / 2 ? 1 : PANEL_TILES;
   const int64_t width = nmf_ceil_div(tokens, LANES) * LANES;
-  return (g.entries + 15) / 16 * 64 + rooms * (g.entries + 1) * 64 + width * g.in * 4 + 64;
+  return (g.entries + 15) / 16 * 64 + PANEL_TILES * (g.entries + 1) * 64 + width * g.in * 4 + 64;
 }
 
 int64_t panel_most(const nmf_geometry *) { return 3 * LANES; }
