@@ -35,11 +35,14 @@ class Windows:
         return len(self.views)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.views[index], "labels": self.views[index]}
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         batch = self.views[indices].contiguous()
-        return {"input_ids": batch, "labels": batch}
+        labels = batch.clone()
+        # Nothing predicts the first character; the Trainer divides by the labels that it counts.
+        labels[:, 0] = -100
+        return {"input_ids": batch, "labels": labels}
 
 
 def build(run: Run) -> Problem:
