@@ -82,9 +82,7 @@ class BuildNative(build_ext):
         except FAILURES as error:
             # A library left from an earlier build would belong to other sources.
             for ext in self.extensions:
-                stale = HERE / "src" / self.get_ext_filename(ext.name)
-                for path in (stale, Path(self.get_ext_fullpath(ext.name))):
-                    path.unlink(missing_ok=True)
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             self.extensions = []
             self.distribution.ext_modules = []
             sys.stderr.write(
