@@ -335,6 +335,28 @@ def test_what_loses_to_packed_onednn_runs_on_it(monkeypatch: pytest.MonkeyPatch)
     assert type(decompress(kept)[0]) is nn.Linear
 
 
+@pytest.mark.skipif(not onednn_takes(torch.float32), reason="this torch has no oneDNN")
+def test_other_dense_layers_on_onednn_and_tied_ones_stay_tied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def time_ways(ways: dict, **kwargs: object) -> dict[str, Timing]:
+        return {n: Timing({"packed": 1.0, "oneDNN packed": 2.0}.get(n, 9.0), 0, 0, 1) for n in ways}
+
+    monkeypatch.setattr(sys.modules["nmflow.packed.judge"], "time_ways", time_ways)
+    model = cast(Any, nn.Sequential(nn.Embedding(16, 32), prune(nn.Linear(32, 32)),
+                                    nn.Linear(32, 16, bias=False)))  # fmt: skip
+    model[2].weight = model[0].weight
+    x = torch.randint(0, 16, (2, 3))
+    assert type(compress(model)[2]) is nn.Linear
+    for inplace in (False, True):
+        packed = compress(model, onednn=True, inplace=inplace)
+        kinds = [type(m).__name__ for m in packed]
+        assert kinds == ["Embedding", "PackedLinear", "OneDNNLinear"]
+        assert packed[2].weight is packed[0].weight
+        with torch.no_grad():
+            torch.testing.assert_close(packed(x), decompress(packed)(x))
+
+
 def test_measuring_for_real() -> None:
     model = prune(nn.Sequential(nn.Linear(256, 256), nn.Conv2d(16, 16, 3), Attend()), "1:16")
     for dtype in (torch.float32, torch.bfloat16):

@@ -144,7 +144,7 @@ def _network(
     }
     progress(f"the network, {dtype}: choosing the best dense way and the packed layers")
     met = max(ways.tokens_of(model, floats).values(), default=1)
-    packed = compress(model, tokens=(met,))
+    packed = compress(model, tokens=(met,), onednn=True)
     best = ways.best_dense(model, floats)
     held: dict[str, nn.Module] = {"dense": model, "dense, best": best, "packed": packed}
     if dtype == "float32" and (eight := ways.int8_dynamic(model)) is not None:

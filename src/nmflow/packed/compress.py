@@ -15,7 +15,7 @@ from nmflow.kernels import Call, choose
 from nmflow.kernels.layout import Shape
 from nmflow.packed import build
 from nmflow.packed.build import PACKED, Run
-from nmflow.packed.judge import Verdict, judge, kind_of
+from nmflow.packed.judge import Verdict, judge, kind_of, on_onednn
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.report import Report, Row
 from nmflow.packed.survey import Found, survey
@@ -31,6 +31,7 @@ def compress(
     include: Names = "*",
     exclude: Names = (),
     measure: bool = True,
+    onednn: bool = False,
     inplace: bool = False,
 ) -> Any:
     """Replace every N:M weight by its kept values and their columns, where that is faster.
@@ -50,6 +51,8 @@ def compress(
         include: presets or globs, as for `plan`; the default takes every weight.
         exclude: presets or globs to leave dense.
         measure: False packs everything that can be packed, without timing.
+        onednn: True also measures the linear layers that hold no pattern, and runs them on packed
+            oneDNN where that is faster; they then hold their weight twice.
         inplace: True changes `model`; the default leaves it alone and returns a copy.
 
     Returns:
@@ -100,6 +103,8 @@ def compress(
         elif verdicts[path].onednn and isinstance(module, nn.Linear):
             new[module] = OneDNNLinear.of(module, max(counts))
     report = Report(_row(w, model.get_parameter(w.layer.name), verdicts, counts) for w in weights)
+    if onednn:
+        new |= on_onednn({m: max(counts) for m in model.modules() if m not in new}, counts)
     made = replace_modules(model, new, inplace)
     made.__dict__["report"] = report  # a plain attribute, past nn.Module's registry
     return made
@@ -144,7 +149,10 @@ def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module], inplace: 
     """Put new modules in the place of old ones, in `model` or in a deep copy of it."""
     if not inplace:
         # Old modules count as copied already, so their dense weights are never copied.
-        memo = {id(old): copy.deepcopy(made) for old, made in new.items()}
+        # One memo for all, so that what was tied stays tied.
+        memo: dict[int, Any] = {}
+        for old, made in new.items():
+            memo[id(old)] = copy.deepcopy(made, memo)
         model = copy.deepcopy(model, memo)
     else:
         for parent in list(model.modules()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +12,16 @@ from nmflow.layers import is_hf_conv1d
 from nmflow.packed import build
 from nmflow.packed.build import Run
 from nmflow.packed.layout import as_matrix
-from nmflow.packed.measure import Timing, Way, conv_ways, dense_ways, time_ways
+from nmflow.packed.measure import (
+    Timing,
+    Way,
+    conv_ways,
+    dense_ways,
+    onednn_takes,
+    time_ways,
+)
 from nmflow.packed.modules import PackedConv
+from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.report import Times
 
 Runs = dict[str, list[Run]]
@@ -68,6 +77,35 @@ def judge(module: nn.Module, packed: nn.Module, counts: tuple[int, ...]) -> Verd
     runs_on = type(module) is nn.Linear and onednn > 1
     why = "the best dense way is faster" + (", so it runs on packed oneDNN" if runs_on else "")
     return Verdict(why, times, runs_on)
+
+
+def on_onednn(
+    linears: Mapping[nn.Module, int], counts: tuple[int, ...] = ()
+) -> dict[nn.Module, nn.Module]:
+    """The linear layers, of modules and their tokens, that packed oneDNN runs faster, on it.
+
+    `counts` are the token counts to be fast at, where they are the same for all.
+    """
+    new: dict[nn.Module, nn.Module] = {}
+    faster: dict[tuple[object, ...], bool] = {}
+    with torch.no_grad():
+        for module, tokens in linears.items():
+            if type(module) is not nn.Linear or not onednn_takes(module.weight.dtype):
+                continue
+            if module.weight.device.type != "cpu":
+                continue
+            shape = tuple(module.weight.shape)
+            key = (shape, module.weight.dtype, tokens, module.bias is None)
+            if key not in faster:
+                gain = 1.0
+                for t in counts or (tokens,):
+                    x = torch.randn(t, module.in_features).to(module.weight.dtype)
+                    took = time_ways(dense_ways(module.weight, module.bias, x))
+                    gain *= took["F.linear"].median / took["oneDNN packed"].median
+                faster[key] = gain > 1
+            if faster[key]:
+                new[module] = OneDNNLinear.of(module, tokens)
+    return new
 
 
 def _race(ways: dict[str, Way], packed: nn.Module, x: Tensor) -> dict[str, Timing]:

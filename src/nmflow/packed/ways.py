@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from nmflow.errors import CompressError
 from nmflow.packed.compress import replace_modules
 from nmflow.packed.export import export_onnx
-from nmflow.packed.measure import dense_ways, onednn_takes, time_ways
+from nmflow.packed.judge import on_onednn
 from nmflow.packed.modules import PackedLinear
-from nmflow.packed.onednn import OneDNNLinear
 
 
 def tokens_of(model: nn.Module, example: Mapping[str, Any]) -> dict[nn.Module, int]:
@@ -42,21 +41,7 @@ def tokens_of(model: nn.Module, example: Mapping[str, Any]) -> dict[nn.Module, i
 
 def best_dense(model: nn.Module, example: Mapping[str, Any]) -> nn.Module:
     """A copy of a dense network whose linear layers use oneDNN's packed weights where faster."""
-    new: dict[nn.Module, nn.Module] = {}
-    faster: dict[tuple[Any, ...], bool] = {}
-    with torch.no_grad():
-        for module, tokens in tokens_of(model, example).items():
-            if type(module) is not nn.Linear or not onednn_takes(module.weight.dtype):
-                continue
-            key = (tuple(module.weight.shape), module.weight.dtype, tokens, module.bias is None)
-            if key not in faster:
-                x = torch.randn(tokens, module.in_features).to(module.weight.dtype)
-                took = time_ways(dense_ways(module.weight, module.bias, x))
-                best = min(took, key=lambda way: took[way].median)
-                faster[key] = best == "oneDNN packed"
-            if faster[key]:
-                new[module] = OneDNNLinear.of(module, tokens)
-    return replace_modules(model, new, inplace=False)
+    return replace_modules(model, on_onednn(tokens_of(model, example)), inplace=False)
 
 
 def int8_dynamic(model: nn.Module) -> nn.Module | None:
