@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -129,13 +131,16 @@ def select(w: Tensor, pattern: Pattern, dim: int) -> tuple[Tensor, Tensor]:
 
     The scalar stays on the device of `w`, so that a training step need not wait for it.
     """
-    if pattern.panel == 1 and native_serves(w, dim):
+    if native_serves(w, pattern, dim):
         kept = torch.empty(w.shape, dtype=torch.bool)
-        return kept, torch.tensor(native.project(w, pattern.n, pattern.m, 0.0, mask=kept))
+        n, m, panel = pattern.n, pattern.m, pattern.panel
+        return kept, torch.tensor(native.project(w, n, m, 0.0, mask=kept, dim=dim, panel=panel))
     size = _grouped(w, pattern, dim).abs()
     if pattern.panel > 1:
         wide = size if size.dtype == torch.float64 else size.float()
-        size = _panels(wide, pattern.panel).sum(1)
+        first, *rest = _panels(wide, pattern.panel).unbind(1)
+        # Row by row, as the compiled kernel adds: `sum` has an order of its own, and rounds by it.
+        size = functools.reduce(torch.add, rest, first)
         # A sum may overflow where no weight is infinite, and still orders the columns.
         finite = torch.isfinite(w).all()
     else:
@@ -146,12 +151,12 @@ def select(w: Tensor, pattern: Pattern, dim: int) -> tuple[Tensor, Tensor]:
     return kept.flatten(-2).movedim(-1, dim), finite
 
 
-def native_serves(w: Tensor, dim: int) -> bool:
+def native_serves(w: Tensor, pattern: Pattern, dim: int) -> bool:
     """Say whether the compiled one-pass kernel takes this weight as it lies in memory."""
     return (
         w.device.type == "cpu"
         and w.dtype != torch.float64
-        and dim in (w.ndim - 1, -1)
+        and (pattern.panel == 1 or dim % w.ndim != 0)
         and w.is_contiguous()
         and native.available()
     )

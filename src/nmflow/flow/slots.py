@@ -164,8 +164,11 @@ class Slot:
                 region.of(sink).copy_(region.of(source))
                 finite.append(torch.isfinite(region.of(source)).all())
             elif _one_pass(region, stage, source, sink) and not held and not hold:
-                pattern, w = stage.pattern, region.of(source)
-                done = native.project(w, pattern.n, pattern.m, stage.delta, out=region.of(sink))
+                pattern, w, out = stage.pattern, region.of(source), region.of(sink)
+                dim, panel = region.target.dim, pattern.panel
+                done = native.project(
+                    w, pattern.n, pattern.m, stage.delta, out=out, dim=dim, panel=panel
+                )
                 finite.append(torch.tensor(done))
             else:
                 kept, fading, fine = self._select(region, stage, held)
@@ -252,7 +255,6 @@ def _one_pass(region: Region, stage: Stage, source: Tensor, sink: Tensor) -> boo
     return (
         pattern is not None
         and previous is None
-        and pattern.panel == 1
-        and native_serves(w, region.target.dim)
+        and native_serves(w, pattern, region.target.dim)
         and region.of(sink).is_contiguous()
     )
