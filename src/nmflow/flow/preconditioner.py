@@ -59,24 +59,34 @@ def thaw(frozen: list[Frozen]) -> None:
         one.moment.copy_(one.held)
 
 
-def settle(frozen: list[Frozen], since: int) -> None:
+def settle(optimizer: Optimizer, frozen: list[Frozen], first: bool) -> None:
     r"""Take Adam's step anew, with the second moment as it was frozen.
 
-    `W ← (1 - η·wd)·W - η / (1 - β₁ᵗ) · m / (√(v / (1 - β₂ᵈ)) + ε)`, with m and t of the step that
-    Adam has just taken, and v of step d with the bias correction of step d.
+    `W ← (1 - η·wd)·W - η / (1 - β₁ᵗ) · m / (√v̂ + ε)`, with m and t of the step that Adam has just
+    taken and `v̂ = v / (1 - β₂ᵈ)` of step d. The bias correction goes into the moment once, at step
+    d: from then on the state holds v̂, for each parameter with its own count of steps.
 
     Args:
-        frozen: what `freeze` remembered.
-        since: the steps done since step d, this one too.
+        optimizer: the optimizer, after its step.
+        frozen: what `freeze` remembered before it.
+        first: whether this is the first step with a frozen moment.
     """
     thaw(frozen)
+    stepped = {id(one.state) for one in frozen}
+    for group in optimizer.param_groups:
+        beta2 = float(group["betas"][1])
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            late = id(state) not in stepped and p.grad is not None  # its first gradient came now
+            if MOMENT in state and (first or late):
+                steps = float(state["step"]) - (id(state) in stepped)
+                local(state[MOMENT]).div_(1.0 - beta2**steps)
     for one in frozen:
         group, t = one.group, float(one.state["step"])
-        beta1, beta2 = (float(b) for b in group["betas"])
         lr, decay = float(group["lr"]), float(group["weight_decay"])
-        correction = 1.0 - beta2 ** max(t - since, 1.0)
-        denominator = (one.moment.sqrt() / correction**0.5).add_(group["eps"])
         if decay and group.get("decoupled_weight_decay", False):
             one.before.mul_(1.0 - lr * decay)
-        momentum = local(one.state["exp_avg"])
-        one.param.copy_(one.before.addcdiv_(momentum, denominator, value=-lr / (1.0 - beta1**t)))
+        size = -lr / (1.0 - float(group["betas"][0]) ** t)
+        denominator = one.moment.sqrt().add_(group["eps"])
+        one.before.addcdiv_(local(one.state["exp_avg"]), denominator, value=size)
+        one.param.copy_(one.before)

@@ -74,10 +74,7 @@ class Run:
 
     def signature(self, targets: Sequence[Target]) -> str:
         """Text that two runs share when one can resume the other's state."""
-        names = [
-            [".".join(p for p in t.label.split(".") if p not in _WRAPPINGS), list(t.shape), t.dim]
-            for t in targets
-        ]
+        names = [[_unwrapped(t.label), list(t.shape), t.dim, str(t.pattern)] for t in targets]
         digest = hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()[:16]
         patterns = Counter(str(t.pattern) for t in targets)
         return json.dumps(
@@ -106,11 +103,15 @@ def differences(saved: str, own: str) -> str:
     for key, value in ours.items():
         if theirs.get(key) != value:
             said.append(
-                "the weights (names, shapes or axes) differ"
+                "the weights (their names, shapes, axes or patterns) differ"
                 if key == "weights"
                 else f"{key} is {_short(theirs.get(key))} there and {_short(value)} here"
             )
     return "; ".join(said)
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPINGS)
 
 
 def _short(value: object) -> str:

@@ -194,7 +194,9 @@ class Stepper:
         self._entered = False
         counts = self._counts and not self._found_inf()
         if counts and self._frozen:
-            preconditioner.settle(self._frozen, self.k + 1 - self.run.dense_steps)
+            first = self.k == self.run.dense_steps
+            preconditioner.settle(self.optimizer, self._frozen, first)
+            self._frozen = []
         self._leave()
         if counts:
             self.k += 1
