@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.steps=100."),
     ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Try the whole path: two steps, no network needed.")
+    ] = False,
 ) -> None:
     """Train every recipe and seed of CONFIG; a stopped command goes on where it was."""
     from rich.console import Console
@@ -28,6 +31,8 @@ def train(
     from nmflow.experiments.results import RunFolder
 
     experiment = configs.load(config, set_)
+    if smoke:
+        return _smoke(experiment, output)
     runs = list(experiment.runs())
     folder = output or experiment.folder
     done = sum(RunFolder(folder / run.id).finished for run in runs)
@@ -49,3 +54,22 @@ def train(
             others = f" ({len(failed)} of {len(runs)} runs failed)" if len(failed) > 1 else ""
             raise NMFlowError(failed[0][1] + others)
     console.print(f"all {len(runs)} runs are finished; now: nmflow report {folder}")
+
+
+def _smoke(experiment: Any, output: Path | None) -> None:
+    from rich.console import Console
+
+    from nmflow.experiments.smoke import folder_of, smoke
+
+    console = Console()
+    folder = folder_of(experiment, output)
+    result = smoke(experiment, folder)
+    about, cost = result["smoke"], result["cost"]
+    for sentence in about["instead"]:
+        console.print(f"instead: {sentence}", highlight=False)
+    console.print(
+        f"{experiment.name}: {cost['parameters']:,} parameters, {len(result['audit']['rows'])} "
+        f"weights hold {result['pattern']} in memory and on disk; {about['seconds']} s, "
+        f"{about['peak_bytes'] / 2**30:.1f} GiB at most; {folder}",
+        highlight=False,
+    )

@@ -64,7 +64,10 @@ class Data(Strict):
 
 
 class Model(Strict):
-    """A network of `transformers`: by `kind` and the fields of its config, or `load`ed."""
+    """A network of `transformers`: by `kind` and the fields of its config, or `load`ed.
+
+    With `load`, `kind` may say what is loaded: `--smoke` builds it where the hub is out of reach.
+    """
 
     kind: str | None = None
     load: str | None = None
@@ -72,7 +75,7 @@ class Model(Strict):
 
     @model_validator(mode="after")
     def _one(self) -> Model:
-        if (self.kind is None) == (self.load is None):
+        if self.kind is None and self.load is None:
             raise ValueError("give either 'kind' (such as gpt2) or 'load' (a folder or a hub name)")
         return self
 

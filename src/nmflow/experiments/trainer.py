@@ -49,21 +49,28 @@ def trainer(
     run: Run, folder: RunFolder, problem: Problem, model: nn.Module, callbacks: list[Any]
 ) -> Trainer:
     """The `Trainer` of a run, or the subclass that its task asks for."""
-    rows = len(problem.validation)
-    few = np.linspace(0, rows - 1, num=min(run.training.eval_rows, rows)).astype(int)
+    few = _few(problem.validation, run.training.eval_rows)
     kind: Any = type("Trainer", (_Lean, problem.trainer or Trainer), {})
     made = kind(
         model=model,
         args=_arguments(run, folder, problem),
         data_collator=problem.collate,
         train_dataset=problem.train,
-        eval_dataset=Subset(problem.validation, few.tolist()),
+        eval_dataset=few,
         compute_metrics=problem.metrics,
         preprocess_logits_for_metrics=problem.reduce,
         callbacks=callbacks,
     )
     made.remove_callback(PrinterCallback)  # a library does not print
     return made
+
+
+def _few(data: Any, rows: int) -> Any:
+    """Some rows, evenly spread; of a stream, which only runs forward, the first."""
+    if hasattr(data, "take"):
+        return data.take(rows)
+    chosen = np.linspace(0, len(data) - 1, num=min(rows, len(data))).astype(int)
+    return Subset(data, chosen.tolist())
 
 
 def _arguments(run: Run, folder: RunFolder, problem: Problem) -> TrainingArguments:

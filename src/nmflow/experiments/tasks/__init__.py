@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 FILES = {
     "language-modelling": "lm",
     "image-classification": "vision",
+    "image-classification-stream": "image_stream",
+    "text-classification": "classification",
+    "text-to-text": "text_to_text",
+    "translation": "translation",
+    "token-modelling": "tokens",
 }
 
 

@@ -1,0 +1,103 @@
+"""Language modelling by words or pieces of them: a decoder or an LSTM predicts the next token."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from nmflow.errors import DataError
+from nmflow.experiments.config import Data, Strict
+from nmflow.experiments.tokenization import Tokens
+
+if TYPE_CHECKING:
+    from nmflow.experiments.config import Run
+    from nmflow.experiments.tasks import Problem
+
+
+class Options(Strict):
+    """`length`: tokens that the network sees, each of which predicts its next; `tokens`."""
+
+    length: Annotated[int, Field(strict=True, ge=2)] = 64
+    tokens: Tokens = Tokens(size=2000)
+
+
+def build(run: Run) -> Problem:
+    """The problem: windows of token ids; the perplexity is that of a token, not of a word."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from nmflow.experiments import models
+    from nmflow.experiments.tasks import Problem, lm
+
+    options = Options(**run.options)
+    length = options.length
+    ids, tokenizer, card = _cached(run.data.model_dump_json(), options.model_dump_json())
+    for split, values in ids.items():
+        if len(values) < length:
+            raise DataError(
+                f"data is {card.name!r}: its {split} text has {len(values)} tokens, fewer than "
+                f"options.length {length}; give more text or a smaller length"
+            )
+    fields = {
+        "vocab_size": len(tokenizer),
+        "n_positions": length,
+        "max_position_embeddings": length,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "use_cache": False,
+    }
+    sets = {
+        split: lm.Windows(torch.from_numpy(values), length, 1 if split == "train" else length)
+        for split, values in ids.items()
+    }
+
+    def reduce(logits: Any, labels: Any) -> Any:
+        # Of each token but the first: was it the likeliest, and its loss in nats.
+        logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+        ).view(len(logits), -1)
+        return torch.stack(((logits.argmax(-1) == labels[:, 1:]).float(), loss), -1)
+
+    return Problem(
+        data=card,
+        train=sets["train"],
+        validation=sets["validation"],
+        test=sets["test"],
+        collate=_same,
+        model=lambda: models.build(run.model, AutoModelForCausalLM, fields),
+        example=sets["test"].__getitems__([0]),
+        headline="perplexity",
+        metrics=_figures,
+        reduce=reduce,
+        save=tokenizer.save_pretrained,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _cached(dump: str, options: str) -> Any:
+    from nmflow.experiments.data import corpus
+    from nmflow.experiments.tokenization import tokenizer
+
+    how = Options.model_validate_json(options)
+    found = corpus(Data.model_validate_json(dump))
+    made = tokenizer(how.tokens, found.texts["train"].splitlines())
+    ids = {}
+    for split, text in found.texts.items():
+        rows = made([line for line in text.splitlines() if line], add_special_tokens=False)
+        # A line ends with the token for the end of a text, or words would run into each other.
+        ends: Any = [made.eos_token_id]
+        ids[split] = np.array([i for row in rows["input_ids"] for i in row + ends], np.int64)
+    return ids, made, found.card
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def _figures(prediction: Any) -> dict[str, float]:
+    right, loss = np.asarray(prediction.predictions, np.float64).reshape(-1, 2).mean(0)
+    return {"perplexity": float(np.exp(loss)), "accuracy": float(right)}
