@@ -18,9 +18,11 @@ from nmflow import native
 from nmflow.flow.sharding import Region, local, out_axis
 from nmflow.flow.states import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.masks import native_serves, project, select
+from nmflow.pattern import Pattern
 from nmflow.schedules import Stage
 
 _SAMPLE = 16
+_EVERY = Pattern("1:1")  # what a dense weight keeps
 
 Stages = Mapping[str, Stage]
 
@@ -159,20 +161,19 @@ class Slot:
         for region in self.regions:
             if region.count == 0:
                 continue
-            stage = stages[region.target.label]
-            if stage.pattern is None:
-                region.of(sink).copy_(region.of(source))
-                finite.append(torch.isfinite(region.of(source)).all())
-            elif _one_pass(region, stage, source, sink) and not held and not hold:
-                pattern, w, out = stage.pattern, region.of(source), region.of(sink)
-                dim, panel = region.target.dim, pattern.panel
-                done = native.project(
-                    w, pattern.n, pattern.m, stage.delta, out=out, dim=dim, panel=panel
-                )
+            stage, w, out = stages[region.target.label], region.of(source), region.of(sink)
+            masked = stage.pattern is not None
+            if _one_pass(region, stage, w, out) and not (masked and (held or hold)):
+                pattern, dim = stage.pattern or _EVERY, region.target.dim
+                n, m, panel = pattern.n, pattern.m, pattern.panel
+                done = native.project(w, n, m, stage.delta, out=out, dim=dim, panel=panel)
                 finite.append(torch.tensor(done))
+            elif not masked:
+                out.copy_(w)
+                finite.append(torch.isfinite(w).all())
             else:
                 kept, fading, fine = self._select(region, stage, held)
-                region.of(sink).copy_(project(region.of(source), kept, fading, stage.delta))
+                out.copy_(project(w, kept, fading, stage.delta))
                 finite.append(fine)
                 if hold and not held:
                     self._hold(region, kept, fading)
@@ -248,13 +249,11 @@ def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def _one_pass(region: Region, stage: Stage, source: Tensor, sink: Tensor) -> bool:
+def _one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
     """Whether the compiled kernel can go from W to W̃ in one pass over memory."""
     pattern, previous = stage.masks
-    w = region.of(source)
     return (
-        pattern is not None
-        and previous is None
-        and native_serves(w, pattern, region.target.dim)
-        and region.of(sink).is_contiguous()
+        previous is None
+        and native_serves(w, pattern or _EVERY, region.target.dim)
+        and out.is_contiguous()
     )
