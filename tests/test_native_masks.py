@@ -74,26 +74,36 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(BITS[a.dtype]), b.contiguous().view(BITS[a.dtype]))
 
 
-def check(w: torch.Tensor, n: int, m: int, delta: float, kept: torch.Tensor, **where: int) -> None:
+def check(
+    w: torch.Tensor,
+    n: int,
+    m: int,
+    delta: float,
+    kept: torch.Tensor,
+    dim: int = -1,
+    panel: int = 1,
+) -> None:
     """Any of the outputs, or the weight in place, are what torch makes of the mask."""
     expected = project(w, kept, delta=delta)
     dense, out, mask = torch.empty_like(w), torch.empty_like(w), torch.empty_like(kept)
     inside = w.clone()
     case = random.randrange(4)
-    told = (n, m, delta, tuple(w.shape), where, case)
+    told = (n, m, delta, tuple(w.shape), dim, panel, case)
     if case == 0:
-        assert native.project(w, n, m, delta, dense, mask, out, **where), told
+        assert native.project(w, n, m, delta, dense, mask, out, dim=dim, panel=panel), told
         assert torch.equal(mask, kept), told
         assert same(dense, w), told
         assert same(out, expected), told
     elif case == 1:
-        assert native.project(w, n, m, delta, out=out, **where), told
+        assert native.project(w, n, m, delta, out=out, dim=dim, panel=panel), told
         assert same(out, expected), told
     elif case == 2:
-        assert native.project(w, n, m, delta, mask=mask, **where), told
+        assert native.project(w, n, m, delta, mask=mask, dim=dim, panel=panel), told
         assert torch.equal(mask, kept), told
     else:
-        assert native.project(inside, n, m, delta, dense=dense, out=inside, **where), told
+        assert native.project(inside, n, m, delta, dense=dense, out=inside, dim=dim, panel=panel), (
+            told
+        )
         assert same(inside, expected), told
         assert same(dense, w), told
 
