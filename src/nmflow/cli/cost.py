@@ -11,25 +11,23 @@ import typer
 def cost(
     config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")],
 ) -> None:
-    """Print parameters, bytes with the index, and FLOPs, for every recipe of CONFIG."""
+    """Print parameters, bytes with the index, and FLOPs of one example, for every recipe."""
     from rich.console import Console
 
     import nmflow
     from nmflow.cli._networks import network
+    from nmflow.experiments.config import load
 
     console = Console()
     model, run, example = network(config, config_only=True)
-    from nmflow.experiments.config import load
-
     for spec in load(config).recipes:
-        recipe = spec.build()
         found = nmflow.cost(
             model,
             example,
-            pattern=run.pattern if recipe.prunes else None,
+            pattern=run.pattern,
             include=run.include,
             exclude=run.exclude,
-            recipe=recipe,
+            recipe=spec.build(),
             total_steps=run.training.steps,
         )
         console.print(f"{spec.title}, {run.pattern_text}", style="bold")

@@ -1,0 +1,148 @@
+"""The command line: every command on something small, and every mistake as one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+
+from typer.testing import CliRunner, Result
+
+import nmflow
+from nmflow.cli import app, commands
+from nmflow.errors import NMFlowError
+
+CONFIG: dict[str, Any] = {
+    "name": "small",
+    "task": "language-modelling",
+    "options": {"length": 16},
+    "data": {"source": "pydoc", "limit": 20_000},
+    "model": {"kind": "gpt2", "fields": {"n_embd": 32, "n_inner": 64, "n_layer": 1, "n_head": 2}},
+    "pattern": "1:8",
+    "training": {"steps": 8, "batch_size": 2, "log_every": 2, "device": "cpu", "eval_rows": 4},
+    "recipes": ["dense", "sr-ste"],
+    "seeds": [0, 1],
+    "threads": 1,
+}
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(app(), [str(word) for word in words])
+
+
+def refused(*words: str) -> str:
+    """The sentence of the NMFlowError that `main` turns into exit code 1."""
+    found = run(*words)
+    assert isinstance(found.exception, NMFlowError), found.output
+    return str(found.exception)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps({**CONFIG, "output": str(tmp_path / "runs")}))
+    return path
+
+
+def test_every_file_is_a_command_with_a_word_of_help():
+    assert {"train", "report", "plan", "audit", "cost"} <= set(commands())
+    for name in commands():
+        found = run(name, "--help")
+        assert found.exit_code == 0
+        assert "Usage" in found.output
+    assert run("--help").exit_code == 0
+
+
+def test_train_then_report_then_audit(file: Path, tmp_path: Path):
+    found = run("train", file, "--workers", "1")
+    assert found.exit_code == 0, found.output
+    assert "all 4 runs are finished" in found.output
+    again = run("train", file, "--workers", "1")
+    assert "4 are finished" in again.output
+    found = run("report", tmp_path / "runs")
+    assert found.exit_code == 0, found.output
+    page = tmp_path / "runs" / "report" / "report.html"
+    assert str(page) in found.output.replace("\n", "")
+    assert "sr-ste" in page.read_text()
+    sparse = next((tmp_path / "runs").glob("sr-ste*seed0*")) / "model"
+    found = run("audit", sparse, "1:8", "--include", "ff")
+    assert found.exit_code == 0, found.output
+    assert "every weight holds" in found.output
+    dense = next((tmp_path / "runs").glob("dense*seed0*")) / "model"
+    found = run("audit", dense, "1:8", "--include", "ff")
+    assert found.exit_code == 1
+    assert "break the pattern" in found.output
+    found = run("plan", dense, "--pattern", "1:4", "--include", "ff")
+    assert found.exit_code == 0, found.output
+    assert "mlp.c_fc.weight" in found.output
+
+
+def test_plan_and_cost_of_a_config(file: Path):
+    found = run("plan", file)
+    assert found.exit_code == 0, found.output
+    assert "transformer.h.0.mlp.c_fc.weight" in found.output
+    found = run("cost", file)
+    assert found.exit_code == 0, found.output
+    assert "training FLOPs" in found.output
+    assert "sr-ste, 1:8" in found.output
+
+
+def test_overrides_and_output(file: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    found = run(
+        "train", file, "--output", other, "--workers", "1", "--set", "seeds=[5]",
+        "--set", "recipes=[mdgf-linear]",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    (result,) = other.glob("*/result.json")
+    assert json.loads(result.read_text())["seed"] == 5
+
+
+def test_mistakes_are_sentences(file: Path, tmp_path: Path):
+    assert "No such file" in refused("train", tmp_path / "none.yaml")
+    assert "did you mean" in refused("train", file, "--set", "training.stepz=1")
+    assert "no such folder" in refused("report", tmp_path / "none")
+    assert "no finished run" in refused("report", tmp_path)
+    assert "holds no model" in refused("plan", tmp_path)
+    assert "holds no weights" in refused("audit", tmp_path, "1:4")
+    sentence = refused("train", file, "--workers", "1", "--set", "include=nothing.*")
+    assert "nothing.*" in sentence
+    assert "4 of 4 runs failed" in sentence
+
+
+def test_main_ends_with_one_sentence_and_exit_code_1(tmp_path: Path):
+    command = [sys.executable, "-c", "import nmflow.cli; nmflow.cli.main()"]
+    done = subprocess.run(
+        [*command, "train", str(tmp_path / "none.yaml")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("nmflow: config is")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_reading_a_config_imports_no_torch_trainer():
+    code = (
+        "import sys, nmflow.cli, nmflow.experiments.config as c\n"
+        "nmflow.cli.app()\n"
+        "print(sorted({'transformers', 'datasets', 'matplotlib', 'scipy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_library_needs_torch_and_numpy_only():
+    code = (
+        "import sys, nmflow\n"
+        "print(sorted({'transformers', 'typer', 'rich', 'pydantic', 'yaml', 'scipy', 'sklearn'}"
+        " & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert nmflow.__version__
