@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+_BLOCK = 1 << 17
+"""Weights that a rule works on at a time on a CPU: what it makes on the way stays in the cache."""
 
 
 def masked(g: Tensor, kept: Tensor, fading: Tensor | None, delta: float) -> None:
     r"""The masked (chain) rule, in place: `g ⊙ (m + (1 - m) ⊙ m' · δ)`."""
     factor = torch.full((), delta, dtype=g.dtype, device=g.device)
     one, zero = torch.ones_like(factor), torch.zeros_like(factor)
-    g.mul_(torch.where(kept, one, factor if fading is None else torch.where(fading, factor, zero)))
+    if fading is None:
+        for part, m in _blocks(g, kept):
+            part.mul_(torch.where(m, one, factor))
+    else:
+        for part, m, other in _blocks(g, kept, fading):
+            part.mul_(torch.where(m, one, torch.where(other, factor, zero)))
 
 
 def refined(g: Tensor, dense: Tensor, shown: Tensor, lam: float, scale: Tensor | None) -> None:
@@ -24,5 +34,15 @@ def refined(g: Tensor, dense: Tensor, shown: Tensor, lam: float, scale: Tensor |
         scale: the loss scale that a fused optimizer divides by inside its step; the term is
             scaled alike, so that λ is what it says.
     """
-    pull = (dense - shown).mul_(lam)
-    g.add_(pull if scale is None else pull.mul_(scale.to(pull.device)))
+    for part, w, sparse in _blocks(g, dense, shown):
+        pull = w - sparse
+        part.add_(pull if scale is None else pull.mul_(scale.to(pull.device)), alpha=lam)
+
+
+def _blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each tensor, a block at a time on a CPU, all at once elsewhere."""
+    if first.device.type != "cpu" or first.numel() <= _BLOCK:
+        yield (first, *others)
+        return
+    rows = max(1, _BLOCK * first.shape[0] // first.numel())
+    yield from zip(first.split(rows), *(x.split(rows) for x in others), strict=True)
