@@ -137,8 +137,8 @@ void select_small(const char *w, int64_t vectors, uint8_t *kept, Room &room) {
     seen = larger(seen, keys);
     vecu t = better<TOP>(keys, flip<1>(keys));
     if constexpr (M >= 4) t = better<TOP>(t, flip<2>(t));
-    if constexpr (M >= 8) t = better<TOP>(t, flip<4>(t));
-    if constexpr (M >= 16) t = better<TOP>(t, flip<8>(t));
+    if constexpr (M >= 8 && LANES >= 8) t = better<TOP>(t, flip<4>(t));
+    if constexpr (M >= 16 && LANES >= 16) t = better<TOP>(t, flip<8>(t));
     put(kept + i * LANES, kept_bytes<TOP>(keys, t));
   }
   room.seen = seen;
@@ -175,8 +175,8 @@ void select_long(const char *w, int64_t groups, int64_t m, uint8_t *kept, Room &
     seen = larger(seen, TOP ? t : most);
     t = better<TOP>(t, flip<1>(t));
     t = better<TOP>(t, flip<2>(t));
-    t = better<TOP>(t, flip<4>(t));
-    if constexpr (LANES == 16) t = better<TOP>(t, flip<8>(t));
+    if constexpr (LANES >= 8) t = better<TOP>(t, flip<4>(t));
+    if constexpr (LANES >= 16) t = better<TOP>(t, flip<8>(t));
     below = first;
     for (int64_t i = 0; i < m; i += LANES, below -= static_cast<uint32_t>(LANES))
       put(kept + i, kept_bytes<TOP>(keys_of<BYTES>(w + i * BYTES, below), t));
@@ -255,25 +255,24 @@ void select_network(const Plan &plan, const char *w, uint8_t *kept, Room &room) 
   }
 }
 
-/* How many of `count` (a multiple of 8) bytes of 0 and 1 are 1. */
+/* How many of `count` bytes of 0 and 1 are 1. */
 NMF_INLINE int64_t sum_bytes(const uint8_t *bytes, int64_t count) {
-  int64_t total = 0;
-  while (count > 0) {
+  typedef uint8_t vec16 __attribute__((vector_size(16)));
+  const uint64_t even = 0x00ff00ff00ff00ffull;
+  int64_t total = 0, i = 0;
+  while (i + 16 <= count) {
     /* 255 additions fill a byte. */
-    const int64_t here = nmf_min(count, 255 * LANES);
-    vecb sums = {};
-    int64_t i = 0;
-    for (; i + LANES <= here; i += LANES) sums += get<vecb>(bytes + i);
-    for (; i < here; ++i) total += bytes[i];
-    uint64_t words[LANES / 8];
-    memcpy(words, &sums, LANES);
+    const int64_t end = nmf_min(count - 15, i + 255 * 16);
+    vec16 sums = {};
+    for (; i < end; i += 16) sums += get<vec16>(bytes + i);
+    uint64_t words[2];
+    put(words, sums);
     for (uint64_t word : words) {
-      const uint64_t pairs = (word & 0x00ff00ff00ff00ffull) + ((word >> 8) & 0x00ff00ff00ff00ffull);
+      const uint64_t pairs = (word & even) + ((word >> 8) & even);
       total += static_cast<int64_t>((pairs * 0x0001000100010001ull) >> 48);
     }
-    bytes += here;
-    count -= here;
   }
+  for (; i < count; ++i) total += bytes[i];
   return total;
 }
 

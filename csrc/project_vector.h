@@ -1,5 +1,5 @@
-/* Vectors for the mask kernel: 16 lanes on AVX-512, 8 elsewhere, in GCC's vector extension, with
- * intrinsics only where a compiler does not find the instruction by itself. All static, see
+/* Vectors for the mask kernel: 16 lanes on AVX-512, 8 on AVX2, 4 elsewhere, in GCC's vector
+ * extension, with intrinsics only where a compiler does not find the instruction by itself. All static, see
  * common.h. A lane holds a key: a non-negative number below 2^31, so signed compares order it. */
 #ifndef NMFLOW_PROJECT_VECTOR_H
 #define NMFLOW_PROJECT_VECTOR_H
@@ -18,8 +18,10 @@ namespace {
 
 #if defined(__AVX512BW__)
 const int LANES = 16;
-#else
+#elif defined(__AVX2__)
 const int LANES = 8;
+#else
+const int LANES = 4;
 #endif
 typedef float vecf __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vecu __attribute__((vector_size(4 * LANES)));
@@ -45,8 +47,7 @@ NMF_INLINE vecu widen(vech v) {
   return (vecu)_mm256_cvtepu16_epi32((__m128i)v);
 #elif defined(__SSE2__)
   const __m128i zero = _mm_setzero_si128();
-  const __m128i half[2] = {_mm_unpacklo_epi16((__m128i)v, zero), _mm_unpackhi_epi16((__m128i)v, zero)};
-  return get<vecu>(half);
+  return (vecu)_mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(&v)), zero);
 #else
   return __builtin_convertvector(v, vecu);
 #endif
@@ -92,9 +93,12 @@ NMF_INLINE vecb kept_bytes(vecu key, vecu t) {
 #else
   const veci c = TOP ? ((veci)t > (veci)key) + 1 : -((veci)key > (veci)t);
 #if defined(__SSE2__)
-  __m128i half[2];
-  memcpy(half, &c, sizeof c);
-  const __m128i bytes = _mm_packs_epi16(_mm_packs_epi32(half[0], half[1]), _mm_setzero_si128());
+#if defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)c), high = _mm256_extracti128_si256((__m256i)c, 1);
+#else
+  const __m128i low = (__m128i)c, high = _mm_setzero_si128();
+#endif
+  const __m128i bytes = _mm_packs_epi16(_mm_packs_epi32(low, high), _mm_setzero_si128());
   vecb r;
   memcpy(&r, &bytes, sizeof r);
   return r;
@@ -114,9 +118,8 @@ NMF_INLINE vecu choose(const uint8_t *bytes, vecu yes, vecu no) {
   const vecu keep = -(vecu)b;
 #elif defined(__SSE2__)
   const __m128i zero = _mm_setzero_si128();
-  const __m128i b = _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(bytes)), zero);
-  const __m128i half[2] = {_mm_unpacklo_epi16(b, zero), _mm_unpackhi_epi16(b, zero)};
-  const vecu keep = -get<vecu>(half);
+  const __m128i b = _mm_unpacklo_epi8(_mm_cvtsi32_si128(get<int32_t>(bytes)), zero);
+  const vecu keep = -(vecu)_mm_unpacklo_epi16(b, zero);
 #else
   const vecu keep = -__builtin_convertvector(get<vecb>(bytes), vecu);
 #endif
@@ -128,9 +131,13 @@ NMF_INLINE vech choose(const uint8_t *bytes, vech yes, vech no) {
 #if defined(__AVX512BW__)
   const __m128i b = get<__m128i>(bytes);
   return (vech)_mm256_mask_mov_epi16((__m256i)no, _mm_test_epi8_mask(b, b), (__m256i)yes);
-#elif defined(__SSE2__)
+#elif defined(__AVX2__)
   const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(bytes));
-  const vech keep = -(vech)_mm_unpacklo_epi8(b, _mm_setzero_si128());
+  const vech keep = -(vech)_mm_cvtepu8_epi16(b);
+#elif defined(__SSE2__)
+  const __m128i b = _mm_cvtsi32_si128(get<int32_t>(bytes));
+  const __m128i wide = _mm_unpacklo_epi8(b, _mm_setzero_si128());
+  const vech keep = -get<vech>(&wide);
 #else
   const vech keep = -__builtin_convertvector(get<vecb>(bytes), vech);
 #endif
@@ -143,12 +150,14 @@ NMF_INLINE vech choose(const uint8_t *bytes, vech yes, vech no) {
 NMF_INLINE vech narrow(vecu v) {
 #if defined(__AVX512BW__)
   return (vech)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_and_si256((__m256i)v, _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_packus_epi32(low, low);
+  return (vech)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #elif defined(__SSE2__)
   /* Packing saturates signed numbers, so the low half becomes one first. */
-  const veci low = (veci)(v << 16) >> 16;
-  __m128i half[2];
-  memcpy(half, &low, sizeof low);
-  return (vech)_mm_packs_epi32(half[0], half[1]);
+  const __m128i low = (__m128i)((veci)(v << 16) >> 16), packed = _mm_packs_epi32(low, low);
+  return get<vech>(&packed);
 #else
   return __builtin_convertvector(v, vech);
 #endif
@@ -168,6 +177,8 @@ NMF_INLINE vecu flip(vecu v) {
   return (vecu)(K == 1   ? _mm256_shuffle_epi32(x, 0xb1)
                 : K == 2 ? _mm256_shuffle_epi32(x, 0x4e)
                          : _mm256_permute4x64_epi64(x, 0x4e));
+#elif defined(__SSE2__)
+  return (vecu)(K == 1 ? _mm_shuffle_epi32((__m128i)v, 0xb1) : _mm_shuffle_epi32((__m128i)v, 0x4e));
 #else
   vecu r;
   for (int i = 0; i < LANES; ++i) r[i] = v[i ^ K];
@@ -221,6 +232,15 @@ NMF_INLINE void transpose4(const char *from, int64_t stride, vecu *to) {
   to[1] = (vecu)_mm256_unpackhi_epi64(a, c);
   to[2] = (vecu)_mm256_unpacklo_epi64(b, d);
   to[3] = (vecu)_mm256_unpackhi_epi64(b, d);
+#elif defined(__SSE2__)
+  const __m128i r0 = get<__m128i>(from), r1 = get<__m128i>(from + stride);
+  const __m128i r2 = get<__m128i>(from + 2 * stride), r3 = get<__m128i>(from + 3 * stride);
+  const __m128i a = _mm_unpacklo_epi32(r0, r1), b = _mm_unpackhi_epi32(r0, r1);
+  const __m128i c = _mm_unpacklo_epi32(r2, r3), d = _mm_unpackhi_epi32(r2, r3);
+  to[0] = (vecu)_mm_unpacklo_epi64(a, c);
+  to[1] = (vecu)_mm_unpackhi_epi64(a, c);
+  to[2] = (vecu)_mm_unpacklo_epi64(b, d);
+  to[3] = (vecu)_mm_unpackhi_epi64(b, d);
 #else
   for (int i = 0; i < LANES; ++i) {
     uint32_t unit[4];
