@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nmflow.audit import audit
 from nmflow.errors import ConfigError, NMFlowError
 from nmflow.experiments import synthetic
@@ -87,6 +89,12 @@ def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         "save_model": True,
         "trainer": {key: value for key, value in t.trainer.items() if key not in DROPPED},
     }
+    if not torch.cuda.is_available():
+        # Elsewhere the `Trainer` refuses reduced precision unless the CPU is asked for by name.
+        raw["training"] |= {"device": "cpu"}
+        if t.precision == "fp16":
+            raw["training"]["precision"] = "fp32"
+            said.append("fp32 instead of fp16, which needs a GPU")
     raw["recipe"]["options"] = _fractions(run.recipe.options, t.steps)
     raw["model"], raw["options"] = _model(run, said), _options(run, said)
     if run.data.source == "hub":

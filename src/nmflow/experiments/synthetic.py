@@ -121,9 +121,11 @@ def _text(run: Run, folder: Path, draw: np.random.Generator) -> tuple[Data, str]
 
 def _parquet(rows: dict[str, Any], features: Any, path: Path) -> str:
     from datasets import Dataset
+    from pyarrow import parquet
 
     held = io.BytesIO()
-    Dataset.from_dict(rows, features=features).to_parquet(held)
+    # Not `to_parquet`, which draws a progress bar for every file.
+    parquet.write_table(Dataset.from_dict(rows, features=features).data.table, held)
     write(path, held.getvalue())
     return str(path)
 

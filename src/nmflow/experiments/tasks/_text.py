@@ -22,7 +22,7 @@ IGNORED = -100  # a label that the loss of `transformers` passes by
 WINDOW = 32  # batches that are sorted by length together
 
 
-def sentence(value: Any, role: str, where: str) -> str:
+def sentence(value: Any, column: str, where: str) -> str:
     """The text itself.
 
     Raises:
@@ -30,7 +30,7 @@ def sentence(value: Any, role: str, where: str) -> str:
     """
     if not isinstance(value, str) or not value.strip():
         found = "an empty sentence" if isinstance(value, str) or value is None else "no text"
-        raise DataError(f"data has {found} for the {role} at {where}: remove the row")
+        raise DataError(f"data has {found} at {where}, column {column!r}: remove the row")
     return value
 
 

@@ -83,7 +83,7 @@ def pair(row: Any, data: Data, options: Options, where: str) -> tuple[str, str]:
                 f"data has no {key!r} at {where}: set options.source, options.target or "
                 f"data.columns.{language} to one of {there}"
             )
-        out.append(sentence(cells[key], language, where))
+        out.append(sentence(cells[key], key, where))
     return out[0], out[1]
 
 
