@@ -15,6 +15,8 @@ from nmflow.kernels import Call, choose
 from nmflow.kernels.layout import Shape
 from nmflow.packed import build
 from nmflow.packed.build import PACKED, Run
+from nmflow.packed.fuse import Fused
+from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.judge import Verdict, judge, kind_of, on_onednn
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.report import Report, Row
@@ -32,6 +34,7 @@ def compress(
     exclude: Names = (),
     measure: bool = True,
     onednn: bool = False,
+    fuse: bool = True,
     inplace: bool = False,
 ) -> Any:
     """Replace every N:M weight by its kept values and their columns, where that is faster.
@@ -53,6 +56,8 @@ def compress(
         measure: False packs everything that can be packed, without timing.
         onednn: True also measures the linear layers that hold no pattern, and runs them on packed
             oneDNN where that is faster; they then hold their weight twice.
+        fuse: let packed layers apply the GELU (erf) or ReLU module that alone reads their output,
+            which saves a pass over it.
         inplace: True changes `model`; the default leaves it alone and returns a copy.
 
     Returns:
@@ -106,6 +111,7 @@ def compress(
     if onednn:
         new |= on_onednn({m: max(counts) for m in model.modules() if m not in new}, counts)
     made = replace_modules(model, new, inplace)
+    report.fused = fuse_activations(made) if fuse else []
     made.__dict__["report"] = report  # a plain attribute, past nn.Module's registry
     return made
 
@@ -126,7 +132,9 @@ def decompress(model: nn.Module, inplace: bool = False) -> Any:
     new: dict[nn.Module, nn.Module] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():  # parents come before their children
-        if isinstance(module, (*PACKED, OneDNNLinear)) and module not in inside:
+        if isinstance(module, Fused):
+            new[module] = module.original
+        elif isinstance(module, (*PACKED, OneDNNLinear)) and module not in inside:
             inside.update(module.modules())
             new[module] = build.unpack(module)
     if not new:

@@ -13,6 +13,7 @@ from nmflow.layers import layers_of_state
 from nmflow.packed import build, container
 from nmflow.packed.build import PACKED
 from nmflow.packed.compress import replace_modules
+from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.layout import as_matrix, file_bits, fits, runs
 from nmflow.packed.report import Report, Row
 from nmflow.packed.stored import Stored
@@ -83,13 +84,14 @@ def save(
     )
 
 
-def load(folder: Folder, model: nn.Module) -> Any:
+def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
     """Load what `save` wrote into a dense model of the same architecture.
 
     Args:
         folder: what `save` wrote.
         model: the dense architecture; its own weights do not matter and may be on `meta`. It is
             changed in place, once everything in the folder has been checked.
+        fuse: as for `compress`.
 
     Returns:
         `model`, its weights replaced (with the dtypes of the file), and its modules packed where
@@ -132,7 +134,10 @@ def load(folder: Folder, model: nn.Module) -> Any:
         tensor = weights[key].dense() if key in weights else tensors[key]
         _put(places, tensor)
     new = {modules[site]: build.pack(modules[site], found) for site, found in sites.items()}
-    return replace_modules(model, new, inplace=True)
+    made = replace_modules(model, new, inplace=True)
+    if fuse:
+        fuse_activations(made)
+    return made
 
 
 def save_state(

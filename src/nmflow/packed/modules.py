@@ -71,6 +71,7 @@ class PackedLinear(nn.Module):
         self.dims = (shape.out, shape.inputs, shape.n, shape.m, shape.panel)
         self.in_features, self.out_features = shape.inputs, shape.out
         self.stored = stored
+        self.epilogue = 0  # 1 GELU, 2 ReLU: an activation that this layer applies, see fuse.py
         tiled, codes = tiled_from_canonical(values.detach(), index, shape)
         self.register_buffer("values", tiled)
         self.register_buffer("codes", codes)
@@ -115,7 +116,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        return matmul(x, self.values, self.codes, self.bias, self.dims)
+        return matmul(x, self.values, self.codes, self.bias, self.dims, self.epilogue)
 
     def extra_repr(self) -> str:
         """Sizes, pattern and dtype."""
@@ -123,6 +124,7 @@ class PackedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"pattern={self.pattern}, dtype={dtype}, bias={self.bias is not None}"
+            + ("", ", then GELU", ", then ReLU")[self.epilogue]
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nmflow.tables import table
@@ -37,7 +38,15 @@ class Row:
 
 
 class Report(list[Row]):
-    """A row per weight of at least two dimensions; as `str`, the table."""
+    """A row per weight of at least two dimensions; as `str`, the table.
+
+    Attributes:
+        fused: paths of the packed layers that also apply the activation after them.
+    """
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        super().__init__(rows)
+        self.fused: list[str] = []
 
     @property
     def packed(self) -> list[Row]:
@@ -61,6 +70,8 @@ class Report(list[Row]):
             rows.append([_together(names)[0], *cells[1:]])
         lines = [table(rows)] if len(rows) > 1 else []
         lines += [""] + [f"{why}: {', '.join(_together(n))}" for why, n in reasons.items()]
+        if self.fused:
+            lines.append(f"activation applied by the layer: {', '.join(_together(self.fused))}")
         before, after = sum(r.dense_bytes for r in self), sum(r.bytes for r in self)
         lines.append(
             f"{len(self.packed)} of {len(self)} weights packed: {before:,} bytes dense, "

@@ -1,0 +1,135 @@
+"""Let a packed layer apply the activation that follows it, where a run shows nobody else looks."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nmflow.packed.modules import PackedLinear
+
+# What a forward pass raises that does not run on one plain tensor by itself.
+_NOT_ALONE = (
+    RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError,
+)  # fmt: skip
+
+
+class Fused(nn.Module):
+    """Stands where an activation was that the packed layer before it applies; passes through."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        return x
+
+
+def epilogue_of(module: nn.Module) -> int:
+    """The number of the kernels' epilogue that an activation is: 1 GELU (erf), 2 ReLU, 0 none."""
+    if type(module) is nn.GELU:
+        return 1 if module.approximate == "none" else 0
+    if type(module) is nn.ReLU:
+        return 2
+    is_hf = type(module).__module__ == "transformers.activations"
+    if is_hf and type(module).__name__ == "GELUActivation":
+        return 1 if getattr(module, "act", None) is F.gelu else 0
+    return 0
+
+
+def fuse(model: nn.Module) -> list[str]:
+    """Fuse activations into the packed layers before them, in place.
+
+    A parent that holds both runs once, alone, on a random input. They are fused if the layer and
+    the activation ran once, the activation on the layer's very output, and no other op read it.
+
+    Returns:
+        The paths of the layers that now apply their activation.
+    """
+    done = []
+    for path, parent in list(model.named_modules()):
+        layers = {n: m for n, m in parent.named_children() if type(m) is PackedLinear}
+        activations = {n: m for n, m in parent.named_children() if epilogue_of(m)}
+        for name, layer in layers.items():
+            if layer.epilogue or not activations:
+                continue
+            found = _follows(parent, layer, activations)
+            if found is not None:
+                layer.epilogue = epilogue_of(activations[found])
+                setattr(parent, found, Fused(activations.pop(found)))
+                done.append(f"{path}.{name}" if path else name)
+    return done
+
+
+class _Watch(TorchDispatchMode):
+    """Notes which ops read a layer's output, and which activation was running then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output: Tensor | None = None
+        self.calls = 0
+        self.running: str | None = None
+        self.entered: list[str] = []
+        self.readers: list[str | None] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(leaf is self.output for leaf in tree_leaves((args, kwargs)) if leaf is not None):
+            self.readers.append(self.running)
+        return func(*args, **(kwargs or {}))
+
+
+def _follows(
+    parent: nn.Module, layer: PackedLinear, activations: dict[str, nn.Module]
+) -> str | None:
+    """The name of the activation that reads the layer's output, if nothing else does."""
+    wanted = [
+        p
+        for p in inspect.signature(parent.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(wanted) != 1:
+        return None
+    watch = _Watch()
+
+    def ran(module: nn.Module, args: Any, output: Tensor) -> None:
+        watch.output, watch.calls = output, watch.calls + 1
+
+    handles = [layer.register_forward_hook(ran)]
+    for name, module in activations.items():
+        handles += _watched(watch, name, module)
+    modes = [(module, module.training) for module in parent.modules()]
+    try:
+        parent.eval()  # so that no statistics move
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            x = torch.randn(2, 3, layer.in_features).to(layer.values)
+            with watch:
+                result = parent(x)
+    except _NOT_ALONE:
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    escapes = any(leaf is watch.output for leaf in tree_leaves(result))
+    if watch.calls != 1 or len(watch.readers) != 1 or escapes:
+        return None
+    name = watch.readers[0]
+    return name if name is not None and watch.entered.count(name) == 1 else None
+
+
+def _watched(watch: _Watch, name: str, module: nn.Module) -> list[Any]:
+    def enter(module: nn.Module, args: Any) -> None:
+        watch.running = name
+        watch.entered.append(name)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        watch.running = None
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
