@@ -115,6 +115,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NMFLOW_CACHE", str(tmp_path / "cache"))
+    # `datasets` waits 5 s for threads of Arrow's whenever a stream is left before its end.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 def _experiment(raw: dict[str, Any], **more: Any) -> configs.Experiment:

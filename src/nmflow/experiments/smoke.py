@@ -76,9 +76,12 @@ def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     ]
     raw = run.model_dump()
     t = run.training
+    batch = min(BATCH, t.batch_size)
     raw["training"] |= {
         "steps": STEPS,
-        "batch_size": min(BATCH, t.batch_size),
+        "batch_size": batch,
+        # In proportion to the batch: a step that suits a thousand images throws two off the map.
+        "learning_rate": t.learning_rate * batch / (t.batch_size * t.accumulate),
         "accumulate": 1,
         "log_every": 1,
         "eval_every": STEPS,
