@@ -86,8 +86,9 @@ def agree(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], what: str
 
 
 def _ddp(rank: int, folder: Path) -> None:
-    for family in (FAMILY["encoder-layer"], FAMILY["conv2d-grouped"]):
-        for i, case in enumerate(CASES):
+    for name, cases in (("encoder-layer", CASES[:3]), ("conv2d-grouped", CASES[3:])):
+        family = FAMILY[name]
+        for i, case in enumerate(cases):
             want, what = alone(family, case), f"{family.id} {case}"
             model = family.build()
             wrapped: nn.Module
@@ -137,7 +138,9 @@ EVEN_PANELS = Family(
     pattern="1:4@4",
 )
 SHARDED = [ODD, EVEN_PANELS]
-SHARDED += [FAMILY[name] for name in ("linear", "fused-qkv", "hf-conv1d", "encoder-layer")]
+SHARDED += [FAMILY[name] for name in ("fused-qkv", "hf-conv1d", "encoder-layer", "linear")]
+PAIRS = [(ODD, "one-shot"), (EVEN_PANELS, "hybrid"), (FAMILY["fused-qkv"], "mdgf-linear-masked")]
+PAIRS += [(FAMILY["hf-conv1d"], "sr-ste"), (FAMILY["encoder-layer"], "mdgf-frozen")]
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -165,44 +168,44 @@ class ShardedRun:
         return {"model": model, "optimizer": optimizer}
 
 
-def _trains(rank: int, folder: Path) -> None:
-    for family in SHARDED:
-        for i, case in enumerate(CASES):
-            optimizer = ["adamw-foreach", "sgd", "adamw-fused"][i % 3]
-            want = alone(family, case, optimizer)
-            batches, what = family.batches(TOTAL), f"{family.id} {case} {optimizer}"
-            run = ShardedRun(family, case, optimizer)
-            stop = 2 + (3 * i) % 10
-            checkpoint = str(folder / f"{family.id}-{case}".replace(" ", "-"))
-            for k, x in enumerate(batches):
-                agree(whole(run.model), want[k], f"{what} step {k}")
-                if k == stop:
-                    dcp_save(run.state(), checkpoint_id=checkpoint)
-                if k == 8:
-                    before = whole(run.model)
-                    with run.flow.hard():
-                        hold(whole(run.model), family)
-                    assert_same(whole(run.model), before, f"{what} hard")
-                run.step(rank, x)
-            last = whole(run.model)
-            agree(last, want[TOTAL], f"{what} at the end")
-            run.flow.finalize()
-            assert_same(whole(run.model), last, f"{what} finalized")
-            hold(whole(run.model), family)
+def _trains(rank: int, folder: Path, family: Family, case: str) -> None:
+    """Train, checkpoint on disk, look through hard(), finalize, and resume: as one process does."""
+    i = CASES.index(case)
+    optimizer = ["adamw-foreach", "sgd", "adamw-fused"][i % 3]
+    want = alone(family, case, optimizer)
+    batches, what = family.batches(TOTAL), f"{family.id} {case} {optimizer}"
+    run = ShardedRun(family, case, optimizer)
+    stop = 2 + (3 * i) % 10
+    checkpoint = str(folder / f"{family.id}-{case}".replace(" ", "-"))
+    for k, x in enumerate(batches):
+        agree(whole(run.model), want[k], f"{what} step {k}")
+        if k == stop:
+            dcp_save(run.state(), checkpoint_id=checkpoint)
+        if k == 8:
+            before = whole(run.model)
+            with run.flow.hard():
+                hold(whole(run.model), family)
+            assert_same(whole(run.model), before, f"{what} hard")
+        run.step(rank, x)
+    last = whole(run.model)
+    agree(last, want[TOTAL], f"{what} at the end")
+    run.flow.finalize()
+    assert_same(whole(run.model), last, f"{what} finalized")
+    hold(whole(run.model), family)
 
-            again = ShardedRun(family, case, optimizer, seed=99)
-            state = again.state()
-            dcp_load(state, checkpoint_id=checkpoint)
-            dsd.set_state_dict(
-                again.model,
-                again.optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-            )
-            assert again.flow.steps_done == stop, what
-            for x in batches[stop:]:
-                again.step(rank, x)
-            assert_same(whole(again.model), last, f"{what} resumed at {stop}")
+    again = ShardedRun(family, case, optimizer, seed=99)
+    state = again.state()
+    dcp_load(state, checkpoint_id=checkpoint)
+    dsd.set_state_dict(
+        again.model,
+        again.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    assert again.flow.steps_done == stop, what
+    for x in batches[stop:]:
+        again.step(rank, x)
+    assert_same(whole(again.model), last, f"{what} resumed at {stop}")
 
 
 def hold(weights: dict[str, torch.Tensor], family: Family) -> None:
@@ -306,9 +309,21 @@ def _full_state(rank: int, folder: Path) -> None:
 def _fsdp(rank: int, folder: Path) -> None:
     _refusals(rank, folder)
     _first_save(rank, folder)
-    _trains(rank, folder)
     _full_state(rank, folder)
+    for family, case in PAIRS:
+        _trains(rank, folder, family, case)
+
+
+def _everything(rank: int, folder: Path) -> None:
+    for family in SHARDED:
+        for case in CASES:
+            _trains(rank, folder, family, case)
 
 
 def test_fsdp2(tmp_path: Path) -> None:
     launch(_fsdp, tmp_path)
+
+
+@pytest.mark.slow
+def test_fsdp2_everything(tmp_path: Path) -> None:
+    launch(_everything, tmp_path)
