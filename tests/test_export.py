@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -99,3 +100,17 @@ def test_folders_and_packages_that_are_not_there(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(CompressError, match=r"pip install 'nmflow\[onnx\]'"):
         export_onnx(network(), torch.randn(3, 32), tmp_path / "a.onnx")
+
+
+def test_the_page_on_packed_networks_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "packed.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, scope)
+    assert "1:16" in capsys.readouterr().out
+    assert (tmp_path / "dense.onnx").exists()
