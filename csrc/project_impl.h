@@ -127,7 +127,7 @@ void select_block(const Plan &plan, const char *w, int64_t groups, uint8_t *kept
   else
     select_whole<BYTES, false>(plan, from, plan.block, to, room);
   if (to != kept) memcpy(kept, to, static_cast<size_t>(count));
-  if (BYTES == 4 && sum_bytes(kept, count) != groups * plan.n) mend_ties(plan, w, groups, kept);
+  if (BYTES == 4 && sum_bytes(kept, count) != groups * plan.n) mend_ties(plan, w, groups, kept, room);
 }
 
 template <int BYTES>
