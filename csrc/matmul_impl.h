@@ -195,6 +195,18 @@ NMF_INLINE void write_tile(const nmf_job *job, const nmf_part *part, int64_t til
   }
 }
 
+/* A block's entries of a tile to come, which lie apart from those of the tile before it. */
+NMF_INLINE void fetch_weights(const nmf_job *job, int64_t tile, int64_t s0, int64_t entries) {
+  const nmf_geometry &g = job->g;
+  if (tile >= g.tiles) return;
+  const int64_t item = nmf_item_bytes(static_cast<int>(g.dtype));
+  const char *values = static_cast<const char *>(job->values) + (tile * g.entries_held + s0) * 16 * item;
+  for (int64_t at = 0; at < entries * 16 * item; at += 64) __builtin_prefetch(values + at);
+  if (g.panels) return;
+  const char *codes = static_cast<const char *>(job->codes) + (tile * g.words + s0 / g.per) * 64;
+  for (int64_t at = 0; at < entries; at += g.per) __builtin_prefetch(codes + at / g.per * 64);
+}
+
 template <int C>
 void tokens_part(const nmf_job *job, const nmf_part *part, char *scratch) {
   const nmf_geometry &g = job->g;
@@ -216,6 +228,7 @@ void tokens_part(const nmf_job *job, const nmf_part *part, char *scratch) {
     for (int64_t tile = part->tile; tile < part->tile_end; ++tile) {
       const float *values = decode_values(job, tile, s0, entries, room);
       decode_columns(job, tile, s0, entries, first, static_cast<uint32_t>(width * 4), offsets);
+      fetch_weights(job, tile + 2, s0, entries);
       float *tile_sums = sums + (tile - part->tile) * 16 * width;
       float bias[16];
       if (first == 0) read_bias(job, tile, bias);

@@ -20,7 +20,7 @@ bool needs_copy(const nmf_job *job) {
   return job->g.dtype != NMFLOW_F32 || padded(job->g) > job->g.in;
 }
 
-const int MAX_TILES = 8;
+const int MAX_TILES = 3;
 
 int64_t scratch_bytes(const nmf_job *job, int64_t tokens, int64_t) {
   int64_t bytes = 64;
@@ -32,10 +32,11 @@ int64_t scratch_bytes(const nmf_job *job, int64_t tokens, int64_t) {
 /* One entry for NT tokens and TILES tiles. */
 template <int NT, int TILES, int BITS>
 NMF_INLINE void step(__m512 (&acc)[TILES][NT], const float *const (&values)[TILES], int64_t s,
-                     const __m512i (&code)[TILES], const float *x, int64_t stride) {
+                     const __m512i (&code)[TILES], const float *x, int64_t stride, int64_t ahead) {
 #pragma GCC unroll 8
   for (int i = 0; i < TILES; ++i) {
     const __m512 w = _mm512_loadu_ps(values[i] + s * 16);
+    _mm_prefetch(reinterpret_cast<const char *>(values[i] + s * 16 + ahead), _MM_HINT_T0);
 #pragma GCC unroll 8
     for (int t = 0; t < NT; ++t) {
       const float *from = x + t * stride;
@@ -50,31 +51,45 @@ NMF_INLINE void step(__m512 (&acc)[TILES][NT], const float *const (&values)[TILE
   }
 }
 
-/* P: entries of a span when it is 1, 2, 4 or 8, so that 8 codes make whole spans; else 0. */
-template <int NT, int TILES, int BITS, int P>
+/* P: entries of a span when it is 1, 2, 4 or 8, so that 8 codes make whole spans; else 0. U: sums
+ * kept of every output, taken in turns, so that few outputs still hide the FMA's latency. */
+template <int NT, int TILES, int U, int BITS, int P>
 void block(const nmf_job *job, int64_t token, int64_t tile, const float *const (&values)[TILES],
            const float *x, int64_t stride) {
   const nmf_geometry &g = job->g;
   const int PER = 32 / BITS;
+  /* Weights to come are fetched early, as the third-level cache is far away: a little ahead where
+   * tiles follow each other, else the same place of the next tiles. */
+  const int64_t ahead = TILES == 1 ? 512 : TILES * g.entries_held * 16;
   const uint32_t *words[TILES];
-  __m512 acc[TILES][NT];
+  __m512 acc[U][TILES][NT];
 #pragma GCC unroll 8
   for (int i = 0; i < TILES; ++i) {
     float bias[16];
     read_bias(job, tile + i, bias);
     words[i] = static_cast<const uint32_t *>(job->codes) + (tile + i) * g.words * 16;
 #pragma GCC unroll 8
-    for (int t = 0; t < NT; ++t) acc[i][t] = _mm512_loadu_ps(bias);
+    for (int t = 0; t < NT; ++t) {
+      acc[0][i][t] = _mm512_loadu_ps(bias);
+#pragma GCC unroll 8
+      for (int u = 1; u < U; ++u) acc[u][i][t] = _mm512_setzero_ps();
+    }
   }
+  const int64_t words_ahead = TILES == 1 ? 64 : TILES * g.words * 16;
   __m512i code[TILES];
   int64_t s = 0;
   if (P > 0) {
     for (; s + PER <= g.entries; s += PER) {
 #pragma GCC unroll 8
-      for (int i = 0; i < TILES; ++i) code[i] = _mm512_loadu_si512(words[i] + s / PER * 16);
+      for (int i = 0; i < TILES; ++i) {
+        code[i] = _mm512_loadu_si512(words[i] + s / PER * 16);
+        _mm_prefetch(reinterpret_cast<const char *>(words[i] + s / PER * 16 + words_ahead),
+                     _MM_HINT_T0);
+      }
 #pragma GCC unroll 8
       for (int k = 0; k < PER; ++k) {
-        step<NT, TILES, BITS>(acc, values, s + k, code, x + k / (P > 0 ? P : 1) * 16, stride);
+        step<NT, TILES, BITS>(acc[k % U], values, s + k, code, x + k / (P > 0 ? P : 1) * 16, stride,
+                              ahead);
 #pragma GCC unroll 8
         for (int i = 0; i < TILES; ++i) code[i] = _mm512_srli_epi32(code[i], BITS);
       }
@@ -82,57 +97,68 @@ void block(const nmf_job *job, int64_t token, int64_t tile, const float *const (
     }
   }
   int64_t left = g.span_entries;
-  for (; s < g.entries; ++s) {
-    const int64_t k = s % PER;
-    if (k == 0)
+  for (; s < g.entries;) {
 #pragma GCC unroll 8
-      for (int i = 0; i < TILES; ++i) code[i] = _mm512_loadu_si512(words[i] + s / PER * 16);
-    step<NT, TILES, BITS>(acc, values, s, code, x, stride);
+    for (int i = 0; i < TILES; ++i) {
+      code[i] = _mm512_loadu_si512(words[i] + s / PER * 16);
+      _mm_prefetch(reinterpret_cast<const char *>(words[i] + s / PER * 16 + words_ahead),
+                   _MM_HINT_T0);
+    }
 #pragma GCC unroll 8
-    for (int i = 0; i < TILES; ++i) code[i] = _mm512_srli_epi32(code[i], BITS);
-    if (--left == 0) {
-      left = g.span_entries;
-      x += g.span;
+    for (int k = 0; k < PER; ++k) {
+      if (s >= g.entries) break;
+      step<NT, TILES, BITS>(acc[k % U], values, s, code, x, stride, ahead);
+#pragma GCC unroll 8
+      for (int i = 0; i < TILES; ++i) code[i] = _mm512_srli_epi32(code[i], BITS);
+      ++s;
+      if (--left == 0) {
+        left = g.span_entries;
+        x += g.span;
+      }
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < TILES; ++i) {
     const int64_t row = (tile + i) * 16, count = nmf_min(16, g.out - row);
+#pragma GCC unroll 8
+    for (int t = 0; t < NT; ++t)
+#pragma GCC unroll 8
+      for (int u = 1; u < U; ++u) acc[0][i][t] = _mm512_add_ps(acc[0][i][t], acc[u][i][t]);
     if (g.dtype == NMFLOW_F32 && job->epilogue == NMFLOW_NONE && count == 16) {
       float *y = static_cast<float *>(job->y) + token * job->y_stride + row;
 #pragma GCC unroll 8
-      for (int t = 0; t < NT; ++t) _mm512_storeu_ps(y + t * job->y_stride, acc[i][t]);
+      for (int t = 0; t < NT; ++t) _mm512_storeu_ps(y + t * job->y_stride, acc[0][i][t]);
       continue;
     }
 #pragma GCC unroll 8
     for (int t = 0; t < NT; ++t) {
       float sums[16];
-      _mm512_storeu_ps(sums, acc[i][t]);
+      _mm512_storeu_ps(sums, acc[0][i][t]);
       write_rows(job, token + t, row, sums, count);
     }
   }
 }
 
-template <int NT, int TILES>
+template <int NT, int TILES, int U>
 NMF_INLINE void block_of(const nmf_job *job, int64_t token, int64_t tile,
                          const float *const (&values)[TILES], const float *x, int64_t stride) {
-  if (job->g.m > 16) return block<NT, TILES, 8, 0>(job, token, tile, values, x, stride);
+  if (job->g.m > 16) return block<NT, TILES, U, 8, 0>(job, token, tile, values, x, stride);
   if (job->g.span == 16) {
     switch (job->g.span_entries) {
       case 1:
-        return block<NT, TILES, 4, 1>(job, token, tile, values, x, stride);
+        return block<NT, TILES, U, 4, 1>(job, token, tile, values, x, stride);
       case 2:
-        return block<NT, TILES, 4, 2>(job, token, tile, values, x, stride);
+        return block<NT, TILES, U, 4, 2>(job, token, tile, values, x, stride);
       case 4:
-        return block<NT, TILES, 4, 4>(job, token, tile, values, x, stride);
+        return block<NT, TILES, U, 4, 4>(job, token, tile, values, x, stride);
       case 8:
-        return block<NT, TILES, 4, 8>(job, token, tile, values, x, stride);
+        return block<NT, TILES, U, 4, 8>(job, token, tile, values, x, stride);
     }
   }
-  return block<NT, TILES, 4, 0>(job, token, tile, values, x, stride);
+  return block<NT, TILES, U, 4, 0>(job, token, tile, values, x, stride);
 }
 
-template <int TILES, int MOST>
+template <int TILES>
 NMF_INLINE void tiles_of(const nmf_job *job, const nmf_part *part, int64_t tile, Inputs in,
                          float *room) {
   const nmf_geometry &g = job->g;
@@ -142,17 +168,14 @@ NMF_INLINE void tiles_of(const nmf_job *job, const nmf_part *part, int64_t tile,
         decode_values(job, tile + i, 0, g.entries, room + i * (g.entries * 16 + 16));
   int64_t token = part->token;
   const float *x = in.x;
-  if (MOST >= 8)
-    for (; token + 8 <= part->token_end; token += 8, x += 8 * in.stride)
-      block_of<8, TILES>(job, token, tile, values, x, in.stride);
-  if (MOST >= 4)
-    for (; token + 4 <= part->token_end; token += 4, x += 4 * in.stride)
-      block_of<4, TILES>(job, token, tile, values, x, in.stride);
-  if (MOST >= 2)
-    for (; token + 2 <= part->token_end; token += 2, x += 2 * in.stride)
-      block_of<2, TILES>(job, token, tile, values, x, in.stride);
+  for (; token + 8 <= part->token_end; token += 8, x += 8 * in.stride)
+    block_of<8, TILES, 1>(job, token, tile, values, x, in.stride);
+  for (; token + 4 <= part->token_end; token += 4, x += 4 * in.stride)
+    block_of<4, TILES, TILES == 1 ? 2 : 1>(job, token, tile, values, x, in.stride);
+  for (; token + 2 <= part->token_end; token += 2, x += 2 * in.stride)
+    block_of<2, TILES, TILES == 1 ? 4 : 1>(job, token, tile, values, x, in.stride);
   for (; token < part->token_end; ++token, x += in.stride)
-    block_of<1, TILES>(job, token, tile, values, x, in.stride);
+    block_of<1, TILES, TILES == 1 ? 8 : 2>(job, token, tile, values, x, in.stride);
 }
 
 void run(const nmf_job *job, const nmf_part *part, char *scratch) {
@@ -174,15 +197,11 @@ void run(const nmf_job *job, const nmf_part *part, char *scratch) {
     in.stride = job->x_stride;
   }
   int64_t tile = part->tile;
-  /* As many sums as the 32 registers hold; with one token, enough chains to hide the FMA's
-   * latency. */
-  if (tokens == 1)
-    for (; tile + 8 <= part->tile_end; tile += 8) tiles_of<8, 1>(job, part, tile, in, room);
-  else if (tokens < 8)
-    for (; tile + 6 <= part->tile_end; tile += 6) tiles_of<6, 4>(job, part, tile, in, room);
-  else
-    for (; tile + 3 <= part->tile_end; tile += 3) tiles_of<3, 8>(job, part, tile, in, room);
-  for (; tile < part->tile_end; ++tile) tiles_of<1, 8>(job, part, tile, in, room);
+  /* With 8 tokens as many sums as the 32 registers hold, so that x is loaded once for three tiles.
+   * With fewer the weights are what takes time: one tile after the other, as they lie. */
+  if (tokens >= 8)
+    for (; tile + 3 <= part->tile_end; tile += 3) tiles_of<3>(job, part, tile, in, room);
+  for (; tile < part->tile_end; ++tile) tiles_of<1>(job, part, tile, in, room);
 }
 
 /* A weight that stays in the second-level cache is read again for every 8 tokens, whose x then stays

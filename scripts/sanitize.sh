@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python}"
 build="$(mktemp -d)"
 trap 'rm -rf "$build"' EXIT
-flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
+flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1"
 NMFLOW_CXXFLAGS="$flags" "$python" setup.py -q build_ext \
     --build-lib "$build/lib" --build-temp "$build/temp"
 library="$(ls "$build"/lib/nmflow/_native.*)"

@@ -9,7 +9,7 @@ import torch
 
 from nmflow import native
 from nmflow.errors import CompressError, FileFormatError
-from nmflow.kernels import cpu
+from nmflow.kernels import cpu, cpu_layout
 from nmflow.kernels.layout import Shape
 from nmflow.pattern import Pattern
 
@@ -354,14 +354,14 @@ def test_calls_that_do_not_fit_are_refused():
 )
 def test_the_boundary_refuses_shapes(change, status):
     numbers = {"out": 8, "in": 16, "n": 2, "m": 4, "panel": 1, "dtype": 0} | change
-    shape = cpu._Shape(*numbers.values())
-    assert cpu._lib().nmflow_sizes(ctypes.byref(shape), None, None, None, None) == status
+    shape = cpu_layout.ShapeStruct(*numbers.values())
+    assert cpu_layout.lib().nmflow_sizes(ctypes.byref(shape), None, None, None, None) == status
 
 
 def test_the_boundary_refuses_calls():
-    lib = cpu._lib()
+    lib = cpu_layout.lib()
     packed = cpu.pack(sparse(8, 16, Pattern("2:4"), torch.float32), Pattern("2:4"))
-    struct = cpu._struct(packed)
+    struct = cpu_layout.packed_struct(packed)
     x, y = torch.zeros(2, 16), torch.zeros(2, 8)
     good = [struct, x.data_ptr(), 16, None, y.data_ptr(), 8, 2, 0, 1, 0]
     assert lib.nmflow_matmul(*good) == 0
