@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,8 @@ def train(
     runs = list(experiment.runs())
     folder = output or experiment.folder
     done = sum(RunFolder(folder / run.id).finished for run in runs)
-    console = Console()
+    # Under torchrun only the first process speaks.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     console.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
     if done < len(runs):
         # Only now: importing torch and transformers takes seconds.

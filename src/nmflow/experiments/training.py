@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -58,10 +59,14 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
         NMFlowError: a mistake in the config, the data or the recipe; a folder that cannot be
             written.
     """
-    with folder.lock(), quiet():
+    # Under torchrun every process trains and one of them writes: a lock that the others waited for
+    # would keep them from the first exchange, for which it waits in turn.
+    first = int(os.environ.get("RANK", "0")) == 0
+    with folder.lock() if first else contextlib.nullcontext(), quiet():
         if folder.finished:
             return folder.result()
-        write_json(folder.path / CONFIG, run.model_dump(mode="json"))
+        if first:
+            write_json(folder.path / CONFIG, run.model_dump(mode="json"))
         problem = tasks.build(run)
         transformers.set_seed(run.seed)
         model = problem.model()
@@ -110,6 +115,8 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
             "train_seconds": round(recorder.seconds, 3),
             "resumed_at": recorder.resumed_at,
         }
+        if not first:
+            return result
         if run.training.save_model:
             folder.put_folder(MODEL, lambda path: _save(model, problem, path))
         write_json(folder.path / RESULT, result)
