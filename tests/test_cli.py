@@ -33,11 +33,11 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def run(*words: str) -> Result:
+def run(*words: str | Path) -> Result:
     return CliRunner().invoke(app(), [str(word) for word in words])
 
 
-def refused(*words: str) -> str:
+def refused(*words: str | Path) -> str:
     """The sentence of the NMFlowError that `main` turns into exit code 1."""
     found = run(*words)
     assert isinstance(found.exception, NMFlowError), found.output

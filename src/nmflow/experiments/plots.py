@@ -49,6 +49,10 @@ def draw(paint: Callable[[list[Axes]], None], columns: int = 1, height: float = 
         FigureCanvasSVG(figure)
         axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
         paint(axes)
+        # One legend below for all axes, where it covers no line.
+        lines, names = axes[0].get_legend_handles_labels()
+        if names:
+            figure.legend(lines, names, loc="outside lower center", ncols=6, fontsize=8)
         sink = io.StringIO()
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": "nmflow"})
     return sink.getvalue()
@@ -94,7 +98,6 @@ def curves(setting: Setting) -> str:
             ax.set_title(title, fontsize=10)
             ax.set_xlabel("optimizer step")
         axes[0].set_ylabel("loss")
-        axes[1].legend(fontsize=8)
 
     return draw(paint, columns=2)
 
@@ -112,11 +115,10 @@ def schedule(setting: Setting) -> str:
                 mean = values.mean(0)
                 ax.plot(steps, mean, label=recipe.title, drawstyle=drawn, **line(place))
             ax.set_xlabel("optimizer step")
-        axes[0].set_ylabel("δ, the value of the mask where a weight is pruned")
-        axes[1].set_ylabel("share of weights kept, log scale")
+        axes[0].set_ylabel("δ")
+        axes[1].set_ylabel("share of weights kept")
         axes[1].set_yscale("log", base=2)
         axes[1].yaxis.set_major_formatter(lambda v, _: f"1/{round(1 / v)}" if v < 1 else "1")
-        axes[0].legend(fontsize=8)
 
     return draw(paint, columns=2)
 
@@ -173,6 +175,5 @@ def tracked(setting: Setting, key: str, label: str) -> str:
             ax.set_xlabel("optimizer step")
             ax.set_yscale("log")
         axes[0].set_ylabel(label)
-        axes[1].legend(fontsize=8)
 
     return draw(paint, columns=2)
