@@ -267,7 +267,8 @@ class PackedConv(nn.Module):
             steps = tuple(slice(None, None, s) for s in self.stride)
             rows = x[(..., *steps, slice(None))]
         else:
-            rows = self._windows(x, spatial)
+            # One transposition here, not one for every position of the kernel.
+            rows = self._windows(x.contiguous(), spatial)
         return self.linear(rows).movedim(-1, -spatial - 1)
 
     def _windows(self, x: Tensor, spatial: int) -> Tensor:
