@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("datasets")
 pytest.importorskip("transformers")
@@ -24,7 +28,7 @@ from nmflow.experiments import smoke, synthetic, tasks
 from nmflow.experiments.results import MODEL, RunFolder
 from nmflow.experiments.tasks import _text, glue
 from nmflow.experiments.tasks.glue_names import Name
-from nmflow.experiments.tokenization import Tokens, learnt
+from nmflow.experiments.tokenization import Tokens, learnt, tokenizer
 from nmflow.experiments.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +207,55 @@ def test_a_stopped_run_goes_on_bit_equal(
     assert resumed["test"] == whole["test"]
 
 
+def test_a_run_begins_where_a_saved_network_ended(tmp_path: Path) -> None:
+    run = _run(SYSTEMS["bert"], tmp_path / "data")
+    train(run, RunFolder(tmp_path / "first"))
+    saved = str(tmp_path / "first" / MODEL)
+    raw = {
+        **SYSTEMS["bert"],
+        "options": {"tasks": ["sst2"], "tokens": {"load": saved}, "length": 32},
+        "data": run.data.model_dump(),
+        "model": {"load": saved},
+        "training": {"learning_rate": 1e-12, "weight_decay": 0.0},
+        "recipes": ["ste"],
+    }
+    again = train(_run(raw, tmp_path), RunFolder(tmp_path / "second"))
+    first = RunFolder(tmp_path / "first").result()
+    assert again["initial_sha256"] == first["final_sha256"]
+    assert again["test"]["loss"] == pytest.approx(first["test"]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("system", ["mixer", "lstm"])
+def test_the_commands_know_our_own_networks(system: str, tmp_path: Path) -> None:
+    from nmflow.cli._networks import network
+
+    model = tasks.build(_run(SYSTEMS[system], tmp_path / "data")).model()
+    model.save_pretrained(tmp_path / "saved")
+    loaded, _, _ = network(tmp_path / "saved")
+    assert type(loaded) is type(model)
+    for (name, first), second in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(first, second), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["bert", "streamed vit", "marian streamed"])
+def test_two_processes_train_one_network(system: str, tmp_path: Path) -> None:
+    run = _run(SYSTEMS[system], tmp_path / "data")
+    raw = run.model_dump(mode="json", exclude={"recipe", "seed"})
+    raw |= {"recipes": [run.recipe.name], "output": str(tmp_path / "runs")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    script = Path(sys.executable).with_name("nmflow")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+               "--no-python", str(script), "train", str(tmp_path / "config.yaml")]  # fmt: skip
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = RunFolder(tmp_path / "runs" / run.id).result()
+    assert result["machine"]["processes"] == 2
+    assert result["cost"]["examples_per_step"] == 8
+    assert result["audit"]["ok"]
+    assert audit(tmp_path / "runs" / run.id / MODEL, run.pattern, run.include).ok
+
+
 def test_every_task_has_its_stand_in_and_its_name() -> None:
     assert set(tasks.FILES) == set(synthetic._MAKERS)
     assert set(get_args(Name)) == set(glue.TASKS)
@@ -280,6 +333,15 @@ def test_a_learnt_tokeniser_is_kept_and_exact(tmp_path: Path) -> None:
     assert back == texts
     learnt(Tokens(size=300), texts)
     assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 2
+
+
+def test_a_loaded_tokeniser_is_taken_as_it_is() -> None:
+    given = Tokens(load="somewhere")
+    assert Tokens.model_validate_json(given.model_dump_json()) == given
+    with pytest.raises(ValueError, match="leave the other keys out"):
+        Tokens(load="somewhere", size=500)
+    with pytest.raises(ConfigError, match=r"options\.tokens\.load is './nothing'"):
+        tokenizer(Tokens(load="./nothing"), [])
 
 
 def test_batches_hold_sequences_of_like_length_and_every_row_once() -> None:

@@ -44,7 +44,8 @@ class Tokens(Strict):
 
     @model_validator(mode="after")
     def _one(self) -> Tokens:
-        if self.load is not None and self.model_fields_set - {"load"}:
+        # By value: what was dumped and read again names every key.
+        if self.load is not None and self.model_copy(update={"load": None}) != Tokens():
             raise ValueError("'load' takes a tokeniser as it is: leave the other keys out")
         return self
 
