@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 17
+_BLOCK = 1 << 15
 """Weights that a rule works on at a time on a CPU: what it makes on the way stays in the cache."""
 
 
