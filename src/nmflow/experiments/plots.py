@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nmflow.experiments.comparing import LESS_IS_BETTER, Recipe, Setting
 
@@ -111,7 +112,8 @@ def schedule(setting: Setting) -> str:
                 steps, values = series(recipe, key)
                 if not len(steps):
                     continue
-                drawn = "steps-post" if recipe.name.startswith("sdgf") else "default"
+                fades = key == "delta" and recipe.name.startswith(("mdgf", "hybrid"))
+                drawn = "default" if fades else "steps-post"
                 mean = values.mean(0)
                 ax.plot(steps, mean, label=recipe.title, drawstyle=drawn, **line(place))
             ax.set_xlabel("optimizer step")
@@ -152,6 +154,7 @@ def differences(setting: Setting) -> str:
                 if d.low is not None and d.high is not None:
                     ax.plot([d.low, d.high], [y, y], color=how["color"], lw=2)
             ax.axvline(0, color="#333333", lw=1)
+            ax.xaxis.set_major_locator(MaxNLocator(5))
             better = "left" if metric in LESS_IS_BETTER else "right"
             ax.set_xlabel(f"test {metric}: difference, better to the {better}")
             ax.set_yticks(range(len(rows)), [r.title for r in reversed(rows)])

@@ -13,7 +13,7 @@ NOISE = (
     "end: their mean is signal, their variance noise. These figures go beside the losses; they "
     "do not prove a cause."
 )
-PERCENT = f"{LEVEL:.0%}".replace("%", " %")
+PERCENT = f"{LEVEL:.0%}".replace("%", "\u00a0%")
 
 
 def shown(setting: Setting) -> list[str]:
@@ -56,6 +56,10 @@ def not_shown(setting: Setting) -> list[str]:
         "this split.",
         "Speed: FLOPs and bytes are counted for an N:M implementation, not timed; these runs "
         "multiply dense tensors that hold zeros.",
+        "Quality at equal cost: all took as many steps, whose training FLOPs are "
+        f"{_flops(setting)} of the dense ones.",
+        "Whether sparsity is worth it: a narrower dense network with as many parameters or FLOPs, "
+        "the rival of every sparse one, was not trained here.",
         "The best that each recipe can do: no recipe was tuned, all share one learning rate and "
         "one schedule.",
     ]
@@ -74,6 +78,15 @@ def not_shown(setting: Setting) -> list[str]:
             "interval a difference is none that was shown; nor are the two shown to be equal.",
         )
     return out
+
+
+def _flops(setting: Setting) -> str:
+    shares = []
+    for recipe in setting.recipes:
+        cost = next(iter(recipe.runs.values()))["cost"]
+        share = cost["run_training_flops"] / max(1, cost["run_dense_training_flops"])
+        shares.append(f"{share:.0%} ({recipe.title})".replace("%", "\u00a0%"))
+    return ", ".join(shares)
 
 
 def _contest(comparison: Comparison, metric: str) -> bool:
@@ -130,4 +143,4 @@ def _gap(setting: Setting) -> str:
     if cost <= 0 or best is None:
         return text + "."
     share = abs(best.difference.mean) / cost
-    return f"{text}; {best.recipe.title} closes {share:.0%} of that gap.".replace("%", " %")
+    return f"{text}; {best.recipe.title} closes {share:.0%} of that gap.".replace("%", "\u00a0%")
