@@ -5,6 +5,10 @@
 
 #include "common.h"
 
+#ifndef NMF_WEIGHT_SHARE
+#define NMF_WEIGHT_SHARE (INT64_C(5) << 18) /* bytes: most of a 2 MB second-level cache */
+#endif
+
 namespace {
 
 struct Run {
@@ -155,6 +159,12 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
   const int64_t most = run.kernel->max_tokens(&g);
   job.token_blocks = nmf_ceil_div(tokens, most);
   job.tile_block = g.tiles;
+  if (job.token_blocks > 2) {
+    /* A weight that is read for every token block is cut so that its share stays in the second-level
+     * cache meanwhile; x is then packed once for each cut, which costs less. */
+    const int64_t cuts = nmf_ceil_div(g.values_bytes + g.codes_bytes, NMF_WEIGHT_SHARE);
+    job.tile_block = nmf_ceil_div(g.tiles, nmf_min(cuts, nmf_ceil_div(g.tiles, 4)));
+  }
   /* A thread more for every quarter of a million products: waking one takes microseconds. */
   const double products = static_cast<double>(g.out) * static_cast<double>(g.entries) *
                           static_cast<double>(tokens);
@@ -162,7 +172,8 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
   if (threads > 1) {
     /* About four tasks a thread, so that a thread that came late does not hold the others up. */
     const int64_t wanted = nmf_ceil_div(4 * static_cast<int64_t>(threads), job.token_blocks);
-    job.tile_block = nmf_ceil_div(g.tiles, nmf_min(wanted, nmf_ceil_div(g.tiles, 4)));
+    const int64_t shared = nmf_ceil_div(g.tiles, nmf_min(wanted, nmf_ceil_div(g.tiles, 4)));
+    job.tile_block = nmf_min(job.tile_block, shared);
   }
   run.scratch_bytes = run.kernel->scratch_bytes(
       &job, nmf_min(most, nmf_ceil_div(tokens, run.kernel->step) * run.kernel->step),
