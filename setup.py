@@ -45,6 +45,8 @@ TARGETS = {
         "-mprefer-vector-width=512",
     ],
 }
+# Left out, alone, where the compiler is too old to know it.
+TARGETS["amx"] = [*TARGETS["avx512"], "-mamx-tile", "-mamx-bf16"]
 FAILURES = (BaseError, CCompilerError, CompileError, LinkError, OSError)
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -110,18 +112,26 @@ class BuildNative(build_ext):
             )
         else:
             raise PlatformError(f"compiler type {self.compiler.compiler_type} is not supported")
-        macros = [("NDEBUG", None)] + ([("NMFLOW_X86", "1")] if IS_X86 else [])
+        macros: list = [("NDEBUG", None)] + ([("NMFLOW_X86", "1")] if IS_X86 else [])
         extra = os.environ.get("NMFLOW_CXXFLAGS", "").split()
         objects = []
-        for source in ext.sources:
-            objects += self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                macros=macros,
-                include_dirs=ext.include_dirs,
-                depends=ext.depends,
-                extra_postargs=[*COMMON, *target_flags(source), *extra],
-            )
+        # The optional target first: the others must know whether it is there.
+        for source in sorted(ext.sources, key=lambda name: "_amx" not in name):
+            try:
+                objects += self.compiler.compile(
+                    [source],
+                    output_dir=self.build_temp,
+                    macros=macros,
+                    include_dirs=ext.include_dirs,
+                    depends=ext.depends,
+                    extra_postargs=[*COMMON, *target_flags(source), *extra],
+                )
+            except FAILURES:
+                if "_amx" not in source:
+                    raise
+                continue
+            if "_amx" in source:
+                macros.append(("NMFLOW_AMX", "1"))
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),

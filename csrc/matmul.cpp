@@ -84,6 +84,11 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
       return isa == NMFLOW_AVX512 ? nmf_panel_avx512()
              : isa == NMFLOW_AVX2 ? nmf_panel_avx2()
                                   : nmf_panel_portable();
+#if defined(NMFLOW_AMX)
+    case NMFLOW_TILES:
+      if (!g.panels || g.dtype != NMFLOW_BF16 || g.in < 2 || isa != NMFLOW_AVX512) return nullptr;
+      return (nmflow_cpu_features() & 8) ? nmf_tiles_amx() : nullptr;
+#endif
     case NMFLOW_PERMUTE:
       if (g.m > 32 || g.panels) return nullptr;
       return isa == NMFLOW_AVX512 ? nmf_permute_avx512() : nullptr;
@@ -103,7 +108,8 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
 /* Measured on the machine of docs/benchmarks/kernels.md: permuting costs one shuffle a weight and
  * token, the transposed way one load and the transposing, which takes some 30 tokens to pay. */
 int choose(const nmf_geometry &g, int64_t tokens) {
-  if (g.panels) return NMFLOW_PANEL;
+  if (g.panels)
+    return tokens >= 4 && kernel_of(NMFLOW_TILES, g) != nullptr ? NMFLOW_TILES : NMFLOW_PANEL;
   const bool permutes = kernel_of(NMFLOW_PERMUTE, g) != nullptr;
   if (permutes) return tokens < 32 ? NMFLOW_PERMUTE : NMFLOW_TOKENS;
   return tokens < 6 ? NMFLOW_GATHER : NMFLOW_TOKENS;
@@ -120,7 +126,7 @@ int32_t nmflow_choose(const nmflow_shape *shape, int64_t tokens) {
 }
 
 const char *nmflow_kernel_name(int32_t kernel) {
-  static const char *const names[] = {"auto", "gather", "tokens", "permute", "dot", "panel"};
+  static const char *const names[] = {"auto", "gather", "tokens", "permute", "tiles", "panel"};
   return kernel >= 0 && kernel <= NMFLOW_PANEL ? names[kernel] : "unknown";
 }
 

@@ -158,7 +158,7 @@ enum nmflow_kernel {
   NMFLOW_GATHER = 1,  /* rows in lanes, x gathered from memory: few tokens, any pattern */
   NMFLOW_TOKENS = 2,  /* tokens in lanes, x transposed block by block: many tokens, any pattern */
   NMFLOW_PERMUTE = 3, /* rows in lanes, x permuted in registers: M <= 32 */
-  NMFLOW_DOT = 4,     /* as permute, pairs of bf16 at a time */
+  NMFLOW_TILES = 4,   /* panels of bf16 on the tile registers of AMX */
   NMFLOW_PANEL = 5    /* rows in lanes, x broadcast: shared codes only */
 };
 /* The kernel that nmflow_matmul takes for this call (or a refusal, negative), and its name. */

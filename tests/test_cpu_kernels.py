@@ -23,7 +23,7 @@ PATTERNS = [
     *("4:32", "1:64", "3:96", "1:128", "16:256", "256:256"),
     *("2:4@16", "1:16@64", "3:10@32", "2:20@48", "1:4@5", "1:8@4"),
 ]
-KERNELS = [name for name in cpu.KERNELS if name != "dot"]
+KERNELS = cpu.KERNELS
 
 
 @pytest.fixture(params=native.ISAS)
@@ -85,6 +85,8 @@ def test_products(isa, spec, dtype):
             check(y, x, w, bias, epilogue, dtype)
     assert {"auto", "gather", "tokens"} <= served
     assert ("panel" in served) == (pattern.panel % 16 == 0)
+    amx = "amx_bf16" in native.features() and isa == "avx512" and dtype == torch.bfloat16
+    assert ("tiles" in served) == (amx and pattern.panel % 16 == 0)
     if isa == "avx512":
         assert ("permute" in served) == (pattern.m <= 32 and pattern.panel % 16 != 0)
 
@@ -367,7 +369,7 @@ def test_the_boundary_refuses_calls():
     assert lib.nmflow_matmul(*good) == 0
     for at, value, status in [
         *((0, None, -4), (1, None, -4), (2, 15, -2), (4, None, -4), (5, 7, -2), (6, -1, -2)),
-        *((2, 2**62, -2), (6, 2**60, -2), (7, 3, -3), (9, 5, -8), (9, 99, -8)),
+        *((2, 2**62, -2), (6, 2**60, -2), (7, 3, -3), (9, 5, -8), (9, 4, -8), (9, 99, -8)),
     ]:
         args = list(good)
         args[at] = value

@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 EPILOGUES = ("none", "gelu", "relu")
-KERNELS = ("auto", "gather", "tokens", "permute", "dot", "panel")
+KERNELS = ("auto", "gather", "tokens", "permute", "tiles", "panel")
 
 
 def choose(packed: Packed, tokens: int) -> str:
