@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -25,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nmflow import mask
 from nmflow.errors import CompressError, PlanError
-from nmflow.packed import compress, decompress
+from nmflow.packed import compress, decompress, load, save
 from nmflow.packed.fuse import Fused
 from nmflow.packed.layout import detect, runs
 from nmflow.packed.measure import Timing, onednn_takes
@@ -89,6 +90,7 @@ CASES = {
     "attention other sizes": Case(
         lambda: Attend(kdim=16, vdim=24, bias=False), (7, 2, 32), "PackedAttention"
     ),
+    "attention without biases": Case(lambda: Attend(bias=False), (7, 2, 32), "PackedAttention"),
     "attention extras": Case(
         lambda: Attend(add_bias_kv=True, add_zero_attn=True), (7, 2, 32), "PackedAttention"
     ),
@@ -107,6 +109,7 @@ def test_modules_against_float64(name: str, dtype: torch.dtype) -> None:
     model = prune(nn.Sequential(case.make()).to(dtype))
     packed = compress(model, measure=False)
     assert case.kind in {type(m).__name__ for m in packed.modules()}
+    assert len(packed.report.packed) == sum(row.pattern != "" for row in packed.report)
     x = torch.randn(case.shape).to(dtype)
     with torch.no_grad():
         want = copy.deepcopy(model).double()(x.double())
@@ -384,6 +387,30 @@ def test_bytes_in_memory(dtype: torch.dtype, limit: float) -> None:
     dense = model[0].weight.nbytes
     assert held <= limit * dense
     assert packed.report[0].bytes == held
+
+
+def test_half_a_convolution_stays_dense_and_files_hold_it_all_the_same(tmp_path: Path) -> None:
+    model = prune(nn.Sequential(nn.Conv2d(16, 8, 3), nn.Linear(32, 8)))
+    model[0].weight.data[4:] = torch.randn(4, 16, 3, 3)
+    packed = compress(model, measure=False)
+    assert packed.report[0].kept == "dense"
+    assert packed.report[0].why == "only some filters of the convolution hold a pattern"
+    save(model, tmp_path)
+    again = load(tmp_path, nn.Sequential(nn.Conv2d(16, 8, 3), nn.Linear(32, 8)))
+    assert torch.equal(again[0].weight, model[0].weight)
+    assert isinstance(again[1], PackedLinear)
+
+
+def test_a_report_of_its_own_is_left_to_a_model() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.report = nn.Linear(32, 8)
+
+    packed = compress(prune(Own()), measure=False)
+    assert isinstance(packed.report, PackedLinear)
+    assert packed.nmflow_report[0].kept == "packed"
+    assert not hasattr(decompress(packed), "nmflow_report")
 
 
 def test_inplace_and_shared_modules() -> None:

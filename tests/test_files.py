@@ -259,6 +259,17 @@ EDITS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "dtype code": lambda h, d: _weight_says(h, dtype="__class__"),
     "run": lambda h, d: _weight_says(h, run="exec"),
     "weight no mapping": lambda h, d: h["weights"].update({"0.weight": 3}),
+    "half a convolution": lambda h, d: (
+        h["weights"]["1.weight"]["parts"][0].update(rows=[0, 3]),
+        h["weights"]["1.weight"]["parts"].append({"rows": [3, 6], "pattern": None}),
+        d.update(
+            {
+                "1.weight#0.values": d["1.weight#0.values"][:3].clone(),
+                "1.weight#0.index": d["1.weight#0.index"][:3].clone(),
+                "1.weight#1.values": torch.zeros(3, 144),
+            }
+        ),
+    ),
     "packed where it cannot be": lambda h, d: h["weights"]["4.weight"].update(run="packed"),
     "another version": lambda h, d: h.update(layout=2),
     "version true": lambda h, d: h.update(layout=True),

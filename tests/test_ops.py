@@ -102,6 +102,12 @@ def test_inputs_of_any_stride(dtype: torch.dtype) -> None:
     wide = torch.randn(9, 80).to(dtype)
     for x in (wide[:, 3:67], wide[::2, :64], torch.randn(64, 9).to(dtype).t(), wide[0, :64]):
         close(matmul(x, values, codes, bias, dims(shape)), x, w, bias)
+    for x in (
+        wide[0, :64].expand(5, 64),
+        wide[:, :64].expand(3, 9, 64),
+        wide.as_strided((9, 64), (8, 1)),
+    ):
+        close(matmul(x, values, codes, bias, dims(shape)), x, w, bias)
     for x in (wide[:0, :64], torch.empty(2, 0, 64, dtype=dtype)):
         assert matmul(x, values, codes, bias, dims(shape)).shape == (*x.shape[:-1], 40)
 
@@ -254,6 +260,16 @@ def test_inductor_and_aot_inductor(tmp_path) -> None:
             torch.testing.assert_close(compiled(x), model(x))
             torch.testing.assert_close(loaded(x), model(x))
     torch._dynamo.reset()
+
+
+def test_fake_kernels_refuse_what_the_real_ones_do() -> None:
+    values, codes, shape = tiled(sparse("1:16", 40, 64), "1:16")
+    away = (values.to("meta"), codes.to("meta"))
+    with pytest.raises(RuntimeError, match="two devices"):
+        matmul(torch.randn(3, 64), *away, None, dims(shape))
+    with pytest.raises(RuntimeError, match="another last axis"):
+        matmul(torch.randn(3, 48, device="meta"), *away, None, dims(shape))
+    assert matmul(torch.randn(3, 64, device="meta"), *away, None, dims(shape)).shape == (3, 40)
 
 
 BAD = {

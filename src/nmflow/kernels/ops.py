@@ -62,11 +62,12 @@ def _matmul_cpu(
     y = x.new_empty((*size[:-1], out))
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    if len(size) == 2 and x.stride(1) == 1:
+    if len(size) == 2 and x.stride(1) == 1 and x.stride(0) >= inputs:
         run(x, bias, y, size[0], epilogue)
     elif y.numel():
         flat = x.reshape(-1, inputs)
-        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        if flat.stride(1) != 1 or flat.stride(0) < inputs:  # such as an expanded row
+            flat = flat.contiguous()
         run(flat, bias, y.view(-1, out), flat.shape[0], epilogue)
     return y
 
@@ -129,6 +130,8 @@ _LIBRARY.impl("unpack", _unpack, "CPU")
 
 @torch.library.register_fake("nmflow::matmul", lib=_LIBRARY)
 def _matmul_fake(x, values, codes, bias, out, inputs, n, m, panel, epilogue):
+    torch._check(x.shape[-1] == inputs, lambda: f"x has another last axis than {inputs}")
+    torch._check(x.device == values.device, lambda: "x and the packed weight are on two devices")
     return x.new_empty((*x.shape[:-1], out))
 
 

@@ -47,8 +47,17 @@ def why_not(module: nn.Module, name: str) -> str:
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{kind.__name__} has forward hooks, which may read its weight"
     parameter = getattr(module, name)
+    if parameter is None:  # an attention without biases or without one fused matrix
+        return ""
     if type(parameter) not in (nn.Parameter, Tensor) or parameter.layout != torch.strided:
         return f"stored as {type(parameter).__name__}, not as a plain dense tensor"
+    return ""
+
+
+def why_not_runs(module: nn.Module, found: list[Run]) -> str:
+    """Why runs of rows of a module's weight cannot be packed; empty if they can."""
+    if type(module) in _CONV and [run[:2] for run in found] != [(0, module.out_channels)]:
+        return "only some filters of the convolution hold a pattern"
     return ""
 
 
@@ -85,8 +94,8 @@ def pack(module: nn.Module, found: dict[str, list[Run]]) -> nn.Module:
     elif type(module) in _CONV:
         runs = found["weight"]
         matrix, bias = as_matrix(module.get_parameter("weight"), 1), _bias(module)
-        if len(runs) != 1 or runs[0][:2] != (0, matrix.shape[0]):
-            raise CompressError("only some filters of the convolution hold a pattern")
+        if why := why_not_runs(module, runs):
+            raise CompressError(why)
         linear = PackedLinear.pack(matrix, runs[0].pattern, bias)
         packed = PackedConv(module, linear)  # pyright: ignore[reportArgumentType]
     else:

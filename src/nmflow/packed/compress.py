@@ -61,7 +61,8 @@ def compress(
         inplace: True changes `model`; the default leaves it alone and returns a copy.
 
     Returns:
-        A module that runs like `model`, for inference, with a `Report` as its attribute `report`.
+        A module that runs like `model`, for inference, with a `Report` as its attribute `report`
+        (`nmflow_report` where the model has a `report` of its own).
         Packed are `nn.Linear`, HF `Conv1D`, `nn.MultiheadAttention` and ungrouped convolutions;
         what stays dense is in the report with the reason.
 
@@ -112,7 +113,8 @@ def compress(
         new |= on_onednn({m: max(counts) for m in model.modules() if m not in new}, counts)
     made = replace_modules(model, new, inplace)
     report.fused = fuse_activations(made) if fuse else []
-    made.__dict__["report"] = report  # a plain attribute, past nn.Module's registry
+    name = "report" if isinstance(getattr(made, "report", report), Report) else "nmflow_report"
+    made.__dict__[name] = report  # a plain attribute, past nn.Module's registry
     return made
 
 
@@ -140,7 +142,9 @@ def decompress(model: nn.Module, inplace: bool = False) -> Any:
     if not new:
         raise CompressError("model holds no packed module: give what nmflow.compress returned")
     made = replace_modules(model, new, inplace)
-    made.__dict__.pop("report", None)
+    for name in ("report", "nmflow_report"):
+        if isinstance(made.__dict__.get(name), Report):
+            del made.__dict__[name]
     return made
 
 

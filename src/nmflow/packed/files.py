@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -126,14 +127,27 @@ def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
         if key in weights and weights[key].run == "packed":
             site, own = _site(name, modules)
             why = build.why_not(modules[site], own) if "." not in own else ""
-            if why:
+            if why := why or build.why_not_runs(modules[site], weights[key].runs):
                 raise FileFormatError(f"{name} is packed in the file, but in the model: {why}")
             sites.setdefault(site, {})[own] = weights[key].runs
+    filled: dict[str, Tensor] = {}
     for name, (_, places) in slots.items():
         key = source[name]
         tensor = weights[key].dense() if key in weights else tensors[key]
-        _put(places, tensor)
-    new = {modules[site]: build.pack(modules[site], found) for site, found in sites.items()}
+        old = places[0][0]._parameters.get(places[0][1])
+        filled[name] = tensor if old is None else nn.Parameter(tensor, old.requires_grad)
+    at = {
+        (module, own): filled[name] for name, (_, places) in slots.items() for module, own in places
+    }
+    try:
+        new = {modules[s]: build.pack(_shell(modules[s], at), found) for s, found in sites.items()}
+    except CompressError as error:
+        raise FileFormatError(f"the saved network cannot be packed again: {error}") from error
+    for (module, own), value in at.items():  # only now is the model touched
+        if isinstance(value, nn.Parameter):
+            module._parameters[own] = value
+        else:
+            module._buffers[own] = value
     made = replace_modules(model, new, inplace=True)
     if fuse:
         fuse_activations(made)
@@ -252,15 +266,16 @@ def _slots(model: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...], Places]],
     return slots, names
 
 
-def _put(places: Places, tensor: Tensor) -> None:
-    module, own = places[0]
-    old = module._parameters.get(own)
-    new = tensor if old is None else nn.Parameter(tensor, requires_grad=old.requires_grad)
-    for module, own in places:
-        if isinstance(new, nn.Parameter):
-            module._parameters[own] = new
-        else:
-            module._buffers[own] = new
+def _shell(module: nn.Module, at: Mapping[tuple[nn.Module, str], Tensor]) -> nn.Module:
+    """A shallow copy of a module that holds the loaded parameters; the module is left alone."""
+    shell = copy.copy(module)
+    shell._parameters = {own: _parameter(at.get((module, own))) for own in module._parameters}
+    shell._modules = {n: m and _shell(m, at) for n, m in module._modules.items()}
+    return shell
+
+
+def _parameter(value: Tensor | None) -> nn.Parameter | None:
+    return value if isinstance(value, nn.Parameter) else None
 
 
 def _site(name: str, modules: dict[str, nn.Module]) -> tuple[str, str]:

@@ -95,7 +95,7 @@ def survey(
             module, name = modules[site], own
             if own.startswith("out_proj."):
                 module, name = modules[path], "weight"
-            why = build.why_not(module, name)
+            why = build.why_not(module, name) or build.why_not_runs(module, held)
             if not why and module is not modules[site]:
                 why = build.why_not(modules[site], "in_proj_bias")
         found.append(Found(layer, site, own, held, why))
