@@ -432,6 +432,27 @@ def test_broken_pairs_are_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_a_worker_says_one_sentence_too(tmp_path: Path) -> None:
+    rows = {"image": [_picture(), {"bytes": b"no image", "path": None}], "label": [0, 1]}
+    features = {"image": Image(), "label": ClassLabel(names=["a", "b"])}
+    data = _table(tmp_path / "rows.parquet", rows, features)
+    workers = {"trainer": {"dataloader_num_workers": 1}}
+    run = _run({**SYSTEMS["streamed vit"], "data": data, "training": workers}, tmp_path)
+    with pytest.raises(DataError, match=r"^data has an undecodable image at row 1") as caught:
+        train(run, RunFolder(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_stream_is_one_sentence(tmp_path: Path) -> None:
+    run = _run(SYSTEMS["streamed vit"], tmp_path)
+    file = Path(run.data.files["train"])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:40] + bytes(200) + whole[240:])  # its footer still reads
+    with pytest.raises(DataError, match="of the train stream") as caught:
+        train(run, RunFolder(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("system", ["vit", "streamed vit"])
 @pytest.mark.parametrize("kind", ["undecodable", "no image", "a label out of range", "no column"])
 def test_broken_images_are_one_sentence(system: str, kind: str, tmp_path: Path) -> None:

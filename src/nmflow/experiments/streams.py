@@ -139,8 +139,18 @@ class Stream(IterableDataset):
             turn += 1
 
     def _once(self, rows: Any, draw: np.random.Generator) -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(rows):
-            yield self.example(row, f"row {number} of the {self.split} stream", draw)
+        from pyarrow import ArrowException
+
+        number = -1
+        try:
+            for number, row in enumerate(rows):
+                yield self.example(row, f"row {number} of the {self.split} stream", draw)
+        except (OSError, ArrowException) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise DataError(
+                f"data cannot be read after row {number} of the {self.split} stream ({reason}): "
+                "mend it and start again; the run goes on from its last checkpoint"
+            ) from None
 
     def _grouped(self, examples: Iterator[Any], draw: np.random.Generator) -> Iterator[Any]:
         if self.group is None:
@@ -154,6 +164,18 @@ class Stream(IterableDataset):
                 held = []
         if held:
             yield from self.group(held, draw)
+
+
+class _Loader(DataLoader):
+    """A `DataLoader` whose worker says what is wrong with the data in one sentence."""
+
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # PyTorch hands on an error of a worker as its whole traceback, the message last.
+            sentence = str(error).strip().splitlines()[-1]
+            raise DataError(sentence.partition("DataError: ")[2] or sentence) from None
 
 
 class Streaming:
@@ -170,7 +192,7 @@ class Streaming:
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this process."""
         workers = self.args.dataloader_num_workers
-        return DataLoader(
+        return _Loader(
             self.train_dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,

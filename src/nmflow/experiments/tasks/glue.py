@@ -111,7 +111,9 @@ def scores(name: str, predicted: np.ndarray, true: np.ndarray) -> dict[str, floa
     if "f1" in task.scores:
         out["f1"] = float(f1_score(true, predicted, zero_division=0))  # type: ignore[arg-type]
     if "matthews" in task.scores:
-        out["matthews"] = float(matthews_corrcoef(true, predicted))
+        # Of a single label it is 0 by convention, of which scikit-learn warns.
+        single = len(np.union1d(true, predicted)) < 2
+        out["matthews"] = 0.0 if single else float(matthews_corrcoef(true, predicted))
     return out
 
 
