@@ -185,9 +185,9 @@ int nmf_geometry_of(const nmflow_shape *shape, nmf_geometry *g) {
   if (shape->dtype < NMFLOW_F32 || shape->dtype > NMFLOW_F16) return NMFLOW_BAD_DTYPE;
   if (shape->n < 1 || shape->m < shape->n || shape->m > 256 || shape->panel < 1)
     return NMFLOW_BAD_PATTERN;
-  /* 2^26 inputs: an offset into a transposed x (at most 48 tokens wide) fits 32 bits. 2^40 rows and
+  /* 2^24 inputs: an offset into a transposed x (at most 48 tokens wide) fits 32 bits. 2^40 rows and
    * 2^56 in all: far above any memory, and no product below can overflow. */
-  const int64_t rows = INT64_C(1) << 40, inputs = INT64_C(1) << 26;
+  const int64_t rows = INT64_C(1) << 40, inputs = INT64_C(1) << 24;
   int64_t total;
   if (shape->out < 1 || shape->in < 1 || shape->out > rows || shape->in > inputs ||
       __builtin_mul_overflow(shape->out, shape->in, &total) || total > (INT64_C(1) << 56))
