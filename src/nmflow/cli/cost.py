@@ -16,6 +16,7 @@ def cost(
 
     import nmflow
     from nmflow.cli._networks import network
+    from nmflow.experiments.budget import steps
     from nmflow.experiments.config import load
 
     console = Console()
@@ -28,7 +29,7 @@ def cost(
             include=run.include,
             exclude=run.exclude,
             recipe=spec.build(),
-            total_steps=run.training.steps,
+            total_steps=steps(run.model_copy(update={"recipe": spec}), model, example),
         )
         console.print(f"{spec.title}, {run.pattern_text}", style="bold")
         console.print(str(found), soft_wrap=True, markup=False, highlight=False)

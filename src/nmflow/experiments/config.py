@@ -18,6 +18,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -81,9 +82,14 @@ class Model(Strict):
 
 
 class Training(Strict):
-    """The optimization; steps are optimizer steps, warm-up a fraction of them."""
+    """The optimization; steps are optimizer steps, warm-up a fraction of them.
 
-    steps: Positive
+    In place of `steps` a `budget` of training FLOPs may be given; `nmflow.experiments.budget` then
+    solves the steps, which are 0 until it has.
+    """
+
+    steps: Positive = 0
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     batch_size: Positive = 32
     accumulate: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -102,6 +108,25 @@ class Training(Strict):
     noise_batches: Count = 0
     save_model: bool = True
     trainer: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if self.budget is None and not self.steps:
+            raise ConfigError(
+                "the key 'training.steps' is missing (or 'training.budget', in training FLOPs)"
+            )
+        if self.budget is not None and self.steps:
+            raise ConfigError(
+                f"both steps {self.steps} and budget {self.budget:g} are given: keep one"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, usual: Any) -> dict[str, Any]:
+        # What is not given is not written: a run without a budget keeps the hash that it had
+        # before there were budgets.
+        absent = {"steps": not self.steps, "budget": self.budget is None}
+        return {key: value for key, value in usual(self).items() if not absent.get(key)}
 
     def interval(self, name: Literal["eval_every", "save_every"]) -> int:
         """Steps between evaluations or checkpoints, a multiple of `log_every`; 0 chooses.
@@ -200,12 +225,18 @@ class Run(Setting):
     @property
     def hash(self) -> str:
         """SHA-256 of everything that decides the outcome."""
-        return digest(self.model_dump(mode="json", exclude={"name"}))
+        return digest(self._given({"name"}))
 
     @property
     def setting_hash(self) -> str:
         """SHA-256 of all but recipe and seed: runs that share it may be compared."""
-        return digest(self.model_dump(mode="json", exclude={"name", "recipe", "seed"}))
+        return digest(self._given({"name", "recipe", "seed"}))
+
+    def _given(self, exclude: set[str]) -> dict[str, Any]:
+        values = self.model_dump(mode="json", exclude=exclude)
+        if self.training.budget is not None:
+            values["training"].pop("steps", None)  # solved, so a consequence
+        return values
 
     @property
     def id(self) -> str:
@@ -278,6 +309,8 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
             raise ConfigError(f"override is {key!r}: {parent!r} is a value, not a mapping of keys")
+    if key in ("training.steps", "training.budget"):  # one replaces the other
+        place.pop("budget" if last == "steps" else "steps", None)
     place[last] = value
 
 

@@ -70,13 +70,14 @@ def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     runs = list(experiment.runs())
     run = next((r for r in runs if r.recipe.name != "dense"), runs[0])
     said = [
-        f"{STEPS} steps of {BATCH} examples at most instead of {run.training.steps:,} of "
+        f"{STEPS} steps of {BATCH} examples at most instead of {_length(run)} of "
         f"{run.training.batch_size * run.training.accumulate}; seed {run.seed}, "
         f"{run.recipe.title} only"
     ]
     raw = run.model_dump()
     t = run.training
     batch = min(BATCH, t.batch_size)
+    raw["training"].pop("budget", None)
     raw["training"] |= {
         "steps": STEPS,
         "batch_size": batch,
@@ -113,13 +114,21 @@ def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
 
 
 def _fractions(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Counts of steps as fractions, since two steps have no room for them."""
+    """Counts of steps as fractions, since two steps have no room for them.
+
+    How many steps a budget buys is not known yet (`steps` is 0); a phase is then a quarter.
+    """
     return {
-        key: value / steps
+        key: (value / steps if steps else 0.25 * (value > 0))
         if key in ("dense", "finetune") and isinstance(value, int) and not isinstance(value, bool)
         else value
         for key, value in options.items()
     }
+
+
+def _length(run: Run) -> str:
+    t = run.training
+    return f"{t.steps:,}" if t.budget is None else f"{t.budget:g} training FLOPs"
 
 
 def _model(run: Run, said: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
 from nmflow.audit import audit
-from nmflow.experiments import tasks
+from nmflow.experiments import budget, tasks
 from nmflow.experiments.config import Run
 from nmflow.experiments.costs import counted
 from nmflow.experiments.noise import NoiseCallback, frozen, tracked
@@ -68,6 +68,8 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
         if first:
             write_json(folder.path / CONFIG, run.model_dump(mode="json"))
         problem = tasks.build(run)
+        # Solved before the seed is set: the run is the same as one that is given these steps.
+        run = budget.solved(run, problem)
         transformers.set_seed(run.seed)
         model = problem.model()
         initial = fingerprint(model)
@@ -98,6 +100,7 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
             "recipe": run.recipe.title,
             "pattern": run.pattern_text,
             "seed": run.seed,
+            "steps": run.training.steps,
             "config_hash": run.hash,
             "setting_hash": run.setting_hash,
             "headline": problem.headline,
