@@ -14,7 +14,9 @@ library="$(ls "$build"/lib/nmflow/_native.*)"
 compiler="${CXX:-c++}"
 export LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so)"
 # Python and torch never free all they hold; leaks of the library would be in its own tests' memory.
-export ASAN_OPTIONS="detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1"
+# GCC aligns the frames of detect_stack_use_after_return to 32 bytes and then moves 64-byte vectors to
+# them as if aligned, which faults.
+export ASAN_OPTIONS="detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=0"
 export UBSAN_OPTIONS="print_stacktrace=1"
 export NMFLOW_LIBRARY="$library"
 "$python" -m pytest -q -p no:cacheprovider tests/test_native.py tests/test_cpu_kernels.py "$@"
