@@ -40,8 +40,10 @@ class Watcher:
             TimeRemainingColumn(),
             console=console,
         )
-        total = sum(run.training.steps for run in pending)
-        self.all = self.bars.add_task("all steps", total=total, note="")
+        # 0 where a budget decides, until the run says how many steps it buys.
+        self.expected = {run.id: run.training.steps for run in pending}
+        self.done: set[str] = set()
+        self.all = self.bars.add_task("all steps", total=self._total(), note="")
         self.tasks: dict[str, Any] = {}
         self.steps: dict[str, int] = {}
 
@@ -54,6 +56,9 @@ class Watcher:
 
     def notify(self, now: Step) -> None:
         """Move the bars to where a run is."""
+        if self.expected.get(now.run) != now.steps:
+            self.expected[now.run] = now.steps
+            self.bars.update(self.all, total=self._total())
         if now.run not in self.tasks:
             title = self.titles[now.run]
             self.tasks[now.run] = self.bars.add_task(title, total=now.steps, note="")
@@ -63,4 +68,13 @@ class Watcher:
         self.bars.update(self.all, advance=now.step - self.steps.get(now.run, 0))
         self.steps[now.run] = now.step
         if now.step >= now.steps:
+            self.done.add(now.run)
+            note = f"{len(self.done)}/{len(self.expected)} runs"
+            fields = {"note": note}
+            self.bars.update(self.all, **fields)
             self.bars.update(self.tasks[now.run], visible=False)
+
+    def _total(self) -> float | None:
+        """Steps of all runs; one whose steps are not known yet counts as the mean of the others."""
+        known = [steps for steps in self.expected.values() if steps]
+        return sum(known) * len(self.expected) / len(known) if known else None

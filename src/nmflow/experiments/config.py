@@ -279,7 +279,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"override is {text!r}: write key.path=value")
-        set_key(raw, key, _yaml(value, f"override {text!r}"))
+        set_key(raw, key, plain(value, f"override {text!r}"))
     return parse(Experiment, raw, str(path))
 
 
@@ -292,7 +292,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"config is {str(path)!r}: {reason}; give the path of a YAML file"
         ) from None
-    raw = _yaml(text, f"config {str(path)!r}")
+    raw = plain(text, f"config {str(path)!r}")
     if not isinstance(raw, dict):
         raise ConfigError(
             f"config {str(path)!r} holds a {type(raw).__name__}: write a mapping of keys such as "
@@ -327,7 +327,8 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _yaml(text: str, where: str) -> Any:
+def plain(text: str, where: str) -> Any:
+    """The plain value that a text of YAML stands for."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

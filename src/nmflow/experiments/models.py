@@ -37,18 +37,24 @@ def build(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrained
 def _config(
     kind: str, fields: Mapping[str, Any], task_fields: Mapping[str, Any]
 ) -> PretrainedConfig:
-    if kind not in CONFIG_MAPPING:
-        raise ConfigError(f"model.kind is {kind!r}{_near(kind, list(CONFIG_MAPPING))}")
-    known = known_fields(kind)
-    for key in fields:
-        if key not in known:
-            raise ConfigError(f"unknown key 'model.fields.{key}'{_near(key, sorted(known))}")
+    known = check_fields(kind, fields)
     ours = {key: value for key, value in task_fields.items() if key in known}
     try:
         return AutoConfig.for_model(kind, **{**ours, **fields})
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.fields are refused by {kind}: {reason[:200]}") from None
+
+
+def check_fields(kind: str, fields: Mapping[str, Any]) -> set[str]:
+    """Every field of the kind's config; a ConfigError for an unknown kind or field."""
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"model.kind is {kind!r}{_near(kind, list(CONFIG_MAPPING))}")
+    known = known_fields(kind)
+    for key in fields:
+        if key not in known:
+            raise ConfigError(f"unknown key 'model.fields.{key}'{_near(key, sorted(known))}")
+    return known
 
 
 def known_fields(kind: str) -> set[str]:

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from nmflow.errors import ConfigError
 
 RESULT, CONFIG, MODEL, LOCK, MARK = "result.json", "config.json", "model", ".lock", "nmflow.json"
+SWEEP = "sweep.json"
 
 
 @contextlib.contextmanager
@@ -76,6 +77,20 @@ class RunFolder:
         """Whether the run has its result."""
         return (self.path / RESULT).is_file()
 
+    @property
+    def busy(self) -> bool:
+        """Whether some process holds the run just now."""
+        if not (self.path / LOCK).exists():
+            return False
+        lock = FileLock(str(self.path / LOCK))
+        with one_sentence(self.path):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                return True
+            lock.release()
+        return False
+
     def result(self) -> dict[str, Any]:
         """The finished run's figures."""
         return read_json(self.path / RESULT)
@@ -120,22 +135,30 @@ class RunFolder:
 
 
 def finished_runs(folders: list[Path | str]) -> list[dict[str, Any]]:
-    """The results under the folders, in the order of their names.
+    """The results under the folders, in the order of their names; of a sweep's, its own cells.
 
     Raises:
         ConfigError: a folder that is not there, or that holds no finished run.
     """
-    found: list[dict[str, Any]] = []
+    found: dict[Path, dict[str, Any]] = {}  # sweeps may share runs
     for folder in folders:
         if not Path(folder).is_dir():
             raise ConfigError(
                 f"runs is {str(folder)!r}: no such folder; give the output of a training"
             )
-        for path in sorted(Path(folder).rglob(RESULT)):
-            found.append({**read_json(path), "folder": str(path.parent)})
+        for path in _results_in(Path(folder)):
+            found.setdefault(path.resolve(), {**read_json(path), "folder": str(path.parent)})
     if not found:
         raise ConfigError(
             f"runs is {', '.join(str(f) for f in folders)!r}: no finished run (no {RESULT}) in it; "
             "train first with 'nmflow train CONFIG'"
         )
-    return found
+    return list(found.values())
+
+
+def _results_in(folder: Path) -> list[Path]:
+    if not (folder / SWEEP).is_file():
+        return sorted(folder.rglob(RESULT))
+    sweep = read_json(folder / SWEEP)
+    places = [folder / sweep["cells_in"] / cell["id"] / RESULT for cell in sweep["cells"]]
+    return [place for place in places if place.is_file()]

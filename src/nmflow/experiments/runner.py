@@ -45,6 +45,19 @@ def run_all(
     return _Pool(pending, folder, workers, threads, notify).run()
 
 
+def take(waiting: list[Run], folder: Path) -> Run:
+    """Remove the next run and return it: the first that no other process is at work on.
+
+    Another sweep may be; where all are taken it is the first, which is then waited for.
+    """
+    free = 0
+    # All processes of torchrun have to take the same run, and one of them holds it.
+    if "RANK" not in os.environ:
+        places = (n for n, run in enumerate(waiting) if not RunFolder(folder / run.id).busy)
+        free = next(places, 0)
+    return waiting.pop(free)
+
+
 def share(runs: int, workers: int, threads: int) -> tuple[int, int]:
     """Workers and threads of each, for as many runs on the cores that this process may use."""
     import torch
@@ -66,7 +79,9 @@ def _here(
     before, failed = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
-        for run in runs:
+        waiting = list(runs)
+        while waiting:
+            run = take(waiting, folder)
             try:
                 train(run, RunFolder(folder / run.id), notify)
             except NMFlowError as error:
@@ -118,7 +133,7 @@ class _Pool:
         process = context.Process(target=_work, args=work, daemon=True)
         process.start()
         theirs.close()
-        run = self.waiting.pop(0)
+        run = take(self.waiting, self.folder)
         ours.send(run.model_dump_json())
         self.live[ours] = (process, run, place)
 
@@ -139,7 +154,7 @@ class _Pool:
         if message is not None:
             self.failed.append((run.id, message))
         if self.waiting:
-            run = self.waiting.pop(0)
+            run = take(self.waiting, self.folder)
             pipe.send(run.model_dump_json())
             self.live[pipe] = (process, run, place)
         else:

@@ -64,7 +64,11 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
     first = int(os.environ.get("RANK", "0")) == 0
     with folder.lock() if first else contextlib.nullcontext(), quiet():
         if folder.finished:
-            return folder.result()
+            result = folder.result()
+            if notify is not None:
+                steps = result["run"]["training"]["steps"]
+                notify(Progress(run.id, steps, steps))
+            return result
         if first:
             write_json(folder.path / CONFIG, run.model_dump(mode="json"))
         problem = tasks.build(run)
