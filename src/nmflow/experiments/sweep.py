@@ -1,0 +1,301 @@
+"""Sweeps: a base, axes over any of its keys, and the runs at every crossing of them, the cells."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from nmflow.errors import ConfigError
+from nmflow.experiments import config
+from nmflow.experiments.config import Count, Run, Strict
+from nmflow.experiments.results import SWEEP, RunFolder, one_sentence, write_json
+
+if TYPE_CHECKING:
+    from nmflow.experiments.runner import Failure
+    from nmflow.experiments.training import Progress
+
+Backend = Literal["processes", "ray"]
+BACKENDS: tuple[Backend, ...] = ("processes", "ray")
+KEYS = frozenset(Run.model_fields)
+# Keys whose own value may be a mapping; at any other key a mapping sets several keys together.
+MAPPINGS = frozenset(("recipe", "pattern", "data", "model", "options", "training"))
+# What a base of `nmflow train` says about its own list of runs, which is the sweep's to say.
+NOT_OF_A_RUN = frozenset(("baseline", "output", "workers", "threads"))
+LISTS = {"recipes": "recipe", "seeds": "seed"}
+
+
+class File(Strict):
+    """A sweep's file.
+
+    `base` is a configuration file, relative to this one, or its keys; `overrides` replaces some of
+    them by dotted key; `axes` gives the values that each dotted key takes in turn. The results go
+    to `output`, the runs to `cells`, which several sweeps may share.
+    """
+
+    name: str = "sweep"
+    base: str | dict[str, Any]
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    axes: dict[str, list[Any]]
+    output: str = "runs/{name}"
+    cells: str = "{output}/cells"
+    workers: Count = 0
+    threads: Count = 0
+
+    @field_validator("axes")
+    @classmethod
+    def _filled(cls, axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if not axes:
+            raise ConfigError("it has no axis: give one, such as 'seed: [0, 1]'")
+        for name, values in axes.items():
+            if not values:
+                raise ConfigError(f"axis {name!r} is empty: give it a value or leave it out")
+        return axes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep, and where it stands on each axis, as people read it."""
+
+    run: Run
+    place: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep: its cells, all of them checked, and the folders of its results and runs."""
+
+    name: str
+    axes: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    folder: Path
+    store: Path
+    workers: int = 0
+    threads: int = 0
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of all cells."""
+        return [cell.run for cell in self.cells]
+
+    @property
+    def finished(self) -> list[Cell]:
+        """The cells that have their result."""
+        return [c for c in self.cells if RunFolder(self.store / c.run.id).finished]
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Sweep:
+    """Read a sweep's file and check every cell of it.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value`; a key of the sweep itself (`axes.seed`, `threads`) or of its base.
+        output: the folder of the results, in place of the file's.
+
+    Raises:
+        ConfigError: a mistake in the file or in its base, an axis of an unknown key or without a
+            value, two axes of one key, or cells that are the same run.
+    """
+    raw = config.read(path)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"override is {text!r}: write key.path=value")
+        value = config.plain(value, f"override {text!r}")
+        key = key.removeprefix("overrides.")
+        if key.partition(".")[0] in File.model_fields:
+            config.set_key(raw, key, value)
+        else:
+            raw.setdefault("overrides", {})[key] = value
+    file: File = config.parse(File, raw, str(path))
+    folder = output or Path(file.output.replace("{name}", file.name))
+    store = Path(file.cells.replace("{output}", str(folder)).replace("{name}", file.name))
+    base, axes = _base(file, Path(path))
+    cells = tuple(expand(base, axes, str(path)))
+    return Sweep(file.name, tuple(axes), cells, folder, store, file.workers, file.threads)
+
+
+def expand(base: Mapping[str, Any], axes: Mapping[str, list[Any]], where: str) -> Iterator[Cell]:
+    """The cells of `base` at every crossing of `axes`, all others of one seed together.
+
+    So a sweep that is stopped early has whole rows to compare.
+    """
+    settings = {name: [_settings(name, v, where) for v in axes[name]] for name in axes}
+    _no_clash(settings, where)
+    order = sorted(axes, key=lambda name: name != "seed")  # stable; the first changes slowest
+    seen: dict[str, int] = {}
+    named: dict[tuple[str, str, int], int] = {}
+    choices = itertools.product(*(range(len(axes[name])) for name in order))
+    for number, choice in enumerate(choices, 1):
+        chosen = dict(zip(order, choice, strict=True))
+        raw = json.loads(json.dumps(base))  # a deep copy of plain values
+        given = [pair for name in axes for pair in settings[name][chosen[name]].items()]
+        for key, value in sorted(given, key=lambda pair: pair[0].count(".")):
+            _assign(raw, key, value)
+        short = {name: _short(axes[name][chosen[name]]) for name in axes}
+        about = ", ".join(f"{name} {value}" for name, value in short.items())
+        run: Run = config.parse(Run, raw, f"{where}: cell {number} ({about})")
+        known = seen.setdefault(run.hash, number)
+        if known != number:
+            raise ConfigError(
+                f"{where}: cells {known} and {number} are the same run ({about}): "
+                "remove the value that an axis repeats"
+            )
+        twin = named.setdefault((run.setting_hash, run.recipe.title, run.seed), number)
+        if twin != number:
+            raise ConfigError(
+                f"{where}: cells {twin} and {number} differ, but the recipes of both are called "
+                f"{run.recipe.title!r}: give them labels of their own"
+            )
+        yield Cell(run, {name: _shown(name, value, run) for name, value in short.items()})
+
+
+def run(
+    sweep: Sweep,
+    backend: Backend = "processes",
+    workers: int | None = None,
+    notify: Callable[[Progress], None] | None = None,
+) -> list[Failure]:
+    """Train the cells that are not finished, then write the table over all that are.
+
+    Args:
+        sweep: the sweep.
+        backend: `"processes"` on this machine, pinned to its cores, or `"ray"`.
+        workers: cells at work at a time; 0 lets the backend choose, None takes the sweep's.
+        notify: called with the `Progress` of every cell.
+
+    Returns:
+        The id of every run that failed, with its sentence.
+
+    Raises:
+        ConfigError: an unknown backend or one that is not installed, a folder that cannot be
+            written, or a field that a network does not have; then nothing was begun.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend is {backend!r}: choose from {', '.join(BACKENDS)}")
+    _check_networks(sweep.runs)
+    prepare(sweep)
+    many = sweep.workers if workers is None else workers
+    from nmflow.experiments.table import write_table
+
+    try:
+        if backend == "ray":
+            from nmflow.experiments.ray_backend import run_on_ray
+
+            return run_on_ray(sweep.runs, sweep.store, many, sweep.threads, notify)
+        from nmflow.experiments.runner import run_all
+
+        return run_all(sweep.runs, sweep.store, many, sweep.threads, notify)
+    finally:
+        if sweep.finished:
+            write_table(sweep)
+
+
+def prepare(sweep: Sweep) -> None:
+    """Make sure that both folders can be written, and list the cells where a report finds them."""
+    for folder in (sweep.store, sweep.folder):
+        with one_sentence(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    listed = [{"id": c.run.id, "config_hash": c.run.hash, **c.place} for c in sweep.cells]
+    store = os.path.relpath(sweep.store, sweep.folder)  # so that both may be moved together
+    write_json(sweep.folder / SWEEP, {"name": sweep.name, "cells_in": store, "cells": listed})
+
+
+def _base(file: File, path: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    raw = dict(file.base if isinstance(file.base, dict) else config.read(path.parent / file.base))
+    for key, value in file.overrides.items():
+        _assign(raw, key, value)
+    lists = {one: raw.pop(many) for many, one in LISTS.items() if many in raw}
+    for key in NOT_OF_A_RUN:
+        raw.pop(key, None)
+    raw["name"] = file.name
+    axes = dict(file.axes)
+    taken = {key for name in axes for value in axes[name] for key in _keys(name, value)}
+    for key, values in lists.items():
+        if key in taken:
+            continue
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{path}: the base gives {values!r} for its {key}s: write a list")
+        axes = {key: values, **axes}
+    return raw, axes
+
+
+def _keys(name: str, value: Any) -> list[str]:
+    return [k for k in value if k != "label"] if _together(name, value) else [name]
+
+
+def _together(name: str, value: Any) -> bool:
+    """Whether an axis's value is a mapping of keys, rather than the value of the key `name`."""
+    return isinstance(value, Mapping) and "." not in name and name not in MAPPINGS
+
+
+def _settings(name: str, value: Any, where: str) -> dict[str, Any]:
+    if not _together(name, value):
+        _known(name, f"{where}: axis {name!r} is", where)
+        if name == "pattern" and isinstance(value, int):
+            raise ConfigError(
+                f"{where}: axis 'pattern' holds {value}, as YAML reads 1:16 without quotes: "
+                'write "1:16"'
+            )
+        return {name: value}
+    for key in value:
+        if key != "label":
+            _known(str(key), f"{where}: axis {name!r} sets {key!r},", where)
+    return {str(key): v for key, v in value.items() if key != "label"}
+
+
+def _known(key: str, said: str, where: str) -> None:
+    if key.partition(".")[0] not in KEYS:
+        raise ConfigError(f"{said} no key of a run{config._near(key, sorted(KEYS))}")
+
+
+def _no_clash(settings: Mapping[str, list[dict[str, Any]]], where: str) -> None:
+    owner: dict[str, str] = {}
+    for name, values in settings.items():
+        for key in {key for value in values for key in value}:
+            # Steps and a budget exclude each other, so they are one key here.
+            key = "training.steps" if key == "training.budget" else key
+            if owner.setdefault(key, name) != name:
+                raise ConfigError(
+                    f"{where}: the axes {owner[key]!r} and {name!r} both set {key!r}: join them "
+                    "into one whose values are mappings"
+                )
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    if key.startswith("recipe."):
+        if isinstance(raw.get("recipe"), str):
+            raw["recipe"] = {"name": raw["recipe"]}
+        recipe = raw.get("recipe") or {}
+        if recipe.get("label") and key not in ("recipe.label", "recipe.name"):
+            recipe["label"] += f", {key.rpartition('.')[2]} {value}"
+    config.set_key(raw, key, value)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, Mapping) and value.get("label"):
+        return value["label"]
+    return value if isinstance(value, str | int | float | None) else json.dumps(value)
+
+
+def _shown(name: str, value: Any, run: Run) -> Any:
+    return {"recipe": run.recipe.title, "pattern": run.pattern_text}.get(name, value)
+
+
+def _check_networks(runs: Sequence[Run]) -> None:
+    from nmflow.experiments import models
+
+    kinds: dict[str, dict[str, Any]] = {}
+    for one in runs:
+        if one.model.load is None:
+            kinds.setdefault(str(one.model.kind), {}).update(one.model.fields)
+    for kind, fields in kinds.items():
+        models.check_fields(kind, fields)
