@@ -69,6 +69,7 @@ void run_task(void *context, int64_t task) {
 
 const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
   const int isa = nmf_isa();
+  (void)isa; /* where there is only the portable set */
   switch (number) {
 #if defined(NMFLOW_X86)
     case NMFLOW_GATHER:
