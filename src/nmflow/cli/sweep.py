@@ -32,7 +32,7 @@ def sweep(
     from nmflow.experiments import sweep as sweeps
 
     found = sweeps.load(file, set_ or (), output)
-    console = Console()
+    console = Console(soft_wrap=True)
     done = len(found.finished)
     known = f", {done} are finished" if done else ""
     console.print(f"{len(found.cells)} cells into {found.store}{known}", soft_wrap=True)

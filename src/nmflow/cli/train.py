@@ -63,7 +63,7 @@ def _smoke(experiment: Any, output: Path | None) -> None:
 
     from nmflow.experiments.smoke import folder_of, smoke
 
-    console = Console()
+    console = Console(soft_wrap=True)
     folder = folder_of(experiment, output)
     result = smoke(experiment, folder)
     about, cost = result["smoke"], result["cost"]
