@@ -61,6 +61,7 @@ def measure(title: str, source: str, length: int, seconds: float, clock: Clock) 
         "| way | median ms | 10 % | 90 % | × best dense | goal | met |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
+    missed: list[str] = []
     for name, one in took.items():
         ratio = base / one.median
         goal = next((g for p, g in GOALS.items() if name == f"{PATTERN} on {p}"), None)
@@ -69,6 +70,13 @@ def measure(title: str, source: str, length: int, seconds: float, clock: Clock) 
             f"| {name} | {one.median / 1e3:.1f} | {one.q10 / 1e3:.1f} | {one.q90 / 1e3:.1f} | "
             f"{ratio:.2f} | {goal or ''} | {met} |"
         )
+        if met == "no" and goal is not None:
+            excess = one.median - base / goal
+            missed.append(
+                f"{name} misses its goal by {excess / 1e3:.1f} ms, {excess / one.median:.0%} of "
+                "its time."
+            )
+    lines += ["", *missed] if missed else []
     parts = list(dict.fromkeys(part for share in shares.values() for part in share))
     lines += ["", "Share of the time, by torch's profiler:", ""]
     lines += ["| way | " + " | ".join(parts) + " |", "| --- |" + " ---: |" * len(parts)]
