@@ -604,3 +604,10 @@ def test_the_callback_refuses_the_best_model_at_the_end(tmp_path: Path):
     )  # fmt: skip
     with pytest.raises(FlowError, match="load_best_model_at_end"):
         trainer.train()
+
+
+def test_a_pattern_needs_no_quotes_and_a_rate_no_point() -> None:
+    from nmflow.experiments.reading import plain
+
+    read = plain("{a: 1:16, b: [2:4, 1:16@64], c: 3e-3, d: 10, e: -1.5}", "here")
+    assert read == {"a": "1:16", "b": ["2:4", "1:16@64"], "c": 0.003, "d": 10, "e": -1.5}

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,11 +22,12 @@ from pydantic import (
 )
 
 from nmflow.errors import ConfigError, NMFlowError
+from nmflow.experiments.reading import plain
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-# PyYAML reads `true` for a count as 1 unless integers are strict; floats may come as text ("3e-3").
+# `true` for a count would be 1 unless integers are strict.
 Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, gt=0)]
 Globs = str | list[str]
@@ -325,16 +325,6 @@ def parse(kind: type[BaseModel], raw: Any, where: str) -> Any:
 def digest(value: Any) -> str:
     """SHA-256 of a plain value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def plain(text: str, where: str) -> Any:
-    """The plain value that a text of YAML stands for."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where} is no YAML{line}: mend its syntax") from None
 
 
 def _sentence(kind: type[BaseModel], failure: ValidationError) -> str:

@@ -181,7 +181,9 @@ def run(
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}: choose from {', '.join(BACKENDS)}")
     _check_networks(sweep.runs)
-    prepare(sweep)
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process writes
+    if first:
+        prepare(sweep)
     many = sweep.workers if workers is None else workers
     from nmflow.experiments.table import write_table
 
@@ -194,7 +196,7 @@ def run(
 
         return run_all(sweep.runs, sweep.store, many, sweep.threads, notify)
     finally:
-        if sweep.finished:
+        if first and sweep.finished:
             write_table(sweep)
 
 

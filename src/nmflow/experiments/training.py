@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
 from nmflow.audit import audit
+from nmflow.errors import ConfigError
 from nmflow.experiments import budget, tasks
 from nmflow.experiments.config import Run
 from nmflow.experiments.costs import counted
@@ -98,6 +100,7 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
             split: _figures(trainer.evaluate(getattr(problem, split), metric_key_prefix=split))
             for split in ("validation", "test")
         }
+        _check_converged(run, final)
         result = {
             "run": run.model_dump(mode="json"),
             "id": run.id,
@@ -211,6 +214,16 @@ def _figures(metrics: dict[str, float]) -> dict[str, float]:
         for key, value in metrics.items()
         if not key.startswith("nmflow_") and not any(word in key for word in skip)
     }
+
+
+def _check_converged(run: Run, final: dict[str, dict[str, float]]) -> None:
+    for split, figures in final.items():
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise ConfigError(
+                    f"training.learning_rate is {run.training.learning_rate}: the run diverged, "
+                    f"its {split} {name} is {value}; lower it or clip harder"
+                )
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
