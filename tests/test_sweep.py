@@ -134,7 +134,7 @@ def test_overrides_reach_the_sweep_and_its_base(tmp_path: Path):
         ({"axes": {**AXES, "options.lenght": [8]}}, "did you mean 'length'"),
         ({"axes": {**AXES, "placement": [{"inclde": "ff"}]}}, "sets 'inclde'.*'include'"),
         ({"axes": {**AXES, "seed": [0, 1, 0]}}, "cells 1 and 9 are the same run.*seed 0"),
-        ({"axes": {"recipe": ["sr-ste"], "pattern": [68]}}, 'write "1:16"'),
+        ({"axes": {"recipe": ["sr-ste"], "pattern": [68]}}, "pattern.* is 68"),
         ({"axes": {"recipe": ["sr-ste"], "pattern": ["1:4", "9:4"]}}, "cell 2 .*'9:4'"),
         ({"axes": {"pattern": ["1:4"]}}, "the key 'recipe' is missing"),
         ({"axes": {**AXES, "p": [{"pattern": "1:4"}]}}, "'pattern' and 'p' both set 'pattern'"),
@@ -285,7 +285,7 @@ def test_a_cell_that_fails_keeps_no_other_from_running(tmp_path: Path):
 
 
 def test_kill_nine_in_mid_sweep_then_the_same_command(tmp_path: Path):
-    training = {**BASE["training"], "steps": 240, "save_every": 20, "log_every": 20}
+    training = {**BASE["training"], "steps": 120, "save_every": 20, "log_every": 20}
     axes = {"recipe": ["sr-ste", "mdgf-exponential"], "seed": [0, 1]}
     path = file(tmp_path, axes, base={**BASE, "training": training}, workers=2)
     command = [sys.executable, "-c", "import nmflow.cli; nmflow.cli.main()", "sweep", str(path)]
@@ -415,8 +415,22 @@ def test_steps_and_budget_replace_each_other_on_the_command_line(tmp_path: Path)
     (tmp_path / "a.yaml").write_text(json.dumps({**BASE, "recipes": ["sr-ste"]}))
     found = config.load(tmp_path / "a.yaml", ["training.budget=1e9"])
     assert (found.training.steps, found.training.budget) == (0, 1e9)
-    cost = CliRunner().invoke(app(), ["cost", str(ROOT / "configs" / "demo.yaml")])
+    again = config.load(tmp_path / "a.yaml", ["training.budget=1e9", "training.steps=7"])
+    assert (again.training.steps, again.training.budget) == (7, None)
+
+
+def test_cost_and_smoke_of_a_config_with_a_budget(tmp_path: Path):
+    training = {k: v for k, v in BASE["training"].items() if k != "steps"}
+    recipe = {"name": "mdgf-linear", "dense": 30, "finetune": 0.2}
+    raw = {**BASE, "pattern": "1:8", "recipes": [recipe], "output": str(tmp_path / "runs")}
+    path = tmp_path / "a.yaml"
+    path.write_text(json.dumps({**raw, "training": {**training, "budget": 2e8}}))
+    cost = CliRunner().invoke(app(), ["cost", str(path)])
     assert cost.exit_code == 0, cost.output
+    assert "dense (30 steps)" in cost.output
+    smoke = CliRunner().invoke(app(), ["train", str(path), "--smoke"])
+    assert smoke.exit_code == 0, smoke.output
+    assert "of 2e+08 training FLOPs" in smoke.output.replace("\n", " ")
 
 
 # -- Ray ------------------------------------------------------------------------------------------

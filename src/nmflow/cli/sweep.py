@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,8 @@ def sweep(
     from nmflow.experiments import sweep as sweeps
 
     found = sweeps.load(file, set_ or (), output)
-    console = Console(soft_wrap=True)
+    # Under torchrun only the first process speaks.
+    console = Console(soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
     done = len(found.finished)
     known = f", {done} are finished" if done else ""
     console.print(f"{len(found.cells)} cells into {found.store}{known}", soft_wrap=True)

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from nmflow.errors import ConfigError
 from nmflow.experiments import config
 from nmflow.experiments.config import Count, Run, Strict
+from nmflow.experiments.reading import plain
 from nmflow.experiments.results import SWEEP, RunFolder, one_sentence, write_json
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"override is {text!r}: write key.path=value")
-        value = config.plain(value, f"override {text!r}")
+        value = plain(value, f"override {text!r}")
         key = key.removeprefix("overrides.")
         if key.partition(".")[0] in File.model_fields:
             config.set_key(raw, key, value)
@@ -242,11 +243,6 @@ def _together(name: str, value: Any) -> bool:
 def _settings(name: str, value: Any, where: str) -> dict[str, Any]:
     if not _together(name, value):
         _known(name, f"{where}: axis {name!r} is", where)
-        if name == "pattern" and isinstance(value, int):
-            raise ConfigError(
-                f"{where}: axis 'pattern' holds {value}, as YAML reads 1:16 without quotes: "
-                'write "1:16"'
-            )
         return {name: value}
     for key in value:
         if key != "label":
