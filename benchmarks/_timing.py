@@ -104,14 +104,15 @@ def cpu_name() -> str:
 
 def facts() -> dict[str, str | int]:
     """What every row says of where it was measured."""
+    there = native.available()
     return {
         "cpu": cpu_name(),
-        "features": " ".join(native.features()),
-        "isa": native.isa(),
+        "features": " ".join(native.features()) if there else "",
+        "isa": native.isa() if there else "none: plain torch",
         "dense_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "all"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "compiler": native.library().nmflow_compiler().decode(),
+        "compiler": native.library().nmflow_compiler().decode() if there else "none",
         "python": platform.python_version(),
     }
 

@@ -14,12 +14,9 @@ in every forward pass.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import platform
 import resource
 import statistics
-import sys
 import time
 
 import torch
@@ -27,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nmflow
+from _timing import facts, write_csv
 
-GOALS = {1600: 1.05, 256: None, 128: None}
-NATIVE_GOALS = {1600: 1.01, 256: 1.05, 128: 1.08}
+GOALS = {1600: 1.01, 256: 1.05, 128: 1.08}  # in plain torch, without the library: 1.05 at 1600
 RECIPES = {
     "mdgf-exponential": nmflow.MDGF("exponential", finetune=0.0),
     "sr-ste": nmflow.SRSTE(),
@@ -42,6 +39,7 @@ class InForward(nn.Linear):
     n, m, delta = 1, 16, 0.5
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mask, multiply, and only then compute."""
         groups = self.weight.detach().abs().reshape(-1, self.m)
         drop = groups.argsort(dim=1)[:, : self.m - self.n]
         mask = torch.ones_like(groups).scatter_(1, drop, self.delta).reshape(self.weight.shape)
@@ -51,6 +49,7 @@ class InForward(nn.Linear):
 
 
 def network(linear: type[nn.Linear]) -> nn.Sequential:
+    """The feed-forward pair of ViT-Base."""
     torch.manual_seed(0)
     return nn.Sequential(linear(768, 3072), nn.GELU(), linear(3072, 768))
 
@@ -69,6 +68,7 @@ class Way:
             )
 
     def step(self, x: Tensor) -> float:
+        """Seconds of one training step."""
         begin = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=False)
         self.model(x).square().mean().backward()
@@ -77,6 +77,7 @@ class Way:
 
 
 def measure(tokens: int, rounds: int, fused: bool) -> list[dict[str, object]]:
+    """A row for each way, in turns."""
     ways = [Way(name, fused) for name in ("dense", *RECIPES, "in-forward")]
     x = torch.randn(tokens, 768)
     for _ in range(2):
@@ -120,6 +121,7 @@ def memory() -> str:
 
 
 def main() -> None:
+    """Print the ways side by side."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1600, 256, 128])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -128,41 +130,24 @@ def main() -> None:
     parser.add_argument("--csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    where = (
-        f"{cpu()}, {args.threads} threads, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, nmflow {nmflow.__version__}, native kernels: "
-        f"{nmflow.native.available()}, AdamW {'fused' if args.fused else 'default'}"
-    )
-    print(where)
+    where = facts() | {"adamw": "fused" if args.fused else "default"}
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
     rows = []
     for tokens in args.tokens:
         rows += measure(tokens, args.rounds, args.fused)
     print(f"{'tokens':>7} {'way':<18} {'ms':>8} {'× dense':>8} {'quartiles':>14}  goal")
     for row in rows:
-        goal = (
-            f"≤ {NATIVE_GOALS.get(row['tokens'], '-')} (plain torch ≤ {GOALS.get(row['tokens'])})"
-            if row["way"] in RECIPES
-            else ""
-        )
+        goal = f"≤ {GOALS.get(row['tokens'], '-')}" if row["way"] in RECIPES else ""
         print(
             f"{row['tokens']:>7} {row['way']:<18} {row['ms']:>8.2f} {row['ratio']:>8.3f} "
             f"{row['ratio_q25']:>6.3f}–{row['ratio_q75']:<6.3f}  {goal}"
         )
     print(memory())
-    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MB")
+    print(
+        f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MB"
+    )
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], "machine"])
-            writer.writeheader()
-            writer.writerows({**row, "machine": where} for row in rows)
-
-
-def cpu() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(x.split(":")[1].strip() for x in file if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or sys.platform
+        write_csv(args.csv, [{**row, **where} for row in rows])
 
 
 if __name__ == "__main__":

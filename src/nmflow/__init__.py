@@ -13,13 +13,13 @@ from nmflow.pattern import Pattern
 from nmflow.recipes import MDGF, SDGF, SRSTE, STE, STEP, Dense, Hybrid, OneShot, Recipe
 from nmflow.schedules import Stage
 from nmflow.targets import Target, plan
+from nmflow.version import __version__
 
 if TYPE_CHECKING:
     from nmflow import kernels
     from nmflow.diagnostics import track
     from nmflow.packed import compress, decompress, load, save
 
-__version__ = "0.1.0"
 __all__ = [
     "MDGF",
     "SDGF",
@@ -34,6 +34,7 @@ __all__ = [
     "Recipe",
     "Stage",
     "Target",
+    "__version__",
     "attach",
     "audit",
     "compress",

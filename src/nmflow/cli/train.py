@@ -38,7 +38,7 @@ def train(
     folder = output or experiment.folder
     done = sum(RunFolder(folder / run.id).finished for run in runs)
     # Under torchrun only the first process speaks.
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = Console(soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
     console.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
     if done < len(runs):
         # Only now: importing torch and transformers takes seconds.

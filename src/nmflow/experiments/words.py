@@ -56,8 +56,7 @@ def not_shown(setting: Setting) -> list[str]:
         "this split.",
         "Speed: FLOPs and bytes are counted for an N:M implementation, not timed; these runs "
         "multiply dense tensors that hold zeros.",
-        "Quality at equal cost: all took as many steps, whose training FLOPs are "
-        f"{_flops(setting)} of the dense ones.",
+        _equal(setting),
         "Whether sparsity is worth it: a narrower dense network with as many parameters or FLOPs, "
         "the rival of every sparse one, was not trained here.",
         "The best that each recipe can do: no recipe was tuned, all share one learning rate and "
@@ -78,6 +77,20 @@ def not_shown(setting: Setting) -> list[str]:
             "interval a difference is none that was shown; nor are the two shown to be equal.",
         )
     return out
+
+
+def _equal(setting: Setting) -> str:
+    first = {r.title: next(iter(r.runs.values())) for r in setting.recipes}
+    if any(result["run"]["training"].get("budget") for result in first.values()):
+        steps = ", ".join(f"{result['steps']:,} ({title})" for title, result in first.items())
+        return (
+            "Quality at equal steps: all were given the same training FLOPs, which pay for steps: "
+            f"{steps}."
+        )
+    return (
+        "Quality at equal cost: all took as many steps, whose training FLOPs are "
+        f"{_flops(setting)} of the dense ones."
+    )
 
 
 def _flops(setting: Setting) -> str:

@@ -49,7 +49,7 @@ def write(
     Raises:
         CompressError: the folder cannot be written, or a tensor has a dtype no file holds.
     """
-    from nmflow import __version__
+    from nmflow.version import __version__
 
     path = Path(folder)
     data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

@@ -139,6 +139,6 @@ def cpu_name() -> str:
 
 def version_text() -> str:
     """Versions of nmflow, torch and Python."""
-    from nmflow import __version__
+    from nmflow.version import __version__
 
     return f"nmflow {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
