@@ -22,6 +22,7 @@ from nmflow.experiments import comparing, words
 from nmflow.experiments.blocks import number, quantity
 from nmflow.experiments.config import Run
 from nmflow.experiments.report import write_report
+from nmflow.experiments.results import finished_runs
 from nmflow.experiments.statistics import holm, paired, summary
 
 RECIPES = {"dense": "Dense", "sr-ste": "SR-STE", "mdgf-linear": "Linear", "sdgf-stepwise": "Steps"}
@@ -291,3 +292,12 @@ def test_numbers_are_set_as_people_read_them():
     assert number(-0.00001, 3) == "0.000"
     assert number(0.25, 2, sign=True) == "+0.25"
     assert quantity(7e9) == "7 G"
+
+
+def test_a_result_of_another_version_is_one_sentence(tmp_path: Path):
+    for name, text in (("old", '{"run": {}}'), ("cut", '{"run": ')):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "result.json").write_text(text)
+        with pytest.raises(ConfigError, match="run again"):
+            finished_runs([folder])

@@ -31,6 +31,13 @@ def one_sentence(path: Path | str) -> Iterator[None]:
         ) from None
 
 
+# What a report reads of a result.
+_READ = {
+    *("run", "id", "recipe", "pattern", "seed", "headline", "setting_hash", "data", "test"),
+    *("history", "tracked", "noise", "audit", "cost", "versions", "machine"),
+}
+
+
 def write(path: Path, content: bytes | str) -> None:
     """Write a whole file or nothing: a temporary file beside it, flushed, then renamed."""
     data = content.encode() if isinstance(content, str) else content
@@ -147,13 +154,25 @@ def finished_runs(folders: list[Path | str]) -> list[dict[str, Any]]:
                 f"runs is {str(folder)!r}: no such folder; give the output of a training"
             )
         for path in _results_in(Path(folder)):
-            found.setdefault(path.resolve(), {**read_json(path), "folder": str(path.parent)})
+            found.setdefault(path.resolve(), {**_whole(path), "folder": str(path.parent)})
     if not found:
         raise ConfigError(
             f"runs is {', '.join(str(f) for f in folders)!r}: no finished run (no {RESULT}) in it; "
             "train first with 'nmflow train CONFIG'"
         )
     return list(found.values())
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """A result that a report can read: one of an older version is refused."""
+    result = read_json(path)
+    absent = sorted(_READ - set(result)) if isinstance(result, dict) else ["a mapping"]
+    if absent:
+        raise ConfigError(
+            f"runs holds {str(path)!r}, which lacks {', '.join(absent)}: it is of an older "
+            "version; train that run again, or name other folders"
+        )
+    return result
 
 
 def _results_in(folder: Path) -> list[Path]:
