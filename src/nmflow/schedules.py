@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from nmflow.errors import RecipeError
 from nmflow.pattern import Pattern
 
-DECAY_END = math.exp(-5)
-"""δ at the end of an exponential decay whose β is solved rather than given."""
-
 
 @dataclass(frozen=True)
 class Stage:

@@ -45,9 +45,18 @@ class Windows:
         return {"input_ids": batch, "labels": labels}
 
 
+def windows(ids: dict[str, Any], length: int) -> dict[str, Windows]:
+    """The windows of each split; those of `train` overlap, so that an epoch draws random crops."""
+    import torch
+
+    return {
+        split: Windows(torch.from_numpy(values), length, 1 if split == "train" else length)
+        for split, values in ids.items()
+    }
+
+
 def build(run: Run) -> Problem:
     """The problem: characters of the training text are the vocabulary, one more for all others."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from nmflow.experiments import models
@@ -70,17 +79,13 @@ def build(run: Run) -> Problem:
         "eos_token_id": None,
         "use_cache": False,
     }
-    # A stride of one makes every epoch's permutation a draw of random crops.
-    sets = {
-        split: Windows(torch.from_numpy(values), length, 1 if split == "train" else length)
-        for split, values in ids.items()
-    }
+    sets = windows(ids, length)
     return Problem(
         data=card,
         train=sets["train"],
         validation=sets["validation"],
         test=sets["test"],
-        collate=_same,
+        collate=same,
         model=lambda: models.build(run.model, AutoModelForCausalLM, fields),
         example=sets["test"].__getitems__([0]),
         headline="accuracy",
@@ -109,7 +114,8 @@ def _encoded(data: Data) -> Any:
     return _cached(data.model_dump_json())
 
 
-def _same(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def same(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch, which the data set has made whole."""
     return batch
 
 

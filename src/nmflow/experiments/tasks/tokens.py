@@ -49,10 +49,7 @@ def build(run: Run) -> Problem:
         "eos_token_id": None,
         "use_cache": False,
     }
-    sets = {
-        split: lm.Windows(torch.from_numpy(values), length, 1 if split == "train" else length)
-        for split, values in ids.items()
-    }
+    sets = lm.windows(ids, length)
 
     def reduce(logits: Any, labels: Any) -> Any:
         # Of each token but the first: was it the likeliest, and its loss in nats.
@@ -67,7 +64,7 @@ def build(run: Run) -> Problem:
         train=sets["train"],
         validation=sets["validation"],
         test=sets["test"],
-        collate=_same,
+        collate=lm.same,
         model=lambda: models.build(run.model, AutoModelForCausalLM, fields),
         example=sets["test"].__getitems__([0]),
         headline="perplexity",
@@ -92,10 +89,6 @@ def _cached(dump: str, options: str) -> Any:
         ends: Any = [made.eos_token_id]
         ids[split] = np.array([i for row in rows["input_ids"] for i in row + ends], np.int64)
     return ids, made, found.card
-
-
-def _same(batch: Any) -> Any:
-    return batch
 
 
 def _figures(prediction: Any) -> dict[str, float]:
