@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,11 @@ def fade(decay: str, beta: float | None, j: int, span: int) -> float:
     return math.exp(-(5.0 * j / span if beta is None else beta * j))
 
 
+def cubic(final: Fraction, done: Fraction) -> Fraction:
+    """The density of gradual pruning when a share of its steps is done."""
+    return final + (1 - final) * (1 - done) ** 3
+
+
 def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Frame | None:
     """What the network computes with after k steps; None is the dense weight."""
     options = case.kwargs
@@ -104,6 +110,9 @@ def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Fra
     if case.kind in ("OneShot", "STE", "SRSTE", "STEP") or k >= end:
         return (n, m), None, 0.0
     j, span = k - dense, end - dense
+    if case.kind == "Gradual":
+        kept = math.ceil(m * cubic(Fraction(n, m), Fraction(j, span)))
+        return (max(n, min(kept, m - 1)), m), None, 0.0
     if case.kind == "MDGF":
         return (n, m), None, fade(options["decay"], options.get("beta"), j, span)
     frames = ladder(options["structure"], n, m, length)
@@ -187,7 +196,8 @@ class Reference:
 
     def effective(self) -> dict[str, torch.Tensor]:
         """What the network computes with now, as differentiable functions of the dense weight."""
-        masked = self.case.kind == "OneShot" or self.case.kwargs.get("gradient") == "masked"
+        usual = "masked" if self.case.kind in ("OneShot", "Gradual") else "straight-through"
+        masked = self.case.kwargs.get("gradient", usual) == "masked"
         weights: dict[str, torch.Tensor] = {}
         for name, spec in self.targets.items():
             dense, masks = self.model.get_parameter(name), self._masks(name)

@@ -43,6 +43,7 @@ CASES = [
     Case("ste", "STE", {"dense": 2}),
     Case("sr-ste", "SRSTE", {"lam": 0.05, "dense": 2}),
     Case("step", "STEP", {"lam": 0.05, "dense": 5}),
+    Case("gradual", "Gradual", {"dense": 2, "finetune": 4}),
     Case("mdgf-linear", "MDGF", _mdgf("linear", "straight-through")),
     Case("mdgf-linear-masked", "MDGF", _mdgf("linear", "masked")),
     Case("mdgf-exp", "MDGF", _mdgf("exponential", "straight-through")),
@@ -56,6 +57,9 @@ CASES = [
 MORE_CASES = [
     Case("ste-at-once", "STE"),
     Case("sr-ste-at-once", "SRSTE", {"lam": 0.05}),
+    Case("gradual-at-once", "Gradual", {"finetune": 0}),
+    Case("gradual-st", "Gradual", {"dense": 2, "finetune": 4, "gradient": "straight-through"}),
+    Case("gradual-frozen", "Gradual", {"dense": 2, "finetune": 4}, {"freeze_mask": True}),
     Case("mdgf-beta", "MDGF", _mdgf("exponential", "masked", beta=0.9)),
     Case("mdgf-linear-beta", "MDGF", _mdgf("linear", "straight-through", beta=0.2)),
     Case("mdgf-at-once", "MDGF", {"decay": "exponential", "dense": 0, "finetune": 0}),
@@ -71,6 +75,7 @@ MORE_CASES = [
 
 INTERVAL_CASES = [
     Case("ste-interval", "STE", {"dense": 2}, {"mask_interval": 3}),
+    Case("gradual-interval", "Gradual", {"dense": 2, "finetune": 4}, {"mask_interval": 3}),
     Case("mdgf-interval", "MDGF", _mdgf("linear", "masked"), {"mask_interval": 3}),
     Case(
         "hybrid-interval",

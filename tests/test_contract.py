@@ -103,7 +103,7 @@ def test_dtype(case: Case, family: str, dtype: torch.dtype) -> None:
     check_row(case, BY_ID[family], "adamw-plain" if case.kind == "STEP" else "sgd", dtype)
 
 
-@pytest.mark.parametrize("case", INTERVAL_CASES[:2], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", INTERVAL_CASES[:3], ids=lambda case: case.id)
 def test_mask_interval(case: Case) -> None:
     """Masks are taken at every third step, and when the pattern changes; delta moves each step."""
     check_row(case, MLP, "adamw-foreach")
@@ -178,6 +178,44 @@ def test_only_one_copy_lives_between_steps() -> None:
         for group in run.optimizer.param_groups:
             assert group["nmflow_step"] == 3
             assert isinstance(group["nmflow_recipe"], str)
+
+
+def test_a_pruned_weight_comes_back_when_others_shrink_below_it() -> None:
+    """Under gradual's masked rule it keeps its value, and gets no gradient, while it is pruned."""
+    model = torch.nn.Linear(4, 1, bias=False)
+    model.weight.data = torch.tensor([[8.0, 4.0, 2.0, 1.0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    recipe = nmflow.Gradual(finetune=0)
+    flow = nmflow.attach(model, optimizer, recipe, "1:4", include="*", total_steps=4)
+    steps = [  # 3, 3, 2, 2 of 4 are kept, and 1 in the end; 9 only meets pruned weights
+        ([0.0, 0.0, 1.5, 9.0], [8.0, 4.0, 0.5, 1.0], [8.0, 4.0, 0.0, 1.0]),
+        ([0.0, 0.0, 9.0, 0.25], [8.0, 4.0, 0.5, 0.75], [8.0, 4.0, 0.0, 0.0]),
+        ([7.5, 0.0, 9.0, 9.0], [0.5, 4.0, 0.5, 0.75], [0.0, 4.0, 0.0, 0.75]),
+        ([9.0, 3.5, 9.0, 0.0], [0.5, 0.5, 0.5, 0.75], [0.0, 0.0, 0.0, 0.75]),
+    ]
+    assert model.weight.tolist() == [[8.0, 4.0, 2.0, 0.0]]
+    for g, dense, shown in steps:
+        model.weight.grad = torch.tensor([g])
+        optimizer.step()
+        assert flow.dense_weights()["weight"].tolist() == [dense]
+        assert model.weight.tolist() == [shown]
+
+
+def test_gradual_at_1_128_keeps_one_fewer_by_one() -> None:
+    """127 patterns in a row, and a state that is no larger than under any other recipe."""
+    model = torch.nn.Linear(256, 3)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    recipe = nmflow.Gradual(finetune=100)
+    nmflow.attach(model, optimizer, recipe, "1:128", include="*", total_steps=1100)
+    met = []
+    for _ in range(1100):
+        kept = (model.weight != 0).reshape(6, 128).sum(1)
+        assert kept.unique().numel() == 1
+        met.append(int(kept[0]))
+        model.weight.grad = torch.randn(3, 256)
+        optimizer.step()
+    assert list(dict.fromkeys(met)) == list(range(127, 0, -1))
+    assert set(optimizer.state[model.weight]) == {"momentum_buffer", "nmflow_dense"}
 
 
 def test_recipes_by_name_are_the_dataclasses() -> None:

@@ -16,7 +16,7 @@ from nmflow.cost import RULE, cost, shares
 from nmflow.errors import DataError, PlanError, RecipeError
 from nmflow.flops import count
 from nmflow.pattern import Pattern
-from nmflow.recipes import MDGF, SDGF, SRSTE, Hybrid, OneShot
+from nmflow.recipes import MDGF, SDGF, SRSTE, Gradual, Hybrid, OneShot
 from nmflow.schedules import Stage
 
 transformers = pytest.importorskip("transformers")
@@ -273,6 +273,12 @@ def test_training_flops_by_phase_follow_the_rule():
     assert found.training["decay"] == 80 * step_by_hand(1 / 16)
     found = run(SDGF("stepwise", finetune=0.0))  # 15, 8, 4, 2, 1 of 16, twenty steps each
     assert found.training["decay"] == sum(20 * step_by_hand(n / 16) for n in (15, 8, 4, 2, 1))
+    found = run(Gradual(dense=0.1, finetune=0.8))  # ten steps: ⌈1 + 15·(1 - t/10)³⌉ of 16
+    kept = (15, 12, 9, 7, 5, 3, 2, 2, 2, 2)
+    assert found.training["decay"] == sum(step_by_hand(n / 16, n / 16) for n in kept)
+    assert found.training["finetune"] == 80 * step_by_hand(1 / 16, 1 / 16)
+    found = run(Gradual(gradient="straight-through", dense=0.1, finetune=0.8))
+    assert found.training["decay"] == sum(step_by_hand(n / 16) for n in kept)
     found = run("dense")
     assert found.training == {"dense": 100 * step_by_hand(1)}
     assert found.flops == found.dense_flops

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
 )
 
-CASES = ["sr-ste", "mdgf-linear-masked", "hybrid", "one-shot", "mdgf-frozen"]
+CASES = ["sr-ste", "mdgf-linear-masked", "hybrid", "one-shot", "mdgf-frozen", "gradual"]
 
 
 def _process(rank: int, check: Callable[[int, Path], None], folder: Path) -> None:
@@ -141,6 +141,7 @@ SHARDED = [ODD, EVEN_PANELS]
 SHARDED += [FAMILY[name] for name in ("fused-qkv", "hf-conv1d", "encoder-layer", "linear")]
 PAIRS = [(ODD, "one-shot"), (EVEN_PANELS, "hybrid"), (FAMILY["fused-qkv"], "mdgf-linear-masked")]
 PAIRS += [(FAMILY["hf-conv1d"], "sr-ste"), (FAMILY["encoder-layer"], "mdgf-frozen")]
+PAIRS += [(FAMILY["linear"], "gradual")]
 
 
 def shard(model: nn.Module) -> nn.Module:

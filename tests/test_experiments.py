@@ -321,7 +321,9 @@ def test_a_network_that_cannot_be_built(model: dict[str, Any], said: str):
 # -- runs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["dense", "sr-ste", "mdgf-linear", "sdgf-geometric", "hybrid"])
+@pytest.mark.parametrize(
+    "recipe", ["dense", "sr-ste", "gradual", "mdgf-linear", "sdgf-geometric", "hybrid"]
+)
 def test_a_run_ends_as_an_audited_network(recipe: str, tmp_path: Path):
     run = one(recipe, training={**DEMO["training"], "noise_batches": 3})
     seen = []
@@ -386,7 +388,9 @@ class Stop(NMFlowError):
     pass
 
 
-@pytest.mark.parametrize("recipe", ["sr-ste", "mdgf-exponential", "sdgf-stepwise", "hybrid"])
+@pytest.mark.parametrize(
+    "recipe", ["sr-ste", "gradual", "mdgf-exponential", "sdgf-stepwise", "hybrid"]
+)
 @pytest.mark.parametrize("at", [8, 20])
 def test_a_stopped_run_ends_bit_equal(recipe: str, at: int, tmp_path: Path):
     # Dropout draws random numbers, which a resume has to continue, too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -183,6 +184,54 @@ def test_hybrid() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [  # ⌈N + (M - N)·(1 - t/8)³⌉ by hand, at most M - 1
+        ("1:16", [15, 12, 8, 5, 3, 2, 2, 2]),
+        ("1:4", [3, 3, 3, 2, 2, 2, 2, 2]),
+        ("2:4", [3] * 8),
+        ("3:8", [7, 7, 6, 5, 4, 4, 4, 4]),
+        ("1:128", [127, 87, 55, 33, 17, 8, 3, 2]),
+        ("1:2", [1] * 8),
+        ("7:8", [7] * 8),
+        ("4:4", [4] * 8),
+        ("1:1", [1] * 8),
+    ],
+)
+@pytest.mark.parametrize("panel", ["", "@8"])
+def test_gradual(pattern: str, kept: list[int], panel: str) -> None:
+    pattern, m = pattern + panel, pattern.partition(":")[2] + panel
+    recipe = nmflow.Gradual(dense=1, finetune=2)
+    stages = walk(recipe, 11, pattern)
+    assert [s.phase for s in stages] == ["dense"] + ["decay"] * 8 + ["finetune"] * 2 + ["final"]
+    assert [str(s.pattern) for s in stages[1:]] == [f"{n}:{m}" for n in kept] + [pattern] * 3
+    assert all(s.delta == 0.0 and s.previous is None for s in stages[1:])
+    assert str(recipe.patterns(Pattern(pattern), 4096)[-1]) == pattern
+
+
+@given(st.integers(1, 200), st.data(), st.integers(1, 10**7), st.sampled_from([1, 8]))
+def test_the_cubic_law(m: int, data: Any, span: int, panel: int) -> None:
+    """The least n that the law's density does not exceed; N at the end and above it before."""
+    n, t = data.draw(st.integers(1, m)), data.draw(st.integers(0, span - 1))
+    final, recipe = Pattern.of(n, m, panel), nmflow.Gradual(finetune=0)
+    found = recipe.stage(t, span, final, m).pattern
+    density = Fraction(n, m) + (1 - Fraction(n, m)) * (1 - Fraction(t, span)) ** 3
+    assert found is not None
+    assert found in recipe.patterns(final, m)
+    assert Fraction(found.n, m) >= density or found.n == m - 1
+    assert Fraction(found.n - 1, m) < density
+    assert found.n > n or n >= m - 1
+    assert found.n <= max(m - 1, n)
+    assert recipe.stage(span, span, final, m).pattern == final
+
+
+def test_gradual_lists_every_pattern_once() -> None:
+    listed = nmflow.Gradual().patterns(Pattern("1:128"), 128)
+    assert [str(p) for p in listed] == [f"{n}:128" for n in range(127, 0, -1)]
+    met = {s.pattern for s in walk(nmflow.Gradual(), 5000, "1:128")}
+    assert met == set(listed)
+
+
+@pytest.mark.parametrize(
     "recipe",
     [nmflow.MDGF(decay="linear", dense=0.1, finetune=0.2), nmflow.MDGF(dense=10, finetune=20)],
     ids=["fractions", "steps"],
@@ -199,6 +248,12 @@ RECIPES = st.one_of(
     st.builds(nmflow.STE, dense=st.integers(0, 5)),
     st.builds(nmflow.SRSTE, dense=st.integers(0, 5)),
     st.builds(nmflow.OneShot, dense=st.integers(0, 5)),
+    st.builds(
+        nmflow.Gradual,
+        gradient=st.sampled_from(["straight-through", "masked"]),
+        dense=st.integers(0, 5),
+        finetune=st.integers(0, 5),
+    ),
     st.builds(
         nmflow.MDGF,
         decay=st.sampled_from(["linear", "exponential"]),
@@ -262,6 +317,7 @@ NAMES = {
     "one-shot": nmflow.OneShot(),
     "ste": nmflow.STE(),
     "sr-ste": nmflow.SRSTE(),
+    "gradual": nmflow.Gradual(),
     "mdgf-linear": nmflow.MDGF(decay="linear"),
     "mdgf-exponential": nmflow.MDGF(decay="exponential"),
     "sdgf-stepwise": nmflow.SDGF(structure="stepwise"),
@@ -282,7 +338,8 @@ def test_names(name: str) -> None:
 def test_defaults() -> None:
     assert nmflow.SRSTE().lam == 2e-4
     assert nmflow.OneShot().dense == 0.5
-    assert nmflow.MDGF().finetune == nmflow.SDGF().finetune == 0.2
+    assert nmflow.MDGF().finetune == nmflow.SDGF().finetune == nmflow.Gradual().finetune == 0.2
+    assert (nmflow.Gradual().gradient, nmflow.Gradual().dense) == ("masked", 0.0)
     assert (nmflow.MDGF().decay, nmflow.MDGF().beta) == ("exponential", None)
 
 
@@ -298,6 +355,8 @@ def test_defaults() -> None:
         (lambda: nmflow.Hybrid(beta=0), "beta"),
         (lambda: nmflow.MDGF(decay="cosine"), "cosine"),
         (lambda: nmflow.MDGF(gradient="none"), "gradient"),
+        (lambda: nmflow.Gradual(gradient="none"), "gradient"),
+        (lambda: nmflow.Gradual(dense=0.9, finetune=0.2), "0.9"),
         (lambda: nmflow.SDGF(structure="random"), "structure"),
         (lambda: nmflow.Hybrid(decay="x"), "decay"),
         (lambda: nmflow.MDGF(dense=0.6, finetune=0.6), "dense"),

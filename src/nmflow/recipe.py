@@ -11,6 +11,8 @@ from nmflow.errors import NMFlowWarning, RecipeError
 from nmflow.pattern import Pattern
 from nmflow.schedules import DENSE, Stage, check_amount, steps_of
 
+GRADIENTS = ("straight-through", "masked")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -132,7 +134,7 @@ def check_fading(recipe: Recipe) -> None:
             f"beta is {beta!r}: give a finite number above 0 per optimizer step, or None to have "
             "it solved from the decay phase"
         )
-    check_choice("gradient", recipe.gradient, ("straight-through", "masked"))
+    check_choice("gradient", recipe.gradient, GRADIENTS)
     check_phases(recipe)
 
 

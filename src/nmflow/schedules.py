@@ -6,6 +6,7 @@ pass of step `k + 1` sees. Nothing here counts or remembers.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -72,6 +73,10 @@ def exponential(t: int, span: int, beta: float | None) -> float:
 DECAYS = {"linear": linear, "exponential": exponential}
 
 
+# Every weight asks for its stage several times a step, and a pattern is parsed from text.
+_of = functools.cache(Pattern.of)
+
+
 def stepwise_frames(pattern: Pattern, length: int) -> tuple[Pattern, ...]:
     """(M-1):M, ⌈M/2⌉:M, ⌈M/4⌉:M … down to exactly N:M; none twice. `length` is not needed.
 
@@ -82,7 +87,7 @@ def stepwise_frames(pattern: Pattern, length: int) -> tuple[Pattern, ...]:
     n, m = pattern.n, pattern.m
     counts = [m - 1, *(math.ceil(m / 2**j) for j in range(1, m.bit_length() + 1))]
     kept = sorted({c for c in counts if c > n} | {n}, reverse=True)
-    return tuple(Pattern.of(c, m, pattern.panel) for c in kept)
+    return tuple(_of(c, m, pattern.panel) for c in kept)
 
 
 def geometric_frames(pattern: Pattern, length: int) -> tuple[Pattern, ...]:
@@ -98,7 +103,7 @@ def geometric_frames(pattern: Pattern, length: int) -> tuple[Pattern, ...]:
     for j in (3, 2, 1, 0):
         while j and length % (2**j * pattern.m):
             j -= 1
-        frames.append(Pattern.of(2**j * pattern.n, 2**j * pattern.m, pattern.panel))
+        frames.append(_of(2**j * pattern.n, 2**j * pattern.m, pattern.panel))
     return tuple(frames)
 
 
@@ -112,3 +117,22 @@ def frame_at(t: int, span: int, frames: int) -> tuple[int, int, int]:
     """
     index = min(t * frames // span, frames - 1)
     return index, -(-index * span // frames), -(-(index + 1) * span // frames)
+
+
+def cubic(t: int, span: int, pattern: Pattern) -> Pattern:
+    """n:M with n = ⌈N + (M - N)·(1 - t/span)³⌉, at most M - 1: N exactly at t = span, not before.
+
+    Example:
+        >>> [cubic(t, 8, Pattern("1:16")).n for t in range(9)]
+        [15, 12, 8, 5, 3, 2, 2, 2, 1]
+    """
+    n, m = pattern.n, pattern.m
+    # In whole numbers, since a float just above N would keep one more at t = span.
+    kept = n - (n - m) * (span - t) ** 3 // span**3
+    return _of(max(n, min(m - 1, kept)), m, pattern.panel)
+
+
+def cubic_frames(pattern: Pattern) -> tuple[Pattern, ...]:
+    """(M-1):M, (M-2):M … N:M: every pattern that `cubic` may give."""
+    n, m = pattern.n, pattern.m
+    return tuple(_of(kept, m, pattern.panel) for kept in range(max(n, m - 1), n - 1, -1))
