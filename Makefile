@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RUNS   ?= runs/demo
 
-.PHONY: help demo test test-slow lint format lock sanitize bench clean
+.PHONY: help demo test test-slow lint format lock sanitize bench study clean
 
 help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ bench: $(READY)  ## The benchmarks of docs/benchmarks; give them a quiet machine
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/end_to_end.py
+
+study: $(READY)  ## Make the pages of docs/study from the tables of its results
+	$(BIN)/python study/pages.py
 
 lock: $(READY)  ## Resolve requirements.lock anew
 	$(BIN)/pip-compile --quiet --extra dev --strip-extras --allow-unsafe --upgrade \
