@@ -161,7 +161,10 @@ def test_settings_keep_apart_what_differs_in_more_than_recipe_and_seed():
     other = result("sr-ste", 0, 2.0, 0.4)
     other["setting_hash"] = "another"
     found = comparing.settings([*results(), other], "sr-ste")
-    assert [len(setting.recipes) for setting in found] == [4, 1]
+    # The other has the same network and training, so the dense runs of the first are its bound.
+    assert [len(setting.recipes) for setting in found] == [4, 2]
+    assert len(found[1].lent) == 4
+    assert [run["setting_hash"] for run in found[1].own] == ["another"]
     assert [recipe.name for recipe in found[0].recipes] == list(RECIPES)
 
 
@@ -211,7 +214,7 @@ def test_the_pages_hold_every_figure(tmp_path: Path):
         assert "nmflow train configs/demo.yaml --set data.source=text" in text
         assert "holds 1:16 exactly" in text
     assert "a &lt;fast&gt; machine" in html
-    assert html.count("data:image/svg+xml;base64,") == 4
+    assert html.count("data:image/svg+xml;base64,") == 7
     # Nothing is asked of a network: no address but those inside the drawings' own markup.
     outside = re.sub(r'data:image/svg\+xml;base64,[^"]*', "", html)
     assert "http" not in outside

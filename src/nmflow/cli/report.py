@@ -16,11 +16,40 @@ def report(
     baseline: Annotated[
         str, typer.Option(help="The recipe that the others are compared with.")
     ] = "sr-ste",
+    time: Annotated[
+        bool,
+        typer.Option(
+            "--time",
+            help="Measure the inference time of each distinct saved network, on this machine.",
+        ),
+    ] = False,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="With --time: examples in a batch; by default 1.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="With --time: threads; by default 1.")
+    ] = None,
 ) -> None:
     """Write report.html, report.md and CSV files over the finished runs in RUNS."""
     from rich.console import Console
 
+    from nmflow.errors import ConfigError
+    from nmflow.experiments import times
     from nmflow.experiments.report import write_report
+    from nmflow.experiments.results import finished_runs
 
-    place = write_report(list(runs), output or runs[0] / "report", baseline)
+    for name, value in (("batch", batch), ("threads", threads)):
+        if value is not None and not time:
+            raise ConfigError(f"{name} is {value} without a measurement: add --time")
+    taken = None
+    if time:
+        batch, threads = batch or 1, threads or 1
+        results = finished_runs(list(runs))
+        with Console(stderr=True).status("measuring inference time") as status:
+            problems = times.measure(
+                results, batch, threads, progress=lambda what: status.update(f"measuring {what}")
+            )
+        taken = times.read(results, (batch, threads))
+        taken.problems = problems
+    place = write_report(list(runs), output or runs[0] / "report", baseline, taken)
     Console().print(f"report: {place}", soft_wrap=True)

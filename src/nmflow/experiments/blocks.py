@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nmflow.experiments.statistics import Paired, Summary
+
 
 @dataclass(frozen=True)
 class Text:
@@ -88,3 +90,20 @@ def quantity(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:.3g} {prefix}" if abs(value) < 1e18 else f"{value:.3g}"
     return f"{value:g}"
+
+
+def mean_sd(s: Summary) -> str:
+    """Mean and deviation; of one seed the figure alone.
+
+    Example:
+        >>> mean_sd(Summary(2, 0.5, 0.01)), mean_sd(Summary(1, 0.5, None))
+        ('0.500 ± 0.010', '0.500')
+    """
+    return f"{number(s.mean)} ± {number(s.sd)}" if s.sd is not None else number(s.mean)
+
+
+def difference(d: Paired) -> str:
+    """A paired difference with its interval, or that there is none."""
+    if d.low is None or d.high is None:
+        return f"{number(d.mean, 4, True)} (one seed)"
+    return f"{number(d.mean, 4, True)} [{number(d.low, 4, True)}, {number(d.high, 4, True)}]"

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, darkest first; each with a dash and a marker, so that grey print serves.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
-DASHES = ("-", "--", "-", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (3, 3)))
+_FINE = ((0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (3, 3)))
+DASHES = ("-", "--", (0, (9, 1)), "-.", *_FINE)
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*")
 STYLE: Any = {
     "svg.hashsalt": "nmflow",
@@ -35,25 +36,39 @@ STYLE: Any = {
 
 
 def style(place: int) -> dict[str, Any]:
-    """Colour, dash and marker of the recipe at a place of the setting."""
+    """Colour, dash and marker of the recipe at a place of the page; no two places share all three.
+
+    The first eight differ in each. Of the next the markers move on, so that no pair of colour and
+    marker comes back; from the 65th on the marker is the place itself.
+    """
+    turn, count = place // len(COLOURS), len(MARKERS)
+    marker = MARKERS[(place + 3 * turn) % count] if turn < count else f"${place}$"
     return {
         "color": COLOURS[place % len(COLOURS)],
-        "linestyle": DASHES[place % len(DASHES)],
-        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": DASHES[(place + turn) % len(DASHES)],
+        "marker": marker,
     }
 
 
-def draw(paint: Callable[[list[Axes]], None], columns: int = 1, height: float = 3.4) -> str:
-    """An SVG with as many axes side by side, painted."""
+def draw(
+    paint: Callable[[list[Axes]], None], columns: int = 1, height: float = 3.4, rows: int = 1
+) -> str:
+    """An SVG with as many axes, painted; `height` is of one row of them."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, height))
+        figure = Figure(figsize=(8.6, height * rows))
         FigureCanvasSVG(figure)
-        axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+        axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
         paint(axes)
         # One legend below for all axes, where it covers no line.
-        lines, names = axes[0].get_legend_handles_labels()
-        if names:
-            figure.legend(lines, names, loc="outside lower center", ncols=6, fontsize=8)
+        found = [ax.get_legend_handles_labels() for ax in axes]
+        named = {
+            name: line for lines, names in found for line, name in zip(lines, names, strict=True)
+        }
+        if named:
+            columns = min(6, max(1, int(620 / (45 + 4.4 * max(map(len, named))))))
+            figure.legend(
+                named.values(), named, loc="outside lower center", ncols=columns, fontsize=8
+            )
         sink = io.StringIO()
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": "nmflow"})
     return sink.getvalue()
@@ -84,12 +99,12 @@ def curves(setting: Setting) -> str:
         )
         for ax, (key, title) in zip(axes, both, strict=True):
             top = 0.0
-            for place, recipe in enumerate(setting.recipes):
+            for recipe in setting.recipes:
                 steps, values = series(recipe, key)
                 if not len(steps):
                     continue
-                mean, colour = values.mean(0), style(place)["color"]
-                ax.plot(steps, mean, label=recipe.title, **line(place))
+                mean, colour = values.mean(0), style(recipe.place)["color"]
+                ax.plot(steps, mean, label=recipe.title, **line(recipe.place))
                 ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0)
                 # The first tenth is steep for every recipe and would flatten the rest.
                 late = mean[steps > 0.1 * steps[-1]]
@@ -108,14 +123,14 @@ def schedule(setting: Setting) -> str:
 
     def paint(axes: list[Axes]) -> None:
         for ax, key in zip(axes, ("delta", "density"), strict=True):
-            for place, recipe in enumerate(setting.recipes):
+            for recipe in setting.recipes:
                 steps, values = series(recipe, key)
                 if not len(steps):
                     continue
                 fades = key == "delta" and recipe.name.startswith(("mdgf", "hybrid"))
                 drawn = "default" if fades else "steps-post"
                 mean = values.mean(0)
-                ax.plot(steps, mean, label=recipe.title, drawstyle=drawn, **line(place))
+                ax.plot(steps, mean, label=recipe.title, drawstyle=drawn, **line(recipe.place))
             ax.set_xlabel("optimizer step")
         axes[0].set_ylabel("δ")
         axes[1].set_ylabel("share of weights kept")
@@ -137,7 +152,7 @@ def differences(setting: Setting) -> str:
                 found = setting.comparison(recipe, metric)
                 if found is None or baseline is None:
                     continue
-                how = style(setting.recipes.index(recipe))
+                how = style(recipe.place)
                 base = baseline.values(metric)
                 dots = [v - base[s] for s, v in recipe.values(metric).items() if s in base]
                 ax.plot(
@@ -170,10 +185,10 @@ def tracked(setting: Setting, key: str, label: str) -> str:
 
     def paint(axes: list[Axes]) -> None:
         for ax, part in zip(axes, ("kept", "pruned"), strict=True):
-            for place, recipe in enumerate(setting.recipes):
+            for recipe in setting.recipes:
                 steps, values = series(recipe, f"{key}_{part}", "tracked")
                 if len(steps):
-                    ax.plot(steps, values.mean(0), label=recipe.title, **line(place))
+                    ax.plot(steps, values.mean(0), label=recipe.title, **line(recipe.place))
             ax.set_title(f"{part} weights", fontsize=10)
             ax.set_xlabel("optimizer step")
             ax.set_yscale("log")

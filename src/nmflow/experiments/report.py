@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import base64
-import csv
 import datetime
-import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from nmflow.experiments.blocks import Block, Code, Figure, Section, Table, Text
-from nmflow.experiments.comparing import Setting, settings
+from nmflow.experiments import families, overview, report_rows, tradeoffs
+from nmflow.experiments.blocks import Block, Code, Figure, Section, Text
+from nmflow.experiments.comparing import PLACEMENT, Setting, settings
+from nmflow.experiments.families import Group
 from nmflow.experiments.results import finished_runs, write
 from nmflow.experiments.sections import sections, title
-from nmflow.experiments.statistics import summary
+from nmflow.experiments.times import Times
+from nmflow.experiments.times import read as read_times
+from nmflow.experiments.words import Page
 
 OWN_DATA = """\
 # your own text: one file or a folder of .txt
@@ -27,15 +30,34 @@ nmflow train configs/digits.yaml --set data.source=images --set data.path=MY_FOL
     --output runs/mine
 nmflow report runs/mine
 """
+CLOSING = (
+    "Every key of a configuration can be set on the command line; Parquet files and data sets of "
+    "the hub are sources too (see the comments in configs/)."
+)
 
 
-def write_report(runs: Sequence[Path | str], output: Path, baseline: str = "sr-ste") -> Path:
-    """Write `report.html`, `report.md` with its `figures/`, `runs.csv` and `summary.csv`.
+@dataclass(frozen=True)
+class Part:
+    """A heading with its sections; `folded` ones open on a click, and all of them in print."""
+
+    title: str
+    sections: Sequence[Section]
+    folded: bool = False
+
+
+def write_report(
+    runs: Sequence[Path | str],
+    output: Path,
+    baseline: str = "sr-ste",
+    times: Times | None = None,
+) -> Path:
+    """Write `report.html`, `report.md` with `figures/`, `runs.csv`, `summary.csv`, `pareto.csv`.
 
     Args:
         runs: folders that hold finished runs, at any depth.
         output: where to write.
         baseline: the recipe, by name or label, that the others are paired with.
+        times: inference times; None reads those that are kept beside the runs.
 
     Returns:
         The path of the HTML page.
@@ -44,10 +66,25 @@ def write_report(runs: Sequence[Path | str], output: Path, baseline: str = "sr-s
         ConfigError: no finished run, or a folder that cannot be written.
     """
     results = finished_runs(list(runs))
+    times = read_times(results) if times is None else times
     found = settings(results, baseline)
-    parts = [(title(setting), sections(setting)) for setting in found]
+    contest = families.adjust(found)
+    groups = families.groups(found)
+    costs = tradeoffs.costs(groups, times)
+    if len(found) == 1:
+        page = Page(timed=bool(times.entries))
+        parts = [Part(title(found[0]), sections(found[0], page, costs))]
+    else:
+        front = [*overview.overview(groups, contest, results, baseline), *costs]
+        parts = [Part("All settings side by side", front)]
+        for group in groups:
+            page = _page(group, times)
+            parts += [
+                Part(_heading(group, setting), sections(setting, page), folded=True)
+                for setting in group.settings
+            ]
     context = {
-        "title": f"nmflow: {found[0].sample['run']['name']}" if len(found) == 1 else "nmflow",
+        "title": "nmflow: " + ", ".join(dict.fromkeys(s.sample["run"]["name"] for s in found)),
         "intro": _intro(results, found),
         "parts": parts,
         "closing": Section("The same with your own data", [Text(CLOSING), Code(OWN_DATA)]),
@@ -62,106 +99,58 @@ def write_report(runs: Sequence[Path | str], output: Path, baseline: str = "sr-s
     )
     place.filters["data_uri"] = _data_uri
     place.filters["cell"] = lambda text: text.replace("|", "\\|")
-    page = place.get_template("report.html.j2").render(context)
+    page_text = place.get_template("report.html.j2").render(context)
     plain = place.get_template("report.md.j2").render(context)
-    for number, (_, parts_of) in enumerate(parts):
-        for figure in _figures(parts_of):
+    for number, part in enumerate(parts):
+        for figure in _figures(part.sections):
             write(output / "figures" / f"{number}-{figure.name}.svg", figure.svg)
-    write(output / "runs.csv", _csv(_run_rows(results)))
-    write(output / "summary.csv", _csv(_summary_rows(found)))
+    write(output / "runs.csv", report_rows.text(report_rows.runs(results)))
+    write(output / "summary.csv", report_rows.text(report_rows.summaries(groups)))
+    write(output / "pareto.csv", report_rows.text(report_rows.fronts(groups, times)))
     write(output / "report.md", plain)
-    write(output / "report.html", page)
+    write(output / "report.html", page_text)
     return output / "report.html"
-
-
-CLOSING = (
-    "Every key of a configuration can be set on the command line; Parquet files and data sets of "
-    "the hub are sources too (see the comments in configs/)."
-)
 
 
 def _intro(results: Sequence[dict[str, Any]], found: Sequence[Setting]) -> list[Block]:
     seeds = sorted({run["seed"] for run in results})
-    text = (
-        f"{len(results)} finished runs, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}. In N:M, "
-        "N is the number of weights kept of every M consecutive ones. Every sparse network below "
-        "was trained by its recipe, finalized to exactly N:M, and then evaluated on test data that "
-        "was never trained on."
-    )
-    blocks: list[Block] = [Text(text)]
-    if len(found) > 1:
-        names = list(dict.fromkeys(r.title for s in found for r in s.recipes))
-        rows = []
-        for setting in found:
-            by = {r.title: r.summary(setting.headline) for r in setting.recipes}
-            rows.append([title(setting), *(f"{by[n].mean:.3f}" if n in by else "–" for n in names)])
-        blocks.append(
-            Table("Mean of each setting's headline figure on test data.", ["setting", *names], rows)
+    runs = f"{len(results)} finished run{'s' if len(results) > 1 else ''}"
+    text = f"{runs}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}."
+    if any(setting.sparse for setting in found):
+        text += (
+            " In N:M, N is the number of weights kept of every M consecutive ones. Every sparse "
+            "network below was trained by its recipe, finalized to exactly N:M, and then evaluated "
+            "on test data that was never trained on."
         )
-    return blocks
+    else:
+        text += " Every network was evaluated on test data that was never trained on."
+    return [Text(text)]
+
+
+def _page(group: Group, times: Times) -> Page:
+    network = [key for key in group.keys if key.startswith("model.")]
+    dense = {c.setting.family for c in group.cells() if c.dense}
+    training = [key for key in group.keys if key not in PLACEMENT and key not in network]
+    return Page(
+        alone=False,
+        networks=bool(network) and len(dense) > 1,
+        tuned=tuple(training),
+        timed=bool(times.entries),
+    )
+
+
+def _heading(group: Group, setting: Setting) -> str:
+    label = group.label(setting, dense=not setting.sparse)
+    if not label:
+        return title(setting)
+    sample = setting.sample
+    network = sample["run"]["model"]["kind"] or sample["run"]["model"]["load"]
+    kind = "" if setting.sparse else "dense, "
+    return f"{kind}{label} ({group.title}, {network})"
 
 
 def _figures(parts: Sequence[Section]) -> list[Figure]:
     return [block for part in parts for block in part.blocks if isinstance(block, Figure)]
-
-
-def _run_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for run in results:
-        rows.append(
-            {
-                "id": run["id"],
-                "recipe": run["recipe"],
-                "pattern": run["pattern"],
-                "seed": run["seed"],
-                **{f"test_{name}": value for name, value in run["test"].items()},
-                **{f"validation_{name}": value for name, value in run["validation"].items()},
-                "audit_ok": run["audit"]["ok"],
-                "train_seconds": run["train_seconds"],
-                "config_hash": run["config_hash"],
-                "data_sha256": run["data"]["sha256"],
-                **{f"version_{name}": value for name, value in run["versions"].items()},
-            }
-        )
-    return rows
-
-
-def _summary_rows(found: Sequence[Setting]) -> list[dict[str, Any]]:
-    rows = []
-    for setting in found:
-        for recipe in setting.recipes:
-            for metric in setting.metrics:
-                s = summary(list(recipe.values(metric).values()))
-                c = setting.comparison(recipe, metric)
-                d = c.difference if c else None
-                rows.append(
-                    {
-                        "setting": title(setting),
-                        "setting_hash": setting.hash,
-                        "recipe": recipe.title,
-                        "metric": metric,
-                        "n": s.n,
-                        "mean": s.mean,
-                        "sd": s.sd,
-                        "baseline": setting.baseline.title if setting.baseline and c else None,
-                        "difference": d.mean if d else None,
-                        "low": d.low if d else None,
-                        "high": d.high if d else None,
-                        "p": d.p if d else None,
-                        "p_holm": c.adjusted if c else None,
-                        "seeds_in_favour": c.in_favour if c else None,
-                    }
-                )
-    return rows
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    sink = io.StringIO()
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(sink, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return sink.getvalue()
 
 
 def _data_uri(svg: str) -> str:

@@ -59,6 +59,21 @@ def summary(values: Sequence[float]) -> Summary:
     return Summary(n, mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)))
 
 
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean, from Student's t; None for a single value.
+
+    Example:
+        >>> low, high = interval([1.0, 2.0, 3.0])
+        >>> round(low, 2), round(high, 2)
+        (-0.48, 4.48)
+    """
+    s = summary(values)
+    if s.sd is None:
+        return None
+    half = float(stats.t.ppf((1 + LEVEL) / 2, s.n - 1)) * s.sd / math.sqrt(s.n)
+    return s.mean - half, s.mean + half
+
+
 def paired(these: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
     """The difference, seed by seed; None if they share no seed.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nmflow.experiments.blocks import number
+from dataclasses import dataclass
+
+from nmflow.experiments.blocks import number, quantity
 from nmflow.experiments.comparing import LESS_IS_BETTER, Comparison, Setting
 from nmflow.experiments.statistics import LEVEL
 
@@ -16,11 +18,32 @@ NOISE = (
 PERCENT = f"{LEVEL:.0%}".replace("%", "\u00a0%")
 
 
+@dataclass(frozen=True)
+class Page:
+    """What else is on the page of a setting, so that no sentence denies it.
+
+    Attributes:
+        alone: the page is of this setting alone.
+        networks: dense networks of other sizes are on the page.
+        tuned: the keys of training that take several values on the page.
+        timed: inference was timed.
+    """
+
+    alone: bool = True
+    networks: bool = False
+    tuned: tuple[str, ...] = ()
+    timed: bool = False
+
+
 def shown(setting: Setting) -> list[str]:
     """What the figures show."""
     out = []
+    if not setting.sparse:
+        return []
     if setting.baseline is None:
         return ["Without the baseline recipe among the runs nothing is compared."]
+    if len(setting.recipes) == 1:
+        return [f"{setting.baseline.title} is the only recipe here: there is nothing to compare."]
     for metric in (m for m in setting.metrics if m in ("loss", setting.headline)):
         out += [_sentence(setting, c) for c in setting.comparisons if _contest(c, metric)]
     if gap := _gap(setting):
@@ -32,6 +55,8 @@ def multiplicity(setting: Setting) -> str:
     """How many comparisons were made, and which of them survive it."""
     family = [c for c in setting.comparisons if c.adjusted is not None]
     if not family:
+        if not any(_contest(c, c.metric) for c in setting.comparisons):
+            return ""
         return "With one seed there is no interval: the differences are single figures."
     alone = [c for c in family if c.difference.differs]
     kept = [c for c in family if c.adjusted is not None and c.adjusted <= 1 - LEVEL]
@@ -44,27 +69,43 @@ def multiplicity(setting: Setting) -> str:
     )
 
 
-def not_shown(setting: Setting) -> list[str]:
-    """What these figures cannot say."""
-    runs, sample = setting.seeds, setting.sample
+def not_shown(setting: Setting, page: Page | None = None) -> list[str]:
+    """What these figures cannot say, on a page that may hold more than them."""
+    page, runs = page or Page(), setting.seeds
     out = [
-        "Anything beyond this task, this network and "
-        f"{sample['run']['training']['steps']:,} steps: the order of recipes may change with the "
-        "data, the size, the length of training and the pattern.",
+        f"Anything beyond this task, this network and {_length(setting)}: the order of recipes may "
+        "change with the data, the size, the length of training and the pattern.",
         "The choice of the test data: a seed changes the initial weights and the order of "
         "batches, while the split is one and the same, so an interval speaks of training anew on "
         "this split.",
-        "Speed: FLOPs and bytes are counted for an N:M implementation, not timed; these runs "
-        "multiply dense tensors that hold zeros.",
-        _equal(setting),
-        "Whether sparsity is worth it: a narrower dense network with as many parameters or FLOPs, "
-        "the rival of every sparse one, was not trained here.",
-        "The best that each recipe can do: no recipe was tuned, all share one learning rate and "
-        "one schedule.",
     ]
+    if setting.sparse:
+        counted = "FLOPs and bytes are counted for an N:M implementation, not timed"
+        timed = "; the times of the page are of saved networks that were compressed for it"
+        out.append(
+            f"Speed: {counted}; these runs multiply dense tensors that hold zeros"
+            f"{timed if page.timed else ''}."
+        )
+        if len(setting.recipes) > 1:
+            out.append(_equal(setting))
+        out.append(
+            "Whether sparsity is worth it: dense networks of other sizes are in the plots of "
+            "quality against cost, but no recipe here was paired with them."
+            if page.networks
+            else "Whether sparsity is worth it: a narrower dense network with as many parameters "
+            "or FLOPs, the rival of every sparse one, was not trained here."
+        )
+    out.append(
+        f"The best that each recipe can do: other settings of the page vary "
+        f"{' and '.join(page.tuned)}, but nothing else was tuned."
+        if page.tuned
+        else "The best that each recipe can do: no recipe was tuned, all share one learning rate "
+        "and one schedule."
+    )
     if len(runs) < 5:
-        text = f"Small differences: {len(runs)} seed{'s are' if len(runs) > 1 else ' is'} few"
-        out.insert(0, f"{text}, and the interval of a mean over so few is wide.")
+        few = f"{len(runs)} seeds are few, and the interval of a mean over so few is wide"
+        none = "of one seed there is no interval at all"
+        out.insert(0, f"Small differences: {few if len(runs) > 1 else none}.")
     inside = [
         f"{c.recipe.title} in {c.metric}"
         for c in setting.comparisons
@@ -77,6 +118,13 @@ def not_shown(setting: Setting) -> list[str]:
             "interval a difference is none that was shown; nor are the two shown to be equal.",
         )
     return out
+
+
+def _length(setting: Setting) -> str:
+    budget = setting.sample["run"]["training"].get("budget")
+    if budget is not None:
+        return f"a budget of {quantity(budget)} training FLOPs"
+    return f"{setting.sample['run']['training']['steps']:,} steps"
 
 
 def _equal(setting: Setting) -> str:
