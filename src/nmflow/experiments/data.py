@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nmflow.errors import DataError
-from nmflow.experiments.config import Data
+from nmflow.experiments.specs import Data
 
 if TYPE_CHECKING:
     from datasets import Dataset

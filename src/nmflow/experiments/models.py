@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 
 from nmflow.errors import ConfigError
 from nmflow.experiments import networks  # noqa: F401 - makes `mlp-mixer` and `lstm` known
-from nmflow.experiments.config import Model, _near
+from nmflow.experiments.mistakes import near
+from nmflow.experiments.specs import Model
 
 
 def build(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrainedModel:
@@ -49,11 +50,11 @@ def _config(
 def check_fields(kind: str, fields: Mapping[str, Any]) -> set[str]:
     """Every field of the kind's config; a ConfigError for an unknown kind or field."""
     if kind not in CONFIG_MAPPING:
-        raise ConfigError(f"model.kind is {kind!r}{_near(kind, list(CONFIG_MAPPING))}")
+        raise ConfigError(f"model.kind is {kind!r}{near(kind, list(CONFIG_MAPPING))}")
     known = known_fields(kind)
     for key in fields:
         if key not in known:
-            raise ConfigError(f"unknown key 'model.fields.{key}'{_near(key, sorted(known))}")
+            raise ConfigError(f"unknown key 'model.fields.{key}'{near(key, sorted(known))}")
     return known
 
 

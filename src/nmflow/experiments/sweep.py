@@ -15,9 +15,11 @@ from pydantic import Field, field_validator
 
 from nmflow.errors import ConfigError
 from nmflow.experiments import config
-from nmflow.experiments.config import Count, Run, Strict
+from nmflow.experiments.config import Run
+from nmflow.experiments.mistakes import near
 from nmflow.experiments.reading import plain
 from nmflow.experiments.results import SWEEP, RunFolder, one_sentence, write_json
+from nmflow.experiments.specs import Count, Strict
 
 if TYPE_CHECKING:
     from nmflow.experiments.runner import Failure
@@ -252,7 +254,7 @@ def _settings(name: str, value: Any, where: str) -> dict[str, Any]:
 
 def _known(key: str, said: str, where: str) -> None:
     if key.partition(".")[0] not in KEYS:
-        raise ConfigError(f"{said} no key of a run{config._near(key, sorted(KEYS))}")
+        raise ConfigError(f"{said} no key of a run{near(key, sorted(KEYS))}")
 
 
 def _no_clash(settings: Mapping[str, list[dict[str, Any]]], where: str) -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from nmflow.errors import ConfigError
-from nmflow.experiments.config import Strict
 from nmflow.experiments.results import one_sentence
+from nmflow.experiments.specs import Strict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

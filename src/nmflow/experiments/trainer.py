@@ -15,7 +15,8 @@ from torch.utils.data import Subset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from nmflow.errors import ConfigError
-from nmflow.experiments.config import Run, _near
+from nmflow.experiments.config import Run
+from nmflow.experiments.mistakes import near
 from nmflow.experiments.results import RunFolder
 from nmflow.experiments.tasks import Problem
 from nmflow.integrations.transformers import HardEvaluation
@@ -35,9 +36,11 @@ class _Lean(HardEvaluation):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
-            # torch.save reports a full disk as a RuntimeError of its file writer.
-            if type(error) is RuntimeError and "inline_container" not in reason:
-                raise
+            if type(error) is RuntimeError:
+                # torch.save reports a short write as a RuntimeError of its file writer.
+                if "inline_container" not in reason:
+                    raise
+                reason = "a file could be written in part only, as when the disk is full"
             shutil.rmtree(place, ignore_errors=True)
             raise ConfigError(
                 f"output is {str(place)!r} and cannot be written ({reason[:160]}): free some "
@@ -81,7 +84,7 @@ def _arguments(run: Run, folder: RunFolder, problem: Problem) -> TrainingArgumen
     known = list(kind.__dataclass_fields__)
     for key in t.trainer:
         if key not in known:
-            raise ConfigError(f"unknown key 'training.trainer.{key}'{_near(key, known)}")
+            raise ConfigError(f"unknown key 'training.trainer.{key}'{near(key, known)}")
     values: dict[str, Any] = {
         "output_dir": str(folder.path),
         "max_steps": t.steps,

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nmflow.errors import ConfigError
+from nmflow.experiments.mistakes import parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +76,6 @@ def module(task: str) -> ModuleType:
 
 def options(task: str, raw: Mapping[str, Any]) -> Any:
     """The task's options, checked."""
-    from nmflow.experiments.config import parse
-
     return parse(module(task).Options, dict(raw), "options")
 
 

@@ -16,7 +16,7 @@ from nmflow.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from nmflow.experiments.config import Model
+    from nmflow.experiments.specs import Model
 
 IGNORED = -100  # a label that the loss of `transformers` passes by
 WINDOW = 32  # batches that are sorted by length together

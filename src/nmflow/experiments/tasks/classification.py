@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from nmflow.experiments.config import Data, Strict
 from nmflow.experiments.results import write_json
+from nmflow.experiments.specs import Data, Strict
 from nmflow.experiments.tasks.glue_names import Names
 from nmflow.experiments.tokenization import Tokens
 

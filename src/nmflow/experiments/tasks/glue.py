@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nmflow.errors import DataError
-from nmflow.experiments.config import Data
 from nmflow.experiments.data import Card, column, rows
+from nmflow.experiments.specs import Data
 from nmflow.experiments.tasks._text import sentence
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.errors import ConfigError, DataError
-from nmflow.experiments.config import Strict
 from nmflow.experiments.results import write_json
+from nmflow.experiments.specs import Strict
 
 if TYPE_CHECKING:
     from PIL.Image import Image

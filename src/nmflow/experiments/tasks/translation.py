@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.errors import ConfigError, DataError
-from nmflow.experiments.config import Data, Strict
+from nmflow.experiments.specs import Data, Strict
 from nmflow.experiments.tokenization import Tokens
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.errors import DataError
-from nmflow.experiments.config import Data, Strict
 from nmflow.experiments.results import write_json
+from nmflow.experiments.specs import Data, Strict
 
 if TYPE_CHECKING:
     from datasets import Dataset

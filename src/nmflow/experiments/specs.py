@@ -1,0 +1,164 @@
+"""The parts of a configuration that know no task: data, network, optimization, recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+from nmflow.errors import ConfigError
+from nmflow.experiments.mistakes import near
+from nmflow.recipes import Recipe, resolve
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+# `true` for a count would be 1 unless integers are strict.
+Count = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[int, Field(strict=True, gt=0)]
+Globs = str | list[str]
+
+
+class Strict(BaseModel):
+    """A mapping of the file: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Data(Strict):
+    """Where the examples come from.
+
+    `pydoc` and `digits` need no file. `text` takes a file or a folder of `.txt` in `path`,
+    `parquet` one file a split in `files`, `images` a folder of classes (or of splits of classes) in
+    `path`, `hub` a data set's name in `path`. Paths are relative to the working folder.
+    """
+
+    source: Literal["pydoc", "digits", "text", "parquet", "images", "hub"]
+    path: str | None = None
+    files: dict[Literal["train", "validation", "test"], str] = {}
+    subset: str | None = None
+    splits: dict[Literal["train", "validation", "test"], str] = {}
+    columns: dict[str, str] = {}
+    limit: Positive | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Data:
+        if self.source in ("text", "images", "hub") and not self.path:
+            raise ValueError(f"source '{self.source}' needs the key 'path'")
+        if self.source == "parquet" and "train" not in self.files:
+            raise ValueError("source 'parquet' needs the key 'files' with at least 'train'")
+        return self
+
+
+class Model(Strict):
+    """A network of `transformers`: by `kind` and the fields of its config, or `load`ed.
+
+    With `load`, `kind` may say what is loaded: `--smoke` builds it where the hub is out of reach.
+    """
+
+    kind: str | None = None
+    load: str | None = None
+    fields: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one(self) -> Model:
+        if self.kind is None and self.load is None:
+            raise ValueError("give either 'kind' (such as gpt2) or 'load' (a folder or a hub name)")
+        return self
+
+
+class Training(Strict):
+    """The optimization; steps are optimizer steps, warm-up a fraction of them.
+
+    In place of `steps` a `budget` of training FLOPs may be given; `nmflow.experiments.budget` then
+    solves the steps, which are 0 until it has.
+    """
+
+    steps: Positive = 0
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    batch_size: Positive = 32
+    accumulate: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup: Fraction = 0.05
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    optimizer: str = "adamw_torch_fused"
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu"] = "auto"
+    log_every: Positive = 10
+    eval_every: Count = 0
+    eval_rows: Positive = 512
+    save_every: Count = 0
+    track_every: Count = 10
+    noise_batches: Count = 0
+    save_model: bool = True
+    trainer: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if self.budget is None and not self.steps:
+            raise ConfigError(
+                "the key 'training.steps' is missing (or 'training.budget', in training FLOPs)"
+            )
+        if self.budget is not None and self.steps:
+            raise ConfigError(
+                f"both steps {self.steps} and budget {self.budget:g} are given: keep one"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, usual: Any) -> dict[str, Any]:
+        # What is not given is not written: a run without a budget keeps the hash that it had
+        # before there were budgets.
+        absent = {"steps": not self.steps, "budget": self.budget is None}
+        return {key: value for key, value in usual(self).items() if not absent.get(key)}
+
+    def interval(self, name: Literal["eval_every", "save_every"]) -> int:
+        """Steps between evaluations or checkpoints, a multiple of `log_every`; 0 chooses.
+
+        Aligned, so that the loss logged after a resume is the mean of the very same steps.
+        """
+        steps = getattr(self, name) or self.steps // {"eval_every": 10, "save_every": 4}[name]
+        return max(1, round(steps / self.log_every)) * self.log_every
+
+
+class RecipeSpec(Strict):
+    """A recipe by name with options of its own, and the label that reports show."""
+
+    name: str
+    label: str = ""
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """Read `sr-ste`, or `{name: mdgf-linear, gradient: masked}` with the options inline."""
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping):
+            known = {key: value[key] for key in ("name", "label") if key in value}
+            options = dict(value.get("options", {}))
+            options |= {k: v for k, v in value.items() if k not in ("name", "label", "options")}
+            return {**known, "options": options}
+        return value
+
+    @model_validator(mode="after")
+    def _resolves(self) -> RecipeSpec:
+        self.build()
+        return self
+
+    @property
+    def title(self) -> str:
+        """The label, or the name with its options."""
+        extra = ", ".join(f"{key} {value}" for key, value in sorted(self.options.items()))
+        return self.label or (f"{self.name} ({extra})" if extra else self.name)
+
+    def build(self) -> Recipe:
+        """The recipe itself."""
+        recipe = resolve(self.name)
+        fields = list(type(recipe).__dataclass_fields__)
+        for key in self.options:
+            if key not in fields:
+                raise ConfigError(f"{key!r} is no option of {self.name}{near(key, fields)}")
+        return dataclasses.replace(recipe, **self.options)
