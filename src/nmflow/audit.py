@@ -14,7 +14,8 @@ from nmflow.layers import Layer, layers_of, layers_of_state
 from nmflow.masks import holds
 from nmflow.pattern import Pattern
 from nmflow.tables import table
-from nmflow.targets import Names, Patterns, Plan, choose, rows_of
+from nmflow.target import Plan, rows_of
+from nmflow.targets import Names, Patterns, choose
 
 _PACKED = "nmflow.json"
 """The header of a folder that `nmflow.save` wrote."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nmflow.errors import DataError, PlanError
 from nmflow.masks import mask
 from nmflow.tables import table
-from nmflow.targets import Target, rows_of
+from nmflow.target import Target, rows_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nmflow.schedules import Stage
-from nmflow.targets import Target
+from nmflow.target import Target
 
 
 class View(NamedTuple):

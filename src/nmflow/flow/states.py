@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nmflow.recipes import Recipe, describe
 from nmflow.schedules import Stage
-from nmflow.targets import Target
+from nmflow.target import Target
 
 STEP_KEY, RECIPE_KEY = GROUP_KEYS = ("nmflow_step", "nmflow_recipe")
 """The keys of a flow in an optimizer's param groups: k, and `Run.signature`. Plain types both."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from nmflow.kernels.backend import Backend, Call
 from nmflow.kernels.explain import Explanation, explain
 from nmflow.kernels.ops import matmul, unpack
-from nmflow.kernels.registry import BACKENDS, Backend, Call, Choice, choose
+from nmflow.kernels.registry import BACKENDS, Choice, choose
 
 __all__ = [
     "BACKENDS",

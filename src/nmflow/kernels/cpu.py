@@ -35,8 +35,8 @@ from nmflow.kernels.cpu_layout import (
 )
 
 if TYPE_CHECKING:
+    from nmflow.kernels.backend import Call
     from nmflow.kernels.layout import Shape
-    from nmflow.kernels.registry import Call
 
 __all__ = [
     "EPILOGUES",
@@ -124,7 +124,7 @@ def matmul(
     return y
 
 
-# What the registry asks of a backend (its docstring states the contract).
+# What the registry asks of a backend (`backend` states the contract).
 
 
 def why_not(call: Call) -> str | None:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmflow.errors import CompressError
+from nmflow.kernels.backend import Call
 from nmflow.kernels.layout import Shape
-from nmflow.kernels.registry import Call, Choice, choose
+from nmflow.kernels.registry import Choice, choose
 
 
 class Explanation(list[tuple[str, Choice]]):

@@ -1,54 +1,20 @@
-"""The registry of backends: which kernel serves a call, and why the others do not.
-
-A backend is a module of this package with four names:
-
-* `why_not(call: Call) -> str | None`: None if it serves the call, else the reason in words;
-* `kernel(call: Call) -> str`: the name of the kernel inside it that would run;
-* `bind(values, codes, shape: Shape) -> run`: prepares one tiled weight. `run(x, bias, y, tokens,
-  epilogue)` writes `y = epilogue(x Wᵀ + bias)`, where `x (tokens, inputs)` and `y (tokens, out)`
-  have unit stride along their last axis and any row stride (`y` may be a slice of a wider output),
-  `bias` is None or contiguous of the weight's dtype, and epilogue is 0 none, 1 GELU, 2 ReLU.
-"""
+"""The registry of backends: which kernel serves a call, and why the others do not."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from nmflow import native
 from nmflow.kernels import cpu, reference
+from nmflow.kernels.backend import Backend, Call
 from nmflow.kernels.layout import Shape
 
 _log = logging.getLogger("nmflow")
 _told = False
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a backend must know to say whether it serves a call."""
-
-    shape: Shape
-    dtype: torch.dtype
-    device: str
-    tokens: int
-    threads: int = 1
-    epilogue: int = 0
-
-
-class Backend(Protocol):
-    """What the registry asks of a backend; see the module's docstring."""
-
-    def why_not(self, call: Call) -> str | None: ...  # noqa: D102
-
-    def kernel(self, call: Call) -> str: ...  # noqa: D102
-
-    def bind(self, values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]: ...  # noqa: D102
-
 
 # The first that serves a call runs it; the reference serves all.
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}

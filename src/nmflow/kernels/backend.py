@@ -1,0 +1,44 @@
+"""What the registry asks of a backend, and the call that it asks about.
+
+A backend is a module of this package with four names:
+
+* `why_not(call: Call) -> str | None`: None if it serves the call, else the reason in words;
+* `kernel(call: Call) -> str`: the name of the kernel inside it that would run;
+* `bind(values, codes, shape: Shape) -> run`: prepares one tiled weight. `run(x, bias, y, tokens,
+  epilogue)` writes `y = epilogue(x Wᵀ + bias)`, where `x (tokens, inputs)` and `y (tokens, out)`
+  have unit stride along their last axis and any row stride (`y` may be a slice of a wider output),
+  `bias` is None or contiguous of the weight's dtype, and epilogue is 0 none, 1 GELU, 2 ReLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nmflow.kernels.layout import Shape
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend must know to say whether it serves a call."""
+
+    shape: Shape
+    dtype: torch.dtype
+    device: str
+    tokens: int
+    threads: int = 1
+    epilogue: int = 0
+
+
+class Backend(Protocol):
+    """What the registry asks of a backend; see the module's docstring."""
+
+    def why_not(self, call: Call) -> str | None: ...  # noqa: D102
+
+    def kernel(self, call: Call) -> str: ...  # noqa: D102
+
+    def bind(self, values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]: ...  # noqa: D102
