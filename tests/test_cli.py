@@ -94,6 +94,19 @@ def test_plan_and_cost_of_a_config(file: Path):
     assert "sr-ste, 1:8" in found.output
 
 
+def test_plan_takes_overrides_of_a_config(file: Path, tmp_path: Path):
+    found = run("plan", file, "--set", "pattern='1:4'", "--set", "include=[ff, qk]")
+    assert found.exit_code == 0, found.output
+    assert "transformer.h.0.attn.c_attn.weight[0:64]" in found.output
+    assert "25.00%" in found.output
+    assert "12.50%" not in found.output
+    again = run("plan", file, "--set", "pattern='1:4'", "--pattern", "1:16")  # an option is nearer
+    assert "6.25%" in again.output
+    assert "did you mean 'include'" in refused("plan", file, "--set", "includ=ff")
+    assert "write key.path=value" in refused("plan", file, "--set", "include")
+    assert "a model's folder without keys" in refused("plan", tmp_path, "--set", "include=ff")
+
+
 def test_overrides_and_output(file: Path, tmp_path: Path):
     other = tmp_path / "other"
     found = run(

@@ -8,18 +8,26 @@ from typing import Any
 from nmflow.errors import ConfigError
 
 
-def network(source: Path, config_only: bool = False) -> tuple[Any, Any, Any]:
+def network(
+    source: Path, config_only: bool = False, overrides: list[str] | None = None
+) -> tuple[Any, Any, Any]:
     """A model, and for a config its first run and an example batch; else None twice.
 
     Raises:
-        ConfigError: neither a YAML file nor a folder that `transformers` can load.
+        ConfigError: neither a YAML file nor a folder that `transformers` can load; overrides of a
+            folder, which has no keys.
     """
     if source.is_dir() and not config_only:
+        if overrides:
+            raise ConfigError(
+                f"override is {overrides[0]!r}, but source is {str(source)!r}, a model's folder "
+                "without keys: give a YAML file"
+            )
         return _from_folder(source), None, None
     from nmflow.experiments import tasks
     from nmflow.experiments.config import load
 
-    run = next(load(source).runs())
+    run = next(load(source, overrides).runs())
     problem = tasks.build(run)
     return problem.model(), run, problem.example
 

@@ -18,6 +18,10 @@ def plan(
     remainder: Annotated[
         str | None, typer.Option(help="error or skip, where M does not divide an axis.")
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: pattern=1:8."),
+    ] = None,
 ) -> None:
     """Print the weights that SOURCE's network would have pruned, and what is left out and why."""
     from rich.console import Console
@@ -26,7 +30,7 @@ def plan(
     from nmflow.cli._networks import network
     from nmflow.cli._words import globs
 
-    model, run, _ = network(source)
+    model, run, _ = network(source, overrides=set_)
     chosen = nmflow.plan(
         model,
         pattern or (run.pattern if run else "1:16"),
