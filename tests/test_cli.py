@@ -130,6 +130,13 @@ def test_mistakes_are_sentences(file: Path, tmp_path: Path):
     assert "4 of 4 runs failed" in sentence
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_a_run_begins(file: Path, tmp_path: Path):
+    (tmp_path / "a file").write_text("")
+    found = run("train", file, "--output", tmp_path / "a file" / "runs")
+    assert "cannot be written" in str(found.exception)
+    assert "runs into" not in found.output
+
+
 def test_main_ends_with_one_sentence_and_exit_code_1(tmp_path: Path):
     command = [sys.executable, "-c", "import nmflow.cli; nmflow.cli.main()"]
     done = subprocess.run(

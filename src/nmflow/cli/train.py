@@ -29,7 +29,7 @@ def train(
     from nmflow.cli._progress import Watcher
     from nmflow.errors import NMFlowError
     from nmflow.experiments import config as configs
-    from nmflow.experiments.results import RunFolder
+    from nmflow.experiments.results import RunFolder, check_writable
 
     experiment = configs.load(config, set_)
     if smoke:
@@ -37,8 +37,11 @@ def train(
     runs = list(experiment.runs())
     folder = output or experiment.folder
     done = sum(RunFolder(folder / run.id).finished for run in runs)
-    # Under torchrun only the first process speaks.
-    console = Console(soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
+    # Under torchrun only the first process speaks, and writes.
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        check_writable(folder)
+    console = Console(soft_wrap=True, quiet=not first)
     console.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
     if done < len(runs):
         # Only now: importing torch and transformers takes seconds.

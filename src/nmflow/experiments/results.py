@@ -31,6 +31,17 @@ def one_sentence(path: Path | str) -> Iterator[None]:
         ) from None
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder, and make sure that it can be written, before a run is begun.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    with one_sentence(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 # What a report reads of a result.
 _READ = {
     *("run", "id", "recipe", "pattern", "seed", "headline", "setting_hash", "data", "test"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from nmflow.experiments import config
 from nmflow.experiments.config import Run
 from nmflow.experiments.mistakes import near
 from nmflow.experiments.reading import plain
-from nmflow.experiments.results import SWEEP, RunFolder, one_sentence, write_json
+from nmflow.experiments.results import SWEEP, RunFolder, check_writable, write_json
 from nmflow.experiments.specs import Count, Strict
 
 if TYPE_CHECKING:
@@ -206,9 +205,7 @@ def run(
 def prepare(sweep: Sweep) -> None:
     """Make sure that both folders can be written, and list the cells where a report finds them."""
     for folder in (sweep.store, sweep.folder):
-        with one_sentence(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+        check_writable(folder)
     listed = [{"id": c.run.id, "config_hash": c.run.hash, **c.place} for c in sweep.cells]
     store = os.path.relpath(sweep.store, sweep.folder)  # so that both may be moved together
     write_json(sweep.folder / SWEEP, {"name": sweep.name, "cells_in": store, "cells": listed})
