@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 import shutil
@@ -17,86 +16,13 @@ pytest.importorskip("scipy")
 
 from scipy import stats
 
+from made_up import RECIPES, result, save
 from nmflow.errors import ConfigError
 from nmflow.experiments import comparing, words
 from nmflow.experiments.blocks import number, quantity
-from nmflow.experiments.config import Run
 from nmflow.experiments.report import write_report
 from nmflow.experiments.results import finished_runs
 from nmflow.experiments.statistics import holm, paired, summary
-
-RECIPES = {"dense": "Dense", "sr-ste": "SR-STE", "mdgf-linear": "Linear", "sdgf-stepwise": "Steps"}
-COST = {
-    "parameters": 1000,
-    "remaining": 100,
-    "dense_bytes": 4000,
-    "bytes": 500,
-    "flops": 100,
-    "dense_flops": 1000,
-    "run_training_flops": 7e9,
-    "run_dense_training_flops": 1e10,
-}
-
-
-def result(recipe: str, seed: int, loss: float, accuracy: float, **extra: object) -> dict:
-    run = Run.model_validate(
-        {
-            "name": "made-up",
-            "task": "language-modelling",
-            "data": {"source": "pydoc"},
-            "model": {"kind": "gpt2"},
-            "training": {"steps": 40},
-            "recipe": {"name": recipe, "label": RECIPES[recipe]},
-            "seed": seed,
-        }
-    )
-    dense = recipe == "dense"
-    row = {
-        "name": "h.0.weight",
-        "shape": [32, 32],
-        "pattern": "1:16",
-        "holds": not dense,
-        "density": 1.0 if dense else 1 / 16,
-        "nonzero": 1024 if dense else 64,
-        "total": 1024,
-    }
-    log = [
-        {"step": k, "loss": 3 - k / 40, "learning_rate": 0.1, "delta": 1 - k / 40, "density": 0.5}
-        for k in range(10, 50, 10)
-    ]
-    held_out = [{"step": k, "eval_loss": 3.5 - k / 40} for k in (20, 40)]
-    moments = {f"grad_second_{part}": 1e-6 for part in ("kept", "pruned")}
-    frozen = {"snr_kept": 0.5, "snr_pruned": 0.1, "noise_kept": 1e-8, "noise_pruned": 2e-8}
-    return {
-        "run": run.model_dump(mode="json"),
-        "id": run.id,
-        "recipe": run.recipe.title,
-        "pattern": run.pattern_text,
-        "seed": seed,
-        "config_hash": run.hash,
-        "setting_hash": run.setting_hash,
-        "headline": "accuracy",
-        "data": {
-            "name": "made-up data",
-            "sha256": "ab" * 32,
-            "unit": "characters",
-            "sizes": {"train": 8, "validation": 1, "test": 1},
-            "split": "by hand",
-            "notes": [],
-        },
-        "initial_sha256": f"start of {seed}",
-        "test": {"loss": loss, "accuracy": accuracy},
-        "validation": {"loss": loss, "accuracy": accuracy},
-        "history": [*log, *held_out],
-        "tracked": [{"step": k, **moments} for k in (0, 10, 20)],
-        "noise": [{"step": k, **frozen} for k in (20, 40)],
-        "audit": {"ok": not dense, "rows": [row]},
-        "cost": COST,
-        "versions": {"torch": "0"},
-        "machine": {"device": "a <fast> machine", "threads": 1, "processes": 1},
-        "train_seconds": 1.5,
-        **extra,
-    }
 
 
 def results() -> list[dict]:
@@ -111,14 +37,6 @@ def results() -> list[dict]:
         )
         out.append(result("sdgf-stepwise", seed, 2.0 + wobble + 0.02 * (-1) ** seed, 0.40))
     return out
-
-
-def save(folder: Path, found: list[dict]) -> Path:
-    for one in found:
-        place = folder / one["id"]
-        place.mkdir(parents=True)
-        (place / "result.json").write_text(json.dumps(one))
-    return folder
 
 
 def test_paired_is_the_paired_t_test_of_scipy():
@@ -217,7 +135,7 @@ def test_the_pages_hold_every_figure(tmp_path: Path):
     assert html.count("data:image/svg+xml;base64,") == 7
     # Nothing is asked of a network: no address but those inside the drawings' own markup.
     outside = re.sub(r'data:image/svg\+xml;base64,[^"]*', "", html)
-    assert "http" not in outside
+    assert not re.search("https?:", outside)
     for link in re.findall(r"\]\((figures/[^)]*)\)", plain):
         assert (tmp_path / "report" / link).is_file()
     with (tmp_path / "report" / "runs.csv").open() as file:

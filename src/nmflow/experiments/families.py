@@ -100,7 +100,8 @@ class Group:
             name = key.rpartition(".")[2] if short else key
             plain = {"pattern": value, "include": f"in {value}", "exclude": f"without {value}"}
             said.append(plain.get(key, f"{name} {value}"))
-        return ", ".join(said)
+        # A place belongs to the pattern before it.
+        return ", ".join(said).replace(", in ", " in ").replace(", without ", " without ")
 
 
 def groups(settings: Sequence[Setting]) -> list[Group]:

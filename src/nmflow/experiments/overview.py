@@ -51,14 +51,16 @@ def overview(
 
 def _drawing(group: Group, place: int) -> Figure:
     along, _ = plots.panels(group)
+    band = ""
+    if any(cell.dense for cell in group.cells()):
+        band = "The band is the dense network, where one serves all settings of a panel. "
     return Figure(
         f"settings-{place}",
         plots.by_setting(group),
         f"Test {group.headline} over {' and '.join(along)}, a line a recipe with 95 % intervals",
         f"Mean over seeds of test {group.headline} with its 95 % interval (Student's t); "
-        f"{words.better(group.headline)}. The band is the dense network, where one serves all "
-        "settings of a panel. Intervals are of each mean by itself; the differences in the table "
-        "are paired by seed and mostly narrower.",
+        f"{words.better(group.headline)}. {band}Intervals are of each mean by itself; the "
+        "differences in the table are paired by seed and mostly narrower.",
     )
 
 
@@ -78,10 +80,12 @@ def _table(group: Group) -> Table:
             row += [_against(cell, c.difference if c else None, len(bases) > 1)]
             row += [number(c.overall if c else None, 3), _verdict(c)]
         rows.append(row)
-    caption = (
-        "Test figures after finalize, on the exactly N:M network. A dense run does not depend on "
-        "the placement of sparsity: it stands once for all settings that differ in that alone."
-    )
+    caption = "Test figures after finalize, sparse ones on the exactly N:M network."
+    if any(cell.dense for cell in cells):
+        caption += (
+            " A dense run does not depend on the placement of sparsity: it stands once for all "
+            "settings that differ in that alone."
+        )
     if any(compared):
         caption += (
             " Differences are to the baseline recipe of the same setting, paired by seed. p is "

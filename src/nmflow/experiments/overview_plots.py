@@ -200,7 +200,7 @@ def _labels(ax: Axes, held: Sequence[Point], axis: str, less: bool) -> None:
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(spot, held)]
     for label, p in best.items():
         x, y = spot(p)
-        wide, tall = 4.3 * len(label), 9.0
+        wide, tall = 4.3 * len(label), 11.0
         tries = []
         for dx, dy in ((7, 5), (-7 - wide, 5), (7, -14), (-7 - wide, -14), (-wide / 2, 14),
                        (-wide / 2, -24), (9, 20), (9, -30)):  # fmt: skip
@@ -213,6 +213,7 @@ def _labels(ax: Axes, held: Sequence[Point], axis: str, less: bool) -> None:
         ax.annotate(
             label, (p.costs[axis], p.quality.mean), (dx, dy), textcoords="offset points",
             fontsize=8, color="#333333",
+            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.6, "shrinkB": 3},
         )  # fmt: skip
 
 

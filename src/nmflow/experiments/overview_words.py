@@ -140,7 +140,7 @@ def _contest(groups: Sequence[Group], contest: Sequence[Comparison]) -> list[str
 
 def _rest(left: int, many: int) -> str:
     if left == many:
-        return f"For {'it' if many == 1 else f'all {many}'}"
+        return {1: "For it", 2: "For both"}.get(many, f"For all {many}")
     return f"For the other {left}" if left > 1 else "For the other one"
 
 

@@ -95,7 +95,7 @@ def curves(setting: Setting) -> str:
     def paint(axes: list[Axes]) -> None:
         both = (
             ("loss", "training loss, as computed"),
-            ("eval_loss", "validation loss, N:M network"),
+            ("eval_loss", "validation loss, N:M network" if setting.sparse else "validation loss"),
         )
         for ax, (key, title) in zip(axes, both, strict=True):
             top = 0.0

@@ -99,28 +99,38 @@ def _results(setting: Setting) -> list[Block]:
 
 
 def _curves(setting: Setting) -> list[Block]:
-    return [
+    blocks: list[Block] = [
         Figure(
             "loss",
             plots.curves(setting),
             "Training and validation loss over steps, a line a recipe",
             "Mean over seeds, the band from the least to the greatest. Left: the loss of the "
-            "network as it is at that step, with its fading weights. Right: the validation loss of "
-            "the final N:M network that the masks of that step would give (dense: of the dense "
-            "one).",
-        ),
-        Figure(
-            "schedule",
-            plots.schedule(setting),
-            "δ and density over steps, a line a recipe",
-            "Left: δ, by which pruned weights are multiplied (0: gone, 1: all there). Right: the "
-            "share of the targets' weights that the current pattern keeps.",
+            "network as it is at that step"
+            + (
+                ", with its fading weights. Right: the validation loss of the final N:M network "
+                "that the masks of that step would give (dense: of the dense one)."
+                if setting.sparse
+                else ". Right: its validation loss."
+            ),
         ),
     ]
+    if setting.sparse:
+        blocks.append(
+            Figure(
+                "schedule",
+                plots.schedule(setting),
+                "δ and density over steps, a line a recipe",
+                "Left: δ, by which pruned weights are multiplied (0: gone, 1: all there). Right: "
+                "the share of the targets' weights that the current pattern keeps.",
+            )
+        )
+    return blocks
 
 
 def _noise(setting: Setting) -> list[Block]:
     blocks: list[Block] = []
+    if not setting.sparse:  # nothing to compare it with, and nothing that is pruned
+        return blocks
     if any(run["noise"] for run in setting.runs):
         steps = sorted({row["step"] for run in setting.runs for row in run["noise"]})
         rows = []

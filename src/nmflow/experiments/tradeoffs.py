@@ -19,7 +19,9 @@ def costs(groups: Sequence[Group], times: Times) -> list[Section]:
     for place, group in enumerate(groups):
         found = points(group, times)
         blocks: list[Block] = []
-        axes = [axis for axis in AXES if sum(axis in p.costs for p in found) > 1]
+        known = {axis: [p.costs[axis] for p in found if axis in p.costs] for axis in AXES}
+        axes = [axis for axis, costs in known.items() if len(set(costs)) > 1]
+        same = [AXES[axis] for axis, costs in known.items() if len(costs) > len(set(costs)) == 1]
         for axis in axes:
             what = _timed_axis(times) if axis == "time_us" else ""
             blocks.append(
@@ -32,6 +34,9 @@ def costs(groups: Sequence[Group], times: Times) -> list[Section]:
             )
         if axes:
             blocks.append(_members(group, found, axes))
+        if same and len(found) > 1:
+            text = f"All cost the same in {' and in '.join(same)}, so there is no plot of that."
+            blocks.append(Text(text))
         blocks += _timing(group, times)
         more = f": {group.title}" if len(groups) > 1 else ""
         out.append(Section("Quality against cost" + more, blocks))

@@ -59,22 +59,27 @@ def multiplicity(setting: Setting) -> str:
             return ""
         return "With one seed there is no interval: the differences are single figures."
     alone = [c for c in family if c.difference.differs]
-    kept = [c for c in family if c.adjusted is not None and c.adjusted <= 1 - LEVEL]
+    kept = [c for c in family if _survives(c)]
     names = ", ".join(f"{c.recipe.title} in {c.metric}" for c in kept)
     return (
         f"{len(family)} comparisons are made in this setting, and each interval is a {PERCENT} one "
         f"by itself: where nothing differed at all, about {len(family) * (1 - LEVEL):.1f} of them "
         f"would leave zero out by chance. {len(alone)} do. After Holm's adjustment for all "
-        f"{len(family)}, {f'{len(kept)} remain: {names}' if kept else 'none remains'}."
+        f"{len(family)}, {_remain(len(kept))}{f': {names}' if kept else ''}."
     )
+
+
+def _remain(count: int) -> str:
+    return {0: "none remains", 1: "1 remains"}.get(count, f"{count} remain")
 
 
 def not_shown(setting: Setting, page: Page | None = None) -> list[str]:
     """What these figures cannot say, on a page that may hold more than them."""
     page, runs = page or Page(), setting.seeds
+    order = "the order of recipes" if len(setting.recipes) > 1 else "a figure"
     out = [
-        f"Anything beyond this task, this network and {_length(setting)}: the order of recipes may "
-        "change with the data, the size, the length of training and the pattern.",
+        f"Anything beyond this task, this network and {_length(setting)}: {order} may change with "
+        "the data, the size, the length of training and the pattern.",
         "The choice of the test data: a seed changes the initial weights and the order of "
         "batches, while the split is one and the same, so an interval speaks of training anew on "
         "this split.",
@@ -95,13 +100,14 @@ def not_shown(setting: Setting, page: Page | None = None) -> list[str]:
             else "Whether sparsity is worth it: a narrower dense network with as many parameters "
             "or FLOPs, the rival of every sparse one, was not trained here."
         )
-    out.append(
-        f"The best that each recipe can do: other settings of the page vary "
-        f"{' and '.join(page.tuned)}, but nothing else was tuned."
-        if page.tuned
-        else "The best that each recipe can do: no recipe was tuned, all share one learning rate "
-        "and one schedule."
-    )
+    best = f"The best that each {'recipe' if setting.sparse else 'network'} can do: "
+    if page.tuned:
+        best += f"other settings of the page vary {' and '.join(page.tuned)}, and nothing else."
+    elif len(setting.recipes) > 1:
+        best += "no recipe was tuned, all share one learning rate and one schedule."
+    else:
+        best += "learning rate and schedule were not tuned here."
+    out.append(best)
     if len(runs) < 5:
         few = f"{len(runs)} seeds are few, and the interval of a mean over so few is wide"
         none = "of one seed there is no interval at all"
@@ -150,6 +156,10 @@ def _flops(setting: Setting) -> str:
     return ", ".join(shares)
 
 
+def _survives(c: Comparison) -> bool:
+    return c.adjusted is not None and c.adjusted <= 1 - LEVEL
+
+
 def _contest(comparison: Comparison, metric: str) -> bool:
     return comparison.metric == metric and comparison.recipe.name != "dense"
 
@@ -175,28 +185,30 @@ def _sentence(setting: Setting, c: Comparison) -> str:
             f"inside its {PERCENT} interval ({interval}; {agree})."
         )
     verdict = "better" if c.better else "worse"
+    lost = "" if _survives(c) else "; taken with all comparisons of the setting it is not shown"
     return (
         f"{c.recipe.title} is {verdict} than {base} in {name}: {amount}, {PERCENT} interval "
-        f"{interval}; {agree}."
+        f"{interval}; {agree}{lost}."
     )
 
 
 def _gap(setting: Setting) -> str:
     dense, base = setting.dense, setting.baseline
-    if dense is None or base is None:
-        return ""
     metric = setting.headline
-    gap = base.summary(metric).mean - dense.summary(metric).mean
+    against = setting.comparison(dense, metric) if dense else None
+    if base is None or against is None or not against.difference.mean:
+        return ""
+    gap = -against.difference.mean
     cost = gap if metric in LESS_IS_BETTER else -gap
     text = (
-        f"{base.title} is {number(abs(gap))} {'worse' if cost > 0 else 'better'} than the dense "
-        f"network in test {metric}"
+        f"{base.title} is by the mean {number(abs(gap))} {'worse' if cost > 0 else 'better'} than "
+        f"the dense network in test {metric}"
     )
     best = max(
         (
             c
             for c in setting.comparisons
-            if _contest(c, metric) and c.difference.differs and c.better
+            if _contest(c, metric) and c.difference.differs and c.better and _survives(c)
         ),
         key=lambda c: abs(c.difference.mean),
         default=None,
