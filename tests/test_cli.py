@@ -107,6 +107,13 @@ def test_plan_takes_overrides_of_a_config(file: Path, tmp_path: Path):
     assert "a model's folder without keys" in refused("plan", tmp_path, "--set", "include=ff")
 
 
+def test_cost_takes_overrides_of_a_config(file: Path):
+    found = run("cost", file, "--set", "pattern='1:4'", "--set", "recipes=[ste]")
+    assert found.exit_code == 0, found.output
+    assert "ste, 1:4" in found.output
+    assert "dense" not in found.output.splitlines()[0]
+
+
 def test_overrides_and_output(file: Path, tmp_path: Path):
     other = tmp_path / "other"
     found = run(

@@ -10,6 +10,10 @@ import typer
 
 def cost(
     config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: pattern=1:8."),
+    ] = None,
 ) -> None:
     """Print parameters, bytes with the index, and FLOPs of one example, for every recipe."""
     from rich.console import Console
@@ -20,8 +24,8 @@ def cost(
     from nmflow.experiments.config import load
 
     console = Console()
-    model, run, example = network(config, config_only=True)
-    for spec in load(config).recipes:
+    model, run, example = network(config, config_only=True, overrides=set_)
+    for spec in load(config, set_).recipes:
         found = nmflow.cost(
             model,
             example,
