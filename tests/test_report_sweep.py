@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,61 +13,21 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
-from made_up import result, save
-from nmflow.errors import ConfigError
+from made_up import DENSE, LINEAR, SRSTE, cell, crossed, narrow, page, patterns, result, rows, save
 from nmflow.experiments import (
     comparing,
     families,
     overview_plots,
     overview_words,
-    pareto,
     plots,
-    times,
+    tuning,
     words,
 )
-from nmflow.experiments.families import Cell
+from nmflow.experiments.blocks import Table
 from nmflow.experiments.report import write_report
-from nmflow.experiments.results import finished_runs
-from nmflow.experiments.statistics import Summary, interval
-
-LINEAR, SRSTE, DENSE = "mdgf-linear", "sr-ste", "dense"
-GAIN = {DENSE: 0.08, SRSTE: 0.0, LINEAR: 0.05, "sdgf-stepwise": 0.0}
-
-
-def cell(
-    recipe: str, keys: Mapping[str, Any] | None = None, seeds: int = 3, base: float = 0.4
-) -> Iterator[dict[str, Any]]:
-    """A recipe's runs in one setting; the linear one is better by 0.05, give or take little."""
-    for seed in range(seeds):
-        accuracy = base + GAIN[recipe] + 0.01 * seed
-        accuracy += 0.002 * ((seed * 7 + len(recipe)) % 3) * (recipe != SRSTE)
-        yield result(recipe, seed, 3 - accuracy, accuracy, keys, tracked=[])
-
-
-def crossed(*recipes: str, key: str, values: list[Any], seeds: int = 3) -> list[dict[str, Any]]:
-    return [
-        run
-        for place, value in enumerate(values)
-        for recipe in recipes
-        for run in cell(recipe, {key: value}, seeds, 0.4 - 0.03 * place)
-    ]
-
-
-def patterns(*values: str) -> list[dict[str, Any]]:
-    """Two sparse recipes at three patterns; dense was run at the first alone."""
-    chosen: list[Any] = list(values) or ["1:4", "1:8", "1:16"]
-    sparse = crossed(SRSTE, LINEAR, key="pattern", values=chosen)
-    return [*cell(DENSE, {"pattern": "1:4"}), *sparse]
-
-
-def page(folder: Path, runs: list[dict[str, Any]], **more: Any) -> str:
-    save(folder / "runs", runs)
-    html = write_report([folder / "runs"], folder / "report", **more).read_text()
-    return re.sub(r'data:image/svg\+xml;base64,[^"]*', "", html)
+from nmflow.experiments.statistics import interval
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +35,6 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The page of two sparse recipes at two patterns, and its folder."""
     folder = tmp_path_factory.mktemp("swept")
     return folder, page(folder, patterns("1:4", "1:8"))
-
-
-def rows(folder: Path, name: str) -> list[dict[str, str]]:
-    with (folder / "report" / name).open() as file:
-        return list(csv.DictReader(file))
 
 
 # -- families -------------------------------------------------------------------------------------
@@ -134,8 +86,41 @@ def test_dense_may_be_the_baseline_of_settings_that_it_is_lent_to():
         assert "the dense network" not in " ".join(words.shown(setting))
 
 
-def narrow(width: int) -> list[dict[str, Any]]:
-    return list(cell(DENSE, {"model.fields": {"n_inner": width}}, base=0.3))
+# -- each recipe at its best ----------------------------------------------------------------------
+
+
+def test_the_best_learning_rate_is_chosen_on_validation_data_not_on_the_test():
+    runs = []
+    for recipe, good in ((SRSTE, 0.5), (LINEAR, 0.6)):
+        for rate, held_out in ((0.001, 0.1), (0.003, 0.9), (0.01, 0.2)):
+            for seed in range(3):
+                one = result(
+                    recipe, seed, 2.0, good + rate + seed / 100, {"training.learning_rate": rate}
+                )
+                runs.append({**one, "validation": {"loss": 2.0, "accuracy": held_out}})
+    (group,) = families.groups(comparing.settings(runs, SRSTE))
+    found = tuning.best(group)
+    assert [b.cell.setting.sample["run"]["training"]["learning_rate"] for b in found] == [0.003] * 2
+    assert [(b.tried, b.end) for b in found] == [(3, False)] * 2
+    (section,) = tuning.section(group)
+    table = section.blocks[0]
+    assert isinstance(table, Table)
+    by = {row[0]: row for row in table.rows}
+    assert by["SR-STE"][1:3] == ["0.003", "3"]
+    assert by["SR-STE"][-1] == "baseline"
+    assert by["Linear"][-1].startswith("+0.1000 [")
+    for run in runs:  # now the least rate is the best, an end of what was tried
+        rate = run["run"]["training"]["learning_rate"]
+        run["validation"] = {"loss": 2.0, "accuracy": -rate}
+    (group,) = families.groups(comparing.settings(runs, SRSTE))
+    assert all(b.end for b in tuning.best(group))
+
+
+def test_nothing_is_best_where_nothing_was_tuned():
+    longer = crossed(SRSTE, LINEAR, key="training.steps", values=[40, 80])
+    for runs in (patterns(), longer):
+        (group,) = families.groups(comparing.settings(runs, SRSTE))
+        assert tuning.section(group) == []
 
 
 # -- one adjustment -------------------------------------------------------------------------------
@@ -165,48 +150,6 @@ def test_an_interval_of_a_mean_is_that_of_scipy():
     test = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert interval(values) == pytest.approx((test.low, test.high))
     assert interval([1.0]) is None
-
-
-# -- fronts ---------------------------------------------------------------------------------------
-
-
-def point(cost: float, quality: float) -> pareto.Point:
-    (setting,) = comparing.settings([result(SRSTE, 0, 1.0, quality)], SRSTE)
-    made = Cell(setting, setting.recipes[0])
-    return pareto.Point(made, "", Summary(1, quality, None), None, None, {"bytes": cost})
-
-
-SOME = [point(c, q) for c in range(1, 6) for q in range(5)]
-
-
-@given(st.lists(st.sampled_from(SOME), max_size=12), st.booleans())
-def test_the_front_is_what_no_other_point_beats(found: list[pareto.Point], less: bool):
-    def beats(a: pareto.Point, b: pareto.Point) -> bool:
-        better, equal = a.quality.mean > b.quality.mean, a.quality.mean == b.quality.mean
-        better = (a.quality.mean < b.quality.mean) if less else better
-        cheap, same = a.costs["bytes"] < b.costs["bytes"], a.costs["bytes"] == b.costs["bytes"]
-        return (better or equal) and (cheap or same) and (better or cheap)
-
-    wanted = [p for p in found if not any(beats(other, p) for other in found)]
-    got = pareto.front(found, "bytes", less)
-    assert sorted(map(id, got)) == sorted(map(id, wanted))
-    assert [p.costs["bytes"] for p in got] == sorted(p.costs["bytes"] for p in got)
-
-
-def test_points_without_a_cost_are_on_no_front():
-    assert pareto.front(SOME, "time_us", less=False) == []
-
-
-def test_all_networks_of_a_task_are_points_of_one_plot():
-    (group,) = families.groups(comparing.settings([*patterns(), *narrow(8)], SRSTE))
-    found = list(pareto.rows(group, times.Times()))
-    assert len(found) == 3 * 2 + 1 + 1  # the lent dense runs are one point
-    small = next(row for row in found if row["model.fields.n_inner"] == "8")
-    assert (small["recipe"], small["pattern"]) == ("Dense", "–")
-    best = next(r for r in found if r["recipe"] == "Dense" and r is not small)
-    assert best["front_inference_flops"]
-    assert best["inference_flops"] == 1000
-    assert not small["front_inference_flops"]  # as dear, and worse
 
 
 # -- drawings -------------------------------------------------------------------------------------
@@ -259,7 +202,10 @@ SWEEPS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         patterns("1:4", "1:8"),
         ["all count as one family", "another placement (1:4)", "Better than"],
     ),
-    "rates": (RATES, ["training.learning_rate 0.003", "other settings of the page vary"]),
+    "rates": (
+        RATES,
+        ["training.learning_rate 0.003", "other settings of the page vary", "by validation"],
+    ),
     "placement": (
         [run for keys in PLACED for recipe in (DENSE, LINEAR) for run in cell(recipe, keys)],
         ["No setting has a run of the baseline sr-ste", "ff 1:16, qk 1:4 in ff, qk"],
@@ -367,130 +313,6 @@ def test_a_difference_that_the_adjustment_takes_away_is_not_called_shown(tmp_pat
     found.adjusted = 0.2
     (sentence,) = [s for s in words.shown(setting) if s.startswith("Linear") and "accuracy" in s]
     assert "it is not shown" in sentence
-
-
-# -- time -----------------------------------------------------------------------------------------
-
-
-def entry(result: Mapping[str, Any], batch: int, date: str, **ways: float) -> dict[str, Any]:
-    timing = {"q10": 1.0, "q90": 9.0, "runs": 5}
-    return {
-        "key": times.network_key(result),
-        "run": result["id"],
-        "batch": batch,
-        "threads": 1,
-        "ways": {way.replace("_", ", "): {"median": t, **timing} for way, t in ways.items()},
-        "packed_weights": "1 of 2",
-        "clock": "wall time",
-        "generates": False,
-        "cpu": "a machine",
-        "versions": "nmflow 0",
-        "date": date,
-    }
-
-
-def test_time_belongs_to_a_network_and_its_placement_never_to_recipe_or_seed():
-    runs = patterns("1:4", "1:8")
-    keys = {(r["recipe"], r["pattern"]): times.network_key(r) for r in runs}
-    assert keys["SR-STE", "1:4"] == keys["Linear", "1:4"] != keys["Linear", "1:8"]
-    assert keys["Dense", "1:4"] not in (keys["Linear", "1:4"], keys["Linear", "1:8"])
-    assert len(set(keys.values())) == 3
-    assert len({times.network_key(r) for r in narrow(8) + runs}) == 4
-
-
-def test_times_that_were_kept_are_drawn_later_and_conditions_are_never_mixed(tmp_path: Path):
-    runs = patterns("1:4", "1:8")
-    save(tmp_path / "runs", runs)
-    kept: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        if run["seed"] == 0 and run["recipe"] != "Linear":
-            ways = {"dense": 9.0, "dense_best": 7.0}
-            ways |= {} if run["recipe"] == "Dense" else {"packed": 3.0}
-            kept[run["id"]] = [entry(run, 1, "2026-01-01", **ways)]
-    first = next(iter(kept))
-    kept[first].append(entry(runs[0], 8, "2026-02-01", dense=100.0))
-    for name, entries in kept.items():
-        (tmp_path / "runs" / name / "time.json").write_text(json.dumps(entries))
-    found = times.read(finished_runs([tmp_path / "runs"]))
-    assert found.condition == (1, 1, "a machine")
-    html = write_report([tmp_path / "runs"], tmp_path / "report").read_text()
-    assert "Median and deciles of a forward pass" in html
-    drawn = {(r["pattern"], r["recipe"]): r for r in rows(tmp_path, "pareto.csv")}
-    assert (drawn["–", "Dense"]["time_us"], drawn["–", "Dense"]["time_way"]) == (
-        "7.0",
-        "dense, best",
-    )
-    assert drawn["1:8", "Linear"]["time_us"] == "3.0"  # measured on SR-STE's network
-    other = times.read(finished_runs([tmp_path / "runs"]), (8, 1))
-    assert list(other.entries) == [times.network_key(runs[0])]
-    assert other.others == 2
-    assert times.read(finished_runs([tmp_path / "runs"]), (2, 1)).entries == {}
-
-
-def test_without_a_measurement_the_page_says_how_to_make_one(swept: tuple[Path, str]):
-    assert "--time" in swept[1]
-
-
-def test_networks_that_were_not_kept_are_said(tmp_path: Path):
-    save(tmp_path / "runs", patterns("1:4", "1:8"))
-    results = finished_runs([tmp_path / "runs"])
-    problems = times.measure(results)
-    assert len(problems) == 3
-    assert all("no run kept its network (training.save_model)" in said for said in problems)
-    found = times.read(results)
-    found.problems = problems
-    html = write_report([tmp_path / "runs"], tmp_path / "report", times=found).read_text()
-    assert "Not timed: gpt2, dense" in html
-    with pytest.raises(ConfigError, match="batch is 0"):
-        times.measure(results, batch=0)
-
-
-def test_a_real_sweep_is_timed_once_a_network(tmp_path: Path):
-    from nmflow.experiments import sweep
-
-    base = {
-        "task": "language-modelling",
-        "options": {"length": 16},
-        "data": {"source": "pydoc", "limit": 20_000},
-        "model": {
-            "kind": "gpt2",
-            "fields": {"n_embd": 32, "n_inner": 64, "n_layer": 1, "n_head": 2},
-        },
-        "training": {"steps": 2, "batch_size": 2, "log_every": 2, "eval_rows": 4, "device": "cpu"},
-    }
-    raw = {
-        "base": base,
-        "axes": {"recipe": [DENSE, SRSTE, LINEAR], "pattern": ["1:4", "1:8"], "seed": [0]},
-        "output": str(tmp_path / "s"),
-        "threads": 1,
-    }
-    (tmp_path / "s.yaml").write_text(json.dumps(raw))
-    assert sweep.run(sweep.load(tmp_path / "s.yaml"), workers=1) == []
-    results = finished_runs([tmp_path / "s"])
-    said: list[str] = []
-    assert times.measure(results, batch=2, seconds=0.001, progress=said.append) == []
-    assert len(said) == len(list((tmp_path / "s").rglob("time.json"))) == 3
-    found = times.read(results)
-    assert found.condition is not None
-    assert found.condition[:2] == (2, 1)
-    for one in found.entries.values():
-        assert set(one["ways"]) >= {"dense", "dense, best"}
-        assert all(0 < t["q10"] <= t["median"] <= t["q90"] for t in one["ways"].values())
-    assert sum("packed" in one["ways"] for one in found.entries.values()) == 2
-    assert times.measure(results[:1], batch=2, seconds=0.001) == []  # takes the old one's place
-    assert len(times.read(results).entries) == 3
-    html = write_report([tmp_path / "s"], tmp_path / "report").read_text()
-    assert "batch 2" in html
-
-
-def test_beam_search_is_not_what_was_timed(tmp_path: Path):
-    runs = patterns("1:4", "1:8")
-    save(tmp_path / "runs", runs)
-    made = {**entry(runs[0], 1, "2026-01-01", dense=9.0), "generates": True}
-    (tmp_path / "runs" / runs[0]["id"] / "time.json").write_text(json.dumps([made]))
-    html = write_report([tmp_path / "runs"], tmp_path / "report").read_text()
-    assert "one forward pass over a whole example" in html
-    assert "Without a time under this condition" in html
 
 
 # -- the browser ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 from nmflow.experiments import overview_plots as plots
 from nmflow.experiments import overview_words as words
+from nmflow.experiments import tuning
 from nmflow.experiments.blocks import (
     Block,
     Figure,
@@ -43,6 +44,7 @@ def overview(
         if len(group.settings) > 1 and any(s.sparse for s in group.settings):
             blocks.insert(0, _drawing(group, place))
         out.append(Section("Recipes and settings" + more, blocks))
+        out += tuning.section(group, more)
         if layers := _layers(group, place):
             out.append(Section("Density by layer" + more, layers))
     out.append(Section("What the overview does not show", [Points(words.not_shown(groups))]))

@@ -157,7 +157,7 @@ def _measured(result: Mapping[str, Any], batch: int, seconds: float) -> dict[str
     with quiet():
         problem = tasks.build(run.model_copy(update={"model": saved}))
         model = problem.model().eval()
-        example = _inputs(model, problem.example, batch)
+        example = inputs(model, problem.example, batch)
         held: dict[str, nn.Module] = {DENSE: model, BEST: ways.best_dense(model, example)}
         packed_layers = None
         if run.recipe.name != "dense":
@@ -184,7 +184,7 @@ def _measured(result: Mapping[str, Any], batch: int, seconds: float) -> dict[str
     }
 
 
-def _inputs(model: Any, example: Mapping[str, torch.Tensor], batch: int) -> dict[str, Any]:
+def inputs(model: Any, example: Mapping[str, torch.Tensor], batch: int) -> dict[str, Any]:
     """The task's example as many times, without its labels: no loss is part of inference."""
     given = {name: value.repeat_interleave(batch, 0) for name, value in example.items()}
     labels = given.pop("labels", None)
