@@ -157,7 +157,14 @@ def test_the_command_measures_on_request_alone(tmp_path: Path):
 
 
 def test_a_decoder_is_given_its_text_and_no_network_its_labels():
-    sizes = {"vocab_size": 11, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 11,
+        "d_model": 8,
+        "d_kv": 4,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     config = transformers.T5Config(**{**sizes, "decoder_start_token_id": 0})
     model = transformers.T5ForConditionalGeneration(config).eval()
     example = {"input_ids": torch.ones(1, 5, dtype=torch.long)}

@@ -85,15 +85,23 @@ class Group:
         values = self.values[cell.setting.hash]
         return {k: NONE if cell.dense and k in PLACEMENT else values[k] for k in self.keys}
 
-    def label(self, setting: Setting, dense: bool = False, short: bool = False) -> str:
+    def label(
+        self,
+        setting: Setting,
+        dense: bool = False,
+        short: bool = False,
+        only: Sequence[str] | None = None,
+    ) -> str:
         """What tells the setting from the others, such as `1:16 in ff, model.fields.n_inner 32`.
 
-        `short` leaves out the `usual` values and the first parts of keys.
+        `short` leaves out the `usual` values and the first parts of keys, `only` other keys.
         """
         said = []
         for key in self.keys:
             value = self.values[setting.hash][key]
             if (dense and key in PLACEMENT) or value == NONE:
+                continue
+            if only is not None and key not in only:
                 continue
             if short and self.usual.get(key) == value:
                 continue

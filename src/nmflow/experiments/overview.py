@@ -18,7 +18,7 @@ from nmflow.experiments.blocks import (
     mean_sd,
     number,
 )
-from nmflow.experiments.comparing import Comparison, family_hash
+from nmflow.experiments.comparing import PLACEMENT, Comparison, family_hash
 from nmflow.experiments.families import NONE, Cell, Group, survives
 from nmflow.experiments.statistics import Paired
 
@@ -119,14 +119,16 @@ def _layers(group: Group, place: int) -> list[Block]:
     shown: dict[str, dict[str, str]] = {}
     means: dict[str, dict[str, float]] = {}
     for setting in settings:
-        label = group.label(setting, short=True) or setting.sample["pattern"]
+        label = group.label(setting, short=True, only=PLACEMENT) or setting.sample["pattern"]
         held: dict[str, list[float]] = {}
         for recipe in setting.sparse:
             for run in recipe.runs.values():
                 for row in run["audit"]["rows"]:
                     held.setdefault(row["name"], []).append(row["density"])
         column = {n: _range(d) for n, d in held.items()}
-        if column not in shown.values() or not words.placed(group.keys):
+        if column not in shown.values():
+            if label in shown:  # the same placement in another network
+                label = group.label(setting, short=True)
             shown[label] = column
             means[label] = {n: sum(d) / len(d) for n, d in held.items()}
     names = list(dict.fromkeys(name for column in shown.values() for name in column))

@@ -58,7 +58,7 @@ def by_setting(group: Group) -> str:
     def paint(axes: list[Axes]) -> None:
         for ax, (name, settings) in zip(axes, found.items(), strict=False):
             _panel(ax, group, along, settings)
-            ax.set_title(name, fontsize=9)
+            ax.set_title(name.replace(", ", "\n"), fontsize=8)
         for ax in axes[len(found) :]:
             ax.set_visible(False)
         shown = axes[: len(found)]
@@ -182,7 +182,7 @@ def duration(microseconds: float) -> str:
 
 
 def _labels(ax: Axes, held: Sequence[Point], axis: str, less: bool) -> None:
-    """Name each setting once, at its best point, where nothing else is written."""
+    """Name each setting once, at its best point, if there is room to read it."""
     best: dict[str, Point] = {}
     for p in held:
         old = best.setdefault(p.label, p)
@@ -197,19 +197,23 @@ def _labels(ax: Axes, held: Sequence[Point], axis: str, less: bool) -> None:
         x = (math.log(p.costs[axis]) - x0) / (x1 - x0) * width
         return x, (p.quality.mean - y0) / (y1 - y0) * height
 
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(spot, held)]
+    marks = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(spot, held)]
+    names: list[tuple[float, ...]] = []
     for label, p in best.items():
         x, y = spot(p)
-        wide, tall = 4.3 * len(label), 11.0
+        wide, tall = 4.6 * len(label), 11.0
         tries = []
         for dx, dy in ((7, 5), (-7 - wide, 5), (7, -14), (-7 - wide, -14), (-wide / 2, 14),
                        (-wide / 2, -24), (9, 20), (9, -30)):  # fmt: skip
             box = (x + dx, y + dy, x + dx + wide, y + dy + tall)
             out = box[0] < 0 or box[2] > width or box[1] < 0 or box[3] > height
-            hits = sum(_meet(box, other) for other in taken) + 3 * out
+            hits = sum(_meet(box, mark) for mark in marks)
+            hits += 3 * (sum(_meet(box, name) for name in names) + out)
             tries.append((hits, len(tries), dx, dy, box))
-        _, _, dx, dy, box = min(tries)
-        taken.append(box)
+        hits, _, dx, dy, box = min(tries)
+        if hits > 2:  # no room where it could be read; the tables have it
+            continue
+        names.append(box)
         ax.annotate(
             label, (p.costs[axis], p.quality.mean), (dx, dy), textcoords="offset points",
             fontsize=8, color="#333333",

@@ -55,9 +55,9 @@ def _caption(group: Group, axis: str) -> str:
         text += f" Where nothing else is said: {', '.join(usual)}."
     return (
         f"{text} Means over seeds with 95 % intervals, the cost axis logarithmic; a name stands at "
-        "the best point of its setting. The step line is the front: no other point's mean is as "
-        "good for as little. It goes by means alone, so a point beside it whose interval reaches "
-        "it is not shown to be off it."
+        "the best point of its setting, if there is room. The step line is the front: no other "
+        "point's mean is as good for as little. It goes by means alone, so a point beside it whose "
+        "interval reaches it is not shown to be off it."
     )
 
 
