@@ -207,12 +207,15 @@ def _drawer(run: Run, problem: tasks.Problem) -> Callable[[torch.Generator], dic
 
 
 def _figures(metrics: dict[str, float]) -> dict[str, float]:
-    # "test_accuracy" becomes "accuracy"; how long the evaluation took is no figure of the network.
+    # "test_accuracy" becomes "accuracy"; how long the evaluation took, and at which step, is no
+    # figure of the network.
     skip = ("runtime", "per_second", "epoch", "model_preparation_time")
     return {
         key.partition("_")[2]: float(value)
         for key, value in metrics.items()
-        if not key.startswith("nmflow_") and not any(word in key for word in skip)
+        if "_" in key
+        and not key.startswith("nmflow_")
+        and not any(word in key for word in skip)
     }
 
 
