@@ -113,7 +113,7 @@ def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Fra
     if case.kind == "Gradual":
         kept = math.ceil(m * cubic(Fraction(n, m), Fraction(j, span)))
         return (max(n, min(kept, m - 1)), m), None, 0.0
-    if case.kind == "MDGF":
+    if case.kind in ("MDGF", "Settling"):
         return (n, m), None, fade(options["decay"], options.get("beta"), j, span)
     frames = ladder(options["structure"], n, m, length)
     index = j * len(frames) // span
@@ -213,7 +213,9 @@ class Reference:
 
     @torch.no_grad()
     def regularise(self) -> None:
-        """SR-STE's term, once a step; under a loss scaler call it after `unscale_`."""
+        """SR-STE's term or the pull, once a step; under a loss scaler after `unscale_`."""
+        if self.case.kind == "Settling":
+            self._draw()
         if self.case.kind not in ("SRSTE", "STEP") or self.k < self.case.kwargs.get("dense", 0):
             return
         for name, spec in self.targets.items():
@@ -221,6 +223,22 @@ class Reference:
             if dense.grad is not None and masks is not None:
                 term = self.case.kwargs["lam"] * rows_of(dense, spec) * ~masks[0]
                 rows_of(dense.grad, spec).add_(term)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """The pull of the dense weights to the sparse ones, at the learning rate of their group."""
+        for name, spec in self.targets.items():
+            dense, masks = self.model.get_parameter(name), self._masks(name)
+            if dense.grad is None or masks is None:
+                continue
+            (lr,) = (
+                float(group["lr"])
+                for group in self.optimizer.param_groups
+                if any(p is dense for p in group["params"])
+            )
+            amount = min(1.0, lr * self.case.kwargs["pull"])
+            w = rows_of(dense, spec)
+            w.copy_((1 - amount) * w + amount * w * masks[1])
 
     def step(self) -> None:
         self.regularise()

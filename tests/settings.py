@@ -48,6 +48,7 @@ CASES = [
     Case("mdgf-linear-masked", "MDGF", _mdgf("linear", "masked")),
     Case("mdgf-exp", "MDGF", _mdgf("exponential", "straight-through")),
     Case("mdgf-exp-masked", "MDGF", _mdgf("exponential", "masked")),
+    Case("settling", "Settling", _mdgf("exponential", "straight-through", pull=3.0)),
     Case("sdgf-stepwise", "SDGF", {"structure": "stepwise", "dense": 2, "finetune": 4}),
     Case("sdgf-geometric", "SDGF", {"structure": "geometric", "dense": 2, "finetune": 4}),
     Case("hybrid", "Hybrid", {"structure": "stepwise", **_mdgf("linear", "straight-through")}),
@@ -63,6 +64,9 @@ MORE_CASES = [
     Case("mdgf-beta", "MDGF", _mdgf("exponential", "masked", beta=0.9)),
     Case("mdgf-linear-beta", "MDGF", _mdgf("linear", "straight-through", beta=0.2)),
     Case("mdgf-at-once", "MDGF", {"decay": "exponential", "dense": 0, "finetune": 0}),
+    Case("settling-linear", "Settling", _mdgf("linear", "masked", pull=0.5)),
+    Case("settling-at-most", "Settling", _mdgf("linear", "straight-through", pull=1e3)),
+    Case("settling-frozen", "Settling", _mdgf("linear", "masked", pull=2.0), {"freeze_mask": True}),
     Case("mdgf-frozen", "MDGF", _mdgf("linear", "masked"), {"freeze_mask": True}),
     Case(
         "sdgf-frozen",
@@ -76,6 +80,12 @@ MORE_CASES = [
 INTERVAL_CASES = [
     Case("ste-interval", "STE", {"dense": 2}, {"mask_interval": 3}),
     Case("gradual-interval", "Gradual", {"dense": 2, "finetune": 4}, {"mask_interval": 3}),
+    Case(
+        "settling-interval",
+        "Settling",
+        _mdgf("linear", "straight-through", pull=2.0),
+        {"mask_interval": 3},
+    ),
     Case("mdgf-interval", "MDGF", _mdgf("linear", "masked"), {"mask_interval": 3}),
     Case(
         "hybrid-interval",

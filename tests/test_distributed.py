@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
 )
 
-CASES = ["sr-ste", "mdgf-linear-masked", "hybrid", "one-shot", "mdgf-frozen", "gradual"]
+CASES = ["sr-ste", "mdgf-linear-masked", "hybrid", "one-shot", "mdgf-frozen", "gradual", "settling"]
 
 
 def _process(rank: int, check: Callable[[int, Path], None], folder: Path) -> None:

@@ -307,7 +307,9 @@ def test_attach_again_after_finalize() -> None:
 @pytest.mark.parametrize(
     ("case", "optimizer"),
     [
-        *itertools.product(["sr-ste-at-once", "mdgf-linear-masked", "one-shot"], OPTIMIZERS),
+        *itertools.product(
+            ["sr-ste-at-once", "mdgf-linear-masked", "one-shot", "settling"], OPTIMIZERS
+        ),
         ("step", "adamw-foreach"),
     ],
 )
@@ -439,9 +441,10 @@ def test_several_optimizers(case: str) -> None:
     assert [traces(optimizer) for optimizer in optimizers] == [[], []]
 
 
-def test_parameter_groups_added_and_tuned() -> None:
-    """Groups with their own weight decay; one is added after attach, with other parameters."""
-    run = Run(MLP, BY_ID["mdgf-linear"], attached=False)
+@pytest.mark.parametrize("case", ["mdgf-linear", "settling"])
+def test_parameter_groups_added_and_tuned(case: str) -> None:
+    """Groups with their own rate and weight decay; one is added after attach, with others."""
+    run = Run(MLP, BY_ID[case], attached=False)
     ref = twin(run)
     for one in (run, ref):
         weights = [one.model.get_parameter(name) for name in MLP.targets]
@@ -570,3 +573,34 @@ def test_observers_see_the_raw_gradient_and_the_dense_weight(case: str, scaled: 
     handle.remove()
     run.train(family.batches(1, torch.float32))
     assert len(seen) == TOTAL
+
+
+def test_a_pull_is_what_it_says_and_none_is_mdgf() -> None:
+    """One SGD step by hand, at a rate that is a tensor too; and μ = 0 is MDGF, bit for bit."""
+    for lr in (0.25, torch.tensor(0.25)):
+        model = nn.Sequential(nn.Linear(4, 1, bias=False)).double()
+        model[0].weight.data = torch.tensor([[4.0, -2.0, 1.0, 0.5]], dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        recipe = nmflow.Settling(decay="linear", dense=0, finetune=1, pull=0.8)
+        flow = nmflow.attach(model, optimizer, recipe, "1:4", include="*", total_steps=5)
+        for k in range(2):
+            optimizer.zero_grad()
+            (0.0 * model(torch.ones(1, 4, dtype=torch.float64)).sum()).backward()
+            optimizer.step()
+            assert flow.steps_done == k + 1
+        # δ was 1 at the first step and 3/4 at the second, so that what is pruned lost 1/4 of 0.2.
+        dense = optimizer.state[model[0].weight]["nmflow_dense"]
+        expected = torch.tensor([[4.0, -1.9, 0.95, 0.475]], dtype=torch.float64)
+        torch.testing.assert_close(dense, expected)
+    ends = []
+    for recipe in (nmflow.Settling(pull=0.0), nmflow.MDGF(dense=0.05, finetune=0.4)):
+        torch.manual_seed(0)
+        model = nn.Linear(16, 8)
+        optimizer = ADAMW(model.parameters())
+        nmflow.attach(model, optimizer, recipe, "1:4", include="*", total_steps=20)
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(torch.randn(4, 16)).square().sum().backward()
+            optimizer.step()
+        ends.append(model.weight.detach().clone())
+    assert torch.equal(*ends)

@@ -16,7 +16,15 @@ KINDS = ["adamw-foreach", "adamw-fused", "sgd", "sgd-fused"]
 MAKE = OPTIMIZERS | {
     "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
 }
-RECIPES = ["ste-at-once", "sr-ste-at-once", "sr-ste", "mdgf-linear-masked", "hybrid", "one-shot"]
+RECIPES = [
+    "ste-at-once",
+    "sr-ste-at-once",
+    "sr-ste",
+    "mdgf-linear-masked",
+    "hybrid",
+    "one-shot",
+    "settling",
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

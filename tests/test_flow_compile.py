@@ -25,7 +25,7 @@ def _strict_compiler() -> Iterator[None]:
 
 
 CASES = ["mdgf-linear", "mdgf-exp-masked", "sdgf-stepwise", "hybrid", "one-shot", "sr-ste"]
-CASES += ["gradual"]
+CASES += ["gradual", "settling"]
 
 
 @pytest.mark.parametrize("family", ["linear", "encoder-layer", "fused-qkv", "conv2d-grouped"])

@@ -269,6 +269,12 @@ RECIPES = st.one_of(
         finetune=st.integers(0, 5),
     ),
     st.builds(
+        nmflow.Settling,
+        decay=st.sampled_from(["linear", "exponential"]),
+        dense=st.integers(0, 5),
+        finetune=st.integers(0, 5),
+    ),
+    st.builds(
         nmflow.Hybrid,
         structure=st.sampled_from(["stepwise", "geometric"]),
         decay=st.sampled_from(["linear", "exponential"]),
@@ -323,6 +329,7 @@ NAMES = {
     "sdgf-stepwise": nmflow.SDGF(structure="stepwise"),
     "sdgf-geometric": nmflow.SDGF(structure="geometric"),
     "hybrid": nmflow.Hybrid(),
+    "settling": nmflow.Settling(),
 }
 
 
@@ -368,6 +375,11 @@ def test_defaults() -> None:
         (lambda: nmflow.STE(dense=float("nan")), "nan"),
         (lambda: nmflow.STE(dense=True), "True"),
         (lambda: nmflow.SRSTE(lam=-1.0), "lam"),
+        (lambda: nmflow.Settling(pull=-1.0), "pull"),
+        (lambda: nmflow.Settling(pull=float("inf")), "pull"),
+        (lambda: nmflow.Settling(pull=True), "pull"),
+        (lambda: nmflow.Settling(decay="cosine"), "cosine"),
+        (lambda: nmflow.Settling(dense=0.7), "0.7"),
         (lambda: nmflow.SRSTE(lam=float("nan")), "lam"),
     ],
 )

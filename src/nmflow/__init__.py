@@ -10,7 +10,19 @@ from nmflow.cost import cost
 from nmflow.flow import Flow, attach
 from nmflow.masks import holds, mask
 from nmflow.pattern import Pattern
-from nmflow.recipes import MDGF, SDGF, SRSTE, STE, STEP, Dense, Gradual, Hybrid, OneShot, Recipe
+from nmflow.recipes import (
+    MDGF,
+    SDGF,
+    SRSTE,
+    STE,
+    STEP,
+    Dense,
+    Gradual,
+    Hybrid,
+    OneShot,
+    Recipe,
+    Settling,
+)
 from nmflow.schedules import Stage
 from nmflow.targets import Target, plan
 from nmflow.version import __version__
@@ -33,6 +45,7 @@ __all__ = [
     "OneShot",
     "Pattern",
     "Recipe",
+    "Settling",
     "Stage",
     "Target",
     "__version__",

@@ -8,7 +8,7 @@ from typing import ClassVar
 from nmflow import schedules
 from nmflow.errors import RecipeError
 from nmflow.pattern import Pattern
-from nmflow.recipe import GRADIENTS, Decaying, Recipe, check_choice, check_lam, check_phases
+from nmflow.recipe import GRADIENTS, Decaying, Recipe, check_choice, check_phases, check_strength
 from nmflow.schedules import DENSE, Stage
 
 
@@ -86,7 +86,7 @@ class SRSTE(Recipe):
     name: ClassVar[str] = "sr-ste"  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        check_lam(self.lam)
+        check_strength("lam", self.lam)
         check_phases(self)
 
 
@@ -114,7 +114,7 @@ class STEP(Recipe):
     freezes_second_moment: ClassVar[bool] = True  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        check_lam(self.lam)
+        check_strength("lam", self.lam)
         check_phases(self)
 
     def check(self, total_steps: int) -> None:

@@ -22,6 +22,7 @@ class Recipe:
         gradient: the rule for the dense weight's gradient, from g = ∂L/∂W̃:
             `"straight-through"` passes g, `"masked"` passes g ⊙ (m + (1 - m) ⊙ m' · δ).
         lam: λ of SR-STE's term λ·(1 - m) ⊙ W, added to g once per optimizer step.
+        pull: μ, by which W is drawn to W̃ beside each optimizer step: W ← W + lr·μ·(W̃ - W).
         prunes: whether weights end at N:M; False for the dense baseline alone.
         fades_between: whether a stage has two masks, m and m'.
         freezes_second_moment: whether Adam's second moment stays as it is from step d on.
@@ -30,6 +31,7 @@ class Recipe:
     # Without annotations: a dataclass would otherwise order its own fields after these names.
     gradient = "straight-through"
     lam = 0.0
+    pull = 0.0
     prunes = True
     freezes_second_moment = False
     fades_between = False
@@ -145,10 +147,10 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise RecipeError(f"{name} is {value!r}: choose {said}")
 
 
-def check_lam(lam: float) -> None:
-    """Raise a `RecipeError` unless λ is a finite number that is 0 or more."""
-    if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 <= lam < math.inf:
-        raise RecipeError(f"lam is {lam!r}: give a finite number that is 0 or more")
+def check_strength(name: str, value: float) -> None:
+    """Raise a `RecipeError` unless λ or μ is a finite number that is 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise RecipeError(f"{name} is {value!r}: give a finite number that is 0 or more")
 
 
 def warn_of_high_delta(decay: str, beta: float | None, span: int) -> None:

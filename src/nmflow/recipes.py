@@ -1,4 +1,4 @@
-"""The decaying recipes of the paper, a frozen dataclass each, and the registry of all recipes."""
+"""The decaying recipes, a frozen dataclass each, and the registry of all recipes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nmflow.recipe import (
     check_choice,
     check_fading,
     check_phases,
+    check_strength,
     frames_note,
     warn_of_high_delta,
 )
@@ -156,6 +157,39 @@ class Hybrid(Decaying):
         return frames_note(self.structure, pattern, length)
 
 
+@dataclass(frozen=True)
+class Settling(MDGF):
+    """MDGF whose dense weights are drawn to the sparse ones, so that the mask settles.
+
+    W̃ = W ⊙ (m + (1 - m)·δ) as in MDGF, and beside each optimizer step, at its learning rate,
+    W ← W + lr·μ·(W̃ - W), that is W ← W - lr·μ·(1 - δ)·(1 - m) ⊙ W, with lr·μ at most 1.
+
+    Left alone, a pruned weight grows while it fades, above all under Adam, and comes back when the
+    mask turns binary. Drawn by μ, it stays as large as its updates are consistent. Apart from the
+    gradient, as in AdamW's weight decay, the strength depends on no gradient's scale.
+
+    Args:
+        decay: as for `MDGF`.
+        beta: as for `MDGF`.
+        gradient: as for `MDGF`.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, with the binary mask; a fraction or steps.
+        pull: μ, a finite number that is 0 or more; 0 is `MDGF`.
+
+    References:
+        nmflow's own; SR-STE (arXiv 2102.04010) puts such a term into the gradient.
+    """
+
+    dense: float = 0.05
+    finetune: float = 0.4
+    pull: float = 1.0  # type: ignore[misc]
+    name: ClassVar[str] = "settling"  # type: ignore[assignment,misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_strength("pull", self.pull)
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -170,6 +204,7 @@ RECIPES: dict[str, Recipe] = {
         SDGF("stepwise"),
         SDGF("geometric"),
         Hybrid(),
+        Settling(),
     )
 }
 """Every recipe by its name, with its defaults."""

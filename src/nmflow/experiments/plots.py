@@ -127,7 +127,7 @@ def schedule(setting: Setting) -> str:
                 steps, values = series(recipe, key)
                 if not len(steps):
                     continue
-                fades = key == "delta" and recipe.name.startswith(("mdgf", "hybrid"))
+                fades = key == "delta" and recipe.name.startswith(("mdgf", "hybrid", "settling"))
                 drawn = "default" if fades else "steps-post"
                 mean = values.mean(0)
                 ax.plot(steps, mean, label=recipe.title, drawstyle=drawn, **line(recipe.place))

@@ -213,9 +213,7 @@ def _figures(metrics: dict[str, float]) -> dict[str, float]:
     return {
         key.partition("_")[2]: float(value)
         for key, value in metrics.items()
-        if "_" in key
-        and not key.startswith("nmflow_")
-        and not any(word in key for word in skip)
+        if "_" in key and not key.startswith("nmflow_") and not any(word in key for word in skip)
     }
 
 

@@ -1,4 +1,4 @@
-"""The gradient rules: what a dense weight receives of g = ∂L/∂W̃."""
+"""The gradient rules, what a dense weight receives of g = ∂L/∂W̃, and the pull beside them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,23 @@ def refined(g: Tensor, dense: Tensor, shown: Tensor, lam: float, scale: Tensor |
     for part, w, sparse in _blocks(g, dense, shown):
         pull = w - sparse
         part.add_(pull if scale is None else pull.mul_(scale.to(pull.device)), alpha=lam)
+
+
+def drawn(dense: Tensor, shown: Tensor, lr: float | Tensor, pull: float) -> None:
+    r"""The pull of W to W̃, in place: `W + min(1, lr·μ)·(W̃ - W)`.
+
+    Args:
+        dense: W.
+        shown: W̃.
+        lr: the learning rate of W, a number or a tensor of one.
+        pull: μ.
+    """
+    if isinstance(lr, Tensor):  # no `float`, which would wait for the device
+        amount = (lr.to(dense.device, dense.dtype) * pull).clamp(max=1.0)
+    else:
+        amount = min(1.0, lr * pull)
+    for w, sparse in _blocks(dense, shown):
+        w.lerp_(sparse, amount)
 
 
 def _blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -175,6 +175,8 @@ class Stepper:
                 for observation in due:
                     observation.observer(self.k, views)
             self._weights.apply_gradient_rule(self.k, scale)
+            if self.run.recipe.pull and not self._found_inf():
+                self._weights.draw(self.k, self.optimizer.param_groups)
         self._weights.enter()
         if (
             self._counts

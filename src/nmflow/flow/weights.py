@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,23 @@ class Weights:
                 elif stage.delta != 1.0 or stage.previous is not None:
                     kept, fading = slot.masks(region, stage, held)
                     gradients.masked(part, kept, fading, stage.delta)
+
+    def draw(self, k: int, groups: Sequence[dict[str, Any]]) -> None:
+        """Draw W to W̃ by the recipe's pull, where the optimizer will step; `groups` are its own."""
+        if not self.prunes or not self.run.recipe.pull:
+            return
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        stages = self.run.stages(self.targets, k)
+        for slot in self.slots:
+            if slot.param.grad is None:
+                continue
+            dense, shown, lr = local(slot.dense), local(slot.param), rates[id(slot.param)]
+            for region in slot.regions:
+                stage = stages[region.target.label]
+                if stage.pattern is None or stage.delta == 1.0 or region.count == 0:
+                    continue
+                part, sparse = region.of(dense), region.of(shown)
+                gradients.drawn(part, sparse, lr, self.run.recipe.pull)
 
     def views(self, k: int, scale: Tensor | None) -> list[View]:
         """What an observer sees before step `k + 1`; `scale` as for the gradient rule."""
