@@ -33,6 +33,7 @@ TITLES = {
     "sdgf-stepwise": "SDGF-Stepwise",
     "sdgf-geometric": "SDGF-Geometric",
     "hybrid": "Hybrid",
+    "settling": "Settling",
 }
 _MDGF = [{"dense": 0.05, "gradient": g, "finetune": f}
          for g in ("straight-through", "masked") for f in (0.2, 0.4, 0.6)]  # fmt: skip
@@ -61,6 +62,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         for d in ("exponential", "linear")
         for f in (0.2, 0.4, 0.6)
     ],
+    "settling": [{"pull": p, "finetune": f} for p in (0.3, 1.0, 3.0) for f in (0.2, 0.4)],
 }
 """Six settings for every recipe: the protocol's list."""
 
