@@ -10,7 +10,7 @@ RUNS   ?= runs/demo
 help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(READY)  ## Train six recipes on three seeds (minutes) and write the report
+demo: $(READY)  ## Train eight recipes on four seeds (minutes) and write the report
 	$(BIN)/nmflow train configs/demo.yaml --output $(RUNS)
 	$(BIN)/nmflow report $(RUNS)
 

@@ -99,7 +99,7 @@ def test_the_option_of_a_recipe_is_an_axis(tmp_path: Path):
 
 
 def test_a_base_is_a_file_and_its_lists_are_axes(tmp_path: Path):
-    base = {**BASE, "recipes": ["sr-ste"], "seeds": [0, 1], "workers": 7, "baseline": "dense"}
+    base = {**BASE, "recipes": ["sr-ste"], "seeds": [0, 1], "workers": 7}
     (tmp_path / "base.yaml").write_text(json.dumps(base))
     more = {"base": "base.yaml", "overrides": {"training.steps": 9}}
     runs = cells(tmp_path, {"pattern": ["1:4", "1:8"]}, **more)

@@ -103,7 +103,6 @@ class Experiment(Setting):
 
     recipes: Annotated[list[RecipeSpec], Field(min_length=1)]
     seeds: Annotated[list[Count], Field(min_length=1, default_factory=lambda: [0])]
-    baseline: str = "sr-ste"
     output: str = "runs/{name}"
     workers: Count = 0
     threads: Count = 0

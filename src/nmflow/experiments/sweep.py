@@ -30,7 +30,7 @@ KEYS = frozenset(Run.model_fields)
 # Keys whose own value may be a mapping; at any other key a mapping sets several keys together.
 MAPPINGS = frozenset(("recipe", "pattern", "data", "model", "options", "training"))
 # What a base of `nmflow train` says about its own list of runs, which is the sweep's to say.
-NOT_OF_A_RUN = frozenset(("baseline", "output", "workers", "threads"))
+NOT_OF_A_RUN = frozenset(("output", "workers", "threads"))
 LISTS = {"recipes": "recipe", "seeds": "seed"}
 
 
