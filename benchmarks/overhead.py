@@ -30,6 +30,7 @@ GOALS = {1600: 1.01, 256: 1.05, 128: 1.08}  # in plain torch, without the librar
 RECIPES = {
     "mdgf-exponential": nmflow.MDGF("exponential", finetune=0.0),
     "sr-ste": nmflow.SRSTE(),
+    "settling": nmflow.Settling(dense=0.0, finetune=0.0),
 }
 
 

@@ -52,8 +52,7 @@ def drawn(dense: Tensor, shown: Tensor, lr: float | Tensor, pull: float) -> None
         amount = (lr.to(dense.device, dense.dtype) * pull).clamp(max=1.0)
     else:
         amount = min(1.0, lr * pull)
-    for w, sparse in _blocks(dense, shown):
-        w.lerp_(sparse, amount)
+    dense.lerp_(shown, amount)
 
 
 def _blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
