@@ -1,0 +1,72 @@
+"""What the pages share: the tasks, their runs, and how figures are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+from choose import RESULTS, results
+from compare import Cell
+
+from nmflow.experiments.statistics import Summary
+
+PAGES = RESULTS.parent
+CONVENTIONAL = ("One-shot", "Gradual", "SR-STE", "STEP")
+PAPERS = ("MDGF-Linear", "MDGF-Exponential", "SDGF-Stepwise", "SDGF-Geometric", "Hybrid")
+OURS = "Settling"
+DECAYING = (*PAPERS, OURS)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the protocol: its figure, in points where more is better, and the paper's gain."""
+
+    name: str
+    title: str
+    metric: str
+    claimed: float
+
+
+TASKS = (
+    Task("lm", "characters, GPT-2", "test_accuracy", 5.0),
+    Task("lstm", "characters, LSTM", "test_accuracy", 5.0),
+    Task("vit", "CIFAR-10, ViT", "test_accuracy", 2.0),
+    Task("resnet", "CIFAR-10, ResNet", "test_accuracy", 2.0),
+    Task("glue", "GLUE, BERT", "test_score", 5.0),
+    Task("multi30k", "Multi30k, Marian", "test_bleu", 5.0),
+)
+
+
+def there(name: str) -> bool:
+    """Whether a sweep's table has been kept."""
+    return (RESULTS / name / "results.parquet").is_file()
+
+
+def in_points(frame: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """The task's runs with the figure in points in the column `points`."""
+    factor = 1.0 if frame[task.metric].max() > 1.5 else 100.0
+    return frame.assign(points=frame[task.metric] * factor)
+
+
+def main_runs(task: Task) -> pd.DataFrame:
+    """The main runs of a task, and its dense ones."""
+    parts = [results(n) for n in (f"{task.name}-main", f"{task.name}-dense") if there(n)]
+    return in_points(pd.concat(parts, ignore_index=True), task)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def spread(s: Summary) -> str:
+    """Mean ± sd."""
+    return f"{s.mean:.2f}" if s.sd is None else f"{s.mean:.2f} ± {s.sd:.2f}"
+
+
+def gain(cell: Cell) -> str:
+    """A difference with its interval; bold where Holm's p is below 0.05."""
+    d = cell.difference
+    said = f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]".replace("-", "−")
+    return f"**{said}**" if cell.p < 0.05 else said
