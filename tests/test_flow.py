@@ -578,8 +578,9 @@ def test_observers_see_the_raw_gradient_and_the_dense_weight(case: str, scaled: 
 def test_a_pull_is_what_it_says_and_none_is_mdgf() -> None:
     """One SGD step by hand, at a rate that is a tensor too; and μ = 0 is MDGF, bit for bit."""
     for lr in (0.25, torch.tensor(0.25)):
-        model = nn.Sequential(nn.Linear(4, 1, bias=False)).double()
-        model[0].weight.data = torch.tensor([[4.0, -2.0, 1.0, 0.5]], dtype=torch.float64)
+        layer = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+        layer.weight.data = torch.tensor([[4.0, -2.0, 1.0, 0.5]], dtype=torch.float64)
+        model = nn.Sequential(layer)
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
         recipe = nmflow.Settling(decay="linear", dense=0, finetune=1, pull=0.8)
         flow = nmflow.attach(model, optimizer, recipe, "1:4", include="*", total_steps=5)
@@ -589,7 +590,7 @@ def test_a_pull_is_what_it_says_and_none_is_mdgf() -> None:
             optimizer.step()
             assert flow.steps_done == k + 1
         # δ was 1 at the first step and 3/4 at the second, so that what is pruned lost 1/4 of 0.2.
-        dense = optimizer.state[model[0].weight]["nmflow_dense"]
+        dense = optimizer.state[layer.weight]["nmflow_dense"]
         expected = torch.tensor([[4.0, -1.9, 0.95, 0.475]], dtype=torch.float64)
         torch.testing.assert_close(dense, expected)
     ends = []
