@@ -507,6 +507,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_what_is_written_may_be_read_by_others(tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        write(tmp_path / "a.json", "{}")
+        RunFolder(tmp_path).put_folder("model", lambda place: (place / "x").write_text(""))
+    finally:
+        os.umask(before)
+    assert [oct((tmp_path / n).stat().st_mode & 0o777) for n in ("a.json", "model")] == [
+        "0o644",
+        "0o755",
+    ]
+
+
 def test_a_disk_that_fills_up_in_mid_run_is_one_sentence(tmp_path: Path):
     # No file may grow past a limit that result and config fit into, but no checkpoint.
     script = (

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,23 @@ _READ = {
 }
 
 
+def beside(path: Path) -> Path:
+    """A name in the folder of `path` that nothing else has, for what is moved into its place.
+
+    Not by `tempfile`, whose files and folders their owner alone may read: results lie on storage
+    that others share.
+    """
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 def write(path: Path, content: bytes | str) -> None:
     """Write a whole file or nothing: a temporary file beside it, flushed, then renamed."""
     data = content.encode() if isinstance(content, str) else content
     with one_sentence(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        name = beside(path)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with open(name, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -143,8 +153,9 @@ class RunFolder:
     def put_folder(self, name: str, fill: Any) -> None:
         """Let `fill(path)` write a folder beside the run, then move it into place whole."""
         with one_sentence(self.path / name):
-            staging = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self.path))
+            staging = beside(self.path / name)
             try:
+                staging.mkdir()
                 fill(staging)
                 shutil.rmtree(self.path / name, ignore_errors=True)
                 os.replace(staging, self.path / name)

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from nmflow.errors import ConfigError
-from nmflow.experiments.results import one_sentence
+from nmflow.experiments.results import beside, one_sentence
 from nmflow.experiments.specs import Strict
 
 if TYPE_CHECKING:
@@ -71,8 +70,9 @@ def learnt(tokens: Tokens, texts: Sequence[str]) -> PreTrainedTokenizerFast:
     if not (place / "tokenizer.json").is_file():
         with one_sentence(place):
             place.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(dir=place.parent))
+            staging = beside(place)
             try:
+                staging.mkdir()
                 _learn(tokens, texts).save_pretrained(staging)
                 # Two processes may learn the same one: the first in place wins.
                 if not place.exists():
