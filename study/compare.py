@@ -21,6 +21,7 @@ class Cell:
     Attributes:
         setup: what is compared.
         pattern: its pattern.
+        rival: what it is compared with.
         mean: the setup's own mean over seeds.
         difference: to the rival, paired by seed.
         p: adjusted by Holm over the family.
@@ -29,6 +30,7 @@ class Cell:
 
     setup: str
     pattern: str
+    rival: str
     mean: float
     difference: Paired
     p: float
@@ -74,11 +76,13 @@ def family(
         difference = paired(mine, theirs)
         if difference is not None and difference.p is not None:
             shared = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-            found.append((setup, pattern, summary(list(mine.values())).mean, difference, shared))
-    adjusted = holm([d.p or 0.0 for _, _, _, d, _ in found])
+            found.append(
+                (setup, pattern, rival, summary(list(mine.values())).mean, difference, shared)
+            )
+    adjusted = holm([d.p or 0.0 for *_, d, _ in found])
     return [
-        Cell(setup, pattern, mean, d, p, detectable(shared))
-        for (setup, pattern, mean, d, shared), p in zip(found, adjusted, strict=True)
+        Cell(setup, pattern, rival, mean, d, p, detectable(shared))
+        for (setup, pattern, rival, mean, d, shared), p in zip(found, adjusted, strict=True)
     ]
 
 
