@@ -136,6 +136,6 @@ struct nmf_kernel {
 const nmf_kernel *nmf_gather_portable(void), *nmf_tokens_portable(void), *nmf_panel_portable(void);
 const nmf_kernel *nmf_gather_avx2(void), *nmf_tokens_avx2(void), *nmf_panel_avx2(void);
 const nmf_kernel *nmf_gather_avx512(void), *nmf_tokens_avx512(void), *nmf_panel_avx512(void);
-const nmf_kernel *nmf_permute_avx512(void), *nmf_tiles_amx(void);
+const nmf_kernel *nmf_permute_avx2(void), *nmf_permute_avx512(void), *nmf_tiles_amx(void);
 
 #endif

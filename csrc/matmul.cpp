@@ -92,7 +92,9 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
 #endif
     case NMFLOW_PERMUTE:
       if (g.m > 32 || g.panels) return nullptr;
-      return isa == NMFLOW_AVX512 ? nmf_permute_avx512() : nullptr;
+      return isa == NMFLOW_AVX512 ? nmf_permute_avx512()
+             : isa == NMFLOW_AVX2 ? nmf_permute_avx2()
+                                  : nullptr;
 #else
     case NMFLOW_GATHER:
       return nmf_gather_portable();
@@ -106,14 +108,20 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
   }
 }
 
-/* Measured on the machine of docs/benchmarks/kernels.md: permuting costs one shuffle a weight and
- * token, the transposed way one load and the transposing, which takes some 30 tokens to pay. */
+/* Tokens from which transposing x pays, measured on the machines of docs/benchmarks/kernels.md. A
+ * permutation costs the shuffle port one turn a weight and token, where a register of 8 inputs does
+ * not hold a span two or four and a choice; the transposed way costs a load, and the transposing. */
+int64_t transpose_from(const nmf_geometry &g) {
+  if (kernel_of(NMFLOW_PERMUTE, g) == nullptr) return 6;
+  if (nmf_isa() == NMFLOW_AVX512) return 32;
+  return 8 % g.m == 0 ? 16 : g.m <= 16 ? 9 : 5;
+}
+
 int choose(const nmf_geometry &g, int64_t tokens) {
   if (g.panels)
     return tokens >= 4 && kernel_of(NMFLOW_TILES, g) != nullptr ? NMFLOW_TILES : NMFLOW_PANEL;
-  const bool permutes = kernel_of(NMFLOW_PERMUTE, g) != nullptr;
-  if (permutes) return tokens < 32 ? NMFLOW_PERMUTE : NMFLOW_TOKENS;
-  return tokens < 6 ? NMFLOW_GATHER : NMFLOW_TOKENS;
+  if (tokens >= transpose_from(g)) return NMFLOW_TOKENS;
+  return kernel_of(NMFLOW_PERMUTE, g) != nullptr ? NMFLOW_PERMUTE : NMFLOW_GATHER;
 }
 
 }  // namespace

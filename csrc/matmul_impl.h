@@ -75,13 +75,15 @@ template <int C>
 struct Rows {
   static const int count = LANES < 16 ? (C == 1 ? 8 : C == 2 ? 4 : 2) : C <= 2 ? 8 : 4;
 };
-/* Bytes of the transposed block: most of a 32 KB (or larger) L1. */
-#ifndef NMF_BLOCK_BYTES
-#define NMF_BLOCK_BYTES 32768
-#endif
+/* Bytes of the transposed block, which shares L1 with weights, columns and sums that stream by:
+ * measured with 48 KB of it (AVX-512) and 32 KB (AVX2, where a block of 32 KB was 5 to 40 % slower
+ * for 2:4 and 1:4). */
+const int64_t BLOCK_BYTES = LANES == 16 ? 32768 : 16384;
+/* A row's entries in a block of the widest kind, below which half the tokens are better. */
+const int64_t FEWEST_ENTRIES = LANES == 16 ? 16 : 8;
 
 NMF_INLINE int64_t block_inputs(const nmf_geometry &g, int64_t c) {
-  const int64_t most = NMF_BLOCK_BYTES / (c * LANES * 4) / g.span * g.span;
+  const int64_t most = BLOCK_BYTES / (c * LANES * 4) / g.span * g.span;
   const int64_t least = most < g.span ? g.span : most;
   /* Even blocks: 768 inputs as 6 x 128 and not as 5 x 144 and a rest. */
   const int64_t blocks = nmf_ceil_div(g.in, least);
@@ -257,8 +259,8 @@ int64_t gather_most(const nmf_geometry *) { return 4; }
 /* A sum waits outside the registers between blocks of inputs. Where a block of the widest kind
  * holds few entries of a row, half the tokens and blocks twice as long fetch it half as often. */
 int64_t tokens_most(const nmf_geometry *g) {
-  const int64_t inputs = NMF_BLOCK_BYTES / (MAX_C * LANES * 4);
-  return (inputs * g->n < 16 * g->m ? SPARSE_C : MAX_C) * LANES;
+  const int64_t inputs = BLOCK_BYTES / (MAX_C * LANES * 4);
+  return (inputs * g->n < FEWEST_ENTRIES * g->m ? SPARSE_C : MAX_C) * LANES;
 }
 
 const nmf_kernel gather_kernel = {gather_run, gather_scratch, gather_most, 1};
