@@ -50,8 +50,17 @@ def in_points(frame: pd.DataFrame, task: Task) -> pd.DataFrame:
 
 def main_runs(task: Task) -> pd.DataFrame:
     """The main runs of a task, and its dense ones."""
-    parts = [results(n) for n in (f"{task.name}-main", f"{task.name}-dense") if there(n)]
-    return in_points(pd.concat(parts, ignore_index=True), task)
+    return in_points(pd.concat([results(n) for n in _tables(task)], ignore_index=True), task)
+
+
+def ran(task: Task) -> bool:
+    """Whether the task has main runs."""
+    return any("-main" in name for name in _tables(task))
+
+
+def _tables(task: Task) -> list[str]:
+    kept = [p.parent.name for p in sorted(RESULTS.glob(f"{task.name}-*/results.parquet"))]
+    return [n for n in kept if n.startswith((f"{task.name}-main", f"{task.name}-dense"))]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -67,6 +67,11 @@ MORE_CASES = [
     Case("settling-linear", "Settling", _mdgf("linear", "masked", pull=0.5)),
     Case("settling-at-most", "Settling", _mdgf("linear", "straight-through", pull=1e3)),
     Case("settling-frozen", "Settling", _mdgf("linear", "masked", pull=2.0), {"freeze_mask": True}),
+    Case(
+        "sdgf-masked",
+        "SDGF",
+        {"structure": "geometric", "gradient": "masked", "dense": 2, "finetune": 4},
+    ),
     Case("mdgf-frozen", "MDGF", _mdgf("linear", "masked"), {"freeze_mask": True}),
     Case(
         "sdgf-frozen",

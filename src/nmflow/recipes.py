@@ -11,6 +11,7 @@ from nmflow.baselines import SRSTE, STE, STEP, Dense, Gradual, OneShot
 from nmflow.errors import RecipeError
 from nmflow.pattern import Pattern
 from nmflow.recipe import (
+    GRADIENTS,
     Decaying,
     Recipe,
     check_choice,
@@ -75,6 +76,7 @@ class SDGF(Decaying):
 
     Args:
         structure: `"stepwise"` or `"geometric"`.
+        gradient: `"straight-through"` (the paper's) or `"masked"`, see `Recipe`.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, at N:M; a fraction or steps.
 
@@ -83,11 +85,13 @@ class SDGF(Decaying):
     """
 
     structure: str = "stepwise"
+    gradient: str = "straight-through"  # type: ignore[misc]
     dense: float = 0.0
     finetune: float = 0.2
 
     def __post_init__(self) -> None:
         check_choice("structure", self.structure, schedules.FRAMES)
+        check_choice("gradient", self.gradient, GRADIENTS)
         check_phases(self)
 
     @property
