@@ -272,7 +272,7 @@ NMF_INLINE void decode_columns(const nmf_job *job, int64_t tile, int64_t s0, int
   if (g.panels) shared += tile * 16 / g.panel * g.entries + s0;
   const uint32_t *words = static_cast<const uint32_t *>(job->codes) +
                           (tile * g.words + s0 / g.per) * 16;
-  const uint32_t mask = (1u << g.bits) - 1, bits = static_cast<uint32_t>(g.bits);
+  const uint32_t mask = g.panels ? 255u : (1u << g.bits) - 1, bits = static_cast<uint32_t>(g.bits);
   const bool shifts = (scale & (scale - 1)) == 0;
   const int shift = __builtin_ctz(scale);
   int64_t in_word = g.per - s0 % g.per;
@@ -288,8 +288,10 @@ NMF_INLINE void decode_columns(const nmf_job *job, int64_t tile, int64_t s0, int
         code = word[i] & mask;
         word[i] >>= bits;
       }
-      const vecu over = (vecu)((veci)code > static_cast<int32_t>(most));
-      code = (code & ~over) | (over & most);
+      if (most < mask) { /* else no code leads outside the span */
+        const vecu over = (vecu)((veci)code > static_cast<int32_t>(most));
+        code = (code & ~over) | (over & most);
+      }
       /* A shift where it will do: AVX2 multiplies 32-bit lanes slowly. */
       code = shifts ? code << shift : code * scale;
       store(to + s * 16 + i * LANES, code + start);
