@@ -1,7 +1,8 @@
 """The tuning of the study: what won on the tuning seeds, and the sweeps that follow from it.
 
     python study/choose.py rates TASK     # writes configs/study/TASK-options.yaml
-    python study/choose.py options TASK   # writes configs/study/TASK-main-N-M.yaml, a file a pattern
+    python study/choose.py options TASK   # writes TASK-main-N-M.yaml, a file a pattern, and
+                                          # TASK-dense.yaml, the rivals that are not sparse
 
 A choice is the least validation loss on the tuning seed, as the protocol says; the test figures
 are never looked at. A task without a search of options of its own takes those of `lm`.
@@ -16,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from tasks import BY_NAME
 
 ROOT = Path(__file__).parents[1]
 SWEEPS, RESULTS = ROOT / "configs" / "study", ROOT / "docs" / "study" / "results"
@@ -137,6 +139,29 @@ def main_sweep(task: str, pattern: str) -> dict[str, Any]:
     return {"axes": {"setup": setups, "pattern": [pattern], "seed": SEEDS}}
 
 
+def dense_sweep(task: str, patterns: list[str]) -> dict[str, Any]:
+    """The dense network, and narrower ones whose FLOPs are those of each pattern."""
+    one = BY_NAME[task]
+    setups: list[dict[str, Any]] = [{"label": "Dense", "recipe": "dense"}]
+    for pattern in patterns:
+        width = one.narrower(pattern)
+        # Nothing is pruned, but a pattern has to fit the weights.
+        fits = f"1:{min(16, width & -width)}"
+        setups.append(
+            {
+                "label": one.rival(pattern),
+                "recipe": "dense",
+                str(one.field): width,
+                "pattern": fits,
+            }
+        )
+    rate = best_rates(results(f"{task}-rates"))["Dense"]
+    return {
+        "overrides": {"training.learning_rate": rate},
+        "axes": {"setup": setups, "seed": SEEDS},
+    }
+
+
 def write(name: str, about: str, task: str, body: dict[str, Any]) -> Path:
     """Write a sweep's file."""
     head = {"name": name, "base": f"{task}.yaml"}
@@ -171,6 +196,9 @@ def main() -> None:
             write(f"{task}-main-{p.replace(':', '-')}", about, task, main_sweep(task, p))
             for p in given.patterns
         ]
+        if BY_NAME[task].field is not None:
+            about = "The dense network, and narrower ones whose FLOPs are those of each pattern."
+            made.append(write(f"{task}-dense", about, task, dense_sweep(task, given.patterns)))
     sys.stdout.writelines(f"{path}\n" for path in made)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pandas as pd
-from choose import PATTERNS, results
+from choose import PATTERNS
 from compare import Cell, by_seed, family
 from figures import by_pattern
 from tables import (
@@ -12,14 +11,14 @@ from tables import (
     OURS,
     PAGES,
     PAPERS,
-    TASKS,
-    Task,
     gain,
     main_runs,
+    ran,
     spread,
     table,
     there,
 )
+from tasks import TASKS, Task
 
 from nmflow.experiments.statistics import summary
 
@@ -28,7 +27,7 @@ def claim_one() -> str:
     """Decaying recipes against the conventional ones, by pattern and task."""
     out = ["# a. Do decaying recipes beat the usual ones at high sparsity?", ""]
     for task in TASKS:
-        if not there(f"{task.name}-main"):
+        if not ran(task):
             out += [f"*{task.title}: not run yet.*", ""]
             continue
         frame = main_runs(task)
@@ -74,7 +73,7 @@ def better() -> str:
     """Our recipe against the best of the paper's in each cell."""
     out = ["# A better recipe: settling", ""]
     for task in TASKS:
-        if not there(f"{task.name}-main"):
+        if not ran(task):
             out += [f"*{task.title}: not run yet.*", ""]
             continue
         frame = main_runs(task)
@@ -110,11 +109,11 @@ def rivals() -> str:
     """The narrower dense network of equal FLOPs against the sparse ones."""
     out = ["# l. Or simply a smaller dense network?", ""]
     for task in TASKS:
-        if not (there(f"{task.name}-main") and there(f"{task.name}-dense")):
+        if not (ran(task) and there(f"{task.name}-dense")):
             out += [f"*{task.title}: not run yet.*", ""]
             continue
         frame = main_runs(task)
-        narrow = narrower(results(f"{task.name}-main"))
+        narrow = {p: task.rival(p) for p in PATTERNS if (frame["pattern"] == p).any()}
         patterns = [p for p in narrow if by_seed(frame, narrow[p], None, "points")]
         shown = (OURS, "MDGF-Exponential", "SR-STE")
         cells = family(frame, [(s, p, narrow[p], None) for p in patterns for s in shown], "points")
@@ -140,16 +139,6 @@ def rivals() -> str:
             table(["pattern", "rival", "rival, points", *(f"{s} − rival" for s in shown)], rows),
         ]
     return "\n".join(out)
-
-
-def narrower(frame: pd.DataFrame) -> dict[str, str]:
-    """The dense rival of each pattern: its FF keeps N of every M of its width of 256."""
-    out = {}
-    for pattern in PATTERNS:
-        if (frame["pattern"] == pattern).any():
-            n, m = map(int, pattern.split(":"))
-            out[pattern] = f"Dense, FF {256 * n // m}"
-    return out
 
 
 def _answer(task: Task, cells: list[Cell]) -> list[str]:

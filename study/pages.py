@@ -11,14 +11,17 @@ from collections.abc import Callable
 from choose import RESULTS
 from claims import better, claim_one, rivals
 from pilot import pilot
+from questions import panels, rule
 from tables import PAGES
 from tuning import tuning
 
 BUILT: dict[str, tuple[Callable[[], str], str]] = {
     "tuning.md": (tuning, "*-rates"),
-    "a-recipes.md": (claim_one, "*-main"),
+    "a-recipes.md": (claim_one, "*-main-*"),
+    "e-gradient-rule.md": (rule, "lm-rule"),
+    "j-panels.md": (panels, "lm-panels"),
     "pilot.md": (pilot, "lm-pilot"),
-    "settling.md": (better, "*-main"),
+    "settling.md": (better, "*-main-*"),
     "l-smaller-dense.md": (rivals, "*-dense"),
 }
 """Each page, what makes it, and the tables without which there is no page."""

@@ -1,12 +1,11 @@
-"""What the pages share: the tasks, their runs, and how figures are written."""
+"""What the pages share: the runs of a task, and how figures are written."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pandas as pd
 from choose import RESULTS, results
 from compare import Cell
+from tasks import Task
 
 from nmflow.experiments.statistics import Summary
 
@@ -15,26 +14,6 @@ CONVENTIONAL = ("One-shot", "Gradual", "SR-STE", "STEP")
 PAPERS = ("MDGF-Linear", "MDGF-Exponential", "SDGF-Stepwise", "SDGF-Geometric", "Hybrid")
 OURS = "Settling"
 DECAYING = (*PAPERS, OURS)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task of the protocol: its figure, in points where more is better, and the paper's gain."""
-
-    name: str
-    title: str
-    metric: str
-    claimed: float
-
-
-TASKS = (
-    Task("lm", "characters, GPT-2", "test_accuracy", 5.0),
-    Task("lstm", "characters, LSTM", "test_accuracy", 5.0),
-    Task("vit", "CIFAR-10, ViT", "test_accuracy", 2.0),
-    Task("resnet", "CIFAR-10, ResNet", "test_accuracy", 2.0),
-    Task("glue", "GLUE, BERT", "test_score", 5.0),
-    Task("multi30k", "Multi30k, Marian", "test_bleu", 5.0),
-)
 
 
 def there(name: str) -> bool:

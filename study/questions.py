@@ -1,0 +1,89 @@
+"""The pages of single questions: the gradient rule, panels."""
+
+from __future__ import annotations
+
+import pandas as pd
+from choose import means, results
+from compare import by_seed, family
+from tables import gain, in_points, main_runs, spread, table
+from tasks import BY_NAME
+
+from nmflow.experiments.statistics import summary
+
+RULES = ("straight-through", "masked")
+
+
+def rule() -> str:
+    """Straight-through or masked gradient."""
+    lm = BY_NAME["lm"]
+    frame = pd.concat([main_runs(lm), in_points(results("lm-rule"), lm)], ignore_index=True)
+    names = ("MDGF-Linear", "MDGF-Exponential")
+    pairs = [(n, "1:16", f"{n}, {RULES[0]}", "1:16") for n in names]
+    cells = family(frame, pairs, "points")
+    shown = [
+        [c.setup, *(spread(summary(list(by_seed(frame, s, "1:16", "points").values())))
+                    for s in (c.rival, c.setup)), gain(c)]
+        for c in cells
+    ]  # fmt: skip
+    won = [c.setup for c in cells if c.p < 0.05 and c.difference.mean > 0]
+    return "\n".join(
+        [
+            "# e. Straight-through or masked gradient?",
+            "",
+            f"**The masked rule is better for {' and '.join(won) or 'neither decay'} of MDGF** "
+            "(characters, GPT-2, 1:16; Holm over the two). Under it pruned weights receive less "
+            "and less, so that the mask comes to rest before it turns binary; straight-through, "
+            "they go on growing unseen and come back.",
+            "",
+            "Test accuracy in points, mean ± sd over seeds, each rule with its own best settings:",
+            "",
+            table(["", *RULES, "masked − straight-through"], shown),
+            "The tuning shows the same of every recipe that has the rule; least validation loss of "
+            "its settings under each:",
+            "",
+            table(["", *RULES], _tried()),
+        ]
+    )
+
+
+def _tried() -> list[list[str]]:
+    found = means(results("lm-options"), ["setup"])
+    title, _, options = (found["setup"].str.partition(": ")[k] for k in (0, 1, 2))
+    rows = []
+    for name in dict.fromkeys(sorted(title)):
+        least = [
+            found.loc[(title == name) & options.str.contains(f"gradient {r}"), "mean"].min()
+            for r in RULES
+        ]
+        if not pd.isna(least).any():
+            rows.append([name, *(f"{loss:.4f}" for loss in least)])
+    return rows
+
+
+def panels() -> str:
+    """What sharing columns among rows costs."""
+    lm = BY_NAME["lm"]
+    frame = pd.concat([main_runs(lm), in_points(results("lm-panels"), lm)], ignore_index=True)
+    names, shared = ("Settling", "MDGF-Exponential"), ("1:16@16", "1:16@64")
+    cells = family(frame, [(n, p, n, "1:16") for n in names for p in shared], "points")
+    rival = lm.rival("1:16")
+    against = family(frame, [(n, p, rival, None) for n in names for p in shared], "points")
+    rows = [
+        [c.setup, c.pattern, f"{c.mean:.2f}", gain(c), gain(r)]
+        for c, r in zip(cells, against, strict=True)
+    ]
+    low, high = (f(c.difference.mean for c in cells) for f in (min, max))
+    return "\n".join(
+        [
+            "# j. What do panels cost?",
+            "",
+            f"**Sharing columns among 16 or 64 rows changes accuracy by {low:+.2f} to {high:+.2f} "
+            "points** (characters, GPT-2, 1:16). A panel's FLOPs and bytes of values are those of "
+            "its pattern; it needs fewer bytes of indices, and a GPU multiplies it densely.",
+            "",
+            table(["", "pattern", "points", "− 1:16 of single rows", f"− {rival}"], rows),
+            "Differences are paired by seed, with 95 % intervals; bold where Holm's p over the "
+            "column is below 0.05. In this network a panel of 64 rows is a quarter of the FF's "
+            "first weight and the whole of its second: the strictest case.",
+        ]
+    )
