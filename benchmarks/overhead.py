@@ -29,6 +29,7 @@ from _timing import facts, write_csv
 GOALS = {1600: 1.01, 256: 1.05, 128: 1.08}  # in plain torch, without the library: 1.05 at 1600
 RECIPES = {
     "mdgf-exponential": nmflow.MDGF("exponential", finetune=0.0),
+    "mdgf, straight-through": nmflow.MDGF(gradient="straight-through", finetune=0.0),
     "sr-ste": nmflow.SRSTE(),
     "settling": nmflow.Settling(dense=0.0, finetune=0.0),
 }

@@ -6,7 +6,7 @@
 
 /* w is [outer][length][inner]; groups of m lie along length, panels along outer. */
 struct nmf_projection {
-  const void *w;
+  const void *w, *values; /* what chooses, and what is kept or faded: w itself, or another */
   void *dense, *out;
   uint8_t *mask;
   int64_t outer, length, inner, n, m, panel;

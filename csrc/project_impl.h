@@ -186,7 +186,9 @@ void write_outputs(const nmf_projection *job, int64_t first, int64_t count, cons
   const T *w = static_cast<const T *>(job->w) + first;
   if (job->dense) memcpy(static_cast<T *>(job->dense) + first, w, static_cast<size_t>(count) * sizeof(T));
   if (job->mask && job->mask + first != kept) memcpy(job->mask + first, kept, static_cast<size_t>(count));
-  if (job->out) write_out<DTYPE>(w, kept, count, job->delta, static_cast<T *>(job->out) + first);
+  if (job->out)
+    write_out<DTYPE>(static_cast<const T *>(job->values) + first, kept, count, job->delta,
+                     static_cast<T *>(job->out) + first);
 }
 
 /* ------------------------------------------------------------------ panels */

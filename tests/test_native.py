@@ -77,6 +77,10 @@ def test_masks_are_those_of_a_stable_sort(isa, n, m, dtype):
             alone = torch.zeros_like(mask)
             assert native.project(w, n, m, 0.25, mask=alone)
             assert torch.equal(alone, mask)
+            other = torch.randn(w.shape).to(dtype)
+            scaled = (other.float() * torch.where(expected, 1.0, 0.25)).to(dtype)
+            assert native.project(w, n, m, 0.25, out=other, values=other)
+            assert torch.equal(other, scaled), name
             assert native.project(w, n, m, 0.25, out=w)
             assert torch.equal(w, faded)
 

@@ -18,7 +18,7 @@ import torch
 
 from nmflow.errors import NMFlowError, PatternError, WeightError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("portable", "avx2", "avx512")
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16")
@@ -71,7 +71,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     lib.nmflow_project.argtypes = [
         *(pointer, i32, i64, i64, i64, i64, i64, i64, ctypes.c_double),
-        *(pointer, pointer, pointer, i32),
+        *(pointer, pointer, pointer, pointer, i32),
     ]
     lib.nmflow_set_isa.argtypes = [i32]
     lib.nmflow_set_runner.argtypes = [pointer]
@@ -168,6 +168,7 @@ def project(
     *,
     dim: int = -1,
     panel: int = 1,
+    values: torch.Tensor | None = None,
 ) -> bool:
     r"""Magnitude mask and projection of a weight, in one pass over memory.
 
@@ -181,11 +182,12 @@ def project(
         delta: what pruned weights are multiplied with, in float32, rounded once to the dtype.
         dense: like `w`, or None.
         mask: bool of `w`'s shape, or None.
-        out: like `w`, or None; may be `w` itself.
+        out: like `w`, or None; may be `w` itself, or `values`.
         dim: the axis that is cut into groups; its length is a multiple of `m`.
         panel: consecutive places along axis 0 that share what they keep, the n largest sums of
             their |w|, added in float32 in their order; the last panel may be smaller. Not along
             `dim` itself.
+        values: like `w`: what `out` is made of where it is not `w`, such as a gradient.
 
     Returns:
         False if `w` holds a NaN or an infinity: what the outputs then hold is unspecified.
@@ -229,6 +231,7 @@ def project(
     base = _pointer(w, "w", w, w.dtype)
     status = lib.nmflow_project(
         *(base, code, outer, length, inner, n, m, panel, float(delta)),
+        _pointer(values, "values", w, w.dtype),
         _pointer(dense, "dense", w, w.dtype),
         _pointer(mask, "mask", w, torch.bool),
         _pointer(out, "out", w, w.dtype),

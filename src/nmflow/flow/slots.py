@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nmflow import native
+from nmflow.flow import gradients
 from nmflow.flow.sharding import Region, local, out_axis
 from nmflow.flow.states import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.masks import native_serves, project, select
@@ -142,6 +143,16 @@ class Slot:
         """The masks m and m' of a region whose stage has a pattern."""
         kept, fading, _ = self._select(region, stage, held)
         return kept, fading
+
+    def fade(self, region: Region, stage: Stage, held: bool, g: Tensor) -> None:
+        """The masked rule on `g`, the gradient of a region whose stage has a pattern, in place."""
+        w, pattern, dim = region.of(local(self.dense)), stage.pattern, region.target.dim
+        assert pattern is not None
+        if not held and g.dtype == w.dtype and _one_pass(region, stage, w, g):
+            n, m, panel = pattern.n, pattern.m, pattern.panel
+            native.project(w, n, m, stage.delta, out=g, dim=dim, panel=panel, values=g)
+        else:
+            gradients.masked(g, *self.masks(region, stage, held), stage.delta)
 
     def write(self, stages: Stages, held: bool, hold: bool) -> list[Tensor]:
         """Write W̃ into the parameter.

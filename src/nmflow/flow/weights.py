@@ -74,8 +74,7 @@ class Weights:
                 if recipe.lam:
                     gradients.refined(part, region.of(dense), region.of(shown), recipe.lam, scale)
                 elif stage.delta != 1.0 or stage.previous is not None:
-                    kept, fading = slot.masks(region, stage, held)
-                    gradients.masked(part, kept, fading, stage.delta)
+                    slot.fade(region, stage, held, part)
 
     def draw(self, k: int, groups: Sequence[dict[str, Any]]) -> None:
         """Draw W to W̃ by the recipe's pull, where the optimizer will step; `groups` are its own."""
