@@ -196,7 +196,8 @@ class Reference:
 
     def effective(self) -> dict[str, torch.Tensor]:
         """What the network computes with now, as differentiable functions of the dense weight."""
-        usual = "masked" if self.case.kind in ("OneShot", "Gradual") else "straight-through"
+        whole = ("STE", "SRSTE", "STEP", "SDGF", "Settling")
+        usual = "straight-through" if self.case.kind in whole else "masked"
         masked = self.case.kwargs.get("gradient", usual) == "masked"
         weights: dict[str, torch.Tensor] = {}
         for name, spec in self.targets.items():

@@ -261,11 +261,12 @@ def test_training_flops_by_phase_follow_the_rule():
     assert found.dense_training == 100 * step_by_hand(1)
     assert found.training == {"dense": 10 * step_by_hand(1), "sparse": 90 * step_by_hand(1 / 16)}
     assert found.steps == {"dense": 10, "sparse": 90}
-    found = run(MDGF(dense=0.1, finetune=0.2))
-    assert found.training == {
-        "dense": 10 * step_by_hand(1), "decay": 70 * step_by_hand(1),
-        "finetune": 20 * step_by_hand(1 / 16),
-    }  # fmt: skip
+    for gradient, share in (("straight-through", 1), ("masked", 1 / 16)):
+        found = run(MDGF(gradient=gradient, dense=0.1, finetune=0.2))
+        assert found.training == {
+            "dense": 10 * step_by_hand(1), "decay": 70 * step_by_hand(1),
+            "finetune": 20 * step_by_hand(1 / 16, share),
+        }  # fmt: skip
     found = run(OneShot(dense=0.5))
     (after,) = set(found.steps) - {"dense"}
     assert found.training[after] == 50 * step_by_hand(1 / 16, 1 / 16)
@@ -313,13 +314,14 @@ def test_shares(stage, gradient, expected):
 
 
 def test_a_hybrid_costs_what_its_two_masks_keep():
-    found = cost(
-        mlp(), torch.randn(10, 64), "1:4", recipe=Hybrid(structure="stepwise", finetune=0.0),
-        total_steps=30,
-    )  # fmt: skip
     # Frames 3:4, 2:4, 1:4 of ten steps: the first fades from everything, the others from the last.
-    by_hand = sum(10 * step_by_hand(n / 4) for n in (4, 3, 2))
-    assert found.training["decay"] == by_hand
+    for gradient, by_hand in (
+        ("straight-through", sum(10 * step_by_hand(n / 4) for n in (4, 3, 2))),
+        ("masked", sum(10 * step_by_hand(n / 4, n / 4) for n in (4, 3, 2))),
+    ):
+        recipe = Hybrid(structure="stepwise", gradient=gradient, finetune=0.0)
+        found = cost(mlp(), torch.randn(10, 64), "1:4", recipe=recipe, total_steps=30)
+        assert found.training["decay"] == by_hand
 
 
 BAD = [

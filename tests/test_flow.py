@@ -594,7 +594,7 @@ def test_a_pull_is_what_it_says_and_none_is_mdgf() -> None:
         expected = torch.tensor([[4.0, -1.9, 0.95, 0.475]], dtype=torch.float64)
         torch.testing.assert_close(dense, expected)
     ends = []
-    for recipe in (nmflow.Settling(pull=0.0), nmflow.MDGF(dense=0.05, finetune=0.4)):
+    for recipe in (nmflow.Settling(pull=0.0), nmflow.MDGF(gradient="straight-through", dense=0.05)):
         torch.manual_seed(0)
         model = nn.Linear(16, 8)
         optimizer = ADAMW(model.parameters())

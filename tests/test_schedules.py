@@ -379,7 +379,7 @@ def test_defaults() -> None:
         (lambda: nmflow.Settling(pull=float("inf")), "pull"),
         (lambda: nmflow.Settling(pull=True), "pull"),
         (lambda: nmflow.Settling(decay="cosine"), "cosine"),
-        (lambda: nmflow.Settling(dense=0.7), "0.7"),
+        (lambda: nmflow.Settling(dense=0.9), "0.9"),
         (lambda: nmflow.SRSTE(lam=float("nan")), "lam"),
     ],
 )

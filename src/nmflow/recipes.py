@@ -35,7 +35,7 @@ class MDGF(Decaying):
         decay: `"linear"` or `"exponential"`.
         beta: β per optimizer step; None solves it so that δ reaches 0 (linear) or e⁻⁵
             (exponential) at the end of the decay phase.
-        gradient: `"straight-through"` or `"masked"`, see `Recipe`.
+        gradient: `"masked"` or `"straight-through"`, see `Recipe`.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, with the binary mask; a fraction or steps.
 
@@ -45,7 +45,7 @@ class MDGF(Decaying):
 
     decay: str = "exponential"
     beta: float | None = None
-    gradient: str = "straight-through"  # type: ignore[misc]
+    gradient: str = "masked"  # type: ignore[misc]
     dense: float = 0.0
     finetune: float = 0.2
 
@@ -123,7 +123,7 @@ class Hybrid(Decaying):
         structure: `"stepwise"` or `"geometric"`.
         decay: `"linear"` or `"exponential"`, within each frame.
         beta: β per optimizer step; None solves it for each frame.
-        gradient: `"straight-through"` or `"masked"`.
+        gradient: `"masked"` or `"straight-through"`.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, at N:M; a fraction or steps.
 
@@ -134,7 +134,7 @@ class Hybrid(Decaying):
     structure: str = "stepwise"
     decay: str = "exponential"
     beta: float | None = None
-    gradient: str = "straight-through"  # type: ignore[misc]
+    gradient: str = "masked"  # type: ignore[misc]
     dense: float = 0.0
     finetune: float = 0.2
     name: ClassVar[str] = "hybrid"  # type: ignore[assignment]
@@ -175,7 +175,8 @@ class Settling(MDGF):
     Args:
         decay: as for `MDGF`.
         beta: as for `MDGF`.
-        gradient: as for `MDGF`.
+        gradient: as for `MDGF`, but straight-through where it is not given: the pull does what
+            masking does for MDGF, and both together are no better.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, with the binary mask; a fraction or steps.
         pull: μ, a finite number that is 0 or more; 0 is `MDGF`.
@@ -184,9 +185,10 @@ class Settling(MDGF):
         nmflow's own; SR-STE (arXiv 2102.04010) puts such a term into the gradient.
     """
 
+    gradient: str = "straight-through"
     dense: float = 0.05
-    finetune: float = 0.4
-    pull: float = 1.0  # type: ignore[misc]
+    finetune: float = 0.2
+    pull: float = 3.0  # type: ignore[misc]
     name: ClassVar[str] = "settling"  # type: ignore[assignment,misc]
 
     def __post_init__(self) -> None:
@@ -222,7 +224,7 @@ def resolve(recipe: str | Recipe) -> Recipe:
 
     Example:
         >>> resolve("mdgf-linear")
-        MDGF(decay='linear', beta=None, gradient='straight-through', dense=0.0, finetune=0.2)
+        MDGF(decay='linear', beta=None, gradient='masked', dense=0.0, finetune=0.2)
     """
     if isinstance(recipe, Recipe):
         return recipe
