@@ -29,9 +29,9 @@ from nmflow.errors import CompressError, PlanError
 from nmflow.packed import compress, decompress, load, save
 from nmflow.packed.fuse import Fused
 from nmflow.packed.layout import detect, runs
-from nmflow.packed.measure import Timing, onednn_takes
+from nmflow.packed.measure import Timing
 from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
-from nmflow.packed.onednn import OneDNNLinear
+from nmflow.packed.onednn import OneDNNLinear, onednn_takes
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 

@@ -17,11 +17,10 @@ from nmflow.packed.measure import (
     Way,
     conv_ways,
     dense_ways,
-    onednn_takes,
     time_ways,
 )
 from nmflow.packed.modules import PackedConv
-from nmflow.packed.onednn import OneDNNLinear
+from nmflow.packed.onednn import OneDNNLinear, onednn_takes
 from nmflow.packed.report import Times
 
 Runs = dict[str, list[Run]]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nmflow.packed.onednn import onednn_takes
+
 Way = Callable[[], object]
 
 
@@ -62,17 +64,6 @@ def time_ways(
 def _timing(times: list[float]) -> Timing:
     cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
     return Timing(statistics.median(times), cuts[0], cuts[-1], len(times))
-
-
-def onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype on this machine."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
 
 
 def dense_ways(weight: Tensor, bias: Tensor | None, x: Tensor) -> dict[str, Way]:

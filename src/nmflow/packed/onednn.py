@@ -9,6 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype on this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
 class OneDNNLinear(nn.Linear):
     """An `nn.Linear` that keeps, beside its weight, a copy that oneDNN has reordered.
 
@@ -35,6 +46,7 @@ class OneDNNLinear(nn.Linear):
             or input.device.type != "cpu"
             or input.dtype != weight.dtype
             or weight.is_inference()
+            or not onednn_takes(weight.dtype)  # moved to another dtype since it was measured
             or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
         ):
             return F.linear(input, weight, self.bias)
