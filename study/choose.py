@@ -1,8 +1,8 @@
 """The tuning of the study: what won on the tuning seeds, and the sweeps that follow from it.
 
     python study/choose.py rates TASK     # writes configs/study/TASK-options.yaml
-    python study/choose.py options TASK   # writes TASK-main-N-M.yaml, a file a pattern, and
-                                          # TASK-dense.yaml, the rivals that are not sparse
+    python study/choose.py options TASK   # writes TASK-main-N-M.yaml, a file a pattern
+    python study/choose.py dense TASK     # writes TASK-dense.yaml, the rivals that are not sparse
 
 A choice is the least validation loss on the tuning seed, as the protocol says; the test figures
 are never looked at. A task without a search of options of its own takes those of `lm`.
@@ -140,26 +140,33 @@ def main_sweep(task: str, pattern: str) -> dict[str, Any]:
 
 
 def dense_sweep(task: str, patterns: list[str]) -> dict[str, Any]:
-    """The dense network, and narrower ones whose FLOPs are those of each pattern."""
+    """The dense network, and narrower ones whose FLOPs are those of each pattern.
+
+    The narrower ones take the rate that was best for one of them, the rival at 1:16.
+    """
     one = BY_NAME[task]
-    setups: list[dict[str, Any]] = [{"label": "Dense", "recipe": "dense"}]
+    own = means(results(f"{task}-dense-rates"), ["training.learning_rate"])
+    rate = float(own["training.learning_rate"][0])
+    setups: list[dict[str, Any]] = [
+        {
+            "label": "Dense",
+            "recipe": "dense",
+            "training.learning_rate": best_rates(results(f"{task}-rates"))["Dense"],
+        }
+    ]
     for pattern in patterns:
         width = one.narrower(pattern)
-        # Nothing is pruned, but a pattern has to fit the weights.
-        fits = f"1:{min(16, width & -width)}"
         setups.append(
             {
                 "label": one.rival(pattern),
                 "recipe": "dense",
+                "training.learning_rate": rate,
                 str(one.field): width,
-                "pattern": fits,
+                # Nothing is pruned, but a pattern has to fit the weights.
+                "pattern": f"1:{min(16, width & -width)}",
             }
         )
-    rate = best_rates(results(f"{task}-rates"))["Dense"]
-    return {
-        "overrides": {"training.learning_rate": rate},
-        "axes": {"setup": setups, "seed": SEEDS},
-    }
+    return {"axes": {"setup": setups, "seed": SEEDS}}
 
 
 def write(name: str, about: str, task: str, body: dict[str, Any]) -> Path:
@@ -179,7 +186,7 @@ def write(name: str, about: str, task: str, body: dict[str, Any]) -> Path:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("rates", "options"))
+    parser.add_argument("stage", choices=("rates", "options", "dense"))
     parser.add_argument("task")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="of the main runs")
     given = parser.parse_args()
@@ -190,15 +197,15 @@ def main() -> None:
             sys.stdout.write(f"{title}: the best rate is at an edge; the protocol adds {rate:g}\n")
         about = "Tuning, second half: six settings of every recipe at its best learning rate."
         made = [write(f"{task}-options", about, task, options_sweep(task))]
+    elif given.stage == "dense":
+        about = "The dense network, and narrower ones whose FLOPs are those of each pattern."
+        made = [write(f"{task}-dense", about, task, dense_sweep(task, given.patterns))]
     else:
         about = "The main runs at one pattern: every recipe as it was tuned, at every seed."
         made = [
             write(f"{task}-main-{p.replace(':', '-')}", about, task, main_sweep(task, p))
             for p in given.patterns
         ]
-        if BY_NAME[task].field is not None:
-            about = "The dense network, and narrower ones whose FLOPs are those of each pattern."
-            made.append(write(f"{task}-dense", about, task, dense_sweep(task, given.patterns)))
     sys.stdout.writelines(f"{path}\n" for path in made)
 
 
