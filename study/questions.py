@@ -30,7 +30,7 @@ def rule() -> str:
         [
             "# e. Straight-through or masked gradient?",
             "",
-            f"**The masked rule is better for {' and '.join(won) or 'neither decay'} of MDGF** "
+            f"**The masked rule is better for {' and '.join(won) or 'neither decay'}** "
             "(characters, GPT-2, 1:16; Holm over the two). Under it pruned weights receive less "
             "and less, so that the mask comes to rest before it turns binary; straight-through, "
             "they go on growing unseen and come back.",
