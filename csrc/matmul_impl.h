@@ -76,7 +76,7 @@ struct Rows {
   static const int count = LANES < 16 ? (C == 1 ? 8 : C == 2 ? 4 : 2) : C <= 2 ? 8 : 4;
 };
 /* Bytes of the transposed block, which shares L1 with weights, columns and sums that stream by:
- * measured with 48 KB of it (AVX-512) and 32 KB (AVX2, where a block of 32 KB was 5 to 40 % slower
+ * measured with 48 KB of it (AVX-512) and 32 KB (AVX2, where a block of 32 KB was 10 to 45 % slower
  * for 2:4 and 1:4). */
 const int64_t BLOCK_BYTES = LANES == 16 ? 32768 : 16384;
 /* A row's entries in a block of the widest kind, below which half the tokens are better. */

@@ -32,8 +32,8 @@ def rule() -> str:
             "",
             f"**The masked rule is better for {' and '.join(won) or 'neither decay'}** "
             "(characters, GPT-2, 1:16; Holm over the two). Under it pruned weights receive less "
-            "and less, so that the mask comes to rest before it turns binary; straight-through, "
-            "they go on growing unseen and come back.",
+            "and less; that the mask then comes to rest before it turns binary is the likely "
+            "reason, which these runs did not measure.",
             "",
             "Test accuracy in points, mean ± sd over seeds, each rule with its own best settings:",
             "",

@@ -39,7 +39,7 @@ def ran(task: Task) -> bool:
 
 def _tables(task: Task) -> list[str]:
     kept = [p.parent.name for p in sorted(RESULTS.glob(f"{task.name}-*/results.parquet"))]
-    return [n for n in kept if n.startswith((f"{task.name}-main", f"{task.name}-dense"))]
+    return [n for n in kept if n.startswith(f"{task.name}-main") or n == f"{task.name}-dense"]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -84,3 +84,15 @@ def test_what_is_detectable_is_shown_four_times_in_five(n: int) -> None:
     critical = stats.t.ppf(0.975, n - 1)
     power = stats.nct.sf(critical, n - 1, compare.detectable(differences) / (s / math.sqrt(n)))
     assert abs(power - 0.8) < 0.03
+
+
+def test_the_tuning_of_a_rival_is_not_among_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = importlib.import_module("tables")
+    for name in ("lm-main-1-16", "lm-dense", "lm-dense-rates", "lm-rates"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.parquet").touch()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lm = importlib.import_module("tasks").BY_NAME["lm"]
+    assert tables._tables(lm) == ["lm-dense", "lm-main-1-16"]
