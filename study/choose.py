@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -130,23 +131,21 @@ def chosen(task: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def main_sweep(task: str, pattern: str) -> dict[str, Any]:
-    """The main runs at one pattern: every recipe as it was tuned, at every seed."""
+def main_sweep(task: str, pattern: str, titles: Collection[str]) -> dict[str, Any]:
+    """The main runs at one pattern: recipes as they were tuned, at every seed."""
     setups = [
         {"label": title, **keys, "recipe": {**keys["recipe"], "label": title}}
         for title, keys in chosen(task).items()
+        if title in titles
     ]
     return {"axes": {"setup": setups, "pattern": [pattern], "seed": SEEDS}}
 
 
 def dense_sweep(task: str, patterns: list[str]) -> dict[str, Any]:
-    """The dense network, and narrower ones whose FLOPs are those of each pattern.
-
-    The narrower ones take the rate that was best for one of them, the rival at 1:16.
-    """
+    """The dense network, and narrower ones whose FLOPs are those of each pattern."""
     one = BY_NAME[task]
-    own = means(results(f"{task}-dense-rates"), ["training.learning_rate"])
-    rate = float(own["training.learning_rate"][0])
+    found = means(results(f"{task}-dense-rates"), ["setup", "training.learning_rate"])
+    own = found.drop_duplicates("setup").set_index("setup")["training.learning_rate"]
     setups: list[dict[str, Any]] = [
         {
             "label": "Dense",
@@ -160,7 +159,7 @@ def dense_sweep(task: str, patterns: list[str]) -> dict[str, Any]:
             {
                 "label": one.rival(pattern),
                 "recipe": "dense",
-                "training.learning_rate": rate,
+                "training.learning_rate": float(own[one.rival(pattern)]),
                 str(one.field): width,
                 # Nothing is pruned, but a pattern has to fit the weights.
                 "pattern": f"1:{min(16, width & -width)}",
@@ -189,6 +188,9 @@ def main() -> None:
     parser.add_argument("stage", choices=("rates", "options", "dense"))
     parser.add_argument("task")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="of the main runs")
+    parser.add_argument(
+        "--recipes", nargs="+", default=list(TITLES), choices=list(TITLES), help="of the main runs"
+    )
     given = parser.parse_args()
     task = given.task
     if given.stage == "rates":
@@ -201,9 +203,10 @@ def main() -> None:
         about = "The dense network, and narrower ones whose FLOPs are those of each pattern."
         made = [write(f"{task}-dense", about, task, dense_sweep(task, given.patterns))]
     else:
-        about = "The main runs at one pattern: every recipe as it was tuned, at every seed."
+        about = "The main runs at one pattern: recipes as they were tuned, at every seed."
+        titles = [TITLES[name] for name in given.recipes]
         made = [
-            write(f"{task}-main-{p.replace(':', '-')}", about, task, main_sweep(task, p))
+            write(f"{task}-main-{p.replace(':', '-')}", about, task, main_sweep(task, p, titles))
             for p in given.patterns
         ]
     sys.stdout.writelines(f"{path}\n" for path in made)
