@@ -43,7 +43,7 @@ TASKS = (
     Task("lstm", "characters, LSTM", "test_accuracy", 5.0, "model.fields.hidden_size", 128, 2),
     Task("vit", "CIFAR-10, ViT", "test_accuracy", 2.0, "model.fields.intermediate_size", 256),
     Task("resnet", "CIFAR-10, ResNet", "test_accuracy", 2.0, None, 64, 2),
-    Task("glue", "GLUE, BERT", "test_score", 5.0, "model.fields.intermediate_size", 512),
+    Task("sst2", "SST-2, BERT", "test_accuracy", 5.0, "model.fields.intermediate_size", 256),
     Task("multi30k", "Multi30k, Marian", "test_bleu", 5.0, None, 1024),
 )
 BY_NAME = {task.name: task for task in TASKS}
