@@ -335,7 +335,7 @@ def test_a_run_ends_as_an_audited_network(recipe: str, tmp_path: Path):
     held_out = {key for row in found["history"] for key in row if key.startswith("eval")}
     assert held_out == {"eval_loss", "eval_accuracy"}
     assert [row["step"] for row in found["tracked"]] == [0, 4, 8, 12, 16, 20]
-    assert [row["step"] for row in found["noise"]] == [12, 24]
+    assert [row["step"] for row in found["noise"]] == [6, 12, 18, 24]
     assert found["history"][-1]["density"] == (1.0 if recipe == "dense" else 1 / 8)
     assert found["cost"]["run_training_flops"] > 0
     assert [now.step for now in seen][-1] == 24

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "study"))
 
 choose, compare = importlib.import_module("choose"), importlib.import_module("compare")
 
-TASKS = ["lm", "lstm", "vit", "resnet", "glue", "multi30k"]
+TASKS = ["lm", "lstm", "vit", "resnet", "sst2", "multi30k"]
 
 
 @pytest.mark.parametrize("task", TASKS)

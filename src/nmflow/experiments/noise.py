@@ -22,8 +22,8 @@ class NoiseCallback(TrainerCallback):
     Args:
         attached: the callback that holds the flow, before this one in the list.
         every: steps between the tracker's rows; 0 tracks nothing.
-        batches: independent batches for the noise at frozen weights, in mid-run and at its end; 0
-            takes none.
+        batches: independent batches for the noise at frozen weights, at every quarter of the run;
+            0 takes none.
         draw: draws a batch of training data with a generator of its own.
     """
 
@@ -43,8 +43,9 @@ class NoiseCallback(TrainerCallback):
             self.tracker.rows.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure at frozen weights, half-way and at the end."""
-        if self.batches and state.global_step in (state.max_steps // 2, state.max_steps):
+        """Measure at frozen weights, at a quarter, half, three quarters and the end."""
+        quarters = [k * state.max_steps // 4 for k in (1, 2, 3, 4)]
+        if self.batches and state.global_step in quarters:
             found = self._at_frozen_weights(kwargs["model"], args.device)
             state.log_history.append({"step": state.global_step, "nmflow_frozen": found})
 
@@ -90,4 +91,5 @@ def _loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
     keys = [f"{name}_{part}" for name in TRACKED for part in PARTS]
-    return {key: row[key] for key in ("step", *keys, "flip_rate", "distance", "distance_hard")}
+    also = ("flip_rate", "distance", "distance_hard")
+    return {key: row[key] for key in ("step", "phase", *keys, *also)}

@@ -1,4 +1,4 @@
-"""A sweep's results as one table: a row a cell, as Parquet and CSV."""
+"""A sweep's results as one table, a row a cell, and what its cells measured along the way."""
 
 from __future__ import annotations
 
@@ -14,21 +14,47 @@ if TYPE_CHECKING:
     from nmflow.experiments.sweep import Sweep
 
 NAME = "results"
+ALONG = ("tracked", "noise")
+"""Lists of a result that become tables of their own, a row a measurement."""
 
 
 def write_table(sweep: Sweep) -> list[Path]:
     """Write `results.parquet` and `results.csv` over the finished cells; returns the paths.
 
+    Cells that tracked gradients, or measured their noise, have the rows of all of them in
+    `tracked.parquet` and `noise.parquet`.
+
     Raises:
         ConfigError: a folder that cannot be written.
     """
     frame = table(sweep)
-    sink = io.BytesIO()
-    frame.to_parquet(sink, index=False)
     places = [sweep.folder / f"{NAME}.parquet", sweep.folder / f"{NAME}.csv"]
-    write(places[0], sink.getvalue())
+    write(places[0], _parquet(frame))
     write(places[1], frame.to_csv(index=False, lineterminator="\n"))
+    for kind in ALONG:
+        rows = along(sweep, kind)
+        if len(rows):
+            places.append(sweep.folder / f"{kind}.parquet")
+            write(places[-1], _parquet(rows))
     return places
+
+
+def along(sweep: Sweep, kind: str) -> pd.DataFrame:
+    """What the finished cells measured while they trained: a row a cell and step.
+
+    Args:
+        sweep: the sweep.
+        kind: `"tracked"` (of `training.track_every`) or `"noise"` (of `training.noise_batches`).
+    """
+    return _with_axes(
+        sweep,
+        [
+            {"cell": cell.run.id, **cell.place, "recipe": result["recipe"], **measured}
+            for cell in sweep.finished
+            for result in [RunFolder(sweep.store / cell.run.id).result()]
+            for measured in result[kind]
+        ],
+    )
 
 
 def table(sweep: Sweep) -> pd.DataFrame:
@@ -42,12 +68,21 @@ def table(sweep: Sweep) -> pd.DataFrame:
     for cell in sweep.finished:
         result = RunFolder(sweep.store / cell.run.id).result()
         rows.append({"cell": cell.run.id, **cell.place, **row(result)})
+    return _with_axes(sweep, rows)
+
+
+def _with_axes(sweep: Sweep, rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     for name in sweep.axes:
-        values = [cell.place[name] for cell in sweep.finished]
-        if len({type(value) for value in values}) > 1:
-            frame[name] = [str(value) for value in values]
+        if len(frame) and len({type(cell.place[name]) for cell in sweep.finished}) > 1:
+            frame[name] = [str(value) for value in frame[name]]
     return frame
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    sink = io.BytesIO()
+    frame.to_parquet(sink, index=False)
+    return sink.getvalue()
 
 
 def row(result: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from nmflow.experiments.statistics import LEVEL
 NOISE = (
     "The paper explains the gain by less noise in the gradients. A second moment alone does not "
     "decide that: it adds signal and noise, and shrinks with any factor on the gradient. So the "
-    "gradients of many independent batches are compared at frozen weights, half-way and at the "
-    "end: their mean is signal, their variance noise. These figures go beside the losses; they "
+    "gradients of many independent batches are compared at frozen weights at every quarter of the "
+    "run: their mean is signal, their variance noise. These figures go beside the losses; they "
     "do not prove a cause."
 )
 PERCENT = f"{LEVEL:.0%}".replace("%", "\u00a0%")
