@@ -45,7 +45,7 @@ extern "C" {
 #define NMFLOW_API __attribute__((visibility("default")))
 #endif
 
-#define NMFLOW_ABI_VERSION 3
+#define NMFLOW_ABI_VERSION 4
 #define NMFLOW_LAYOUT_VERSION 1
 
 enum nmflow_dtype { NMFLOW_F32 = 0, NMFLOW_BF16 = 1, NMFLOW_F16 = 2 };
@@ -105,12 +105,13 @@ NMFLOW_API void nmflow_set_runner(void (*gomp_parallel)(void (*)(void *), void *
  *   dense[i] = w[i]; mask[i] = kept ? 1 : 0;
  *   out[i] = kept ? v[i] : delta == 0 ? +0.0 : v[i] * delta
  * (the product in fp32, rounded once to the dtype), where v is values, of w's dtype and sizes, or w
- * itself if that is null. out may be v; no other overlap.
+ * itself if that is null; where pull is not 0, a pruned out[i] is v[i] * delta + w[i] * pull, in
+ * fp32, rounded once. out may be v; no other overlap.
  * Any 1 <= n <= m. NMFLOW_NOT_FINITE: w holds a NaN or an infinity, outputs are unspecified. */
 NMFLOW_API int32_t nmflow_project(const void *w, int32_t dtype, int64_t outer, int64_t length,
                                   int64_t inner, int64_t n, int64_t m, int64_t panel,
-                                  double delta, const void *values, void *dense, uint8_t *mask,
-                                  void *out, int32_t threads);
+                                  double delta, const void *values, double pull, void *dense,
+                                  uint8_t *mask, void *out, int32_t threads);
 
 /* The sizes in bytes of a packed weight's two buffers, and of the canonical form's two. Any
  * pointer may be null. Refuses a shape or pattern the layout cannot hold (M > 256, overflow). */

@@ -69,7 +69,7 @@ const nmf_projector *projector_now() {
 
 int32_t nmflow_project(const void *w, int32_t dtype, int64_t outer, int64_t length, int64_t inner,
                        int64_t n, int64_t m, int64_t panel, double delta, const void *values,
-                       void *dense, uint8_t *mask, void *out, int32_t threads) {
+                       double pull, void *dense, uint8_t *mask, void *out, int32_t threads) {
   if (dtype < NMFLOW_F32 || dtype > NMFLOW_F16) return NMFLOW_BAD_DTYPE;
   if (n < 1 || m < n || m > (INT64_C(1) << 31) || panel < 1) return NMFLOW_BAD_PATTERN;
   int64_t row, total;
@@ -81,7 +81,7 @@ int32_t nmflow_project(const void *w, int32_t dtype, int64_t outer, int64_t leng
   if (w == nullptr) return NMFLOW_BAD_POINTER;
   Run run;
   run.job = {w, values == nullptr ? w : values, dense, out, mask, outer, length, inner, n, m, panel,
-             static_cast<float>(delta), dtype};
+             static_cast<float>(delta), static_cast<float>(pull), dtype};
   if (panel > outer) run.job.panel = outer;
   if (n == m) { /* everything is kept: how the groups lie does not matter */
     run.job.length = row;

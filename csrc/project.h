@@ -10,7 +10,7 @@ struct nmf_projection {
   void *dense, *out;
   uint8_t *mask;
   int64_t outer, length, inner, n, m, panel;
-  float delta;
+  float delta, pull;
   int dtype;
 };
 

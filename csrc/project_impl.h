@@ -180,15 +180,42 @@ void write_out(const void *from, const uint8_t *kept, int64_t count, float delta
   }
 }
 
+/* The same with w * pull added where w is pruned. */
+template <int DTYPE>
+void write_pulled(const void *from, const void *weights, const uint8_t *kept, int64_t count, float delta,
+                  float pull, void *to) {
+  typedef nmf_element<DTYPE> E;
+  typedef typename E::type T;
+  const T *v = static_cast<const T *>(from), *w = static_cast<const T *>(weights);
+  T *out = static_cast<T *>(to);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    if constexpr (DTYPE == NMFLOW_F32) {
+      const vecf value = get<vecf>(v + i), pulled = value * delta + get<vecf>(w + i) * pull;
+      put(out + i, choose(kept + i, (vecu)value, (vecu)pulled));
+    } else {
+      const vech value = get<vech>(v + i);
+      const vecf pulled = to_float(value, DTYPE) * delta + to_float(get<vech>(w + i), DTYPE) * pull;
+      put(out + i, choose(kept + i, value, from_float(pulled, DTYPE)));
+    }
+  }
+  for (; i < count; ++i)
+    out[i] = kept[i] ? v[i] : E::store(E::load(v[i]) * delta + E::load(w[i]) * pull);
+}
+
 template <int DTYPE>
 void write_outputs(const nmf_projection *job, int64_t first, int64_t count, const uint8_t *kept) {
   typedef typename nmf_element<DTYPE>::type T;
   const T *w = static_cast<const T *>(job->w) + first;
   if (job->dense) memcpy(static_cast<T *>(job->dense) + first, w, static_cast<size_t>(count) * sizeof(T));
   if (job->mask && job->mask + first != kept) memcpy(job->mask + first, kept, static_cast<size_t>(count));
-  if (job->out)
-    write_out<DTYPE>(static_cast<const T *>(job->values) + first, kept, count, job->delta,
-                     static_cast<T *>(job->out) + first);
+  if (job->out == nullptr) return;
+  const T *values = static_cast<const T *>(job->values) + first;
+  T *out = static_cast<T *>(job->out) + first;
+  if (job->pull != 0.0f)
+    write_pulled<DTYPE>(values, w, kept, count, job->delta, job->pull, out);
+  else
+    write_out<DTYPE>(values, kept, count, job->delta, out);
 }
 
 /* ------------------------------------------------------------------ panels */

@@ -81,6 +81,10 @@ def test_masks_are_those_of_a_stable_sort(isa, n, m, dtype):
             scaled = (other.float() * torch.where(expected, 1.0, 0.25)).to(dtype)
             assert native.project(w, n, m, 0.25, out=other, values=other)
             assert torch.equal(other, scaled), name
+            pulled = other.double() * 0.5 + w.double() * 0.125  # exact but for the last rounding
+            pulled = torch.where(expected, other, pulled.float().to(dtype))
+            assert native.project(w, n, m, 0.5, out=other, values=other, pull=0.125)
+            assert torch.equal(other, pulled), name
             assert native.project(w, n, m, 0.25, out=w)
             assert torch.equal(w, faded)
 

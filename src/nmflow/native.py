@@ -18,7 +18,7 @@ import torch
 
 from nmflow.errors import NMFlowError, PatternError, WeightError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("portable", "avx2", "avx512")
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16")
@@ -71,7 +71,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     lib.nmflow_project.argtypes = [
         *(pointer, i32, i64, i64, i64, i64, i64, i64, ctypes.c_double),
-        *(pointer, pointer, pointer, pointer, i32),
+        *(pointer, ctypes.c_double, pointer, pointer, pointer, i32),
     ]
     lib.nmflow_set_isa.argtypes = [i32]
     lib.nmflow_set_runner.argtypes = [pointer]
@@ -169,6 +169,7 @@ def project(
     dim: int = -1,
     panel: int = 1,
     values: torch.Tensor | None = None,
+    pull: float = 0.0,
 ) -> bool:
     r"""Magnitude mask and projection of a weight, in one pass over memory.
 
@@ -188,6 +189,7 @@ def project(
             their |w|, added in float32 in their order; the last panel may be smaller. Not along
             `dim` itself.
         values: like `w`: what `out` is made of where it is not `w`, such as a gradient.
+        pull: adds `pull * w` to pruned places of `out`, in float32, before it is rounded.
 
     Returns:
         False if `w` holds a NaN or an infinity: what the outputs then hold is unspecified.
@@ -232,6 +234,7 @@ def project(
     status = lib.nmflow_project(
         *(base, code, outer, length, inner, n, m, panel, float(delta)),
         _pointer(values, "values", w, w.dtype),
+        float(pull),
         _pointer(dense, "dense", w, w.dtype),
         _pointer(mask, "mask", w, torch.bool),
         _pointer(out, "out", w, w.dtype),

@@ -8,6 +8,7 @@ on W. Nothing else lives between steps, but for a mask that is held on purpose.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,13 +147,22 @@ class Slot:
 
     def fade(self, region: Region, stage: Stage, held: bool, g: Tensor) -> None:
         """The masked rule on `g`, the gradient of a region whose stage has a pattern, in place."""
-        w, pattern, dim = region.of(local(self.dense)), stage.pattern, region.target.dim
-        assert pattern is not None
+        w = region.of(local(self.dense))
         if not held and g.dtype == w.dtype and _one_pass(region, stage, w, g):
-            n, m, panel = pattern.n, pattern.m, pattern.panel
-            native.project(w, n, m, stage.delta, out=g, dim=dim, panel=panel, values=g)
+            _project(region, stage, w, stage.delta, out=g, values=g)
         else:
             gradients.masked(g, *self.masks(region, stage, held), stage.delta)
+
+    def refine(
+        self, region: Region, stage: Stage, held: bool, g: Tensor, lam: float, scale: Tensor | None
+    ) -> None:
+        """SR-STE's term on `g`, as `fade`; `scale` is the loss scale still in it."""
+        w = region.of(local(self.dense))
+        if not held and g.dtype == w.dtype and _one_pass(region, stage, w, g):
+            pull = lam * (1.0 - stage.delta) * (1.0 if scale is None else float(scale))
+            _project(region, stage, w, 1.0, out=g, values=g, pull=pull)
+        else:
+            gradients.refined(g, w, region.of(local(self.param)), lam, scale)
 
     def write(self, stages: Stages, held: bool, hold: bool) -> list[Tensor]:
         """Write W̃ into the parameter.
@@ -175,10 +185,7 @@ class Slot:
             stage, w, out = stages[region.target.label], region.of(source), region.of(sink)
             masked = stage.pattern is not None
             if _one_pass(region, stage, w, out) and not (masked and (held or hold)):
-                pattern, dim = stage.pattern or _EVERY, region.target.dim
-                n, m, panel = pattern.n, pattern.m, pattern.panel
-                done = native.project(w, n, m, stage.delta, out=out, dim=dim, panel=panel)
-                finite.append(torch.tensor(done))
+                finite.append(torch.tensor(_project(region, stage, w, stage.delta, out=out)))
             elif not masked:
                 out.copy_(w)
                 finite.append(torch.isfinite(w).all())
@@ -258,6 +265,13 @@ class Slot:
 def _is_dense(x: Tensor) -> bool:
     """Whether the values of `x` fill its memory without gaps, in whatever order."""
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _project(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> bool:
+    """The compiled kernel by the pattern of a stage; whether `w` was finite."""
+    pattern, dim = stage.pattern or _EVERY, region.target.dim
+    n, m, panel = pattern.n, pattern.m, pattern.panel
+    return native.project(w, n, m, delta, dim=dim, panel=panel, **more)
 
 
 def _one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:

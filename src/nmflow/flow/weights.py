@@ -66,13 +66,13 @@ class Weights:
                     f"'{slot.name}' has a sparse gradient, which the rule of {recipe.name} cannot "
                     "change: build the embedding with sparse=False"
                 )
-            g, dense, shown = local(slot.param.grad), local(slot.dense), local(slot.param)
+            g = local(slot.param.grad)
             for region in slot.regions:
                 stage, part = stages[region.target.label], region.of(g)
                 if stage.pattern is None or region.count == 0:
                     continue
                 if recipe.lam:
-                    gradients.refined(part, region.of(dense), region.of(shown), recipe.lam, scale)
+                    slot.refine(region, stage, held, part, recipe.lam, scale)
                 elif stage.delta != 1.0 or stage.previous is not None:
                     slot.fade(region, stage, held, part)
 
