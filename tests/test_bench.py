@@ -12,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from typer.testing import CliRunner
 
 import nmflow
@@ -24,7 +31,7 @@ from nmflow.packed.bench import bench, pruned, where_the_time_goes
 from nmflow.packed.measure import time_ways
 from nmflow.packed.measured import Bench, cpu_name
 from nmflow.packed.plots import plot
-from nmflow.packed.ways import best_dense, tokens_of
+from nmflow.packed.ways import as_linears, best_dense, int8_dynamic, tokens_of
 
 
 def vit() -> Any:
@@ -126,6 +133,22 @@ def test_best_dense_gives_the_same_answers() -> None:
             best(**example).logits, model(**example).logits, atol=1e-5, rtol=1e-5
         )
     assert max(tokens_of(model, example).values()) == 10
+
+
+def test_rivals_know_the_layers_of_gpt2() -> None:
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, n_inner=128, vocab_size=50, n_positions=16)
+    model = cast(Any, GPT2LMHeadModel(config).eval())
+    example = {"input_ids": torch.arange(8)[None]}
+    plain = cast(Any, as_linears(model))
+    assert not any(type(m).__name__ == "Conv1D" for m in plain.modules())
+    assert plain.lm_head.weight is plain.transformer.wte.weight
+    assert len(tokens_of(plain, example)) == 5
+    small = cast(Any, int8_dynamic(model))
+    assert sum("quantized" in type(m).__module__ for m in small.modules()) >= 5
+    with torch.inference_mode():
+        expected = model(**example).logits
+        for rival, off in ((plain, 1e-5), (best_dense(model, example), 1e-5), (small, 0.3)):
+            torch.testing.assert_close(rival(**example).logits, expected, atol=off, rtol=0)
 
 
 def test_pruned_leaves_its_model_alone() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nmflow.errors import CompressError
+from nmflow.layers import is_hf_conv1d
 from nmflow.packed.compress import replace_modules
 from nmflow.packed.export import export_onnx
 from nmflow.packed.judge import on_onednn
@@ -39,8 +40,26 @@ def tokens_of(model: nn.Module, example: Mapping[str, Any]) -> dict[nn.Module, i
     return seen
 
 
+def as_linears(model: nn.Module) -> nn.Module:
+    """A copy whose HF `Conv1D` layers are `nn.Linear`, which oneDNN and int8 know.
+
+    The model itself where it has none.
+    """
+    new: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if is_hf_conv1d(module):
+            stored, bias = module.get_parameter("weight"), module.get_parameter("bias")
+            inputs, outputs = stored.shape
+            linear = nn.Linear(inputs, outputs, device="meta", dtype=stored.dtype)
+            linear.weight = nn.Parameter(stored.detach().T.contiguous())
+            linear.bias = nn.Parameter(bias.detach().clone())
+            new[module] = linear.train(module.training)
+    return replace_modules(model, new, inplace=False) if new else model
+
+
 def best_dense(model: nn.Module, example: Mapping[str, Any]) -> nn.Module:
     """A copy of a dense network whose linear layers use oneDNN's packed weights where faster."""
+    model = as_linears(model)
     return replace_modules(model, on_onednn(tokens_of(model, example)), inplace=False)
 
 
@@ -51,7 +70,7 @@ def int8_dynamic(model: nn.Module) -> nn.Module | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated in favour of torchao, and still what runs
-        return quantize(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+        return quantize(copy.deepcopy(as_linears(model)), {nn.Linear}, dtype=torch.qint8)
 
 
 def onnxruntime_ways(
