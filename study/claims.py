@@ -1,9 +1,9 @@
-"""The pages that compare: recipes with each other, and with smaller dense networks."""
+"""The pages that compare recipes with each other."""
 
 from __future__ import annotations
 
 from choose import PATTERNS
-from compare import Cell, by_seed, family
+from compare import Cell, by_seed, family, joined
 from figures import by_pattern
 from tables import (
     CONVENTIONAL,
@@ -16,7 +16,6 @@ from tables import (
     ran,
     spread,
     table,
-    there,
 )
 from tasks import TASKS, Task
 
@@ -73,75 +72,42 @@ def claim_one() -> str:
 
 
 def better() -> str:
-    """Our recipe against the best of the paper's in each cell."""
-    out = ["# A better recipe: settling", ""]
-    for task in TASKS:
-        if not ran(task):
-            out += [f"*{task.title}: not run yet.*", ""]
-            continue
+    """Our recipe against the best of the paper's in each cell; all cells are one family."""
+    ready = [task for task in TASKS if ran(task)]
+    rows: dict[str, list[Cell]] = {}
+    best: dict[tuple[str, str], str] = {}
+    for task in ready:
         frame = main_runs(task)
         patterns = [p for p in PATTERNS if by_seed(frame, OURS, p, "points")]
-        best = {
-            p: max(
-                (s for s in PAPERS if by_seed(frame, s, p, "points")),
-                key=lambda s, p=p: summary(list(by_seed(frame, s, p, "points").values())).mean,
-            )
-            for p in patterns
-        }
-        cells = family(frame, [(OURS, p, best[p], p) for p in patterns], "points")
-        held = [c.pattern for c in cells if c.p < 0.05 and c.difference.mean > 0]
-        out += [
-            f"## {task.title}",
-            "",
-            "**Settling beats the best of the paper's recipes at "
-            f"{', '.join(held) or 'no pattern'}** "
-            "(Holm over the patterns). The best is chosen by its test mean, which favours it.",
-            "",
-            table(
-                ["pattern", "best of the paper's", "settling, points", "difference", "p (Holm)"],
-                [
-                    [c.pattern, best[c.pattern], f"{c.mean:.2f}", gain(c), f"{c.p:.3g}"]
-                    for c in cells
-                ],
-            ),
-        ]
-    return "\n".join(out)
-
-
-def rivals() -> str:
-    """The narrower dense network of equal FLOPs against the sparse ones."""
-    out = ["# l. Or simply a smaller dense network?", ""]
-    for task in TASKS:
-        if not (ran(task) and there(f"{task.name}-dense")):
-            out += [f"*{task.title}: not run yet.*", ""]
-            continue
-        frame = main_runs(task)
-        narrow = {p: task.rival(p) for p in PATTERNS if (frame["pattern"] == p).any()}
-        patterns = [p for p in narrow if by_seed(frame, narrow[p], None, "points")]
-        shown = (OURS, "MDGF-Exponential", "SR-STE")
-        cells = family(frame, [(s, p, narrow[p], None) for p in patterns for s in shown], "points")
-        rows = []
         for p in patterns:
-            rival = summary(list(by_seed(frame, narrow[p], None, "points").values()))
-            found = {c.setup: c for c in cells if c.pattern == p}
-            rows.append([p, narrow[p], spread(rival),
-                         *(gain(found[s]) if s in found else "–" for s in shown)])  # fmt: skip
-        held = [
-            c.pattern for c in cells if c.setup == OURS and c.p < 0.05 and c.difference.mean > 0
-        ]
-        lost = [
-            c.pattern for c in cells if c.setup == OURS and c.p < 0.05 and c.difference.mean < 0
-        ]
-        out += [
-            f"## {task.title}",
+            best[task.name, p] = max(
+                (s for s in PAPERS if by_seed(frame, s, p, "points")),
+                key=lambda s, p=p, f=frame: summary(list(by_seed(f, s, p, "points").values())).mean,
+            )
+        pairs = [(OURS, p, best[task.name, p], p) for p in patterns]
+        rows[task.name] = family(frame, pairs, "points")
+    rows = joined(rows)
+    every = [(task, cell) for task in ready for cell in rows[task.name]]
+    held = [f"{t.title} at {c.pattern}" for t, c in every if c.p < 0.05 and c.difference.mean > 0]
+    lost = [f"{t.title} at {c.pattern}" for t, c in every if c.p < 0.05 and c.difference.mean < 0]
+    shown = [
+        [t.title, c.pattern, best[t.name, c.pattern], f"{c.mean:.2f}", gain(c), f"{c.p:.3g}"]
+        for t, c in every
+    ]
+    return "\n".join(
+        [
+            "# A better recipe: settling",
             "",
-            f"**Against the dense network of the same inference FLOPs, settling wins at "
-            f"{', '.join(held) or 'no pattern'} and loses at {', '.join(lost) or 'none'}** (Holm "
-            f"over all {len(cells)} cells); elsewhere nothing is shown.",
+            f"**Settling beats the best of the paper's recipes on {', '.join(held) or 'no task'}, "
+            f"and loses to it on {', '.join(lost) or 'none'}** (Holm over all {len(every)} cells). "
+            "The best is chosen by its test mean, which favours it.",
             "",
-            table(["pattern", "rival", "rival, points", *(f"{s} − rival" for s in shown)], rows),
+            table(["task", "pattern", "best of the paper's", "settling, points", "difference",
+                   "p (Holm)"], shown),
+            "What it is: [docs/recipes.md](../recipes.md); how it was found: "
+            "[search.md](search.md).",
         ]
-    return "\n".join(out)
+    )  # fmt: skip
 
 
 def _answer(task: Task, cells: list[Cell]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from scipy import stats
@@ -84,6 +84,12 @@ def family(
         Cell(setup, pattern, rival, mean, d, p, detectable(shared))
         for (setup, pattern, rival, mean, d, shared), p in zip(found, adjusted, strict=True)
     ]
+
+
+def joined(families: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
+    """The same cells, adjusted by Holm as one family."""
+    adjusted = iter(holm([c.difference.p or 0.0 for cells in families.values() for c in cells]))
+    return {name: [replace(c, p=next(adjusted)) for c in cells] for name, cells in families.items()}
 
 
 def detectable(differences: list[float]) -> float:

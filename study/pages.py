@@ -9,15 +9,21 @@ import sys
 from collections.abc import Callable
 
 from choose import RESULTS
-from claims import better, claim_one, rivals
+from claims import better, claim_one
+from noise import noise
 from pilot import pilot
 from questions import panels, rule
+from rivals import rivals
+from spending import equal_flops, sparsest
 from tables import PAGES
 from tuning import tuning
 
 BUILT: dict[str, tuple[Callable[[], str], str]] = {
     "tuning.md": (tuning, "*-rates"),
     "a-recipes.md": (claim_one, "*-main-*"),
+    "b-equal-flops.md": (equal_flops, "lm-flops"),
+    "c-sparsest.md": (sparsest, "lm-main-2-4"),
+    "d-noise.md": (noise, "lm-noise"),
     "e-gradient-rule.md": (rule, "lm-rule"),
     "j-panels.md": (panels, "lm-panels"),
     "pilot.md": (pilot, "lm-pilot"),
