@@ -12,7 +12,7 @@ from choose import RESULTS
 from claims import better, claim_one
 from noise import noise
 from pilot import pilot
-from questions import panels, rule
+from questions import hybrid, low_sparsity, panels, phases, rule
 from rivals import rivals
 from spending import equal_flops, sparsest
 from tables import PAGES
@@ -25,6 +25,9 @@ BUILT: dict[str, tuple[Callable[[], str], str]] = {
     "c-sparsest.md": (sparsest, "lm-main-2-4"),
     "d-noise.md": (noise, "lm-noise"),
     "e-gradient-rule.md": (rule, "lm-rule"),
+    "f-phases.md": (phases, "lm-phases"),
+    "g-hybrid.md": (hybrid, "lm-main-1-16"),
+    "h-low-sparsity.md": (low_sparsity, "lm-main-1-4"),
     "j-panels.md": (panels, "lm-panels"),
     "pilot.md": (pilot, "lm-pilot"),
     "settling.md": (better, "*-main-*"),
