@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from choose import PATTERNS
 from compare import Cell, by_seed, family, joined
-from figures import by_pattern
+from figures import by_pattern, forest
 from tables import (
     CONVENTIONAL,
     DECAYING,
@@ -90,6 +90,7 @@ def better() -> str:
     every = [(task, cell) for task in ready for cell in rows[task.name]]
     held = [f"{t.title} at {c.pattern}" for t, c in every if c.p < 0.05 and c.difference.mean > 0]
     lost = [f"{t.title} at {c.pattern}" for t, c in every if c.p < 0.05 and c.difference.mean < 0]
+    where = [f"{t.title}, {c.pattern}" for t, c in every]
     shown = [
         [t.title, c.pattern, best[t.name, c.pattern], f"{c.mean:.2f}", gain(c), f"{c.p:.3g}"]
         for t, c in every
@@ -104,6 +105,8 @@ def better() -> str:
             "",
             table(["task", "pattern", "best of the paper's", "settling, points", "difference",
                    "p (Holm)"], shown),
+            forest([c for _, c in every], "settling", where),
+            "",
             "What it is: [docs/recipes.md](../recipes.md); how it was found: "
             "[search.md](search.md).",
         ]

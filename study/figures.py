@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from compare import by_seed
+from compare import Cell, by_seed
 from matplotlib.axes import Axes
+from tables import PAGES
 
 from nmflow.experiments import plots
 from nmflow.experiments.results import write
@@ -36,3 +37,25 @@ def by_pattern(frame: pd.DataFrame, patterns: list[str], path: Path) -> None:
         ax.set_ylabel("test figure, points")
 
     write(path, plots.draw(paint, height=4.2))
+
+
+def forest(cells: list[Cell], name: str, where: list[str] | None = None) -> str:
+    """Differences with their intervals, a row a comparison; returns the Markdown that shows it."""
+    places = where or [c.pattern for c in cells]
+    labels = [f"{c.setup}, {p} − {c.rival}" for c, p in zip(cells, places, strict=True)]
+
+    def paint(axes: list[Axes]) -> None:
+        ax = axes[0]
+        for y, c in enumerate(cells):
+            d = c.difference
+            low, high = d.low or d.mean, d.high or d.mean
+            filled = "#0072B2" if c.p < 0.05 else "white"
+            ax.plot([low, high], [y, y], color="#0072B2", lw=1.6)
+            ax.plot(d.mean, y, "o", color="#0072B2", markerfacecolor=filled)
+        ax.axvline(0.0, color="#000000", lw=1)
+        ax.set_yticks(range(len(cells)), labels)
+        ax.set_ylim(len(cells) - 0.5, -0.5)
+        ax.set_xlabel("difference in points (95 % interval; filled: Holm's p below 0.05)")
+
+    write(PAGES / "figures" / f"{name}.svg", plots.draw(paint, height=0.9 + 0.28 * len(cells)))
+    return f"![Differences with intervals](figures/{name}.svg)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from choose import means, results
 from compare import by_seed, family
+from figures import forest
 from tables import OURS, gain, in_points, main_runs, spread, table
 from tasks import BY_NAME
 
@@ -38,6 +39,8 @@ def rule() -> str:
             "Test accuracy in points, mean ± sd over seeds, each rule with its own best settings:",
             "",
             table(["", *RULES, "masked − straight-through"], shown),
+            forest(cells, "e-rule"),
+            "",
             "The tuning shows the same of every recipe that has the rule; least validation loss of "
             "its settings under each:",
             "",
@@ -82,6 +85,8 @@ def panels() -> str:
             "its pattern; it needs fewer bytes of indices, and a GPU multiplies it densely.",
             "",
             table(["", "pattern", "points", "− 1:16 of single rows", f"− {rival}"], rows),
+            forest([*cells, *against], "j-panels"),
+            "",
             "Differences are paired by seed, with 95 % intervals; bold where Holm's p over the "
             "column is below 0.05. In this network a panel of 64 rows is a quarter of the FF's "
             "first weight and the whole of its second: the strictest case.",
@@ -111,6 +116,8 @@ def phases() -> str:
             "Elsewhere nothing is shown: no phase has to be set with care.",
             "",
             table(["setting", "against the tuned", "points", "difference"], rows),
+            forest(cells, "f-phases"),
+            "",
             "Tuned: MDGF-Exponential dense for 5 % and fine-tuned for 40 % of the run, settling "
             "with a pull of 3. MDGF-Linear has a learning rate of its own.",
         ]
@@ -129,10 +136,12 @@ def hybrid() -> str:
             "# g. Does the hybrid beat its parts?",
             "",
             f"**It beats {', '.join(won) or 'neither'} and loses to "
-            f"{', '.join(lost) or 'neither'}** (characters, GPT-2, 1:16; points by which the hybrid "
+            f"{', '.join(lost) or 'neither'}** (characters, GPT-2, 1:16; points by which it "
             "is ahead, paired by seed, Holm over the two).",
             "",
             table(["hybrid −", "points"], [[c.rival, gain(c)] for c in cells]),
+            forest(cells, "g-hybrid"),
+            "",
             f"The hybrid itself: {cells[0].mean:.2f} points. All recipes: [page a](a-recipes.md).",
         ]
     )
@@ -161,5 +170,6 @@ def low_sparsity() -> str:
             "in the last column.",
             "",
             table(["pattern", *(f"{s} − SR-STE" for s in recipes), f"{OURS} − dense"], rows),
+            forest(cells, "h-low-sparsity"),
         ]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from choose import PATTERNS, RESULTS, results
 from compare import by_seed, family
+from figures import forest
 from tables import OURS, gain, in_points, main_runs, ran, spread, table, there
 from tasks import TASKS, Task
 
@@ -47,6 +48,8 @@ def rivals() -> str:
             f"over all {len(cells)} cells); elsewhere nothing is shown.",
             "",
             table(["pattern", "rival", "rival, points", *(f"{s} − rival" for s in shown)], rows),
+            forest([c for c in cells if c.setup == OURS], f"l-{task.name}"),
+            "",
             *(_costs(task) if there(f"{task.name}-dense-costs") else []),
         ]
     return "\n".join(out)

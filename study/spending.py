@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from choose import PATTERNS, ROOT, results
 from compare import by_seed, family
+from figures import forest
 from tables import DECAYING, gain, in_points, main_runs, spread, table
 from tasks import BY_NAME
 
@@ -44,6 +45,8 @@ def equal_flops() -> str:
             "steps.",
             "",
             table(["", "steps", "points", "− SR-STE", "− SR-STE at equal steps"], rows),
+            forest(cells, "b-equal-flops"),
+            "",
             "FLOPs are counted by `nmflow.cost`: products with a weight count by the share of it "
             "that is not zero, those for its gradient in full unless the rule is masked "
             "([docs/sweeps.md](../sweeps.md)). Bold where Holm's p over the column is below 0.05.",
@@ -91,6 +94,8 @@ def sparsest() -> str:
             f"measured on ViT-Base's FF weights at {TOKENS} tokens, packed against the best dense "
             "way ([the benchmark](../benchmarks/kernels.md)); the study's own network is too small "
             "for any kernel to matter.",
+            "",
+            forest(cells, "c-sparsest"),
         ]
     )  # fmt: skip
 
