@@ -152,34 +152,33 @@ void block(const nmf_job *job, int64_t token, int64_t tile, const float *const (
   }
 }
 
+/* A block whose entries a span are known to the compiler, where they are few. */
+template <int NT, int TILES, bool HALVES>
+NMF_INLINE void counted_block(const nmf_job *job, int64_t token, int64_t tile,
+                              const float *const (&values)[TILES], const float *x, int64_t stride) {
+  switch (job->g.span_entries) {
+    case 1: /* never of halves, which hold one each */
+      return block<NT, TILES, WHOLE, 1, false>(job, token, tile, values, x, stride);
+    case 2:
+      return block<NT, TILES, WHOLE, 2, HALVES>(job, token, tile, values, x, stride);
+    case 4:
+      return block<NT, TILES, WHOLE, 4, HALVES>(job, token, tile, values, x, stride);
+    case 8:
+      return block<NT, TILES, WHOLE, 8, HALVES>(job, token, tile, values, x, stride);
+    default:
+      return block<NT, TILES, WHOLE, 0, false>(job, token, tile, values, x, stride);
+  }
+}
+
 template <int NT, int TILES>
 NMF_INLINE void block_of(const nmf_job *job, int64_t token, int64_t tile,
                          const float *const (&values)[TILES], const float *x, int64_t stride) {
   const nmf_geometry &g = job->g;
   if (g.m > 16) return block<NT, TILES, WIDE, 0, false>(job, token, tile, values, x, stride);
-  if (g.span == 16 && PERMUTE_HALVES && 8 % g.m == 0) {
-    switch (g.span_entries) {
-      case 2:
-        return block<NT, TILES, WHOLE, 2, PERMUTE_HALVES>(job, token, tile, values, x, stride);
-      case 4:
-        return block<NT, TILES, WHOLE, 4, PERMUTE_HALVES>(job, token, tile, values, x, stride);
-      case 8:
-        return block<NT, TILES, WHOLE, 8, PERMUTE_HALVES>(job, token, tile, values, x, stride);
-    }
-  }
-  if (g.span == 16) {
-    switch (g.span_entries) {
-      case 1:
-        return block<NT, TILES, WHOLE, 1, false>(job, token, tile, values, x, stride);
-      case 2:
-        return block<NT, TILES, WHOLE, 2, false>(job, token, tile, values, x, stride);
-      case 4:
-        return block<NT, TILES, WHOLE, 4, false>(job, token, tile, values, x, stride);
-      case 8:
-        return block<NT, TILES, WHOLE, 8, false>(job, token, tile, values, x, stride);
-    }
-  }
-  return block<NT, TILES, WHOLE, 0, false>(job, token, tile, values, x, stride);
+  if (g.span != 16) return block<NT, TILES, WHOLE, 0, false>(job, token, tile, values, x, stride);
+  if (PERMUTE_HALVES && 8 % g.m == 0)
+    return counted_block<NT, TILES, PERMUTE_HALVES>(job, token, tile, values, x, stride);
+  return counted_block<NT, TILES, false>(job, token, tile, values, x, stride);
 }
 
 template <int TILES>
