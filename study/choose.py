@@ -1,6 +1,6 @@
 """The tuning of the study: what won on the tuning seeds, and the sweeps that follow from it.
 
-    python study/choose.py rates TASK     # writes configs/study/TASK-options.yaml
+    python study/choose.py rates TASK     # whose best rate is at an edge; of lm, its -options
     python study/choose.py options TASK   # writes TASK-main-N-M.yaml, a file a pattern
     python study/choose.py dense TASK     # writes TASK-dense.yaml, the rivals that are not sparse
 
@@ -22,6 +22,8 @@ from tasks import BY_NAME
 
 ROOT = Path(__file__).parents[1]
 SWEEPS, RESULTS = ROOT / "configs" / "study", ROOT / "docs" / "study" / "results"
+SEARCHED = "lm"
+"""The task whose options are searched; the others take them."""
 PATTERNS = ["2:4", "1:4", "1:8", "1:16", "1:32", "1:64"]
 SEEDS = [0, 1, 2, 3, 4]
 
@@ -118,11 +120,10 @@ def options_sweep(task: str) -> dict[str, Any]:
 def chosen(task: str) -> dict[str, dict[str, Any]]:
     """What each recipe runs with, by its title: the keys of the best of its settings."""
     rates = best_rates(results(f"{task}-rates"))
-    searched = task if (SWEEPS / f"{task}-options.yaml").is_file() else "lm"
-    found = means(results(f"{searched}-options"), ["setup"])
+    found = means(results(f"{SEARCHED}-options"), ["setup"])
     found["title"] = found["setup"].str.partition(":")[0]
     best = dict(zip(*(found.drop_duplicates("title")[c] for c in ("title", "setup")), strict=True))
-    sweep = yaml.safe_load((SWEEPS / f"{searched}-options.yaml").read_text())
+    sweep = yaml.safe_load((SWEEPS / f"{SEARCHED}-options.yaml").read_text())
     by_label = {setup["label"]: setup for setup in sweep["axes"]["setup"]}
     return {
         title: {"recipe": by_label[best[title]]["recipe"], "training.learning_rate": rates[title]}
@@ -198,7 +199,9 @@ def main() -> None:
         for title, rate in at_an_edge(frame).items():
             sys.stdout.write(f"{title}: the best rate is at an edge; the protocol adds {rate:g}\n")
         about = "Tuning, second half: six settings of every recipe at its best learning rate."
-        made = [write(f"{task}-options", about, task, options_sweep(task))]
+        made = []
+        if task == SEARCHED:
+            made = [write(f"{task}-options", about, task, options_sweep(task))]
     elif given.stage == "dense":
         about = "The dense network, and narrower ones whose FLOPs are those of each pattern."
         made = [write(f"{task}-dense", about, task, dense_sweep(task, given.patterns))]
