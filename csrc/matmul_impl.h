@@ -69,21 +69,22 @@ int64_t gather_scratch(const nmf_job *job, int64_t tokens, int64_t) {
 #ifndef NMF_MAX_C
 #define NMF_MAX_C 4
 #endif
-const int MAX_C = NMF_MAX_C;
-const int SPARSE_C = MAX_C / 2;
+const int MAX_C = NMF_MAX_C, SPARSE_C = 2;
 template <int C>
 struct Rows {
   static const int count = LANES < 16 ? (C == 1 ? 8 : C == 2 ? 4 : 2) : C <= 2 ? 8 : 4;
 };
 /* Bytes of the transposed block, which shares L1 with weights, columns and sums that stream by:
- * measured with 48 KB of it (AVX-512) and 32 KB (AVX2, where a block of 32 KB was 10 to 45 % slower
- * for 2:4 and 1:4). */
-const int64_t BLOCK_BYTES = LANES == 16 ? 32768 : 16384;
+ * measured with 48 KB of it (AVX-512) and 32 KB (AVX2, where 48 tokens in 24 KB are up to 18 % faster
+ * than 32 in 16 KB, but 16 tokens in 24 KB slower). */
+NMF_INLINE int64_t block_bytes(int64_t c) {
+  return LANES == 16 ? 32768 : LANES == 8 && c > SPARSE_C ? 24576 : 16384;
+}
 /* A row's entries in a block of the widest kind, below which half the tokens are better. */
 const int64_t FEWEST_ENTRIES = LANES == 16 ? 16 : 8;
 
 NMF_INLINE int64_t block_inputs(const nmf_geometry &g, int64_t c) {
-  const int64_t most = BLOCK_BYTES / (c * LANES * 4) / g.span * g.span;
+  const int64_t most = block_bytes(c) / (c * LANES * 4) / g.span * g.span;
   const int64_t least = most < g.span ? g.span : most;
   /* Even blocks: 768 inputs as 6 x 128 and not as 5 x 144 and a rest. */
   const int64_t blocks = nmf_ceil_div(g.in, least);
@@ -259,7 +260,7 @@ int64_t gather_most(const nmf_geometry *) { return 4; }
 /* A sum waits outside the registers between blocks of inputs. Where a block of the widest kind
  * holds few entries of a row, half the tokens and blocks twice as long fetch it half as often. */
 int64_t tokens_most(const nmf_geometry *g) {
-  const int64_t inputs = BLOCK_BYTES / (MAX_C * LANES * 4);
+  const int64_t inputs = block_bytes(MAX_C) / (MAX_C * LANES * 4);
   return (inputs * g->n < FEWEST_ENTRIES * g->m ? SPARSE_C : MAX_C) * LANES;
 }
 
