@@ -6,7 +6,7 @@ import pandas as pd
 from choose import means, results
 from compare import by_seed, family
 from figures import forest
-from tables import OURS, gain, in_points, main_runs, spread, table
+from tables import OURS, gain, in_points, main_runs, sparse_patterns, spread, table
 from tasks import BY_NAME
 
 from nmflow.experiments.statistics import summary
@@ -151,7 +151,7 @@ def low_sparsity() -> str:
     """50 and 75 %."""
     lm = BY_NAME["lm"]
     frame = main_runs(lm)
-    patterns = [p for p in ("2:4", "1:4") if (frame["pattern"] == p).any()]
+    patterns = [p for p in ("2:4", "1:4") if p in sparse_patterns(frame)]
     recipes = ("MDGF-Exponential", "Settling", "One-shot")
     cells = family(frame, [(s, p, "SR-STE", p) for p in patterns for s in recipes], "points")
     dense = family(frame, [(OURS, p, "Dense", None) for p in patterns], "points")

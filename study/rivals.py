@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pandas as pd
-from choose import PATTERNS, RESULTS, results
+from choose import RESULTS, results
 from compare import by_seed, family
 from figures import forest
-from tables import OURS, gain, in_points, main_runs, ran, spread, table, there
+from tables import OURS, gain, in_points, main_runs, ran, sparse_patterns, spread, table, there
 from tasks import TASKS, Task
 
 from nmflow.experiments.statistics import summary
@@ -24,7 +24,7 @@ def rivals() -> str:
             out += [f"*{task.title}: not run yet.*", ""]
             continue
         frame = main_runs(task)
-        narrow = {p: task.rival(p) for p in PATTERNS if (frame["pattern"] == p).any()}
+        narrow = {p: task.rival(p) for p in sparse_patterns(frame)}
         patterns = [p for p in narrow if by_seed(frame, narrow[p], None, "points")]
         shown = (OURS, "MDGF-Exponential", "SR-STE")
         cells = family(frame, [(s, p, narrow[p], None) for p in patterns for s in shown], "points")

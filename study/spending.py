@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pandas as pd
-from choose import PATTERNS, ROOT, results
+from choose import ROOT, results
 from compare import by_seed, family
 from figures import forest
-from tables import DECAYING, gain, in_points, main_runs, spread, table
+from tables import DECAYING, gain, in_points, main_runs, sparse_patterns, spread, table
 from tasks import BY_NAME
 
 from nmflow.experiments.statistics import summary
@@ -59,7 +59,7 @@ def sparsest() -> str:
     lm = BY_NAME["lm"]
     frame = main_runs(lm)
     setups = [s for s in DECAYING if by_seed(frame, s, "2:4", "points")]
-    patterns = [p for p in PATTERNS if (frame["pattern"] == p).any()]
+    patterns = sparse_patterns(frame)
     cells = family(frame, [(s, p, "SR-STE", "2:4") for s in setups for p in patterns], "points")
     within = [c.pattern for c in cells if c.difference.mean >= -HALF]
     last = max(within, key=patterns.index) if within else None

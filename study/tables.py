@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
-from choose import RESULTS, results
+from choose import PATTERNS, RESULTS, results
 from compare import Cell
 from tasks import Task
 
@@ -13,6 +13,7 @@ PAGES = RESULTS.parent
 CONVENTIONAL = ("One-shot", "Gradual", "SR-STE", "STEP")
 PAPERS = ("MDGF-Linear", "MDGF-Exponential", "SDGF-Stepwise", "SDGF-Geometric", "Hybrid")
 OURS = "Settling"
+NARROW = "Dense, as narrow as the FLOPs of the pattern"
 DECAYING = (*PAPERS, OURS)
 
 
@@ -30,6 +31,22 @@ def in_points(frame: pd.DataFrame, task: Task) -> pd.DataFrame:
 def main_runs(task: Task) -> pd.DataFrame:
     """The main runs of a task, and its dense ones."""
     return in_points(pd.concat([results(n) for n in _tables(task)], ignore_index=True), task)
+
+
+def sparse_patterns(frame: pd.DataFrame) -> list[str]:
+    """The patterns at which sparse networks were trained, densest first."""
+    sparse = frame[~frame["setup"].str.startswith("Dense")]
+    return [p for p in PATTERNS if (sparse["pattern"] == p).any()]
+
+
+def with_one_rival(frame: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """The runs with the narrower networks as one setup, each at the pattern whose FLOPs it has."""
+    own = {task.rival(p): p for p in PATTERNS}
+    is_rival = frame["setup"].isin(list(own))
+    keep = frame[is_rival | ~frame["setup"].str.startswith("Dense,")]
+    pattern = keep["setup"].map(own).fillna(keep["pattern"])
+    setup = keep["setup"].where(~keep["setup"].isin(list(own)), NARROW)
+    return keep.assign(pattern=pattern, setup=setup)
 
 
 def ran(task: Task) -> bool:
