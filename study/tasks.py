@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -18,6 +19,8 @@ class Task:
             several keys have to change, and its dense sweep is written by hand.
         width: how much the study's network has.
         power: the FLOPs of the sparse weights grow with the width to this power.
+        linear: FLOPs of the rest that grow with the width, as a multiple of those of the sparse
+            weights at width 1: the output layer of an LSTM, as wide as its state.
     """
 
     name: str
@@ -27,11 +30,16 @@ class Task:
     field: str | None
     width: int
     power: int = 1
+    linear: float = 0.0
 
     def narrower(self, pattern: str) -> int:
         """The width at which a dense network has the FLOPs of the sparse one."""
         n, m = map(int, pattern.split(":"))
-        return round(self.width * (n / m) ** (1 / self.power))
+        if self.power == 1:
+            return round(self.width * n / m)
+        # w² + linear·w = width²·N/M + linear·width
+        total = self.width**2 * n / m + self.linear * self.width
+        return round((math.sqrt(self.linear**2 + 4 * total) - self.linear) / 2)
 
     def rival(self, pattern: str) -> str:
         """What the tables call that network."""
@@ -40,7 +48,8 @@ class Task:
 
 TASKS = (
     Task("lm", "characters, GPT-2", "test_accuracy", 5.0, "model.fields.n_inner", 256),
-    Task("lstm", "characters, LSTM", "test_accuracy", 5.0, "model.fields.hidden_size", 128, 2),
+    # 8·w² FLOPs in the LSTM and 104·w, of 104 characters, in the output layer.
+    Task("lstm", "characters, LSTM", "test_accuracy", 5.0, "model.fields.hidden_size", 128, 2, 13),
     Task("vit", "CIFAR-10, ViT", "test_accuracy", 2.0, "model.fields.intermediate_size", 256),
     Task("resnet", "CIFAR-10, ResNet", "test_accuracy", 2.0, None, 64, 2),
     Task("sst2", "SST-2, BERT", "test_accuracy", 5.0, "model.fields.intermediate_size", 256),
