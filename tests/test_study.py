@@ -96,3 +96,15 @@ def test_the_tuning_of_a_rival_is_not_among_its_results(
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     lm = importlib.import_module("tasks").BY_NAME["lm"]
     assert tables._tables(lm) == ["lm-dense", "lm-main-1-16"]
+
+
+@pytest.mark.parametrize("pattern", choose.PATTERNS)
+def test_a_narrower_network_has_the_flops_of_the_sparse_one(pattern: str) -> None:
+    n, m = map(int, pattern.split(":"))
+    by_name = importlib.import_module("tasks").BY_NAME
+    assert by_name["lm"].narrower(pattern) == 256 * n // m
+    # An LSTM of one layer: 8·w² products in it, 104·w for the characters that it tells apart.
+    wanted = 8 * 128**2 * n / m + 104 * 128
+    width = by_name["lstm"].narrower(pattern)
+    below, above = (8 * w**2 + 104 * w for w in (width - 0.5, width + 0.5))
+    assert below <= wanted <= above
