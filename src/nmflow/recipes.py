@@ -215,6 +215,9 @@ RECIPES: dict[str, Recipe] = {
 }
 """Every recipe by its name, with its defaults."""
 
+DEFAULT = Settling.name
+"""The recipe where none is named."""
+
 
 def resolve(recipe: str | Recipe) -> Recipe:
     """A recipe from its name, or the recipe itself.

@@ -18,7 +18,7 @@ from nmflow.flow.slots import Slot
 from nmflow.flow.states import Run
 from nmflow.flow.stepping import Stepper
 from nmflow.pattern import Pattern
-from nmflow.recipes import Recipe, resolve
+from nmflow.recipes import DEFAULT, Recipe, resolve
 from nmflow.schedules import Stage
 from nmflow.targets import Names, Patterns, Plan, plan
 
@@ -45,7 +45,7 @@ class FlowStage:
 def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
-    recipe: str | Recipe = "mdgf-exponential",
+    recipe: str | Recipe = DEFAULT,
     pattern: Patterns = "1:16",
     include: Names = "all",
     exclude: Names = (),
@@ -65,7 +65,7 @@ def attach(
     Args:
         model: the network; attach after it is moved, wrapped or sharded.
         optimizer: the optimizer that owns the weights, or several that do together.
-        recipe: a name, such as `"mdgf-exponential"`, or a recipe, such as `MDGF(dense=0.1)`.
+        recipe: a name, such as `"settling"`, the default, or a recipe, such as `MDGF(dense=0.1)`.
         pattern: N:M with N kept, or patterns by glob or preset: `{"ff": "1:16", "qk": "1:4"}`.
         include: presets, globs or both, see `plan`; where `pattern` has keys, they are included.
         exclude: presets or globs to leave out.

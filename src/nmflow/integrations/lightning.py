@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from nmflow.errors import FlowError
 from nmflow.flow import Flow, attach
-from nmflow.recipes import Recipe
+from nmflow.recipes import DEFAULT, Recipe
 from nmflow.targets import Names, Patterns
 
 
@@ -43,7 +43,7 @@ class NMFlowCallback(pl.Callback):
 
     def __init__(
         self,
-        recipe: str | Recipe = "mdgf-exponential",
+        recipe: str | Recipe = DEFAULT,
         pattern: Patterns = "1:16",
         include: Names = "all",
         exclude: Names = (),

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from nmflow.errors import FlowError
 from nmflow.flow import Flow, attach
 from nmflow.pattern import Pattern
-from nmflow.recipes import Recipe
+from nmflow.recipes import DEFAULT, Recipe
 
 
 class NMFlowCallback(TrainerCallback):
@@ -49,7 +49,7 @@ class NMFlowCallback(TrainerCallback):
 
     def __init__(
         self,
-        recipe: str | Recipe = "mdgf-exponential",
+        recipe: str | Recipe = DEFAULT,
         pattern: str | Pattern | Mapping[str, str | Pattern] = "1:16",
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] = (),
