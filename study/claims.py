@@ -63,8 +63,8 @@ def claim_one() -> str:
             if not others:
                 continue
             best = max(c.difference.mean for c in others)
-            won = sum(c.p < 0.05 and c.difference.mean > 0 for c in others)
-            lost = sum(c.p < 0.05 and c.difference.mean < 0 for c in others)
+            won = sum(c.better for c in others)
+            lost = sum(c.worse for c in others)
             out += [
                 f"* Against {rival}: better in {won} and worse in {lost} of {len(others)} cells "
                 f"(Holm), at most {best:+.2f} points."
@@ -92,8 +92,8 @@ def better() -> str:
         rows[task.name] = family(frame, pairs, "points")
     rows = joined(rows)
     every = [(task, cell) for task in ready for cell in rows[task.name]]
-    held = [f"{t.title} at {c.pattern}" for t, c in every if c.p < 0.05 and c.difference.mean > 0]
-    lost = [f"{t.title} at {c.pattern}" for t, c in every if c.p < 0.05 and c.difference.mean < 0]
+    held = [f"{t.title} at {c.pattern}" for t, c in every if c.better]
+    lost = [f"{t.title} at {c.pattern}" for t, c in every if c.worse]
     where = [f"{t.title}, {c.pattern}" for t, c in every]
     shown = [
         [t.title, c.pattern, best[t.name, c.pattern], f"{c.mean:.2f}", gain(c), f"{c.p:.3g}"]

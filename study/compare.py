@@ -36,6 +36,16 @@ class Cell:
     p: float
     detectable: float
 
+    @property
+    def better(self) -> bool:
+        """Whether the setup is above its rival, by Holm's p."""
+        return self.p < 0.05 and self.difference.mean > 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether it is below, by Holm's p."""
+        return self.p < 0.05 and self.difference.mean < 0
+
     def verdict(self, claimed: float | None = None) -> str:
         """The protocol's word; `claimed` is the gain of the paper, in the figure's unit."""
         d = self.difference

@@ -26,7 +26,7 @@ def rule() -> str:
                     for s in (c.rival, c.setup)), gain(c)]
         for c in cells
     ]  # fmt: skip
-    won = [c.setup for c in cells if c.p < 0.05 and c.difference.mean > 0]
+    won = [c.setup for c in cells if c.better]
     return "\n".join(
         [
             "# e. Straight-through or masked gradient?",
@@ -105,8 +105,8 @@ def phases() -> str:
     pairs.append(("MDGF-Linear", "1:16", "MDGF-Exponential", "1:16"))
     cells = family(frame, pairs, "points")
     rows = [[c.setup, c.rival, f"{c.mean:.2f}", gain(c)] for c in cells]
-    worse = [c.setup for c in cells if c.p < 0.05 and c.difference.mean < 0]
-    better = [c.setup for c in cells if c.p < 0.05 and c.difference.mean > 0]
+    worse = [c.setup for c in cells if c.worse]
+    better = [c.setup for c in cells if c.better]
     return "\n".join(
         [
             "# f. Which δ schedule, which phases?",
@@ -129,8 +129,8 @@ def hybrid() -> str:
     frame = main_runs(BY_NAME["lm"])
     parts = ("MDGF-Exponential", "SDGF-Stepwise")
     cells = family(frame, [("Hybrid", "1:16", part, "1:16") for part in parts], "points")
-    won = [c.rival for c in cells if c.p < 0.05 and c.difference.mean > 0]
-    lost = [c.rival for c in cells if c.p < 0.05 and c.difference.mean < 0]
+    won = [c.rival for c in cells if c.better]
+    lost = [c.rival for c in cells if c.worse]
     return "\n".join(
         [
             "# g. Does the hybrid beat its parts?",
@@ -155,7 +155,7 @@ def low_sparsity() -> str:
     recipes = ("MDGF-Exponential", "Settling", "One-shot")
     cells = family(frame, [(s, p, "SR-STE", p) for p in patterns for s in recipes], "points")
     dense = family(frame, [(OURS, p, "Dense", None) for p in patterns], "points")
-    won = [f"{c.setup} at {c.pattern}" for c in cells if c.p < 0.05 and c.difference.mean > 0]
+    won = [f"{c.setup} at {c.pattern}" for c in cells if c.better]
     rows = [
         [p, *(gain(c) for s in recipes for c in cells if (c.setup, c.pattern) == (s, p)),
          *(gain(c) for c in dense if c.pattern == p)]

@@ -34,12 +34,8 @@ def rivals() -> str:
             found = {c.setup: c for c in cells if c.pattern == p}
             rows.append([p, narrow[p], spread(rival),
                          *(gain(found[s]) if s in found else "–" for s in shown)])  # fmt: skip
-        held = [
-            c.pattern for c in cells if c.setup == OURS and c.p < 0.05 and c.difference.mean > 0
-        ]
-        lost = [
-            c.pattern for c in cells if c.setup == OURS and c.p < 0.05 and c.difference.mean < 0
-        ]
+        held = [c.pattern for c in cells if c.setup == OURS and c.better]
+        lost = [c.pattern for c in cells if c.setup == OURS and c.worse]
         out += [
             f"## {task.title}",
             "",

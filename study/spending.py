@@ -33,8 +33,8 @@ def equal_flops() -> str:
         steps = spent.loc[spent["setup"] == cell.setup, "steps"].iloc[0]
         points = _points(spent, cell.setup)
         rows.append([cell.setup, f"{steps:,}", points, gain(cell), gain(at_steps)])
-    won = [c.setup for c in cells if c.p < 0.05 and c.difference.mean > 0]
-    lost = [c.setup for c in cells if c.p < 0.05 and c.difference.mean < 0]
+    won = [c.setup for c in cells if c.better]
+    lost = [c.setup for c in cells if c.worse]
     return "\n".join(
         [
             "# b. At equal training FLOPs?",

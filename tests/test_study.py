@@ -108,3 +108,14 @@ def test_a_narrower_network_has_the_flops_of_the_sparse_one(pattern: str) -> Non
     width = by_name["lstm"].narrower(pattern)
     below, above = (8 * w**2 + 104 * w for w in (width - 0.5, width + 0.5))
     assert below <= wanted <= above
+
+
+def test_pages_are_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("figures", "noise"):  # which draw into docs/
+        monkeypatch.setattr(importlib.import_module(name), "write", lambda path, content: None)
+    pages = importlib.import_module("pages")
+    for name, (build, needed) in pages.BUILT.items():
+        if list(pages.RESULTS.glob(f"{needed}/results.parquet")):
+            assert (pages.PAGES / name).read_text() == build().rstrip() + "\n", (
+                f"run: make study ({name})"
+            )
