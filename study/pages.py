@@ -27,7 +27,7 @@ BUILT: dict[str, tuple[Callable[[], str], str]] = {
     "e-gradient-rule.md": (rule, "lm-rule"),
     "f-phases.md": (phases, "lm-phases"),
     "g-hybrid.md": (hybrid, "lm-main-1-16"),
-    "h-low-sparsity.md": (low_sparsity, "lm-main-1-4"),
+    "h-low-sparsity.md": (low_sparsity, "lm-main-2-4"),
     "j-panels.md": (panels, "lm-panels"),
     "pilot.md": (pilot, "lm-pilot"),
     "settling.md": (better, "*-main-*"),

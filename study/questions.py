@@ -148,7 +148,7 @@ def hybrid() -> str:
 
 
 def low_sparsity() -> str:
-    """50 and 75 %."""
+    """Where half or a quarter is kept."""
     lm = BY_NAME["lm"]
     frame = main_runs(lm)
     patterns = [p for p in ("2:4", "1:4") if p in sparse_patterns(frame)]
@@ -163,7 +163,7 @@ def low_sparsity() -> str:
     ]  # fmt: skip
     return "\n".join(
         [
-            "# h. At 50 to 75 %?",
+            "# h. At 50 %?",
             "",
             f"**Better than SR-STE: {', '.join(won) or 'none'}** (characters, GPT-2; Holm over the "
             f"first {len(recipes)} columns). What these patterns cost beside the dense network is "
