@@ -45,7 +45,7 @@ def noise() -> str:
     ranks = {key: stats.spearmanr(sparse[key], sparse["gain"]) for key in MEASURES}
     strongest = max(ranks, key=lambda key: abs(ranks[key].statistic))
     best = ranks[strongest]
-    shown = (
+    answer = (
         f"{MEASURES[strongest].capitalize()} goes along with the gain"
         if best.pvalue < 0.05
         else f"None of these {len(MEASURES)} goes along with the gain beyond chance"
@@ -64,7 +64,7 @@ def noise() -> str:
         [
             "# d. What explains the gain?",
             "",
-            f"**{shown}** (Spearman, {len(sparse)} pairs of recipe and pattern); the strongest is "
+            f"**{answer}** (Spearman, {len(sparse)} pairs of recipe and pattern); the strongest is "
             f"{MEASURES[strongest]}, ρ {best.statistic:+.2f}, p {best.pvalue:.2g}. With so few "
             "pairs, of one task and one seed, a correlation below 0.7 in size could not be shown, "
             "and none would show a cause. That less noise brings the gain, as the paper says, is "
