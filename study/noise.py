@@ -115,6 +115,6 @@ def _figure(along: pd.DataFrame, patterns: list[str], setups: list[str]) -> None
             ax.set_yscale("symlog", linthresh=1e-4)
             ax.set_title(pattern)
             ax.set_xlabel("step")
-        axes[0].set_ylabel("mask entries changed since the row before")
+        axes[0].set_ylabel("share of the mask that changed")
 
     write(PAGES / "figures" / "lm-flips.svg", plots.draw(paint, columns=len(patterns)))
