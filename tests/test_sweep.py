@@ -186,7 +186,7 @@ def test_every_sweep_of_configs_reads():
 
 
 def test_sweep_then_table_then_report(tmp_path: Path):
-    path = file(tmp_path)
+    path = file(tmp_path, overrides={"training.track_every": 2})
     found = CliRunner().invoke(app(), ["sweep", str(path), "--workers", "1"])
     assert found.exit_code == 0, found.output
     assert "all 4 cells are finished" in found.output
@@ -211,6 +211,13 @@ def test_sweep_then_table_then_report(tmp_path: Path):
     plain = pd.read_csv(tmp_path / "s" / "results.csv")
     assert list(plain.columns) == list(frame.columns)
     assert list(plain["test_loss"]) == list(frame["test_loss"])
+    along = pd.read_parquet(tmp_path / "s" / "tracked.parquet")
+    expected = [row for r in plan.runs for row in RunFolder(plan.store / r.id).result()["tracked"]]
+    assert list(along["step"]) == [row["step"] for row in expected]
+    assert list(along["phase"]) == [row["phase"] for row in expected]
+    assert list(dict.fromkeys(along["cell"])) == [run.id for run in plan.runs]
+    assert set(along["pattern"]) == {"1:4", "1:8"}
+    assert not (tmp_path / "s" / "noise.parquet").exists()  # nobody asked for it
 
     before = {p: p.stat().st_mtime_ns for p in plan.store.rglob("*.json")}
     again = CliRunner().invoke(app(), ["sweep", str(path), "--workers", "1"])
