@@ -75,12 +75,14 @@ def panels() -> str:
         [c.setup, c.pattern, f"{c.mean:.2f}", gain(c), gain(r)]
         for c, r in zip(cells, against, strict=True)
     ]
-    low, high = (f(c.difference.mean for c in cells) for f in (min, max))
+    low, high = (
+        f"{f(c.difference.mean for c in cells):+.2f}".replace("-", "−") for f in (min, max)
+    )
     return "\n".join(
         [
             "# j. What do panels cost?",
             "",
-            f"**Sharing columns among 16 or 64 rows changes accuracy by {low:+.2f} to {high:+.2f} "
+            f"**Sharing columns among 16 or 64 rows changes accuracy by {low} to {high} "
             "points** (characters, GPT-2, 1:16). A panel's FLOPs and bytes of values are those of "
             "its pattern; it needs fewer bytes of indices, and a GPU multiplies it densely.",
             "",
