@@ -20,8 +20,8 @@ MEASURES = {
     "flips": "mask flips a step",
     "distance": "distance of W̃ from W",
 }
-ALMOST = ("dense", "decay")
-"""Phases before the mask is binary."""
+BEFORE_BINARY = ("dense", "decay")
+"""Phases in which the mask is not yet binary."""
 
 
 def noise() -> str:
@@ -91,7 +91,7 @@ def _of(frame: pd.DataFrame, setup: str, pattern: str) -> pd.DataFrame:
 def _measured(along: pd.DataFrame, frozen: pd.DataFrame) -> dict[str, float]:
     half = frozen.iloc[(len(frozen) - 1) // 2]
     late = along[along["step"] >= along["step"].max() / 2]
-    switch = along[along["phase"].isin(ALMOST)].iloc[-1]
+    switch = along[along["phase"].isin(BEFORE_BINARY)].iloc[-1]
     between = float(along["step"].diff().median())
     return {
         "snr_kept": float(half["snr_kept"]),
