@@ -161,7 +161,7 @@ def dense_sweep(task: str, patterns: list[str]) -> dict[str, Any]:
                 "label": one.rival(pattern),
                 "recipe": "dense",
                 "training.learning_rate": float(own[one.rival(pattern)]),
-                str(one.field): width,
+                **one.narrow(pattern),
                 # Nothing is pruned, but a pattern has to fit the weights.
                 "pattern": f"1:{min(16, width & -width)}",
             }
