@@ -4,6 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RUNS   ?= runs/demo
+# Without a GPU its kernels are tested in Triton's interpreter.
+TESTS  := OMP_NUM_THREADS=1 $(if $(wildcard /dev/nvidiactl /dev/kfd),,TRITON_INTERPRET=1) \
+          $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help demo test test-slow lint format lock sanitize bench study clean
 
@@ -15,10 +18,10 @@ demo: $(READY)  ## Train eight recipes on four seeds (minutes) and write the rep
 	$(BIN)/nmflow report $(RUNS)
 
 test: $(READY)  ## The fast tests, under 10 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(TESTS)
 
 test-slow: $(READY)  ## The slow tests, too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(TESTS) -m slow
 
 lint: $(READY)  ## ruff and pyright
 	$(BIN)/ruff check

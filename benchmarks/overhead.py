@@ -1,11 +1,13 @@
 """What a recipe adds to one training step, beside the dense step and the in-forward way.
 
     python benchmarks/overhead.py [--tokens 1600 256 128] [--threads 1] [--rounds 15] [--csv FILE]
+    python benchmarks/overhead.py --device cuda --layers 12 --tokens 25216 3152 --amp --fused
 
 The network is the feed-forward pair of ViT-Base (768 → 3072 → 768), every weight of which is a
 target: the hardest case, since nothing else dilutes the cost. A step is zero_grad, forward,
 backward and `AdamW.step`. The ways take turns, step by step, in one process, and each figure is the
 median of the ratios to the dense step of the same round, so that a drift of the machine cancels.
+On a GPU a step lasts until the device is done with it.
 
 `in-forward` is how the released code of arXiv 2402.04744 does it: an argsort, a mask and a product
 in every forward pass.
@@ -50,43 +52,50 @@ class InForward(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-def network(linear: type[nn.Linear]) -> nn.Sequential:
-    """The feed-forward pair of ViT-Base."""
+def network(linear: type[nn.Linear], layers: int = 1) -> nn.Sequential:
+    """Feed-forward pairs of ViT-Base."""
     torch.manual_seed(0)
-    return nn.Sequential(linear(768, 3072), nn.GELU(), linear(3072, 768))
+    pairs = ((linear(768, 3072), nn.GELU(), linear(3072, 768)) for _ in range(layers))
+    return nn.Sequential(*(module for pair in pairs for module in pair))
 
 
 class Way:
     """One way to train the network, stepped on demand."""
 
-    def __init__(self, name: str, fused: bool) -> None:
-        self.name = name
-        self.model = network(InForward if name == "in-forward" else nn.Linear)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.name, self.amp = name, args.amp
+        model = network(InForward if name == "in-forward" else nn.Linear, args.layers)
+        self.model = model.to(args.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=args.fused)
         recipe = RECIPES.get(name)
         if recipe is not None:
             nmflow.attach(
-                self.model, self.optimizer, recipe, "1:16", include="*", total_steps=1_000_000
+                self.model, self.optimizer, recipe, args.pattern, include="*", total_steps=1_000_000
             )
 
     def step(self, x: Tensor) -> float:
         """Seconds of one training step."""
         begin = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=False)
-        self.model(x).square().mean().backward()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            loss = self.model(x).square().mean()
+        loss.backward()
         self.optimizer.step()
+        if x.is_cuda:
+            torch.cuda.synchronize()
         return time.perf_counter() - begin
 
 
-def measure(tokens: int, rounds: int, fused: bool) -> list[dict[str, object]]:
+def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, object]]:
     """A row for each way, in turns."""
-    ways = [Way(name, fused) for name in ("dense", *RECIPES, "in-forward")]
-    x = torch.randn(tokens, 768)
+    InForward.n, InForward.m = map(int, args.pattern.split(":"))
+    ways = [Way(name, args) for name in ("dense", *RECIPES, "in-forward")]
+    x = torch.randn(tokens, 768, device=args.device)
     for _ in range(2):
         for way in ways:
             way.step(x)
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for way in ways:
             seconds[way.name].append(way.step(x))
     rows = []
@@ -105,12 +114,12 @@ def measure(tokens: int, rounds: int, fused: bool) -> list[dict[str, object]]:
     return rows
 
 
-def memory() -> str:
+def memory(args: argparse.Namespace) -> str:
     """Bytes that live between steps beside the dense run's, per targeted byte."""
-    way = Way("mdgf-exponential", False)
-    way.step(torch.randn(8, 768))
-    dense = Way("dense", False)
-    dense.step(torch.randn(8, 768))
+    x = torch.randn(8, 768, device=args.device)
+    way, dense = Way("mdgf-exponential", args), Way("dense", args)
+    way.step(x)
+    dense.step(x)
     gc.collect()
 
     def held(optimizer: torch.optim.Optimizer) -> int:
@@ -129,22 +138,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True)")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layers", type=int, default=1, help="feed-forward pairs")
+    parser.add_argument("--pattern", default="1:16")
     parser.add_argument("--csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     where = facts() | {"adamw": "fused" if args.fused else "default"}
+    where |= {"pattern": args.pattern, "layers": args.layers, "amp": args.amp}
+    where["device"] = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     rows = []
     for tokens in args.tokens:
-        rows += measure(tokens, args.rounds, args.fused)
+        rows += measure(tokens, args)
     print(f"{'tokens':>7} {'way':<18} {'ms':>8} {'× dense':>8} {'quartiles':>14}  goal")
     for row in rows:
-        goal = f"≤ {GOALS.get(row['tokens'], '-')}" if row["way"] in RECIPES else ""
+        goal = ""
+        if row["way"] in RECIPES and args.device == "cpu":
+            goal = f"≤ {GOALS.get(row['tokens'], '-')}"
         print(
             f"{row['tokens']:>7} {row['way']:<18} {row['ms']:>8.2f} {row['ratio']:>8.3f} "
             f"{row['ratio_q25']:>6.3f}–{row['ratio_q75']:<6.3f}  {goal}"
         )
-    print(memory())
+    print(memory(args))
     print(
         f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MB"
     )

@@ -45,10 +45,11 @@ class Run:
         seed: int = 0,
         total: int = TOTAL,
         attached: bool = True,
+        device: str = "cpu",
         **more: Any,
     ) -> None:
         self.family, self.case, self.total, self.more = family, case, total, more
-        self.model = family.build(dtype, seed)
+        self.model = family.build(dtype, seed).to(device)
         self.optimizer = make(self.model.parameters())
         self.flow: Any = None
         if attached:

@@ -38,7 +38,7 @@ def parse(pattern: str) -> tuple[int, int, int]:
 
 def keep(weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1) -> torch.Tensor:
     """The n largest |w| of every m along `dim`, ties to the lowest index, by a stable sort."""
-    w = np.abs(weight.detach().to(torch.float64).numpy())
+    w = np.abs(weight.detach().to(torch.float64).cpu().numpy())
     out_axis = 0 if dim % w.ndim != 0 else 1
     moved = np.moveaxis(w, (out_axis, dim % w.ndim), (0, -1))
     kept = np.zeros(moved.shape, dtype=bool)
@@ -49,12 +49,13 @@ def keep(weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1) -> 
         chosen = np.zeros(groups.shape, dtype=bool)
         np.put_along_axis(chosen, order, True, axis=-1)
         kept[start : start + panel] = chosen.reshape(score.shape)
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(kept, (0, -1), (out_axis, dim))))
+    kept = np.ascontiguousarray(np.moveaxis(kept, (0, -1), (out_axis, dim)))
+    return torch.from_numpy(kept).to(weight.device)
 
 
 def holds(weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1) -> bool:
     """At most n non-zeros in every group; within a panel, at most n columns with a non-zero."""
-    w = weight.detach().to(torch.float64).numpy() != 0
+    w = weight.detach().to(torch.float64).cpu().numpy() != 0
     out_axis = 0 if dim % w.ndim != 0 else 1
     moved = np.moveaxis(w, (out_axis, dim % w.ndim), (0, -1))
     for start in range(0, moved.shape[0], panel):

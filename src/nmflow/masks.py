@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmflow import native
+from nmflow import gpu, native
 from nmflow.errors import PatternError, WeightError
 from nmflow.pattern import Pattern
 
@@ -131,10 +132,9 @@ def select(w: Tensor, pattern: Pattern, dim: int) -> tuple[Tensor, Tensor]:
 
     The scalar stays on the device of `w`, so that a training step need not wait for it.
     """
-    if native_serves(w, pattern, dim):
-        kept = torch.empty(w.shape, dtype=torch.bool)
-        n, m, panel = pattern.n, pattern.m, pattern.panel
-        return kept, torch.tensor(native.project(w, n, m, 0.0, mask=kept, dim=dim, panel=panel))
+    if one_pass_serves(w, pattern, dim):
+        kept = torch.empty_like(w, dtype=torch.bool)
+        return kept, one_pass(w, pattern, dim, mask=kept)
     size = _grouped(w, pattern, dim).abs()
     if pattern.panel > 1:
         wide = size if size.dtype == torch.float64 else size.float()
@@ -151,15 +151,45 @@ def select(w: Tensor, pattern: Pattern, dim: int) -> tuple[Tensor, Tensor]:
     return kept.flatten(-2).movedim(-1, dim), finite
 
 
-def native_serves(w: Tensor, pattern: Pattern, dim: int) -> bool:
-    """Say whether the compiled one-pass kernel takes this weight as it lies in memory."""
+def one_pass_serves(w: Tensor, pattern: Pattern, dim: int, out: Tensor | None = None) -> bool:
+    """Say whether a kernel takes this weight, and `out`, as they lie in memory."""
+    if w.device.type != "cpu":
+        return gpu.serves(w, pattern) and (out is None or gpu.alike(w, out))
     return (
-        w.device.type == "cpu"
-        and w.dtype != torch.float64
+        w.dtype != torch.float64
         and (pattern.panel == 1 or dim % w.ndim != 0)
         and w.is_contiguous()
+        and (out is None or out.is_contiguous())
         and native.available()
     )
+
+
+def one_pass(
+    w: Tensor,
+    pattern: Pattern,
+    dim: int,
+    delta: float = 0.0,
+    *,
+    scale: Tensor | None = None,
+    pull: float = 0.0,
+    **tensors: Any,
+) -> Tensor:
+    """The kernel of the device; whether `w` was finite, as a bool scalar where `w` is.
+
+    Args:
+        w: a weight that `one_pass_serves` takes.
+        pattern: the pattern.
+        dim: the grouped axis.
+        delta: δ.
+        scale: multiplies `pull`; a tensor of one number.
+        pull: as for `native.project` and `gpu.project`.
+        **tensors: `mask`, `out` and `values`, as for them.
+    """
+    if w.device.type != "cpu":
+        return gpu.project(w, pattern, dim, delta, pull=pull, scale=scale, **tensors)
+    pull *= 1.0 if scale is None else float(scale)
+    n, m, panel = pattern.n, pattern.m, pattern.panel
+    return torch.tensor(native.project(w, n, m, delta, dim=dim, panel=panel, pull=pull, **tensors))
 
 
 def _grouped(w: Tensor, pattern: Pattern, dim: int) -> Tensor:
@@ -180,6 +210,10 @@ def _largest(size: Tensor, n: int) -> Tensor:
     m = size.shape[-1]
     if n == m or size.numel() == 0:
         return torch.ones_like(size, dtype=torch.bool)
+    if gpu.serves(size, pattern := Pattern(f"{n}:{m}")):  # the sums of panels
+        kept = torch.empty_like(size, dtype=torch.bool)
+        gpu.project(size, pattern, -1, mask=kept)
+        return kept
     if n == 1:  # argmax is documented to return the first maximum
         kept = torch.zeros_like(size, dtype=torch.bool)
         return kept.scatter_(-1, size.argmax(-1, keepdim=True), True)

@@ -101,6 +101,8 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
             for split in ("validation", "test")
         }
         _check_converged(run, final)
+        # What follows counts and saves: on a CPU the counts are the same wherever it was trained.
+        model.cpu()
         result = {
             "run": run.model_dump(mode="json"),
             "id": run.id,

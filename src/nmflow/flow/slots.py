@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from nmflow import native
 from nmflow.flow import gradients
 from nmflow.flow.sharding import Region, local, out_axis
 from nmflow.flow.states import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
-from nmflow.masks import native_serves, project, select
+from nmflow.masks import one_pass, one_pass_serves, project, select
 from nmflow.pattern import Pattern
 from nmflow.schedules import Stage
 
@@ -148,7 +147,7 @@ class Slot:
     def fade(self, region: Region, stage: Stage, held: bool, g: Tensor) -> None:
         """The masked rule on `g`, the gradient of a region whose stage has a pattern, in place."""
         w = region.of(local(self.dense))
-        if not held and g.dtype == w.dtype and _one_pass(region, stage, w, g):
+        if not held and g.dtype == w.dtype and _in_one_pass(region, stage, w, g):
             _project(region, stage, w, stage.delta, out=g, values=g)
         else:
             gradients.masked(g, *self.masks(region, stage, held), stage.delta)
@@ -158,9 +157,9 @@ class Slot:
     ) -> None:
         """SR-STE's term on `g`, as `fade`; `scale` is the loss scale still in it."""
         w = region.of(local(self.dense))
-        if not held and g.dtype == w.dtype and _one_pass(region, stage, w, g):
-            pull = lam * (1.0 - stage.delta) * (1.0 if scale is None else float(scale))
-            _project(region, stage, w, 1.0, out=g, values=g, pull=pull)
+        if not held and g.dtype == w.dtype and _in_one_pass(region, stage, w, g):
+            pull = lam * (1.0 - stage.delta)
+            _project(region, stage, w, 1.0, out=g, values=g, pull=pull, scale=scale)
         else:
             gradients.refined(g, w, region.of(local(self.param)), lam, scale)
 
@@ -184,8 +183,8 @@ class Slot:
                 continue
             stage, w, out = stages[region.target.label], region.of(source), region.of(sink)
             masked = stage.pattern is not None
-            if _one_pass(region, stage, w, out) and not (masked and (held or hold)):
-                finite.append(torch.tensor(_project(region, stage, w, stage.delta, out=out)))
+            if _in_one_pass(region, stage, w, out) and not (masked and (held or hold)):
+                finite.append(_project(region, stage, w, stage.delta, out=out))
             elif not masked:
                 out.copy_(w)
                 finite.append(torch.isfinite(w).all())
@@ -195,7 +194,7 @@ class Slot:
                 finite.append(fine)
                 if hold and not held:
                     self._hold(region, kept, fading)
-        # The compiled kernel's write is unknown to autograd, which must not reuse the old weight.
+        # The kernel's write is unknown to autograd, which must not reuse the old weight.
         torch.autograd.graph.increment_version(sink)
         self.seen()
         return finite
@@ -267,18 +266,12 @@ def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def _project(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> bool:
-    """The compiled kernel by the pattern of a stage; whether `w` was finite."""
-    pattern, dim = stage.pattern or _EVERY, region.target.dim
-    n, m, panel = pattern.n, pattern.m, pattern.panel
-    return native.project(w, n, m, delta, dim=dim, panel=panel, **more)
+def _project(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> Tensor:
+    """The kernel by the pattern of a stage; whether `w` was finite."""
+    return one_pass(w, stage.pattern or _EVERY, region.target.dim, delta, **more)
 
 
-def _one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
-    """Whether the compiled kernel can go from W to W̃ in one pass over memory."""
+def _in_one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
+    """Whether a kernel can go from W to W̃ in one pass over memory."""
     pattern, previous = stage.masks
-    return (
-        previous is None
-        and native_serves(w, pattern or _EVERY, region.target.dim)
-        and out.is_contiguous()
-    )
+    return previous is None and one_pass_serves(w, pattern or _EVERY, region.target.dim, out)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nmflow.errors import FlowError, StateError, WeightError
 from nmflow.flow import gradients
+from nmflow.flow.flags import Flags
 from nmflow.flow.observing import View
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
@@ -31,7 +32,7 @@ class Weights:
     def __init__(self, run: Run, slots: Sequence[Slot]) -> None:
         self.run, self.slots, self.prunes = run, slots, run.recipe.prunes
         self.targets = [r.target for s in slots for r in s.regions]
-        self._unread: list[Tensor] = []
+        self._flags = Flags()
 
     def start(self) -> None:
         """Take the parameters as W."""
@@ -145,15 +146,16 @@ class Weights:
             return
         reuse = self.has_masks(k) if reuse is None else reuse
         stages, hold = self.run.stages(self.targets, k), self.run.holds(k)
+        raised: list[Tensor] = []
         for slot in self.slots:
             flags = slot.write(stages, reuse, hold)
             if local(slot.param).device.type != "cpu":
-                # Reading a flag waits for the device; before the next step it is there already.
-                self._unread += flags
+                raised += flags  # reading one would wait for the device
             elif not all(bool(f) for f in flags):
                 for one in self.slots:
                     one.rest()
                 raise _not_finite(slot, k)
+        self._flags.send(raised)
 
     def harden(self, k: int) -> None:
         """Write the final N:M weights into the parameters."""
@@ -181,11 +183,8 @@ class Weights:
 
     def read_finite(self, k: int) -> None:
         """Raise a `WeightError` if the last write on a device met a weight that is not finite."""
-        if self._unread:
-            fine = bool(torch.stack(self._unread).all())
-            self._unread = []
-            if not fine:
-                self.check_finite(k)
+        if not self._flags.read():
+            self.check_finite(k)
 
     def check_finite(self, k: int) -> None:
         """Raise a `WeightError` that names the first weight that is not finite."""
