@@ -12,7 +12,7 @@ from choose import RESULTS
 from claims import better, claim_one
 from noise import noise
 from pilot import pilot
-from questions import hybrid, low_sparsity, panels, phases, rule
+from questions import hybrid, longer, low_sparsity, panels, phases, rule
 from rivals import rivals
 from spending import equal_flops, sparsest
 from tables import PAGES
@@ -29,6 +29,7 @@ BUILT: dict[str, tuple[Callable[[], str], str]] = {
     "g-hybrid.md": (hybrid, "lm-main-1-16"),
     "h-low-sparsity.md": (low_sparsity, "lm-main-2-4"),
     "j-panels.md": (panels, "lm-panels"),
+    "m-longer.md": (longer, "lm-long"),
     "pilot.md": (pilot, "lm-pilot"),
     "settling.md": (better, "*-main-*"),
     "l-smaller-dense.md": (rivals, "*-dense"),

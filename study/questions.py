@@ -66,11 +66,12 @@ def _tried() -> list[list[str]]:
 def panels() -> str:
     """What sharing columns among rows costs."""
     lm = BY_NAME["lm"]
-    frame = pd.concat([main_runs(lm), in_points(results("lm-panels"), lm)], ignore_index=True)
-    names, shared = ("Settling", "MDGF-Exponential"), ("1:16@16", "1:16@64")
-    cells = family(frame, [(n, p, n, "1:16") for n in names for p in shared], "points")
-    rival = lm.rival("1:16")
-    against = family(frame, [(n, p, rival, None) for n in names for p in shared], "points")
+    ran = in_points(results("lm-panels"), lm)
+    frame = pd.concat([main_runs(lm), ran], ignore_index=True)
+    asked = list(dict.fromkeys(zip(ran["setup"], ran["pattern"], strict=True)))
+    single = {pattern: pattern.partition("@")[0] for _, pattern in asked}
+    cells = family(frame, [(n, p, n, single[p]) for n, p in asked], "points")
+    against = family(frame, [(n, p, lm.rival(single[p]), None) for n, p in asked], "points")
     rows = [
         [c.setup, c.pattern, f"{c.mean:.2f}", gain(c), gain(r)]
         for c, r in zip(cells, against, strict=True)
@@ -78,20 +79,67 @@ def panels() -> str:
     low, high = (
         f"{f(c.difference.mean for c in cells):+.2f}".replace("-", "−") for f in (min, max)
     )
+    lost = [f"{c.setup} at {c.pattern}" for c in against if c.difference.mean < 0]
     return "\n".join(
         [
             "# j. What do panels cost?",
             "",
             f"**Sharing columns among 16 or 64 rows changes accuracy by {low} to {high} "
-            "points** (characters, GPT-2, 1:16). A panel's FLOPs and bytes of values are those of "
-            "its pattern; it needs fewer bytes of indices, and a GPU multiplies it densely.",
+            f"points** (characters, GPT-2, {' and '.join(dict.fromkeys(single.values()))}); "
+            f"below the narrower dense network: {', '.join(lost) or 'none'}. A panel's FLOPs and "
+            "bytes of values are those of its pattern; it needs fewer bytes of indices, and a GPU "
+            "multiplies it densely.",
             "",
-            table(["", "pattern", "points", "− 1:16 of single rows", f"− {rival}"], rows),
+            table(["", "pattern", "points", "− single rows", "− narrower dense"], rows),
             forest([*cells, *against], "j-panels"),
             "",
             "Differences are paired by seed, with 95 % intervals; bold where Holm's p over the "
             "column is below 0.05. In this network a panel of 64 rows is a quarter of the FF's "
             "first weight and the whole of its second: the strictest case.",
+        ]
+    )
+
+
+def longer() -> str:
+    """The same with four times the steps."""
+    lm = BY_NAME["lm"]
+    long, short = in_points(results("lm-long"), lm), main_runs(lm)
+    rival = lm.rival("1:32")
+    pairs = [
+        (OURS, "1:32", "SR-STE", "1:32"),
+        ("MDGF-Exponential", "1:32", "SR-STE", "1:32"),
+        (OURS, "1:32", "MDGF-Exponential", "1:32"),
+        (OURS, "1:32", rival, None),
+        ("SR-STE", "1:32", rival, None),
+    ]
+    cells, before = family(long, pairs, "points"), family(short, pairs, "points")
+    rows = [
+        [f"{c.setup} − {c.rival}", gain(b), gain(c)] for b, c in zip(before, cells, strict=True)
+    ]
+    steps = [int(frame["steps"].max()) for frame in (short, long)]
+    names = (OURS, "MDGF-Exponential", "SR-STE", rival)
+    at = {n: None if n == rival else "1:32" for n in names}
+
+    def points(frame: pd.DataFrame, name: str) -> str:
+        return spread(summary(list(by_seed(frame, name, at[name], "points").values())))
+
+    first = cells[0]
+    said = "holds" if first.better else "is reversed" if first.worse else "is not shown"
+    return "\n".join(
+        [
+            "# Does it last? Four times the steps",
+            "",
+            f"**At 1:32 and {steps[1]:,} steps instead of {steps[0]:,} the gain of settling over "
+            f"SR-STE {said}: {gain(first).strip('*')} points; over the narrower dense network it "
+            f"is {gain(cells[3]).strip('*')}** (characters, GPT-2; Holm over the table's last "
+            "column). Settings and rates are those tuned at the shorter length.",
+            "",
+            table(
+                ["test accuracy, points", *(f"{n:,} steps" for n in steps)],
+                [[n, points(short, n), points(long, n)] for n in names],
+            ),
+            table(["difference", *(f"{n:,} steps" for n in steps)], rows),
+            forest(cells, "m-longer"),
         ]
     )
 

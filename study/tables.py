@@ -41,7 +41,7 @@ def sparse_patterns(frame: pd.DataFrame) -> list[str]:
 
 def with_one_rival(frame: pd.DataFrame, task: Task) -> pd.DataFrame:
     """The runs with the narrower networks as one setup, each at the pattern whose FLOPs it has."""
-    own = {task.rival(p): p for p in PATTERNS}
+    own = {task.rival(p): p for p in sparse_patterns(frame)}
     is_rival = frame["setup"].isin(list(own))
     keep = frame[is_rival | ~frame["setup"].str.startswith("Dense,")]
     pattern = keep["setup"].map(own).fillna(keep["pattern"])

@@ -6,6 +6,7 @@ import importlib
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
 import pandas as pd
+import torch
+import transformers
+import yaml
 from scipy import stats
 
+import nmflow
 from nmflow.experiments import config, sweep
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +113,30 @@ def test_a_narrower_network_has_the_flops_of_the_sparse_one(pattern: str) -> Non
     width = by_name["lstm"].narrower(pattern)
     below, above = (8 * w**2 + 104 * w for w in (width - 0.5, width + 0.5))
     assert below <= wanted <= above
+
+
+def test_a_narrower_resnet_has_the_flops_of_the_sparse_one() -> None:
+    """Nearest of the widths that its blocks allow, counted on the networks themselves."""
+    task = importlib.import_module("tasks").BY_NAME["resnet"]
+    raw = yaml.safe_load((STUDY / "resnet.yaml").read_text())
+    fields, image = raw["model"]["fields"], {"pixel_values": torch.zeros(1, 3, 32, 32)}
+
+    def flops(pattern: str | None = None, **changed: Any) -> int:
+        config = transformers.ResNetConfig(**{**fields, **changed, "num_labels": 10})
+        network = transformers.ResNetForImageClassification(config).eval()
+        if pattern is None:
+            return nmflow.cost(network, image).dense_flops
+        return nmflow.cost(network, image, pattern, include=raw["include"]).flops
+
+    for pattern in ("1:8", "1:16", "1:32"):
+        (sizes,) = task.narrow(pattern).values()
+        wanted, width = flops(pattern), sizes[0]
+        below, has, above = (
+            flops(hidden_sizes=[w * m for m in task.multiples])
+            for w in (width - 4, width, width + 4)
+        )
+        assert below < wanted < above
+        assert abs(has - wanted) <= min(wanted - below, above - wanted)
 
 
 def test_pages_are_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
