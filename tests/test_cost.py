@@ -226,6 +226,14 @@ def test_autocast_and_compile_do_not_hide_a_weight():
     assert compiled.flops == plain.flops
 
 
+def test_examples_go_where_the_model_is():
+    """A network on another device, the meta device here, takes the examples of a CPU."""
+    model, x = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4)), torch.randn(3, 32)
+    here = cost(model, x, "1:16").to_dict()
+    assert cost(model.to("meta"), x, "1:16").to_dict() == here
+    assert cost(model, {"input": x}, "1:16").to_dict() == here
+
+
 def test_a_plain_product_of_a_vector_is_counted():
     assert cost(nn.Linear(64, 8, bias=False), torch.randn(64)).dense_flops == 2 * 64 * 8
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from nmflow.errors import DataError
@@ -77,13 +78,17 @@ def count(model: nn.Module, example_inputs: Any, backward: bool = False) -> Pass
     Args:
         model: the model, plain or compiled.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of named
-            ones.
+            ones; its tensors are taken to the model's device, where it has one.
         backward: whether to count a backward pass from every output as well.
 
     Raises:
         DataError: inputs of another kind, or outputs without a gradient when `backward` is asked.
     """
     args, kwargs = split_inputs(example_inputs)
+    places = {p.device for p in model.parameters()}
+    if len(places) == 1:
+        (place,) = places
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to(place), (args, kwargs))
     counter = _Counter(model)
     with _open(model), torch.set_grad_enabled(backward):
         with counter:
