@@ -28,7 +28,7 @@ from nmflow.errors import ConfigError, DataError, FlowError, NMFlowError
 from nmflow.experiments import config, data, models, tasks
 from nmflow.experiments.config import Data, Experiment, Model, Run, parse
 from nmflow.experiments.results import MARK, RunFolder, write, write_json
-from nmflow.experiments.runner import run_all, share
+from nmflow.experiments.runner import cores_of, run_all, share
 from nmflow.experiments.tasks import vision
 from nmflow.experiments.training import train
 from nmflow.integrations.transformers import HardEvaluation, NMFlowCallback
@@ -489,6 +489,13 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch):
     assert share(runs=99, workers=0, threads=0) == (8, 1)
     assert share(runs=99, workers=2, threads=0) == (2, 4)
     assert share(runs=0, workers=0, threads=0) == (1, 8)
+
+
+def test_workers_have_cores_of_their_own_only_where_they_take_all():
+    """A second sweep beside the first must not find its workers on the very same cores."""
+    assert [cores_of(place, 2, 2, range(4)) for place in (0, 1)] == [[0, 1], [2, 3]]
+    assert [cores_of(place, 3, 2, range(4)) for place in (0, 1, 2)] == [[0, 1], [2, 3], [0, 1]]
+    assert [cores_of(place, 2, 1, range(4)) for place in (0, 1)] == [[0, 1, 2, 3]] * 2
 
 
 # -- writing --------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class _Pool:
             return
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        work = (theirs, str(self.folder), self.threads, place)
+        work = (theirs, str(self.folder), self.threads, place, self.workers)
         process = context.Process(target=_work, args=work, daemon=True)
         process.start()
         theirs.close()
@@ -170,7 +170,17 @@ def _death(code: int | None) -> str:
     return f"ended with exit code {code} and a traceback above: start again, and it goes on"
 
 
-def _work(pipe: Connection, folder: str, threads: int, place: int) -> None:
+def cores_of(place: int, workers: int, threads: int, cores: Sequence[int]) -> list[int]:
+    """The cores of one worker: its own where the workers take all, else any of them.
+
+    Where some are left, another sweep may be at work, whose workers would take the same.
+    """
+    if workers * threads < len(cores):
+        return list(cores)
+    return [cores[(place * threads + i) % len(cores)] for i in range(threads)]
+
+
+def _work(pipe: Connection, folder: str, threads: int, place: int, workers: int) -> None:
     """A worker: takes runs until the pipe closes; sends progress, then None or a sentence."""
     import torch
 
@@ -178,8 +188,7 @@ def _work(pipe: Connection, folder: str, threads: int, place: int) -> None:
     torch.set_num_threads(threads)
     if sys.platform == "linux":
         cores = sorted(os.sched_getaffinity(0))
-        mine = [cores[(place * threads + i) % len(cores)] for i in range(threads)]
-        os.sched_setaffinity(0, mine)
+        os.sched_setaffinity(0, cores_of(place, workers, threads, cores))
     while True:
         try:
             run = Run.model_validate_json(pipe.recv())
