@@ -130,7 +130,7 @@ struct nmf_kernel {
   void (*run)(const nmf_job *job, const nmf_part *part, char *scratch);
   int64_t (*scratch_bytes)(const nmf_job *job, int64_t tokens, int64_t tiles);
   /* Most tokens of a part; a call's are cut evenly into multiples of `step`. */
-  int64_t (*max_tokens)(const nmf_geometry *geometry);
+  int64_t (*max_tokens)(const nmf_geometry *geometry, int64_t tokens);
   int64_t step;
 };
 const nmf_kernel *nmf_gather_portable(void), *nmf_tokens_portable(void), *nmf_panel_portable(void);

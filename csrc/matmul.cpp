@@ -171,7 +171,7 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
   job.y_stride = y_stride;
   job.tokens = tokens;
   job.epilogue = epilogue;
-  const int64_t most = run.kernel->max_tokens(&g);
+  const int64_t most = run.kernel->max_tokens(&g, tokens);
   job.token_blocks = nmf_ceil_div(tokens, most);
   job.tile_block = g.tiles;
   if (job.token_blocks > 2) {

@@ -41,8 +41,9 @@ NMF_INLINE void transpose16(const float *from, int64_t from_stride, float *to, i
 
 }  // namespace
 
-/* 6 vectors of tokens by 2 rows: 12 sums, of 16 registers. */
+/* 6 or 7 vectors of tokens by 2 rows: 12 or 14 sums, of 16 registers. */
 #define NMF_MAX_C 6
+#define NMF_WIDEST_C 7
 #include "matmul_impl.h"
 #include "panel_impl.h"
 

@@ -65,11 +65,15 @@ int64_t gather_scratch(const nmf_job *job, int64_t tokens, int64_t) {
 
 /* ------------------------------------------------------------------ tokens */
 
-/* Registers: C vectors of tokens times R rows of sums. */
+/* Registers: C vectors of tokens times R rows of sums. WIDEST_C where that saves a pass over the
+ * weight, which is decoded in each. */
 #ifndef NMF_MAX_C
 #define NMF_MAX_C 4
 #endif
-const int MAX_C = NMF_MAX_C, SPARSE_C = 2;
+#ifndef NMF_WIDEST_C
+#define NMF_WIDEST_C NMF_MAX_C
+#endif
+const int MAX_C = NMF_MAX_C, SPARSE_C = 2, WIDEST_C = NMF_WIDEST_C;
 template <int C>
 struct Rows {
   static const int count = LANES < 16 ? (C == 1 ? 8 : C == 2 ? 4 : 2) : C <= 2 ? 8 : 4;
@@ -253,15 +257,18 @@ NMF_INLINE void tokens_dispatch(int64_t c, const nmf_job *job, const nmf_part *p
 }
 
 void tokens_run(const nmf_job *job, const nmf_part *part, char *scratch) {
-  tokens_dispatch<MAX_C>(nmf_ceil_div(part->token_end - part->token, LANES), job, part, scratch);
+  tokens_dispatch<WIDEST_C>(nmf_ceil_div(part->token_end - part->token, LANES), job, part, scratch);
 }
 
-int64_t gather_most(const nmf_geometry *) { return 4; }
+int64_t gather_most(const nmf_geometry *, int64_t) { return 4; }
 /* A sum waits outside the registers between blocks of inputs. Where a block of the widest kind
  * holds few entries of a row, half the tokens and blocks twice as long fetch it half as often. */
-int64_t tokens_most(const nmf_geometry *g) {
+int64_t tokens_most(const nmf_geometry *g, int64_t tokens) {
   const int64_t inputs = block_bytes(MAX_C) / (MAX_C * LANES * 4);
-  return (inputs * g->n < FEWEST_ENTRIES * g->m ? SPARSE_C : MAX_C) * LANES;
+  if (inputs * g->n < FEWEST_ENTRIES * g->m) return SPARSE_C * LANES;
+  const int64_t vectors = nmf_ceil_div(tokens, LANES);
+  const bool saves = nmf_ceil_div(vectors, WIDEST_C) < nmf_ceil_div(vectors, MAX_C);
+  return (saves ? WIDEST_C : MAX_C) * LANES;
 }
 
 const nmf_kernel gather_kernel = {gather_run, gather_scratch, gather_most, 1};

@@ -185,7 +185,7 @@ int64_t tiles_scratch(const nmf_job *job, int64_t tokens, int64_t) {
          job->g.in * width * 2;
 }
 
-int64_t tiles_most(const nmf_geometry *) { return MOST_TOKENS; }
+int64_t tiles_most(const nmf_geometry *, int64_t) { return MOST_TOKENS; }
 
 const nmf_kernel tiles_kernel = {tiles_run, tiles_scratch, tiles_most, 32};
 

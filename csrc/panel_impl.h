@@ -190,7 +190,7 @@ int64_t panel_scratch(const nmf_job *job, int64_t tokens, int64_t) {
   return (g.entries + 15) / 16 * 64 + PANEL_TILES * (g.entries + 1) * 64 + width * g.in * 4 + 64;
 }
 
-int64_t panel_most(const nmf_geometry *) { return 3 * LANES; }
+int64_t panel_most(const nmf_geometry *, int64_t) { return 3 * LANES; }
 
 const nmf_kernel panel_kernel = {panel_run, panel_scratch, panel_most, LANES};
 

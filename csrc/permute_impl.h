@@ -232,7 +232,7 @@ void permute_run(const nmf_job *job, const nmf_part *part, char *scratch) {
 
 /* A weight that stays in the second-level cache is read again for every 8 tokens, whose x then stays
  * in the first; a longer one is read once for 48. */
-int64_t permute_most(const nmf_geometry *g) {
+int64_t permute_most(const nmf_geometry *g, int64_t) {
   return g->values_bytes + g->codes_bytes <= (1 << 20) ? 8 : 48;
 }
 

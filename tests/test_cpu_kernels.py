@@ -72,7 +72,7 @@ def test_products(isa, spec, dtype):
         packed = cpu.pack(w, pattern)
         for tokens, epilogue in [
             *((1, "none"), (2, "gelu"), (3, "none"), (7, "relu"), (16, "none"), (17, "gelu")),
-            *((33, "none"), (47, "relu"), (130, "none")),
+            *((33, "none"), (47, "relu"), (53, "gelu"), (130, "none")),
         ]:
             x = torch.randn(tokens, inputs).to(dtype)
             try:
