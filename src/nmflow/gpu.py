@@ -1,7 +1,8 @@
 """The mask kernel on a GPU: W to mask and W̃ in one pass, in Triton, which torch brings along.
 
-Without Triton the same is done in plain torch, in several passes and, for N above 1, by a `topk`
-that takes longer than the training step around it; a warning says so once.
+Where Triton is missing, or has no C compiler to build its launches with, the same is done in plain
+torch, in several passes and, for N above 1, by a `topk` that takes longer than the training step
+around it; a warning says so once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import subprocess
 from typing import Any
 
 import torch
@@ -29,11 +31,18 @@ def _load() -> tuple[Any, str]:
     """The kernel and "", or None and the reason in one clause."""
     try:
         from nmflow import gpu_kernel
-    except ImportError as error:
-        reason = f"Triton cannot be imported ({error})"
+
+        # A first launch shows what an import does not: Triton builds it with a C compiler.
+        some = torch.zeros(16, device="cuda" if torch.cuda.is_available() else "cpu")
+        _launch(gpu_kernel.project, some, Pattern("1:16"), 0, out=some)
+    except Exception as error:
+        known = isinstance(error, (ImportError, OSError, RuntimeError, subprocess.SubprocessError))
+        if not known and type(error).__module__.partition(".")[0] != "triton":
+            raise
+        reason = f"Triton does not work here ({' '.join(str(error).split())[:200]})"
         log.warning(
             "%s: masks of weights on a GPU are taken by plain torch, which is slow for N > 1; "
-            "install the triton of your torch",
+            "install the triton of your torch, and a C compiler",
             reason,
         )
         return None, reason
@@ -85,7 +94,21 @@ def project(
         A bool scalar on the device: whether `w` was finite. If not, what the outputs hold is
         unspecified.
     """
-    kernel, _ = _load()
+    return _launch(_load()[0], w, pattern, dim, delta, mask, out, values, pull=pull, scale=scale)
+
+
+def _launch(
+    kernel: Any,
+    w: Tensor,
+    pattern: Pattern,
+    dim: int,
+    delta: float = 0.0,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+    values: Tensor | None = None,
+    pull: float = 0.0,
+    scale: Tensor | None = None,
+) -> Tensor:
     order = _order(w)
     assert order is not None
     n, m = pattern.n, pattern.m
