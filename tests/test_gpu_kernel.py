@@ -166,16 +166,16 @@ def test_without_triton_torch_serves_and_says_so_once(
 
         kind = RuntimeError if trouble == "no C compiler" else TritonError
 
-        def launch(*args: Any, **kwargs: Any) -> None:
+        def project(*args: Any, **kwargs: Any) -> None:
             raise kind(trouble)
 
-        monkeypatch.setattr(gpu, "_launch", launch)
-    gpu._load.cache_clear()
+        monkeypatch.setattr(gpu, "project", project)
+    gpu.why_not.cache_clear()
     try:
         for _ in range(2):
-            assert gpu._load()[0] is None
+            assert gpu.why_not()
         (said,) = [r.getMessage() for r in caplog.records]
         assert "Triton does not work here" in said
         assert trouble == "no Triton" or trouble in said
     finally:
-        gpu._load.cache_clear()
+        gpu.why_not.cache_clear()

@@ -27,14 +27,12 @@ _WIDEST = 4096
 
 
 @functools.cache
-def _load() -> tuple[Any, str]:
-    """The kernel and "", or None and the reason in one clause."""
+def why_not() -> str:
+    """Why the kernel does not work here, in one clause; empty where it does."""
     try:
-        from nmflow import gpu_kernel
-
         # A first launch shows what an import does not: Triton builds it with a C compiler.
         some = torch.zeros(16, device="cuda" if torch.cuda.is_available() else "cpu")
-        _launch(gpu_kernel.project, some, Pattern("1:16"), 0, out=some)
+        project(some, Pattern("1:16"), 0, out=some)
     except Exception as error:
         known = isinstance(error, (ImportError, OSError, RuntimeError, subprocess.SubprocessError))
         if not known and type(error).__module__.partition(".")[0] != "triton":
@@ -45,8 +43,8 @@ def _load() -> tuple[Any, str]:
             "install the triton of your torch, and a C compiler",
             reason,
         )
-        return None, reason
-    return gpu_kernel.project, ""
+        return reason
+    return ""
 
 
 def serves(w: Tensor, pattern: Pattern) -> bool:
@@ -58,7 +56,7 @@ def serves(w: Tensor, pattern: Pattern) -> bool:
         and pattern.m <= _WIDEST
         and w.numel() > 0
         and _order(w) is not None
-        and _load()[0] is not None
+        and not why_not()
     )
 
 
@@ -94,21 +92,9 @@ def project(
         A bool scalar on the device: whether `w` was finite. If not, what the outputs hold is
         unspecified.
     """
-    return _launch(_load()[0], w, pattern, dim, delta, mask, out, values, pull=pull, scale=scale)
+    from nmflow import gpu_kernel  # imports Triton
 
-
-def _launch(
-    kernel: Any,
-    w: Tensor,
-    pattern: Pattern,
-    dim: int,
-    delta: float = 0.0,
-    mask: Tensor | None = None,
-    out: Tensor | None = None,
-    values: Tensor | None = None,
-    pull: float = 0.0,
-    scale: Tensor | None = None,
-) -> Tensor:
+    kernel: Any = gpu_kernel.project
     order = _order(w)
     assert order is not None
     n, m = pattern.n, pattern.m
