@@ -83,7 +83,7 @@ TASKS = (
         "test_bleu",
         5.0,
         ("model.fields.encoder_ffn_dim", "model.fields.decoder_ffn_dim"),
-        1024,
+        256,
     ),
 )
 BY_NAME = {task.name: task for task in TASKS}
