@@ -62,12 +62,12 @@ def claim_one() -> str:
             others = family(frame, [(s, p, rival, p) for p in patterns for s in DECAYING], "points")
             if not others:
                 continue
-            best = max(c.difference.mean for c in others)
+            best = f"{max(c.difference.mean for c in others):+.2f}".replace("-", "−")
             won = sum(c.better for c in others)
             lost = sum(c.worse for c in others)
             out += [
                 f"* Against {rival}: better in {won} and worse in {lost} of {len(others)} cells "
-                f"(Holm), at most {best:+.2f} points."
+                f"(Holm), at most {best} points."
             ]
         name = f"{task.name}-quality"
         by_pattern(by_rival, patterns, PAGES / "figures" / f"{name}.svg")
