@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +23,11 @@ def _one_thread_one_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenisers are learnt anew, and streams end at once."""
+    monkeypatch.setenv("NMFLOW_CACHE", str(tmp_path / "cache"))
+    # `datasets` waits 5 s for threads of Arrow's whenever a stream is left before its end.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)

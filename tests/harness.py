@@ -143,3 +143,13 @@ def traces(optimizer: torch.optim.Optimizer) -> list[str]:
     found = [key for key in found if "nmflow" in key]
     hooks = {name: value for name, value in vars(optimizer).items() if name.endswith("_hooks")}
     return found + [name for name, value in hooks.items() if value]
+
+
+def use(run: Run, what: str) -> None:
+    if what == "step":
+        run.optimizer.step()
+    elif what == "hard":
+        with run.flow.hard():
+            pass
+    else:
+        getattr(run.flow, what)()

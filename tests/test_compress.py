@@ -1,10 +1,9 @@
-"""`compress`: every kind of module against its masked dense self in float64, and the table."""
+"""`compress`: every kind of module against its masked dense self in float64."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,50 +11,16 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    T5Config,
-    T5EncoderModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
-from transformers.activations import GELUActivation
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nmflow import mask
 from nmflow.errors import CompressError, PlanError
 from nmflow.packed import compress, decompress, load, save
-from nmflow.packed.fuse import Fused
-from nmflow.packed.layout import detect, runs
-from nmflow.packed.measure import Timing
 from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
-from nmflow.packed.onednn import OneDNNLinear, onednn_takes
+from pruned import NETWORKS, Attend, flat, prune, vit
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-
-def prune(model: Any, pattern: str = "1:8") -> Any:
-    """Prune every weight of two or more dimensions that has groups."""
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            dim = 0 if isinstance(module, Conv1D) else 1
-            if parameter.ndim >= 2 and parameter.shape[dim] % int(pattern.split(":")[1]) == 0:
-                parameter.data *= mask(parameter, pattern, dim)
-    return model.eval()
-
-
-class Attend(nn.Module):
-    def __init__(self, **kwargs) -> None:
-        super().__init__()
-        self.mha = nn.MultiheadAttention(32, 4, **kwargs)
-        self.kdim, self.vdim = self.mha.kdim, self.mha.vdim
-        self.batch_first = self.mha.batch_first
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        k, v = x[..., : self.kdim], x[..., : self.vdim]
-        return self.mha(x, k, v)
 
 
 @dataclass
@@ -97,11 +62,6 @@ CASES = {
 }
 
 
-def _flat(output: Tensor | tuple[Tensor | None, ...]) -> Tensor:
-    parts = output if isinstance(output, tuple) else (output,)
-    return torch.cat([p.double().flatten() for p in parts if p is not None])
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_modules_against_float64(name: str, dtype: torch.dtype) -> None:
@@ -116,9 +76,7 @@ def test_modules_against_float64(name: str, dtype: torch.dtype) -> None:
         got = packed(x)
         plain = got[0] if isinstance(got, tuple) else got
         assert plain.shape == (want[0] if isinstance(want, tuple) else want).shape
-    torch.testing.assert_close(
-        _flat(got), _flat(want), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
-    )
+    torch.testing.assert_close(flat(got), flat(want), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     back = decompress(packed)
     assert str(back) == str(model)
     assert back.state_dict().keys() == model.state_dict().keys()
@@ -132,15 +90,15 @@ def test_copies_pickles_and_state_dicts(name: str) -> None:
     case = CASES[name]
     packed = compress(prune(nn.Sequential(case.make())), measure=False)
     x = torch.randn(case.shape)
-    want = _flat(packed(x))
-    assert torch.equal(_flat(copy.deepcopy(packed)(x)), want)
-    assert torch.equal(_flat(pickle.loads(pickle.dumps(packed))(x)), want)
+    want = flat(packed(x))
+    assert torch.equal(flat(copy.deepcopy(packed)(x)), want)
+    assert torch.equal(flat(pickle.loads(pickle.dumps(packed))(x)), want)
     other = compress(prune(nn.Sequential(case.make())), measure=False)
     other.load_state_dict(packed.state_dict())
-    assert torch.equal(_flat(other(x)), want)
+    assert torch.equal(flat(other(x)), want)
     narrow = copy.deepcopy(packed).to(torch.bfloat16)
     again = narrow.to(torch.float32)
-    torch.testing.assert_close(_flat(again(x)), want, atol=5e-2, rtol=5e-2)
+    torch.testing.assert_close(flat(again(x)), want, atol=5e-2, rtol=5e-2)
 
 
 def test_masks_of_attention() -> None:
@@ -184,33 +142,6 @@ def test_transformer_encoder_leaves_its_fused_path_and_finds_it_again() -> None:
     assert back.use_nested_tensor == model.use_nested_tensor
 
 
-def _vit() -> ViTForImageClassification:
-    config = ViTConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
-    return ViTForImageClassification(config)
-
-
-def _t5() -> T5EncoderModel:
-    return T5EncoderModel(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-                                   vocab_size=64))  # fmt: skip
-
-
-def _gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=64,
-                   bos_token_id=0, eos_token_id=0)
-    )  # fmt: skip
-
-
-NETWORKS = {
-    "vit": (_vit, {"pixel_values": torch.zeros(2, 3, 16, 16).normal_()}, 0),
-    "t5": (_t5, {"input_ids": torch.arange(12).view(2, 6)}, 0),
-    "gpt2": (_gpt2, {"input_ids": torch.arange(12).view(2, 6)}, 0),
-}
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_hf(name: str) -> None:
     make, inputs, at = NETWORKS[name]
@@ -242,139 +173,6 @@ def test_fused_qkv_by_rows() -> None:
     assert torch.equal(back[0].weight, model[0].weight)
     assert torch.equal(back[0].bias, model[0].bias)
     assert torch.equal(fused.weight, model[0].weight)
-
-
-def test_detect_finds_the_sparsest_and_smallest() -> None:
-    w = torch.randn(64, 192)
-    for pattern in ("1:2", "2:4", "1:16", "3:8", "1:3", "2:12", "1:64"):
-        assert str(detect(w * mask(w, pattern))) == pattern
-    assert str(detect(w * mask(w, "1:16@32"))) == "1:16@32"
-    assert detect(w) is None
-    assert detect(torch.zeros(4, 8)) is None
-    assert [r[:2] for r in runs(w * mask(w, "1:16"))] == [(0, 64)]
-
-
-def test_what_stays_dense_says_why() -> None:
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(16, 32)
-            self.head = nn.Linear(32, 16, bias=False)
-            self.head.weight = self.embed.weight
-            self.lstm = nn.LSTM(32, 32)
-            self.grouped = nn.Conv2d(32, 32, 3, groups=2)
-            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
-            self.hooked = nn.Linear(32, 32)
-            self.hooked.register_forward_hook(lambda m, a, o: o)
-            self.dense = nn.Linear(32, 32)
-            self.good = nn.Linear(32, 32)
-
-    model = cast(Any, Mixed())
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and name != "dense.weight":
-            parameter.data *= mask(parameter, "1:8") if parameter.shape[1] % 8 == 0 else 1
-    report = compress(model, measure=False).report
-    why = {row.name: row.why for row in report}
-    assert [row.name for row in report.packed] == ["good.weight"]
-    assert "shared by several modules (embed, head)" in why["embed.weight"]
-    assert "recurrent" in why["lstm.weight_ih_l0"]
-    assert "grouped convolution" in why["grouped.weight"]
-    assert "hooks" in why["hooked.weight"]
-    assert why["dense.weight"] == "holds no N:M pattern"
-    assert "1 of" in str(report)
-
-
-def test_measuring_keeps_dense_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verdict is the geometric mean over the token counts of what the clock said."""
-    module = sys.modules["nmflow.packed.judge"]
-
-    def clock(packed: dict[int, float]):
-        def time_ways(ways: dict, **kwargs: object) -> dict[str, Timing]:
-            for way in ways.values():
-                tokens = way().shape[0]
-            times = {name: Timing(10.0 + i, 0, 0, 1) for i, name in enumerate(ways)}
-            times["packed"] = Timing(packed[tokens], 0, 0, 1)
-            return times
-
-        return time_ways
-
-    model = prune(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)))
-    monkeypatch.setattr(module, "time_ways", clock({1: 2.0, 9: 40.0}))
-    packed = compress(model, tokens=(1, 9))
-    assert isinstance(packed[0], PackedLinear)  # 5 x 0.25 is above 1
-    assert packed.report[0].times[1] == (2.0, 10.0, "F.linear")
-    assert "5.00x" in str(packed.report)
-    monkeypatch.setattr(module, "time_ways", clock({1: 4.0, 9: 40.0}))
-    kept = compress(model, tokens=(1, 9))
-    assert isinstance(kept[0], nn.Linear)
-    assert kept.report[0].why == "the best dense way is faster"
-    assert kept.report[0].bytes == kept.report[0].dense_bytes
-    assert type(kept[0]) is nn.Linear
-
-
-@pytest.mark.skipif(not onednn_takes(torch.float32), reason="this torch has no oneDNN")
-def test_what_loses_to_packed_onednn_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def time_ways(ways: dict, **kwargs: object) -> dict[str, Timing]:
-        return {n: Timing(1.0 if n == "oneDNN packed" else 9.0, 0, 0, 1) for n in ways}
-
-    monkeypatch.setattr(sys.modules["nmflow.packed.judge"], "time_ways", time_ways)
-    model = prune(nn.Sequential(nn.Linear(64, 32)))
-    kept = compress(model, tokens=(3,))
-    assert isinstance(kept[0], OneDNNLinear)
-    assert "runs on packed oneDNN" in str(kept.report)
-    assert kept.report[0].bytes == 2 * kept.report[0].dense_bytes
-    x = torch.randn(2, 3, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(kept(x), model(x))
-        kept[0].weight.mul_(2)  # a changed weight is seen
-        torch.testing.assert_close(kept(x), 2 * model(x) - model[0].bias)
-    again = pickle.loads(pickle.dumps(copy.deepcopy(kept)))
-    assert again.state_dict().keys() == model.state_dict().keys()
-    with torch.no_grad():
-        torch.testing.assert_close(again(x), kept(x))
-        torch.testing.assert_close(
-            again.bfloat16()(x.bfloat16()).float(), kept(x), atol=0.1, rtol=0.1
-        )
-    kept(x.requires_grad_()).sum().backward()
-    assert kept[0].weight.grad is not None
-    assert type(decompress(kept)[0]) is nn.Linear
-
-
-@pytest.mark.skipif(not onednn_takes(torch.float32), reason="this torch has no oneDNN")
-def test_other_dense_layers_on_onednn_and_tied_ones_stay_tied(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def time_ways(ways: dict, **kwargs: object) -> dict[str, Timing]:
-        return {n: Timing({"packed": 1.0, "oneDNN packed": 2.0}.get(n, 9.0), 0, 0, 1) for n in ways}
-
-    monkeypatch.setattr(sys.modules["nmflow.packed.judge"], "time_ways", time_ways)
-    model = cast(Any, nn.Sequential(nn.Embedding(16, 32), prune(nn.Linear(32, 32)),
-                                    nn.Linear(32, 16, bias=False)))  # fmt: skip
-    model[2].weight = model[0].weight
-    x = torch.randint(0, 16, (2, 3))
-    assert type(compress(model)[2]) is nn.Linear
-    for inplace in (False, True):
-        packed = compress(model, onednn=True, inplace=inplace)
-        kinds = [type(m).__name__ for m in packed]
-        assert kinds == ["Embedding", "PackedLinear", "OneDNNLinear"]
-        assert packed[2].weight is packed[0].weight
-        with torch.no_grad():
-            torch.testing.assert_close(packed(x), decompress(packed)(x))
-
-
-def test_measuring_for_real() -> None:
-    model = prune(nn.Sequential(nn.Linear(256, 256), nn.Conv2d(16, 16, 3), Attend()), "1:16")
-    for dtype in (torch.float32, torch.bfloat16):
-        report = compress(model.to(dtype), tokens=(2,)).report
-        for row in report:
-            packed, dense, way = row.times[2]
-            assert packed > 0
-            assert dense > 0
-            assert way.split(" and ")[0] in {
-                "F.linear", "oneDNN", "oneDNN packed", "conv", "conv, channels last",
-            }  # fmt: skip
-            # Packed only where the clock says so.
-            assert (row.kept == "packed") == (dense > packed)
 
 
 @pytest.mark.parametrize(
@@ -476,7 +274,7 @@ def test_training_biases_and_inputs_through_a_packed_network() -> None:
 
 
 def test_choice_of_weights() -> None:
-    model = cast(Any, _vit())
+    model = cast(Any, vit())
     for name, parameter in model.named_parameters():
         if ".layer" in name and parameter.ndim == 2:
             parameter.data *= mask(parameter, "1:8")
@@ -517,80 +315,3 @@ def test_wrong_dtype_at_run_time_says_the_mend() -> None:
     packed = compress(prune(nn.Sequential(nn.Linear(32, 32))), measure=False)
     with pytest.raises(CompressError, match=r"packed\.to\(dtype\)"):
         packed(torch.randn(2, 32).bfloat16())
-
-
-class Block(nn.Module):
-    """A feed-forward block, some of whose forms read the layer's output twice."""
-
-    def __init__(self, form: str = "plain", act: nn.Module | None = None) -> None:
-        super().__init__()
-        self.form, self.seen = form, None
-        self.up, self.act, self.down = nn.Linear(32, 64), act or nn.GELU(), nn.Linear(64, 32)
-        self.gate = nn.Linear(32, 64)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
-        h = self.up(x)
-        if self.form == "twice":
-            return self.down(self.act(h) + h)
-        if self.form == "view":
-            return self.down(self.act(h.flatten(0, -2)).view(h.shape))
-        if self.form == "returned":
-            return self.down(self.act(h)), h
-        if self.form == "dtype":
-            return self.down(self.act(h).to(h.dtype))
-        if self.form == "gated":
-            return self.down(self.act(h) * self.gate(x))
-        if self.form == "shared":
-            return self.act(self.down(self.act(h)))
-        return self.down(self.act(h))
-
-
-@pytest.mark.parametrize(
-    ("form", "fused"),
-    [("plain", True), ("dtype", True), ("gated", True), ("twice", False), ("view", False),
-     ("returned", False), ("shared", False)],
-)  # fmt: skip
-@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU(), GELUActivation()], ids=repr)
-def test_activations_are_fused_only_where_nobody_else_looks(
-    form: str, fused: bool, act: nn.Module
-) -> None:
-    model = prune(nn.Sequential(Block(form, act)))
-    packed = compress(model, measure=False)
-    assert packed.report.fused == (["0.up"] if fused else [])
-    assert (packed[0].up.epilogue != 0) == fused
-    assert isinstance(packed[0].act, Fused) == fused
-    x = torch.randn(2, 3, 32)
-    torch.testing.assert_close(_flat(packed(x)), _flat(model(x)), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        _flat(pickle.loads(pickle.dumps(packed))(x)), _flat(packed(x)), atol=0, rtol=0
-    )
-    assert str(decompress(packed)) == str(model)
-    plain = compress(model, measure=False, fuse=False)
-    assert plain.report.fused == []
-    assert plain[0].up.epilogue == 0
-
-
-def test_what_is_not_fused() -> None:
-    for act in (nn.GELU(approximate="tanh"), nn.SiLU(), nn.Tanh()):
-        packed = compress(prune(nn.Sequential(Block("plain", act))), measure=False)
-        assert packed.report.fused == []
-    model = prune(nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(3), nn.ReLU())).train()
-    before = model[1].running_mean.clone()
-    state = torch.get_rng_state()
-    packed = compress(model, measure=False)
-    assert packed.report.fused == []
-    assert torch.equal(packed[1].running_mean, before)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert packed.training
-    assert packed[1].training
-
-
-@pytest.mark.parametrize("name", ["vit", "t5"])
-def test_networks_of_hf_fuse_their_activations(name: str) -> None:
-    make, inputs, at = NETWORKS[name]
-    model = prune(make())
-    packed = compress(model, measure=False)
-    assert len(packed.report.fused) == 2
-    assert "activation applied by the layer" in str(packed.report)
-    with torch.no_grad():
-        torch.testing.assert_close(packed(**inputs)[at], model(**inputs)[at], atol=1e-4, rtol=1e-4)

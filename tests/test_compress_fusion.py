@@ -1,0 +1,91 @@
+"""Activations that a packed layer applies itself."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+
+from nmflow.packed import compress, decompress
+from nmflow.packed.fuse import Fused
+from pruned import NETWORKS, flat, prune
+
+
+class Block(nn.Module):
+    """A feed-forward block, some of whose forms read the layer's output twice."""
+
+    def __init__(self, form: str = "plain", act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.form, self.seen = form, None
+        self.up, self.act, self.down = nn.Linear(32, 64), act or nn.GELU(), nn.Linear(64, 32)
+        self.gate = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor | tuple[Tensor, Tensor]:
+        h = self.up(x)
+        if self.form == "twice":
+            return self.down(self.act(h) + h)
+        if self.form == "view":
+            return self.down(self.act(h.flatten(0, -2)).view(h.shape))
+        if self.form == "returned":
+            return self.down(self.act(h)), h
+        if self.form == "dtype":
+            return self.down(self.act(h).to(h.dtype))
+        if self.form == "gated":
+            return self.down(self.act(h) * self.gate(x))
+        if self.form == "shared":
+            return self.act(self.down(self.act(h)))
+        return self.down(self.act(h))
+
+
+@pytest.mark.parametrize(
+    ("form", "fused"),
+    [("plain", True), ("dtype", True), ("gated", True), ("twice", False), ("view", False),
+     ("returned", False), ("shared", False)],
+)  # fmt: skip
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU(), GELUActivation()], ids=repr)
+def test_activations_are_fused_only_where_nobody_else_looks(
+    form: str, fused: bool, act: nn.Module
+) -> None:
+    model = prune(nn.Sequential(Block(form, act)))
+    packed = compress(model, measure=False)
+    assert packed.report.fused == (["0.up"] if fused else [])
+    assert (packed[0].up.epilogue != 0) == fused
+    assert isinstance(packed[0].act, Fused) == fused
+    x = torch.randn(2, 3, 32)
+    torch.testing.assert_close(flat(packed(x)), flat(model(x)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        flat(pickle.loads(pickle.dumps(packed))(x)), flat(packed(x)), atol=0, rtol=0
+    )
+    assert str(decompress(packed)) == str(model)
+    plain = compress(model, measure=False, fuse=False)
+    assert plain.report.fused == []
+    assert plain[0].up.epilogue == 0
+
+
+def test_what_is_not_fused() -> None:
+    for act in (nn.GELU(approximate="tanh"), nn.SiLU(), nn.Tanh()):
+        packed = compress(prune(nn.Sequential(Block("plain", act))), measure=False)
+        assert packed.report.fused == []
+    model = prune(nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(3), nn.ReLU())).train()
+    before = model[1].running_mean.clone()
+    state = torch.get_rng_state()
+    packed = compress(model, measure=False)
+    assert packed.report.fused == []
+    assert torch.equal(packed[1].running_mean, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert packed.training
+    assert packed[1].training
+
+
+@pytest.mark.parametrize("name", ["vit", "t5"])
+def test_networks_of_hf_fuse_their_activations(name: str) -> None:
+    make, inputs, at = NETWORKS[name]
+    model = prune(make())
+    packed = compress(model, measure=False)
+    assert len(packed.report.fused) == 2
+    assert "activation applied by the layer" in str(packed.report)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(**inputs)[at], model(**inputs)[at], atol=1e-4, rtol=1e-4)
