@@ -77,6 +77,7 @@ TASKS = (
         counted={"2:4": 88, "1:4": 64, "1:8": 44, "1:16": 28, "1:32": 20},
     ),
     Task("sst2", "SST-2, BERT", "test_accuracy", 5.0, ("model.fields.intermediate_size",), 256),
+    Task("glue", "GLUE pooled, BERT", "test_score", 5.0, ("model.fields.intermediate_size",), 256),
     Task(
         "multi30k",
         "Multi30k, Marian",

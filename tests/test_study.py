@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "study"))
 
 choose, compare = importlib.import_module("choose"), importlib.import_module("compare")
 
-TASKS = ["lm", "lstm", "vit", "resnet", "sst2", "multi30k", "multi30k-wide"]
+TASKS = ["lm", "lstm", "vit", "resnet", "sst2", "glue", "multi30k", "multi30k-wide"]
 
 
 @pytest.mark.parametrize("task", TASKS)
