@@ -197,10 +197,15 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert share(runs=3, workers=0, threads=0) == (3, 2)
     assert share(runs=99, workers=0, threads=0) == (8, 1)
     assert share(runs=99, workers=2, threads=0) == (2, 4)
     assert share(runs=0, workers=0, threads=0) == (1, 8)
+    for wish, found in (("2", 2), ("99", 8), ("0", 8), ("3,2", 8), ("", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", wish)
+        assert share(runs=1, workers=0, threads=0) == (1, found)
+        assert share(runs=1, workers=0, threads=5) == (1, 5)
 
 
 def test_workers_have_cores_of_their_own_only_where_they_take_all():

@@ -59,7 +59,11 @@ def take(waiting: list[Run], folder: Path) -> Run:
 
 
 def share(runs: int, workers: int, threads: int) -> tuple[int, int]:
-    """Workers and threads of each, for as many runs on the cores that this process may use."""
+    """Workers and threads of each, for as many runs on the cores that this process may use.
+
+    `OMP_NUM_THREADS` bounds the threads that nobody asked for, as it does everywhere in torch: two
+    commands side by side, each on one thread, must not spin on each other's cores.
+    """
     import torch
 
     cores = (
@@ -68,7 +72,9 @@ def share(runs: int, workers: int, threads: int) -> tuple[int, int]:
     alone = torch.cuda.is_available() or "RANK" in os.environ
     workers = workers or (1 if alone else cores)
     workers = max(1, min(workers, runs))
-    return workers, threads or max(1, cores // workers)
+    wish = os.environ.get("OMP_NUM_THREADS", "")
+    most = int(wish) if wish.isdecimal() and int(wish) else cores
+    return workers, threads or max(1, min(cores // workers, most))
 
 
 def _here(
