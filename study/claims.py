@@ -69,12 +69,12 @@ def claim_one() -> str:
                 f"* Against {rival}: better in {won} and worse in {lost} of {len(others)} cells "
                 f"(Holm), at most {best} points."
             ]
-        name = f"{task.name}-quality"
         if len(patterns) > 1:
+            name = f"{task.name}-quality"
             by_pattern(by_rival, patterns, PAGES / "figures" / f"{name}.svg")
             out += ["", f"![Quality over patterns](figures/{name}.svg)", ""]
         else:
-            out += ["", forest(cells, name), ""]
+            out += ["", forest(cells, f"a-{task.name}"), ""]
     return "\n".join(out)
 
 

@@ -146,6 +146,7 @@ def traces(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def use(run: Run, what: str) -> None:
+    """Step the run's optimizer, or call its flow: hard, sync, finalize, dense_weights."""
     if what == "step":
         run.optimizer.step()
     elif what == "hard":

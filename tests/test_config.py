@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-
 from nmflow.errors import ConfigError
 from nmflow.experiments import config, models
 from nmflow.experiments.config import Experiment, Run, parse

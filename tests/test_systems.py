@@ -16,7 +16,6 @@ import yaml
 pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
-
 from nmflow import audit
 from nmflow.experiments import config as configs
 from nmflow.experiments import synthetic, tasks

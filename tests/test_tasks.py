@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
-
 from nmflow.errors import ConfigError
 from nmflow.experiments import tasks
 from nmflow.experiments.tasks import _text, glue

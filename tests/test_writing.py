@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-
 from nmflow.errors import ConfigError
 from nmflow.experiments.results import RunFolder, write
 from nmflow.experiments.training import train
