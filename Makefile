@@ -54,7 +54,7 @@ clean:  ## Remove what was made
 	rm -rf $(VENV) build dist runs
 
 # The lock is installed first, so that the library is built without another download.
-$(READY): requirements.lock pyproject.toml $(wildcard setup.py csrc/*)
+$(READY): requirements.lock pyproject.toml $(wildcard setup.py csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nmflow needs Python 3.10 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock

@@ -60,10 +60,8 @@ def target_flags(source: str) -> list:
 
 def sources() -> list:
     """Every file of csrc that this machine's architecture can use, relative to setup.py."""
-    found = sorted(p.name for p in (HERE / "csrc").glob("*.cpp"))
-    if not IS_X86:
-        found = [name for name in found if not target_flags(name)]
-    return [f"csrc/{name}" for name in found]
+    found = sorted(p.relative_to(HERE).as_posix() for p in (HERE / "csrc").rglob("*.cpp"))
+    return [name for name in found if IS_X86 or not target_flags(name)]
 
 
 class BuildNative(build_ext):
@@ -146,8 +144,8 @@ setup(
         Extension(
             "nmflow._native",
             sources=sources(),
-            include_dirs=["csrc"],
-            depends=[f"csrc/{p.name}" for p in sorted((HERE / "csrc").glob("*.h"))],
+            include_dirs=["csrc/common", "csrc/masks", "csrc/matmul"],
+            depends=sorted(p.relative_to(HERE).as_posix() for p in (HERE / "csrc").rglob("*.h")),
             language="c++",
         )
     ],

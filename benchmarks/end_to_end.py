@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from nmflow.packed import compress, networks
-from nmflow.packed.bench import INT8, pruned, where_the_time_goes
+from nmflow.bench import networks
+from nmflow.bench.bench import INT8, pruned, where_the_time_goes
+from nmflow.bench.results import cpu_name, version_text
+from nmflow.bench.ways import best_dense, int8_dynamic, tokens_of
+from nmflow.packed import compress
 from nmflow.packed.measure import time_ways
-from nmflow.packed.measured import cpu_name, version_text
-from nmflow.packed.ways import best_dense, int8_dynamic, tokens_of
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, tuple[Clock, str]] = {

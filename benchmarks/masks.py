@@ -24,6 +24,7 @@ from torch import Tensor
 
 import nmflow
 from nmflow import native
+from nmflow.masks import native as native_masks
 
 PATTERNS = [
     *("1:4", "2:4", "3:4", "1:2", "1:8", "1:16", "1:32", "1:64", "1:128", "7:8", "15:16", "31:32"),
@@ -62,7 +63,7 @@ def ways(w: Tensor, n: int, m: int, isas: list[str]) -> dict[str, Callable[[], o
     def compiled(isa: str, **outputs: Tensor) -> Callable[[], object]:
         def run() -> None:
             native.set_isa(isa)
-            native.project(w, n, m, DELTA, **outputs)  # pyright: ignore[reportArgumentType]
+            native_masks.project(w, n, m, DELTA, **outputs)  # pyright: ignore[reportArgumentType]
 
         return run
 

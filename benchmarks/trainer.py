@@ -26,7 +26,7 @@ import transformers
 import nmflow
 from nmflow.experiments import config, tasks
 from nmflow.experiments.config import Run
-from nmflow.experiments.results import RunFolder
+from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.training import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"

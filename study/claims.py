@@ -22,7 +22,7 @@ from tables import (
 )
 from tasks import TASKS, Task
 
-from nmflow.experiments.statistics import summary
+from nmflow.experiments.report.statistics import summary
 
 
 def claim_one() -> str:

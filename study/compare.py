@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 from scipy import stats
 
-from nmflow.experiments.statistics import Paired, holm, paired, summary
+from nmflow.experiments.report.statistics import Paired, holm, paired, summary
 
 POWER = 0.8
 

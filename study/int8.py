@@ -16,12 +16,12 @@ import pandas as pd
 import yaml
 from choose import RESULTS, ROOT, SWEEPS
 
+from nmflow.bench.ways import int8_dynamic
 from nmflow.experiments import sweep, tasks
 from nmflow.experiments.config import Model
-from nmflow.experiments.results import MODEL, RunFolder
+from nmflow.experiments.run_folder import MODEL, RunFolder
 from nmflow.experiments.trainer import trainer
 from nmflow.experiments.training import quiet
-from nmflow.packed.ways import int8_dynamic
 
 NAME = "lm-int8"
 

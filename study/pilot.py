@@ -6,7 +6,7 @@ from choose import results
 from compare import by_seed, family
 from tables import gain, spread, table, there
 
-from nmflow.experiments.statistics import summary
+from nmflow.experiments.report.statistics import summary
 
 RIVALS = {"1:8": "Dense, FF 32", "1:16": "Dense, FF 16", "1:32": "Dense, FF 8"}
 NARROW = "Dense, FF 16"

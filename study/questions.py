@@ -9,7 +9,7 @@ from figures import forest
 from tables import OURS, gain, in_points, main_runs, sparse_patterns, spread, table, there
 from tasks import BY_NAME
 
-from nmflow.experiments.statistics import summary
+from nmflow.experiments.report.statistics import summary
 
 RULES = ("straight-through", "masked")
 

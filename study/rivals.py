@@ -9,7 +9,7 @@ from figures import forest
 from tables import OURS, gain, in_points, main_runs, ran, sparse_patterns, spread, table, there
 from tasks import TASKS, Task
 
-from nmflow.experiments.statistics import summary
+from nmflow.experiments.report.statistics import summary
 
 COSTS = {"1:8": (36, 72), "1:16": (18, 42), "1:32": (10, 28)}
 """FF widths of `lm` whose bytes, and whose measured time, are those of the sparse FF."""

@@ -9,7 +9,7 @@ from figures import forest
 from tables import DECAYING, gain, in_points, main_runs, sparse_patterns, spread, table
 from tasks import BY_NAME
 
-from nmflow.experiments.statistics import summary
+from nmflow.experiments.report.statistics import summary
 
 HALF = 0.5
 """Points within which a sparser network counts as good as 2:4 (the paper's claim 3)."""

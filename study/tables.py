@@ -7,7 +7,7 @@ from choose import PATTERNS, RESULTS, results
 from compare import Cell
 from tasks import Task
 
-from nmflow.experiments.statistics import Summary
+from nmflow.experiments.report.statistics import Summary
 
 PAGES = RESULTS.parent
 CONVENTIONAL = ("One-shot", "Gradual", "SR-STE", "STEP")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nmflow.audit import audit
-from nmflow.cost import cost
 from nmflow.flow import Flow, attach
+from nmflow.inspect.audit import audit
+from nmflow.inspect.cost import cost
 from nmflow.masks import holds, mask
 from nmflow.pattern import Pattern
 from nmflow.recipes import (
@@ -23,13 +23,13 @@ from nmflow.recipes import (
     Recipe,
     Settling,
 )
-from nmflow.schedules import Stage
-from nmflow.targets import Target, plan
+from nmflow.recipes.schedules import Stage
+from nmflow.select.plan import Target, plan
 from nmflow.version import __version__
 
 if TYPE_CHECKING:
     from nmflow import kernels
-    from nmflow.diagnostics import track
+    from nmflow.inspect.track import track
     from nmflow.packed import compress, decompress, load, save
 
 __all__ = [
@@ -70,7 +70,7 @@ _LATER = {
     "kernels": "",
     "load": "nmflow.packed",
     "save": "nmflow.packed",
-    "track": "nmflow.diagnostics",
+    "track": "nmflow.inspect.track",
 }
 
 

@@ -35,7 +35,7 @@ def network(
 def _from_folder(folder: Path) -> Any:
     import transformers
 
-    from nmflow.experiments import networks
+    from nmflow.experiments import architectures as networks
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)

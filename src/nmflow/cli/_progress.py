@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nmflow.experiments.results import RunFolder
+from nmflow.experiments.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from nmflow.experiments.config import Run

@@ -20,7 +20,7 @@ def audit(
     from rich.console import Console
 
     import nmflow
-    from nmflow.cli._words import globs
+    from nmflow.cli._errors import globs
 
     found = nmflow.audit(checkpoint, pattern, globs(include), globs(exclude))
     Console().print(str(found), soft_wrap=True, markup=False, highlight=False)

@@ -40,11 +40,11 @@ def bench(
     import torch
     from rich.console import Console
 
-    from nmflow.cli._words import globs
+    from nmflow.bench import networks
+    from nmflow.bench.bench import bench as measure
+    from nmflow.bench.plots import plot
+    from nmflow.cli._errors import globs
     from nmflow.errors import CompressError
-    from nmflow.packed import networks
-    from nmflow.packed.bench import bench as measure
-    from nmflow.packed.plots import plot
 
     counts = []
     for text in globs(tokens):

@@ -34,10 +34,10 @@ def compress(
     from rich.console import Console
 
     from nmflow import packed
-    from nmflow.checkpoints import open_state
+    from nmflow.cli._errors import globs
     from nmflow.cli._networks import network
-    from nmflow.cli._words import globs
     from nmflow.errors import CompressError
+    from nmflow.packed.files.checkpoints import open_state
 
     if not all(count.isdigit() for count in globs(tokens)):
         raise CompressError(f"tokens is {tokens!r}: give numbers such as 1,197")

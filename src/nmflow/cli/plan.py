@@ -27,8 +27,8 @@ def plan(
     from rich.console import Console
 
     import nmflow
+    from nmflow.cli._errors import globs
     from nmflow.cli._networks import network
-    from nmflow.cli._words import globs
 
     model, run, _ = network(source, overrides=set_)
     chosen = nmflow.plan(

@@ -34,9 +34,9 @@ def report(
     from rich.console import Console
 
     from nmflow.errors import ConfigError
-    from nmflow.experiments import times
-    from nmflow.experiments.report import write_report
-    from nmflow.experiments.results import finished_runs
+    from nmflow.experiments.report import times
+    from nmflow.experiments.report.page import write_report
+    from nmflow.experiments.run_folder import finished_runs
 
     for name, value in (("batch", batch), ("threads", threads)):
         if value is not None and not time:

@@ -29,7 +29,7 @@ def train(
     from nmflow.cli._progress import Watcher
     from nmflow.errors import NMFlowError
     from nmflow.experiments import config as configs
-    from nmflow.experiments.results import RunFolder, check_writable
+    from nmflow.experiments.run_folder import RunFolder, check_writable
 
     experiment = configs.load(config, set_)
     if smoke:

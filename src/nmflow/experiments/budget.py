@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from nmflow.cost import cost
 from nmflow.errors import ConfigError, NMFlowWarning, RecipeError
 from nmflow.experiments.config import Run
 from nmflow.experiments.costs import counted
 from nmflow.experiments.tasks import Problem
+from nmflow.inspect.cost import cost
 
 MOST = 10_000_000
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from nmflow.errors import ConfigError
-from nmflow.experiments.mistakes import parse
-from nmflow.experiments.reading import plain
+from nmflow.experiments.config_errors import parse
 from nmflow.experiments.specs import Count, Data, Globs, Model, RecipeSpec, Strict, Training
 from nmflow.experiments.tasks import options
+from nmflow.experiments.yaml_values import plain
 from nmflow.pattern import Pattern
 
 __all__ = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nmflow.cost import RULE, cost
-from nmflow.experiments.blocks import quantity
 from nmflow.experiments.config import Run
+from nmflow.experiments.report.blocks import quantity
+from nmflow.inspect.cost import RULE, cost
 
 COLUMNS = (
     "parameters",

@@ -8,8 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from nmflow.errors import ConfigError
-from nmflow.experiments import networks  # noqa: F401 - makes `mlp-mixer` and `lstm` known
-from nmflow.experiments.mistakes import near
+from nmflow.experiments.config_errors import near
 from nmflow.experiments.specs import Model
 
 

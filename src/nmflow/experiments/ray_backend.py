@@ -10,7 +10,7 @@ from typing import Any
 
 from nmflow.errors import ConfigError, NMFlowError
 from nmflow.experiments.config import Run
-from nmflow.experiments.results import RunFolder
+from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.runner import Failure, take
 from nmflow.experiments.training import Progress, train
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from nmflow.errors import NMFlowError
 from nmflow.experiments.config import Run
-from nmflow.experiments.results import RunFolder
+from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.training import Progress, train
 
 Failure = tuple[str, str]

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from nmflow.audit import audit
 from nmflow.errors import ConfigError, NMFlowError
-from nmflow.experiments import synthetic
 from nmflow.experiments.config import Experiment, Run, parse
-from nmflow.experiments.results import MODEL, RESULT, RunFolder, one_sentence, write_json
+from nmflow.experiments.data import synthetic
+from nmflow.experiments.run_folder import MODEL, RESULT, RunFolder, one_sentence, write_json
 from nmflow.experiments.training import Notify, train
+from nmflow.inspect.audit import audit
 
 STEPS, BATCH, ROWS = 2, 2, 4
 MARKER = "smoke.json"

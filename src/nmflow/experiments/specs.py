@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from nmflow.errors import ConfigError
-from nmflow.experiments.mistakes import near
+from nmflow.experiments.config_errors import near
 from nmflow.recipes import Recipe, resolve
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -15,10 +15,10 @@ from pydantic import Field, field_validator
 from nmflow.errors import ConfigError
 from nmflow.experiments import config
 from nmflow.experiments.config import Run
-from nmflow.experiments.mistakes import near
-from nmflow.experiments.reading import plain
-from nmflow.experiments.results import SWEEP, RunFolder, check_writable, write_json
+from nmflow.experiments.config_errors import near
+from nmflow.experiments.run_folder import SWEEP, RunFolder, check_writable, write_json
 from nmflow.experiments.specs import Count, Strict
+from nmflow.experiments.yaml_values import plain
 
 if TYPE_CHECKING:
     from nmflow.experiments.runner import Failure
@@ -187,7 +187,7 @@ def run(
     if first:
         prepare(sweep)
     many = sweep.workers if workers is None else workers
-    from nmflow.experiments.table import write_table
+    from nmflow.experiments.sweep_table import write_table
 
     try:
         if backend == "ray":

@@ -16,8 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from nmflow.errors import ConfigError
 from nmflow.experiments.config import Run
-from nmflow.experiments.mistakes import near
-from nmflow.experiments.results import RunFolder
+from nmflow.experiments.config_errors import near
+from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.tasks import Problem
 from nmflow.integrations.transformers import HardEvaluation
 

@@ -17,14 +17,13 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
-from nmflow.audit import audit
 from nmflow.errors import ConfigError
 from nmflow.experiments import budget, tasks
 from nmflow.experiments.config import Run
 from nmflow.experiments.costs import counted
-from nmflow.experiments.noise import NoiseCallback, frozen, tracked
+from nmflow.experiments.noise_callback import NoiseCallback, frozen, tracked
 from nmflow.experiments.provenance import fingerprint, machine, versions
-from nmflow.experiments.results import (
+from nmflow.experiments.run_folder import (
     CONFIG,
     MARK,
     MODEL,
@@ -34,6 +33,7 @@ from nmflow.experiments.results import (
     write_json,
 )
 from nmflow.experiments.trainer import trainer as make_trainer
+from nmflow.inspect.audit import audit
 from nmflow.integrations.transformers import NMFlowCallback
 
 

@@ -1,6 +1,7 @@
 """A recipe on an optimizer, which owns the dense weights; the network owns the sparse ones."""
 
-from nmflow.flow.attach import Flow, FlowStage, attach
+from nmflow.flow.attach import attach
+from nmflow.flow.flow import Flow, FlowStage
 from nmflow.flow.observing import Observation, Observer, View
 
 __all__ = ["Flow", "FlowStage", "Observation", "Observer", "View", "attach"]

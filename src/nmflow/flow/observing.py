@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nmflow.schedules import Stage
-from nmflow.target import Target
+from nmflow.recipes.schedules import Stage
+from nmflow.select.target import Target
 
 
 class View(NamedTuple):

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from nmflow.errors import StateError, WeightError
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
-from nmflow.flow.states import GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, differences
+from nmflow.flow.state import GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, differences
 
 
 def is_there(optimizer: Optimizer) -> bool:

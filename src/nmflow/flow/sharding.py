@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nmflow.errors import FlowError
-from nmflow.target import Target
+from nmflow.select.target import Target
 
 
 def local(x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from nmflow.flow import gradients
 from nmflow.flow.sharding import Region, local, out_axis
-from nmflow.flow.states import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
+from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.masks import one_pass, one_pass_serves, project, select
 from nmflow.pattern import Pattern
-from nmflow.schedules import Stage
+from nmflow.recipes.schedules import Stage
 
 _SAMPLE = 16
 _EVERY = Pattern("1:1")  # what a dense weight keeps

@@ -14,9 +14,9 @@ from nmflow.flow.flags import Flags
 from nmflow.flow.observing import View
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
-from nmflow.flow.states import Run
+from nmflow.flow.state import Run
 from nmflow.masks import select
-from nmflow.schedules import Stage
+from nmflow.recipes.schedules import Stage
 
 
 class Weights:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from nmflow.errors import FlowError
 from nmflow.flow import Flow, attach
 from nmflow.recipes import DEFAULT, Recipe
-from nmflow.targets import Names, Patterns
+from nmflow.select.plan import Names, Patterns
 
 
 class NMFlowCallback(pl.Callback):

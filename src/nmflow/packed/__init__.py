@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nmflow.packed.compress import compress, decompress
 from nmflow.packed.export import export_onnx, export_program
-from nmflow.packed.files import load, load_state, save, save_state
+from nmflow.packed.files.folder import load, load_state, save, save_state
 from nmflow.packed.report import Report, Row
 
 __all__ = [

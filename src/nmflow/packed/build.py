@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from nmflow.errors import CompressError
-from nmflow.layers import is_hf_conv1d
 from nmflow.packed.attention import PackedAttention
 from nmflow.packed.layout import as_matrix
 from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.pattern import Pattern
+from nmflow.select.weights import is_hf_conv1d
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

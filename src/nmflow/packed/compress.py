@@ -15,13 +15,13 @@ from nmflow.kernels import Call, choose
 from nmflow.kernels.layout import Shape
 from nmflow.packed import build
 from nmflow.packed.build import PACKED, Run
+from nmflow.packed.faster import Verdict, judge, kind_of, on_onednn
 from nmflow.packed.fuse import Fused
 from nmflow.packed.fuse import fuse as fuse_activations
-from nmflow.packed.judge import Verdict, judge, kind_of, on_onednn
 from nmflow.packed.onednn import OneDNNLinear
+from nmflow.packed.packable import Found, survey
 from nmflow.packed.report import Report, Row
-from nmflow.packed.survey import Found, survey
-from nmflow.targets import Names, Patterns
+from nmflow.select.plan import Names, Patterns
 
 Runs = dict[str, list[Run]]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nmflow.tables import table
+from nmflow.text_table import table
 
 # Tokens to (microseconds packed, microseconds of the best dense way, the name of that way).
 Times = dict[int, tuple[float, float, str]]

@@ -10,14 +10,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nmflow.errors import ConfigError
-from nmflow.experiments.mistakes import parse
+from nmflow.experiments.config_errors import parse
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import EvalPrediction, PreTrainedModel, Trainer
 
     from nmflow.experiments.config import Run
-    from nmflow.experiments.data import Card
+    from nmflow.experiments.data.sources import Card
 
 # Each file has `Options`, a pydantic model, and `build(run) -> Problem`; imported when it is asked
 # for, so that a configuration is checked without any heavy import.

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from nmflow.experiments.results import write_json
+from nmflow.experiments.data.tokenization import Tokens
+from nmflow.experiments.run_folder import write_json
 from nmflow.experiments.specs import Data, Strict
 from nmflow.experiments.tasks.glue_names import Names
-from nmflow.experiments.tokenization import Tokens
 
 if TYPE_CHECKING:
     from nmflow.experiments.config import Run
@@ -93,8 +93,8 @@ def _offsets(names: tuple[str, ...]) -> tuple[np.ndarray, int]:
 
 @functools.lru_cache(maxsize=2)
 def _cached(dump: str, options: str) -> Any:
+    from nmflow.experiments.data.tokenization import tokenizer
     from nmflow.experiments.tasks import _text, glue
-    from nmflow.experiments.tokenization import tokenizer
 
     data, how = Data.model_validate_json(dump), Options.model_validate_json(options)
     pool = glue.pooled(data, how.tasks)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nmflow.errors import DataError
-from nmflow.experiments.data import Card, column, rows
+from nmflow.experiments.data.sources import Card, column, rows
 from nmflow.experiments.specs import Data
 from nmflow.experiments.tasks._text import sentence
 

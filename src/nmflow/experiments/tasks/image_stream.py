@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.errors import ConfigError, DataError
-from nmflow.experiments.results import write_json
+from nmflow.experiments.run_folder import write_json
 from nmflow.experiments.specs import Strict
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def build(run: Run) -> Problem:
     import torch
     from transformers import AutoModelForImageClassification, Trainer
 
-    from nmflow.experiments import models, streams
+    from nmflow.experiments import models
+    from nmflow.experiments.data import streams
     from nmflow.experiments.tasks import Problem, vision
 
     options = Options(**run.options)

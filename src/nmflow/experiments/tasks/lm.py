@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.errors import DataError
-from nmflow.experiments.results import write_json
+from nmflow.experiments.run_folder import write_json
 from nmflow.experiments.specs import Data, Strict
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def build(run: Run) -> Problem:
 @functools.lru_cache(maxsize=2)
 def _cached(dump: str) -> Any:
     # One process trains many runs on the same text: read and encode it once.
-    from nmflow.experiments.data import corpus
+    from nmflow.experiments.data.sources import corpus
 
     found = corpus(Data.model_validate_json(dump))
     alphabet = sorted(set(found.texts["train"]))

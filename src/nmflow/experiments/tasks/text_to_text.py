@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from nmflow.experiments.data.tokenization import Tokens
 from nmflow.experiments.specs import Data, Strict
 from nmflow.experiments.tasks.glue_names import Names
-from nmflow.experiments.tokenization import Tokens
 
 if TYPE_CHECKING:
     from nmflow.experiments.config import Run
@@ -85,8 +85,8 @@ def _number(name: str, word: str) -> int:
 
 @functools.lru_cache(maxsize=2)
 def _cached(dump: str, options: str) -> Any:
+    from nmflow.experiments.data.tokenization import tokenizer
     from nmflow.experiments.tasks import _text, glue
-    from nmflow.experiments.tokenization import tokenizer
 
     data, how = Data.model_validate_json(dump), Options.model_validate_json(options)
     pool = glue.pooled(data, how.tasks)

@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.errors import DataError
+from nmflow.experiments.data.tokenization import Tokens
 from nmflow.experiments.specs import Data, Strict
-from nmflow.experiments.tokenization import Tokens
 
 if TYPE_CHECKING:
     from nmflow.experiments.config import Run
@@ -76,8 +76,8 @@ def build(run: Run) -> Problem:
 
 @functools.lru_cache(maxsize=2)
 def _cached(dump: str, options: str) -> Any:
-    from nmflow.experiments.data import corpus
-    from nmflow.experiments.tokenization import tokenizer
+    from nmflow.experiments.data.sources import corpus
+    from nmflow.experiments.data.tokenization import tokenizer
 
     how = Options.model_validate_json(options)
     found = corpus(Data.model_validate_json(dump))

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.errors import ConfigError, DataError
+from nmflow.experiments.data.tokenization import Tokens
 from nmflow.experiments.specs import Data, Strict
-from nmflow.experiments.tokenization import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -99,8 +99,8 @@ def _bleu(tokenizer: Any, prediction: Any) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=2)
 def _cached(dump: str, options: str) -> Any:
-    from nmflow.experiments.data import rows
-    from nmflow.experiments.tokenization import tokenizer
+    from nmflow.experiments.data.sources import rows
+    from nmflow.experiments.data.tokenization import tokenizer
 
     data, how = Data.model_validate_json(dump), Options.model_validate_json(options)
     table = rows(data)
@@ -127,9 +127,9 @@ def _examples(tokenizer: Any, pairs: Iterable[tuple[str, str]], how: Options) ->
 def _streamed(run: Run, how: Options) -> Any:
     from transformers import Seq2SeqTrainer
 
-    from nmflow.experiments import streams
+    from nmflow.experiments.data import streams
+    from nmflow.experiments.data.tokenization import tokenizer
     from nmflow.experiments.tasks import _text
-    from nmflow.experiments.tokenization import tokenizer
 
     streams.refuse_noise(run)
     if how.tokens.load is None and not how.tokens.rows:

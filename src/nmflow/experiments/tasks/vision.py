@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.errors import DataError
-from nmflow.experiments.results import write_json
+from nmflow.experiments.run_folder import write_json
 from nmflow.experiments.specs import Data, Strict
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nmflow.experiments.config import Run
-    from nmflow.experiments.data import Card
+    from nmflow.experiments.data.sources import Card
     from nmflow.experiments.tasks import Problem
 
 MEMORY = 2 << 30  # bytes of decoded pixels that may be kept in memory
@@ -195,7 +195,7 @@ def labels_of(values: list[Any], classes: list[str], split: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def _cached(dump: str, options: str) -> Loaded:
-    from nmflow.experiments import data as sources
+    from nmflow.experiments.data import sources
 
     data, how = Data.model_validate_json(dump), Options.model_validate_json(options)
     table = sources.rows(data)

@@ -1,0 +1,1 @@
+"""Packed networks measured against the best dense ways in the same run."""

@@ -1,0 +1,202 @@
+"""`bench`: packed against the best dense way in the same run, by layer and end to end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmflow.bench import ways
+from nmflow.bench.results import Bench, Measured, rows_of
+from nmflow.errors import CompressError
+from nmflow.kernels import explain
+from nmflow.masks import mask
+from nmflow.packed.compress import compress
+from nmflow.packed.layout import as_matrix
+from nmflow.packed.measure import dense_ways, time_ways
+from nmflow.packed.modules import PackedLinear
+from nmflow.packed.packable import survey
+from nmflow.select.plan import Names, Patterns, plan
+
+INT8 = "int8 dynamic (torch)"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def bench(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    pattern: Patterns | None = "1:16",
+    include: Names = "all",
+    exclude: Names = (),
+    tokens: Sequence[int] = (1, 16, 197),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    layers: bool = True,
+    network: bool = True,
+    onnx: bool = False,
+    seconds: float = 0.2,
+    name: str = "",
+    progress: Callable[[str], None] = lambda what: None,
+) -> Bench:
+    """Measure packed layers and the whole network against the best dense way, in one run.
+
+    Layers are those of the chosen weights, one of each shape and pattern: `F.linear`, oneDNN,
+    packed oneDNN, packed, and torch's int8 dynamic quantization, turn by turn. The network runs as
+    it is, with packed oneDNN in every linear layer where that is faster (`"dense, best"`),
+    compressed, in int8, and on request on onnxruntime.
+
+    Args:
+        model: a network; a copy is pruned by magnitude to `pattern`.
+        example: keyword arguments of its forward pass.
+        pattern: as for `plan`; None takes the patterns that the weights hold.
+        include: as for `plan`.
+        exclude: as for `plan`.
+        tokens: token counts of the layers.
+        dtypes: of `"float32"`, `"bfloat16"`, `"float16"`.
+        layers: measure layers.
+        network: measure the network.
+        onnx: measure onnxruntime too (the extra `onnx`).
+        seconds: time for each way, about; five times as long for networks.
+        name: what to call the network.
+        progress: called with a few words before each part.
+
+    Raises:
+        CompressError: an unknown dtype or token count, or nothing to pack.
+        PlanError, PatternError: as for `plan`.
+    """
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise CompressError(f"dtypes has {dtype!r}: choose of {', '.join(DTYPES)}")
+    if not all(isinstance(t, int) and t > 0 for t in tokens):
+        raise CompressError(f"tokens is {tokens!r}: give positive numbers of tokens")
+    model = pruned(model, pattern, include, exclude)
+    found = Bench()
+    for dtype in dtypes:
+        typed = copy.deepcopy(model).to(DTYPES[dtype]).eval()
+        if layers:
+            found.rows += _layers(typed, tokens, dtype, seconds, progress)
+        if network:
+            rows, shares = _network(typed, example, dtype, onnx, seconds, name, progress)
+            found.rows += rows
+            found.shares |= shares
+    return found
+
+
+def pruned(
+    model: nn.Module, pattern: Patterns | None, include: Names = "all", exclude: Names = ()
+) -> nn.Module:
+    """A copy of a model, its chosen weights pruned by magnitude; with None just the copy."""
+    model = copy.deepcopy(model)
+    if pattern is not None:
+        for target in plan(model, pattern, include, exclude, remainder="skip"):
+            w = model.get_parameter(target.name).detach()
+            if target.rows is not None:
+                w = w.narrow(
+                    0 if target.dim else 1, target.rows[0], target.rows[1] - target.rows[0]
+                )
+            w.mul_(mask(w, target.pattern, target.dim))
+    return model
+
+
+def _layers(
+    model: nn.Module, tokens: Sequence[int], dtype: str, seconds: float, progress: Callable
+) -> list[Measured]:
+    rows: list[Measured] = []
+    done: set[tuple[Any, ...]] = set()
+    for w in survey(model):
+        whole = len(w.runs) == 1 and w.runs[0][:2] == (0, w.layer.out)
+        if not whole or w.why_not or len(w.layer.shape) != 2:
+            continue
+        weight = model.get_parameter(w.layer.name)
+        matrix = as_matrix(weight.detach(), w.layer.dim).contiguous()
+        key = (tuple(matrix.shape), w.runs[0].pattern)
+        if key in done:
+            continue
+        done.add(key)
+        bias = nn.Parameter(torch.randn(matrix.shape[0]).to(matrix.dtype), requires_grad=False)
+        packed = PackedLinear.pack(matrix, w.runs[0].pattern, bias)
+        held: dict[str, nn.Module] = {"packed": packed}
+        if dtype == "float32" and (eight := _int8_layer(matrix, bias)) is not None:
+            held[INT8] = eight
+        for t in tokens:
+            progress(f"{w.layer.name}, {dtype}, {t} tokens")
+            x = torch.randn(t, matrix.shape[1]).to(matrix.dtype)
+            with torch.inference_mode():
+                race = dense_ways(matrix, bias, x)
+                race |= {way: lambda one=one, x=x: one(x) for way, one in held.items()}
+                took = time_ways(race, seconds)
+            kernel = str(explain(packed, x)[0][1].kernel)
+            rows += rows_of(took, "layer", w.layer.name, "x".join(map(str, matrix.shape)),
+                          str(w.runs[0].pattern), dtype, t, {"packed": kernel})  # fmt: skip
+    return rows
+
+
+def _network(
+    model: nn.Module, example: Mapping[str, Any], dtype: str, onnx: bool, seconds: float,
+    name: str, progress: Callable,
+) -> tuple[list[Measured], dict[tuple[str, str], dict[str, float]]]:  # fmt: skip
+    floats = {
+        k: v.to(DTYPES[dtype]) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in example.items()
+    }
+    progress(f"the network, {dtype}: choosing the best dense way and the packed layers")
+    met = max(ways.tokens_of(model, floats).values(), default=1)
+    packed = compress(model, tokens=(met,), onednn=True)
+    best = ways.best_dense(model, floats)
+    held: dict[str, nn.Module] = {"dense": model, "dense, best": best, "packed": packed}
+    if dtype == "float32" and (eight := ways.int8_dynamic(model)) is not None:
+        held[INT8] = eight
+    race: dict[str, Callable[[], object]] = {
+        way: lambda one=one: one(**floats) for way, one in held.items()
+    }
+    with ways.scratch() as folder, torch.inference_mode():
+        if onnx and dtype == "float32":
+            progress("the network: exporting to ONNX")
+            with torch.inference_mode(False):
+                race |= ways.onnxruntime_ways(model, floats, Path(folder), torch.get_num_threads())
+        progress(f"the network, {dtype}: measuring {len(race)} ways")
+        took = time_ways(race, 5 * seconds)
+        shares = {(way, dtype): where_the_time_goes(race[way]) for way in ("dense, best", "packed")}
+    patterns = dict.fromkeys(row.pattern for row in packed.report.packed)
+    kernels = dict.fromkeys(row.why.removeprefix("by ") for row in packed.report.packed)
+    label = name or type(model).__name__
+    rows = rows_of(took, "network", label, "", ", ".join(patterns), dtype, met,
+                 {"packed": ", ".join(kernels)})  # fmt: skip
+    return rows, shares
+
+
+_PARTS = {
+    "matrix products": ("nmflow::matmul", "mkldnn::_linear", "aten::addmm", "aten::mm",
+                        "aten::linear", "aten::mkldnn_linear", "quantized::"),
+    "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::baddbmm", "aten::_softmax",
+                  "aten::scaled_dot"),
+    "norms": ("aten::native_layer_norm", "aten::pow", "aten::rsqrt", "aten::mean",
+              "aten::_fused_rms_norm", "aten::mul"),
+    "activations": ("aten::gelu", "aten::relu", "aten::silu", "aten::clamp_min", "aten::tanh"),
+    "convolution": ("aten::mkldnn_convolution", "aten::convolution", "aten::_convolution"),
+    "residuals": ("aten::add",),
+}  # fmt: skip
+
+
+def where_the_time_goes(run: Callable[[], object], times: int = 3) -> dict[str, float]:
+    """The share of each part in the CPU time of some runs, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(times):
+            run()
+    sums = dict.fromkeys([*_PARTS, "the rest"], 0.0)
+    for event in profiler.key_averages():
+        part = next((p for p, names in _PARTS.items() if event.key.startswith(names)), "the rest")
+        sums[part] += event.self_cpu_time_total
+    total = sum(sums.values()) or 1.0
+    return {part: time / total for part, time in sums.items() if time / total >= 0.005}
+
+
+def _int8_layer(matrix: Tensor, bias: Tensor) -> nn.Module | None:
+    linear = nn.Linear(matrix.shape[1], matrix.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(matrix), nn.Parameter(bias)
+    return ways.int8_dynamic(nn.Sequential(linear))

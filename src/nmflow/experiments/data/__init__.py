@@ -1,0 +1,1 @@
+"""Data of an experiment: sources, streams, stand-ins and tokenisers."""

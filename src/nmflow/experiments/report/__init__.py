@@ -1,0 +1,1 @@
+"""The report over finished runs: comparisons, sentences, plots and one page."""

@@ -1,0 +1,197 @@
+"""Drawings of a setting: SVG, readable in print and by the colour-blind, the same every time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nmflow.experiments.report.compare import LESS_IS_BETTER, Recipe, Setting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, darkest first; each with a dash and a marker, so that grey print serves.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
+_FINE = ((0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (3, 3)))
+DASHES = ("-", "--", (0, (9, 1)), "-.", *_FINE)
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*")
+STYLE: Any = {
+    "svg.hashsalt": "nmflow",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e2e2e2",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def style(place: int) -> dict[str, Any]:
+    """Colour, dash and marker of the recipe at a place of the page; no two places share all three.
+
+    The first eight differ in each. Of the next the markers move on, so that no pair of colour and
+    marker comes back; from the 65th on the marker is the place itself.
+    """
+    turn, count = place // len(COLOURS), len(MARKERS)
+    marker = MARKERS[(place + 3 * turn) % count] if turn < count else f"${place}$"
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "linestyle": DASHES[(place + turn) % len(DASHES)],
+        "marker": marker,
+    }
+
+
+def draw(
+    paint: Callable[[list[Axes]], None], columns: int = 1, height: float = 3.4, rows: int = 1
+) -> str:
+    """An SVG with as many axes, painted; `height` is of one row of them."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, height * rows))
+        FigureCanvasSVG(figure)
+        axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+        paint(axes)
+        # One legend below for all axes, where it covers no line.
+        found = [ax.get_legend_handles_labels() for ax in axes]
+        named = {
+            name: line for lines, names in found for line, name in zip(lines, names, strict=True)
+        }
+        if named:
+            columns = min(6, max(1, int(620 / (45 + 4.4 * max(map(len, named))))))
+            figure.legend(
+                named.values(), named, loc="outside lower center", ncols=columns, fontsize=8
+            )
+        sink = io.StringIO()
+        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": "nmflow"})
+    return sink.getvalue()
+
+
+def line(place: int) -> dict[str, Any]:
+    """`style` for a curve."""
+    return {**style(place), "lw": 1.6, "markersize": 4, "markevery": 0.2}
+
+
+def series(recipe: Recipe, key: str, log: str = "history") -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and a row of values a seed, of one entry of a run's log."""
+    rows = [
+        {entry["step"]: entry[key] for entry in run[log] if entry.get(key) is not None}
+        for run in recipe.runs.values()
+    ]
+    steps = sorted(set(rows[0]).intersection(*rows[1:]))
+    return np.array(steps), np.array([[row[step] for step in steps] for row in rows])
+
+
+def curves(setting: Setting) -> str:
+    """Training loss as the network is, and validation loss of the N:M network, over steps."""
+
+    def paint(axes: list[Axes]) -> None:
+        both = (
+            ("loss", "training loss, as computed"),
+            ("eval_loss", "validation loss, N:M network" if setting.sparse else "validation loss"),
+        )
+        for ax, (key, title) in zip(axes, both, strict=True):
+            top = 0.0
+            for recipe in setting.recipes:
+                steps, values = series(recipe, key)
+                if not len(steps):
+                    continue
+                mean, colour = values.mean(0), style(recipe.place)["color"]
+                ax.plot(steps, mean, label=recipe.title, **line(recipe.place))
+                ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0)
+                # The first tenth is steep for every recipe and would flatten the rest.
+                late = mean[steps > 0.1 * steps[-1]]
+                top = max(top, float(late.max()) if len(late) else 0.0)
+            if top:
+                ax.set_ylim(top=top * 1.02)
+            ax.set_title(title, fontsize=10)
+            ax.set_xlabel("optimizer step")
+        axes[0].set_ylabel("loss")
+
+    return draw(paint, columns=2)
+
+
+def schedule(setting: Setting) -> str:
+    """δ and the share of the targets' weights that the mask keeps, over steps."""
+
+    def paint(axes: list[Axes]) -> None:
+        for ax, key in zip(axes, ("delta", "density"), strict=True):
+            for recipe in setting.recipes:
+                steps, values = series(recipe, key)
+                if not len(steps):
+                    continue
+                fades = key == "delta" and recipe.name.startswith(("mdgf", "hybrid", "settling"))
+                drawn = "default" if fades else "steps-post"
+                mean = values.mean(0)
+                ax.plot(steps, mean, label=recipe.title, drawstyle=drawn, **line(recipe.place))
+            ax.set_xlabel("optimizer step")
+        axes[0].set_ylabel("δ")
+        axes[1].set_ylabel("share of weights kept")
+        axes[1].set_yscale("log", base=2)
+        axes[1].yaxis.set_major_formatter(lambda v, _: f"1/{round(1 / v)}" if v < 1 else "1")
+
+    return draw(paint, columns=2)
+
+
+def differences(setting: Setting) -> str:
+    """Each sparse recipe's difference to the baseline: every seed, mean and 95 % interval."""
+    shown = [m for m in setting.metrics if m in ("loss", setting.headline)]
+
+    def paint(axes: list[Axes]) -> None:
+        baseline = setting.baseline
+        rows = [r for r in setting.recipes if r is not baseline and r.name != "dense"]
+        for ax, metric in zip(axes, shown, strict=True):
+            for y, recipe in enumerate(reversed(rows)):
+                found = setting.comparison(recipe, metric)
+                if found is None or baseline is None:
+                    continue
+                how = style(recipe.place)
+                base = baseline.values(metric)
+                dots = [v - base[s] for s, v in recipe.values(metric).items() if s in base]
+                ax.plot(
+                    dots,
+                    [y - 0.22] * len(dots),
+                    ls="",
+                    marker=how["marker"],
+                    ms=4,
+                    mfc="none",
+                    mec=how["color"],
+                )
+                d = found.difference
+                ax.plot([d.mean], [y], marker=how["marker"], color=how["color"], ms=8, ls="")
+                if d.low is not None and d.high is not None:
+                    ax.plot([d.low, d.high], [y, y], color=how["color"], lw=2)
+            ax.axvline(0, color="#333333", lw=1)
+            ax.xaxis.set_major_locator(MaxNLocator(5))
+            better = "left" if metric in LESS_IS_BETTER else "right"
+            ax.set_xlabel(f"test {metric}: difference, better to the {better}")
+            ax.set_yticks(range(len(rows)), [r.title for r in reversed(rows)])
+            ax.set_ylim(-0.6, len(rows) - 0.4)
+        for ax in axes[1:]:
+            ax.set_yticklabels([])
+
+    return draw(paint, columns=len(shown), height=1.2 + 0.45 * len(setting.recipes))
+
+
+def tracked(setting: Setting, key: str, label: str) -> str:
+    """One tracked measure of the gradient over steps, for kept and for pruned weights."""
+
+    def paint(axes: list[Axes]) -> None:
+        for ax, part in zip(axes, ("kept", "pruned"), strict=True):
+            for recipe in setting.recipes:
+                steps, values = series(recipe, f"{key}_{part}", "tracked")
+                if len(steps):
+                    ax.plot(steps, values.mean(0), label=recipe.title, **line(recipe.place))
+            ax.set_title(f"{part} weights", fontsize=10)
+            ax.set_xlabel("optimizer step")
+            ax.set_yscale("log")
+        axes[0].set_ylabel(label)
+
+    return draw(paint, columns=2)

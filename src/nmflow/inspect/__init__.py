@@ -1,0 +1,1 @@
+"""What a network and its training are: audits, costs, gradient noise, mask flips."""

@@ -1,0 +1,176 @@
+"""`track`: what happens to gradients and masks, step by step, while a recipe runs."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmflow.flow import Flow, View
+from nmflow.inspect.noise import GradientNoise, gradient_noise
+from nmflow.masks import mask
+
+__all__ = ["GradientNoise", "Tracker", "gradient_noise", "track"]
+
+ALL = "all"
+"""The `target` of rows that are aggregated over every target."""
+
+# What is summed over the weights of a target, and then over targets.
+_SUMS = (
+    "weights", "kept", "seen", "seen_kept", "grad", "grad_kept", "square", "square_kept",
+    "changed", "compared", "norm", "off", "off_hard",
+)  # fmt: skip
+
+
+class Tracker:
+    """A running stream of metrics; made by `track`.
+
+    Attributes:
+        rows: one dictionary a step and target, and one a step over all (`"target": "all"`).
+            Aggregates are over weights, so a large target weighs more.
+
+    Columns, each of the gradient g = ∂L/∂W̃ as it reaches the dense weights, over the weights of a
+    target, for all of them and (`_kept`, `_pruned`) for those that the mask keeps and prunes:
+
+    * `grad_mean`, `grad_var`, `grad_second`: mean, variance and second moment of g across weights;
+    * `grad_norm`: ‖g‖.
+
+    And: `step` (optimizer steps done before this one), `target`, `phase`, `pattern`, `delta`,
+    `weights`, `kept`; `sad`, the entries of the mask that changed since the step observed last,
+    and `flip_rate`, their share (both None at the first); `distance` ‖W − W̃‖ / ‖W‖; and
+    `distance_hard` ‖W − W ⊙ m‖ / ‖W‖, which of a dense network is the distance to its pruned self.
+    """
+
+    def __init__(self, flow: Flow, every: int, per_target: bool) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._per_target = per_target
+        self._labels = {target.label for target in flow.plan}
+        self._masks: dict[str, Tensor] = {}
+        # Several optimizers report a step one after the other.
+        self._open: dict[int, dict[str, tuple[View, list[float]]]] = {}
+        self._observation = flow.observe(self._observe, every)
+
+    def stop(self) -> None:
+        """End the stream; `rows` stay, the masks that were held for comparison go."""
+        self._observation.remove()
+        self._masks.clear()
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write `rows` as a CSV file with a head; what is None is empty."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def _observe(self, step: int, views: list[View]) -> None:
+        # One transfer from the device for all targets.
+        sums = torch.stack([self._measure(view).cpu() for view in views]).tolist()
+        seen = self._open.setdefault(step, {})
+        for view, values in zip(views, sums, strict=True):
+            seen[view.target.label] = (view, values)
+            if self._per_target:
+                self.rows.append(_row(step, view.target.label, [view], values))
+        if set(seen) == self._labels:
+            total = [sum(column) for column in zip(*(v for _, v in seen.values()), strict=True)]
+            self.rows.append(_row(step, ALL, [view for view, _ in seen.values()], total))
+            del self._open[step]
+
+    def _measure(self, view: View) -> Tensor:
+        """The sums of one target, in float64, on its device."""
+        w, kept = view.weight.detach().double(), view.mask
+        before = self._masks.get(view.target.label)
+        self._masks[view.target.label] = kept.clone()
+        zero = w.new_zeros(())
+        size = w.new_tensor(float(w.numel()))
+        if view.grad is None:
+            gradient = (zero,) * 6
+        else:
+            g = view.grad.detach().double()
+            k = torch.where(kept, g, zero)
+            gradient = (size, kept.sum(), g.sum(), k.sum(), (g * g).sum(), (k * k).sum())
+        pruned = torch.where(kept, zero, w)
+        flips = (zero, zero) if before is None else ((before != kept).sum(), size)
+        norms = ((w * w).sum(), _off(view, pruned), (pruned * pruned).sum())
+        sums = (size, kept.sum(), *gradient, *flips, *norms)
+        return torch.stack([s.double() for s in sums])
+
+
+def track(flow: Flow, every: int = 1, per_target: bool = True) -> Tracker:
+    """Record gradients, masks and distances of a flow's targets before each optimizer step.
+
+    A dense run (`attach(recipe="dense")`) is tracked alike: its mask is the one that its pattern
+    would keep, so that its rows are the baseline. Under a sharded model each rank records its own
+    rows of each weight. Between steps one bool a weight is held, the mask for `flip_rate`.
+
+    Args:
+        flow: a flow that is not finalized.
+        every: record at steps 0, `every`, 2 · `every` …
+        per_target: False records only the aggregate.
+
+    Returns:
+        A `Tracker`; see it for the columns.
+
+    Raises:
+        FlowError: `every` is not a whole number of at least 1.
+
+    Example:
+        >>> import nmflow, torch
+        >>> model = torch.nn.Linear(32, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> flow = nmflow.attach(model, optimizer, "sr-ste", "1:16", "*", total_steps=3)
+        >>> tracker = track(flow, per_target=False)
+        >>> for _ in range(3):
+        ...     model(torch.randn(4, 32)).square().mean().backward()
+        ...     optimizer.step()
+        >>> [(row["step"], row["kept"]) for row in tracker.rows]
+        [(0, 16), (1, 16), (2, 16)]
+
+    References:
+        arXiv 2402.04744, section 5 (noise of gradients). SAD is the sum of absolute differences
+        of two masks.
+    """
+    return Tracker(flow, every, per_target)
+
+
+def _off(view: View, pruned: Tensor) -> Tensor:
+    """‖W − W̃‖², of W with the kept weights taken out: W̃ = W ⊙ (m + (1 − m) ⊙ m' · δ)."""
+    stage = view.stage
+    if stage.pattern is None:
+        return pruned.new_zeros(())
+    left = pruned * (1.0 - stage.delta)
+    if stage.previous is not None and stage.delta > 0:
+        fading = mask(view.weight, stage.previous, view.target.dim)
+        left = torch.where(fading, left, pruned)
+    return (left * left).sum()
+
+
+def _row(step: int, label: str, views: list[View], values: Sequence[float]) -> dict[str, Any]:
+    s = dict(zip(_SUMS, values, strict=True))
+    patterns = sorted({str(view.stage.pattern or "dense") for view in views})
+    row: dict[str, Any] = {
+        "step": step, "target": label, "phase": views[0].stage.phase,
+        "pattern": " ".join(patterns), "delta": max(view.stage.delta for view in views),
+        "weights": int(s["weights"]), "kept": int(s["kept"]),
+    }  # fmt: skip
+    for suffix, n, first, second in (
+        ("", s["seen"], s["grad"], s["square"]),
+        ("_kept", s["seen_kept"], s["grad_kept"], s["square_kept"]),
+        ("_pruned", s["seen"] - s["seen_kept"], s["grad"] - s["grad_kept"],
+         s["square"] - s["square_kept"]),
+    ):  # fmt: skip
+        mean = first / n if n else None
+        row[f"grad_mean{suffix}"] = mean
+        row[f"grad_var{suffix}"] = None if mean is None else max(0.0, second / n - mean * mean)
+        row[f"grad_second{suffix}"] = second / n if n else None
+        row[f"grad_norm{suffix}"] = math.sqrt(max(0.0, second)) if n else None
+    row["sad"] = int(s["changed"]) if s["compared"] else None
+    row["flip_rate"] = s["changed"] / s["compared"] if s["compared"] else None
+    row["distance"] = math.sqrt(s["off"] / s["norm"]) if s["norm"] else 0.0
+    row["distance_hard"] = math.sqrt(s["off_hard"] / s["norm"]) if s["norm"] else 0.0
+    return row

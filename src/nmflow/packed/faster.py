@@ -1,0 +1,141 @@
+"""Is a packed module faster than the best dense way? Measured, at the token counts given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nmflow.packed.build import Run
+from nmflow.packed.layout import as_matrix
+from nmflow.packed.measure import (
+    Timing,
+    Way,
+    conv_ways,
+    dense_ways,
+    time_ways,
+)
+from nmflow.packed.modules import FusedLinear, PackedConv
+from nmflow.packed.onednn import OneDNNLinear, onednn_takes
+from nmflow.packed.report import Times
+from nmflow.select.weights import is_hf_conv1d
+
+Runs = dict[str, list[Run]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a module stays dense (empty: it is packed), its times, and whether on oneDNN."""
+
+    why: str = ""
+    times: Times = field(default_factory=dict)
+    onednn: bool = False
+
+
+def kind_of(module: nn.Module, found: Runs) -> tuple[object, ...]:
+    """What decides how fast a module is: modules that agree on it are measured once."""
+    sizes = tuple((n, tuple(p.shape), p.dtype, str(p.device)) for n, p in module.named_parameters())
+    runs = tuple((own, tuple(runs)) for own, runs in found.items())
+    return type(module), sizes, runs, str(module)
+
+
+def judge(module: nn.Module, packed: nn.Module, counts: tuple[int, ...]) -> Verdict:
+    """Race the packed module against the dense ways at every token count."""
+    some = next(module.parameters())
+    if some.device.type != "cpu":
+        return Verdict(f"there is no fast packed kernel on {some.device.type}")
+    times: Times = {}
+    gain = onednn = 1.0
+    with torch.no_grad():
+        for t in counts:
+            mine, best, names = 0.0, 0.0, []
+            if isinstance(packed, PackedConv):
+                x = _conv_input(packed, t, some)
+                races = [_race(conv_ways(module, x), packed, x)]
+            else:
+                races = []
+                for matrix, bias, parts in _products(module, packed):
+                    x = torch.randn(t, matrix.shape[1]).to(matrix.dtype)
+                    ways = dense_ways(matrix, bias, x)
+                    if is_hf_conv1d(module):
+                        ways["addmm"] = lambda x=x: module(x)
+                    races.append(_race(ways, parts, x))
+            for took in races:
+                name = min(took.keys() - {"packed"}, key=lambda way: took[way].median)
+                mine, best = mine + took["packed"].median, best + took[name].median
+                names.append(name)
+                if "oneDNN packed" in took and "F.linear" in took:
+                    onednn *= took["F.linear"].median / took["oneDNN packed"].median
+            times[t] = mine, best, " and ".join(dict.fromkeys(names))
+            gain *= best / mine
+    if gain > 1:
+        return Verdict("", times)
+    runs_on = type(module) is nn.Linear and onednn > 1
+    why = "the best dense way is faster" + (", so it runs on packed oneDNN" if runs_on else "")
+    return Verdict(why, times, runs_on)
+
+
+def on_onednn(
+    linears: Mapping[nn.Module, int], counts: tuple[int, ...] = ()
+) -> dict[nn.Module, nn.Module]:
+    """The linear layers, of modules and their tokens, that packed oneDNN runs faster, on it.
+
+    `counts` are the token counts to be fast at, where they are the same for all.
+    """
+    new: dict[nn.Module, nn.Module] = {}
+    faster: dict[tuple[object, ...], bool] = {}
+    with torch.no_grad():
+        for module, tokens in linears.items():
+            if type(module) is not nn.Linear or not onednn_takes(module.weight.dtype):
+                continue
+            if module.weight.device.type != "cpu":
+                continue
+            shape = tuple(module.weight.shape)
+            key = (shape, module.weight.dtype, tokens, module.bias is None)
+            if key not in faster:
+                gain = 1.0
+                for t in counts or (tokens,):
+                    x = torch.randn(t, module.in_features).to(module.weight.dtype)
+                    took = time_ways(dense_ways(module.weight, module.bias, x))
+                    gain *= took["F.linear"].median / took["oneDNN packed"].median
+                faster[key] = gain > 1
+            if faster[key]:
+                new[module] = OneDNNLinear.of(module, tokens)
+    return new
+
+
+def _race(ways: dict[str, Way], packed: nn.Module, x: Tensor) -> dict[str, Timing]:
+    return time_ways({**ways, "packed": lambda: packed(x)})
+
+
+def _products(
+    module: nn.Module, packed: nn.Module
+) -> list[tuple[Tensor, Tensor | None, nn.Module]]:
+    """The matrix products of a module: dense matrix, bias, and the packed module of each."""
+    if not isinstance(module, nn.MultiheadAttention):
+        axis = 0 if is_hf_conv1d(module) else 1
+        matrix = as_matrix(module.get_parameter("weight").detach(), axis).contiguous()
+        return [(matrix, module.bias, packed)]  # pyright: ignore[reportReturnType]
+    q, k, v, out = packed.q, packed.k, packed.v, packed.out_proj  # pyright: ignore
+    bias = [None] * 3 if module.in_proj_bias is None else list(module.in_proj_bias.chunk(3))
+    if module._qkv_same_embed_dim:
+        fused = FusedLinear([q, k, v])  # pyright: ignore[reportArgumentType]
+        first = [(module.in_proj_weight, module.in_proj_bias, fused)]
+    else:
+        whole = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        first = list(zip(whole, bias, (q, k, v), strict=True))
+    return [*first, (module.out_proj.weight, module.out_proj.bias, out)]  # pyright: ignore
+
+
+def _conv_input(conv: PackedConv, tokens: int, like: Tensor) -> Tensor:
+    """An input that gives about that many output positions."""
+    spatial = len(conv.kernel_size)
+    side = max(round(tokens ** (1 / spatial)), 1)
+    pads = [sum(conv.pads[2 * i : 2 * i + 2]) for i in reversed(range(spatial))]
+    sizes = [
+        max((side - 1) * s + d * (k - 1) + 1 - pad, 1)
+        for k, s, d, pad in zip(conv.kernel_size, conv.stride, conv.dilation, pads, strict=True)
+    ]
+    return torch.randn(1, conv.in_channels, *sizes).to(like.dtype)

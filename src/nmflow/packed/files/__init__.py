@@ -1,0 +1,1 @@
+"""Packed networks in files: the container, folders, and weights of any saved network."""

@@ -1,0 +1,288 @@
+"""`save` and `load`: a network in a folder, its N:M weights packed, lossless and checked."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nmflow.errors import CompressError, FileFormatError
+from nmflow.packed import build
+from nmflow.packed.build import PACKED
+from nmflow.packed.compress import replace_modules
+from nmflow.packed.files import container
+from nmflow.packed.files.stored import Stored
+from nmflow.packed.fuse import fuse as fuse_activations
+from nmflow.packed.layout import as_matrix, file_bits, fits, runs
+from nmflow.packed.packable import survey
+from nmflow.packed.report import Report, Row
+from nmflow.select.plan import Names, Patterns, choose
+from nmflow.select.weights import layers_of_state
+
+Folder = str | os.PathLike[str]
+
+
+def save(
+    model: nn.Module, folder: Folder, pattern: Patterns | None = None, include: Names = "*",
+    exclude: Names = (),
+) -> None:  # fmt: skip
+    """Write a network to a folder, its N:M weights as kept values and their columns.
+
+    The folder gets `nmflow.json` (patterns, axes, layout version, a SHA-256 per tensor) and one
+    safetensors file; `docs/layout.md` says how to read them without nmflow. Nothing is lost:
+    `load` gives every weight back bit by bit, but for the sign of a pruned zero. An older network
+    in the folder is replaced in one step; other files are left alone.
+
+    Args:
+        model: what `compress` returned; or a dense model whose weights hold N:M, such as after
+            `flow.finalize()`, which is left as it is.
+        folder: made if it is not there.
+        pattern: as for `compress`; for the weights of `model` that are dense.
+        include: as for `compress`.
+        exclude: as for `compress`.
+
+    Raises:
+        CompressError: the folder cannot be written, no weight holds a pattern, or the model has
+            state that is no tensor.
+
+    Example:
+        >>> import nmflow, tempfile
+        >>> model = nn.Sequential(nn.Linear(64, 32))
+        >>> model[0].weight.data *= nmflow.mask(model[0].weight, "1:16")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, folder)
+        ...     again = load(folder, nn.Sequential(nn.Linear(64, 32)))
+        >>> again[0].pattern
+        Pattern('1:16')
+    """
+    weights: dict[str, Stored] = {}
+    tensors, inside = _plain_state(model)
+    for path, module in inside.items():
+        dense = build.unpack(module)
+        held = build.runs_of(module)
+        for own, parameter in dense.named_parameters():
+            name = f"{path}.{own}" if path else own
+            if own in held:
+                axis = 0 if getattr(module, "stored", "") == "Conv1D" else 1
+                weights[name] = Stored.of(parameter, axis, held[own], "packed")
+            else:
+                tensors[name] = parameter.detach()
+    for found in survey(model, pattern, include, exclude) if tensors else ():
+        name = found.layer.name
+        if found.runs and name in tensors:
+            run = "dense" if inside or found.why_not else "packed"
+            weights[name] = Stored.of(tensors.pop(name), found.layer.dim, found.runs, run)
+    if not weights:
+        raise CompressError(
+            "model has no weight that holds an N:M pattern: prune it first (flow.finalize()), or "
+            "name the pattern"
+        )
+    aliases = {a: first for a, first in _aliases(model).items() if a in tensors}
+    container.write(
+        folder, weights, {n: t for n, t in tensors.items() if n not in aliases}, aliases
+    )
+
+
+def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
+    """Load what `save` wrote into a dense model of the same architecture.
+
+    Args:
+        folder: what `save` wrote.
+        model: the dense architecture; its own weights do not matter and may be on `meta`. It is
+            changed in place, once everything in the folder has been checked.
+        fuse: as for `compress`.
+
+    Returns:
+        `model`, its weights replaced (with the dtypes of the file), and its modules packed where
+        they were packed when saved, or packable when a dense model was saved. If the root itself
+        is packed, the packed module.
+
+    Raises:
+        FileFormatError: a file is missing, damaged, hostile, or does not fit the model.
+        CompressError: `model` is packed already.
+    """
+    if any(isinstance(module, PACKED) for module in model.modules()):
+        raise CompressError("model is packed already: build the dense architecture anew")
+    weights, tensors, aliases = container.read(folder)
+    slots, names = _slots(model)
+    known = {**dict.fromkeys(weights), **dict.fromkeys(tensors)}
+    source = {name: aliases.get(name, name) for name in slots}
+    missing = [name for name in slots if source[name] not in known]
+    taken = set(source.values())
+    extra = [name for name in known if name not in taken and name not in names]
+    if missing or extra:
+        raise FileFormatError(
+            "the saved network is another than the model: it lacks "
+            f"{str(missing[:5])[:150]} and has {str(extra[:5])[:150]} besides"
+        )
+    modules = dict(model.named_modules())
+    sites: dict[str, dict[str, list[build.Run]]] = {}
+    for name, (shape, _) in slots.items():
+        key = source[name]
+        size = weights[key].shape if key in weights else tuple(tensors[key].shape)
+        if tuple(size) != shape:
+            raise FileFormatError(f"{name} is {tuple(size)} in the file and {shape} in the model")
+        if key in weights and weights[key].run == "packed":
+            site, own = _site(name, modules)
+            why = build.why_not(modules[site], own) if "." not in own else ""
+            if why := why or build.why_not_runs(modules[site], weights[key].runs):
+                raise FileFormatError(f"{name} is packed in the file, but in the model: {why}")
+            sites.setdefault(site, {})[own] = weights[key].runs
+    filled: dict[str, Tensor] = {}
+    for name, (_, places) in slots.items():
+        key = source[name]
+        tensor = weights[key].dense() if key in weights else tensors[key]
+        old = places[0][0]._parameters.get(places[0][1])
+        filled[name] = tensor if old is None else nn.Parameter(tensor, old.requires_grad)
+    at = {
+        (module, own): filled[name] for name, (_, places) in slots.items() for module, own in places
+    }
+    try:
+        new = {modules[s]: build.pack(_shell(modules[s], at), found) for s, found in sites.items()}
+    except CompressError as error:
+        raise FileFormatError(f"the saved network cannot be packed again: {error}") from error
+    for (module, own), value in at.items():  # only now is the model touched
+        if isinstance(value, nn.Parameter):
+            module._parameters[own] = value
+        else:
+            module._buffers[own] = value
+    made = replace_modules(model, new, inplace=True)
+    if fuse:
+        fuse_activations(made)
+    return made
+
+
+def save_state(
+    state: Mapping[str, Tensor], folder: Folder, pattern: Patterns | None = None,
+    include: Names = "*", exclude: Names = (),
+) -> Report:  # fmt: skip
+    """Write a bare state dict as `save` writes a model; names and shapes say what a weight is.
+
+    Returns:
+        A row per weight, with its bytes before and in the file.
+
+    Raises:
+        CompressError: as `save`; PlanError: as `plan`.
+    """
+    layers = [(x, x.why_not) for x in layers_of_state({n: t.shape for n, t in state.items()})]
+    wanted = choose(layers, "1:1" if pattern is None else pattern, include, exclude, "skip")
+    tensors = dict(state)
+    weights: dict[str, Stored] = {}
+    for target in wanted:
+        if target.rows is not None or target.name not in tensors:
+            continue
+        w = state[target.name]
+        matrix = as_matrix(w, target.dim)
+        if pattern is None:
+            found = [build.Run(*run) for run in runs(matrix)]
+        else:
+            whole = build.Run(0, matrix.shape[0], target.pattern)
+            found = [] if fits(matrix, target.pattern) else [whole]
+        if found:
+            weights[target.name] = Stored.of(w, target.dim, found, "packed")
+            del tensors[target.name]
+    if not weights:
+        raise CompressError("the state has no weight that holds an N:M pattern: prune it first")
+    container.write(folder, weights, tensors, {})
+    return Report(
+        _row(name, state[name], weights.get(name)) for name in state if state[name].ndim > 1
+    )
+
+
+def load_state(folder: Folder) -> dict[str, Tensor]:
+    """The dense state dict of a saved network, without a model.
+
+    Raises:
+        FileFormatError: as `load`.
+    """
+    weights, tensors, aliases = container.read(folder)
+    state = {**{name: w.dense() for name, w in weights.items()}, **tensors}
+    return {**state, **{alias: state[target] for alias, target in aliases.items()}}
+
+
+def _row(name: str, w: Tensor, stored: Stored | None) -> Row:
+    size = w.numel() * w.element_size()
+    if stored is None:
+        return Row(name, tuple(w.shape), "", "dense", "holds no N:M pattern", size, size)
+    small, said = 0, []
+    for start, stop, shape, values, index in stored.parts:
+        small += values.numel() * values.element_size()
+        if shape is not None and index is not None:
+            bits = file_bits(shape.m)
+            small += index.shape[0] * -(-index.shape[1] * bits // 8)
+            said.append(
+                str(shape.pattern) + (f" [{start}:{stop}]" if len(stored.parts) > 1 else "")
+            )
+    return Row(name, tuple(w.shape), ", ".join(said), "packed", "in the file", size, small)
+
+
+def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
+    """Tensors of the state outside packed modules, and the outermost packed modules by path."""
+    inside: dict[str, nn.Module] = {}
+    covered: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, PACKED) and module not in covered:
+            covered.update(module.modules())
+            inside[path] = module
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if any(name.startswith(f"{path}." if path else "") for path in inside):
+            continue
+        if not isinstance(value, Tensor):
+            raise CompressError(f"{name} is a {type(value).__name__}: only tensors can be saved")
+        tensors[name] = value.detach()
+    return tensors, inside
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Second names of tied parameters to their first; shared modules count too."""
+    first: dict[int, str] = {}
+    again: dict[str, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and id(value) in first:
+            again[name] = first[id(value)]
+        elif isinstance(value, Tensor):
+            first[id(value)] = name
+    return again
+
+
+Places = list[tuple[nn.Module, str]]
+
+
+def _slots(model: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...], Places]], set[str]]:
+    """First name of each tensor of the state to its shape and places, and all names."""
+    slots: dict[str, tuple[tuple[int, ...], Places]] = {}
+    first: dict[int, str] = {}
+    names = set(model.state_dict())
+    for path, module in model.named_modules(remove_duplicate=False):
+        for own, value in [*module._parameters.items(), *module._buffers.items()]:
+            name = f"{path}.{own}" if path else own
+            if value is None or name not in names:
+                continue
+            known = first.setdefault(id(value), name)
+            slots.setdefault(known, (tuple(value.shape), []))[1].append((module, own))
+    return slots, names
+
+
+def _shell(module: nn.Module, at: Mapping[tuple[nn.Module, str], Tensor]) -> nn.Module:
+    """A shallow copy of a module that holds the loaded parameters; the module is left alone."""
+    shell = copy.copy(module)
+    shell._parameters = {own: _parameter(at.get((module, own))) for own in module._parameters}
+    shell._modules = {n: m and _shell(m, at) for n, m in module._modules.items()}
+    return shell
+
+
+def _parameter(value: Tensor | None) -> nn.Parameter | None:
+    return value if isinstance(value, nn.Parameter) else None
+
+
+def _site(name: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
+    """The module that a packed one replaces for a parameter, and the parameter's name in it."""
+    path, _, own = name.rpartition(".")
+    parent = path.rpartition(".")[0]
+    if path and isinstance(modules.get(parent), nn.MultiheadAttention):
+        return parent, f"{path.rpartition('.')[2]}.{own}"
+    return path, own

@@ -1,0 +1,139 @@
+"""Which weights of a model hold a pattern, and which of them can be packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nmflow.packed import build
+from nmflow.packed.build import Run
+from nmflow.packed.layout import as_matrix, fits, runs
+from nmflow.pattern import Pattern
+from nmflow.select.plan import Names, Patterns, choose
+from nmflow.select.weights import Layer, layers_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """A weight of a model, the runs of its rows that hold a pattern, and why it stays dense.
+
+    Attributes:
+        layer: name, shape and grouped axis.
+        site: the path of the module that a packed one would replace.
+        own: the parameter's name in that module.
+        runs: half-open runs of output rows with their patterns; empty where none holds.
+        why_not: why it cannot be packed; empty if it can.
+    """
+
+    layer: Layer
+    site: str
+    own: str
+    runs: list[Run]
+    why_not: str = ""
+
+    @property
+    def patterns(self) -> str:
+        """The patterns as text, with the rows where they are not the whole weight's."""
+        if len(self.runs) == 1 and self.runs[0][:2] == (0, self.layer.out):
+            return str(self.runs[0].pattern)
+        return ", ".join(f"{r.pattern} [{r.start}:{r.stop}]" for r in self.runs)
+
+
+def survey(
+    model: nn.Module,
+    pattern: Patterns | None = None,
+    include: Names = "*",
+    exclude: Names = (),
+) -> list[Found]:
+    """Look at every weight of at least two dimensions; changes nothing.
+
+    Raises:
+        PlanError, PatternError: as for `plan`.
+    """
+    layers = [(layer, layer.why_not or _sharded(model, layer.name)) for layer in layers_of(model)]
+    everything = include == "*" and not exclude and not isinstance(pattern, Mapping)
+    rows: dict[str, list[tuple[int, int, Pattern]]] = {}
+    reasons: dict[str, str] = {}
+    if everything:  # `choose` would raise where there is nothing to take
+        one = Pattern("1:1" if pattern is None else pattern)  # pyright: ignore[reportArgumentType]
+        for layer, why in layers:
+            if why:
+                reasons[layer.name] = why
+            else:
+                rows[layer.name] = [(0, layer.out, one)]
+    else:
+        narrow = () if isinstance(pattern, Mapping) and include == "*" else include
+        wanted = choose(layers, pattern or "1:1", narrow, exclude, "skip")
+        reasons = dict(wanted.left_out)
+        for t in wanted:
+            span = t.rows or (0, t.shape[0 if t.dim else 1])
+            rows.setdefault(t.name, []).append((span[0], span[1], t.pattern))
+    holders = _holders(model)
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    found = []
+    for layer, _ in layers:
+        path, _, own = layer.name.rpartition(".")
+        parent = path.rpartition(".")[0]
+        if isinstance(modules.get(parent), nn.MultiheadAttention) and path:
+            site, own = parent, f"{path.rpartition('.')[2]}.{own}"
+        else:
+            site = path
+        if layer.name not in rows:
+            why = reasons.get(layer.name, "not chosen")
+            found.append(Found(layer, site, own, [], why))
+            continue
+        weight = parameters[layer.name].detach()
+        held, why = _runs(as_matrix(weight, layer.dim), rows[layer.name], pattern is None)
+        shared = holders[id(parameters[layer.name])]
+        if not why and len(shared) > 1:
+            why = f"shared by several modules ({', '.join(shared)})"
+        if not why:
+            module, name = modules[site], own
+            if own.startswith("out_proj."):
+                module, name = modules[path], "weight"
+            why = build.why_not(module, name) or build.why_not_runs(module, held)
+            if not why and module is not modules[site]:
+                why = build.why_not(modules[site], "in_proj_bias")
+        found.append(Found(layer, site, own, held, why))
+    return found
+
+
+def _runs(
+    matrix: Tensor, rows: list[tuple[int, int, Pattern]], any_pattern: bool
+) -> tuple[list[Run], str]:
+    """The runs of a matrix that hold a pattern, and why there is none."""
+    held: list[Run] = []
+    why = ""
+    for start, stop, pattern in rows:
+        part = matrix[start:stop]
+        if any_pattern:
+            held += [Run(start + a, start + b, p) for a, b, p in runs(part)]
+            why = why or "holds no N:M pattern"
+        elif (reason := fits(part, pattern)) is None:
+            held.append(Run(start, stop, pattern))
+        else:
+            why = why or reason
+    return held, "" if held else why
+
+
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """The paths of the distinct modules that hold each parameter."""
+    held: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            held.setdefault(id(parameter), []).append(path)
+    return held
+
+
+def _sharded(model: nn.Module, name: str) -> str:
+    """Why a parameter's values cannot be read here."""
+    parameter = model.get_parameter(name)
+    if type(parameter.data) is not Tensor or parameter.is_meta:
+        return f"its values are not in this process ({type(parameter.data).__name__})"
+    if parameter.layout != torch.strided:
+        return f"stored as {parameter.layout}"
+    return ""

@@ -1,0 +1,177 @@
+"""What every recipe is: a schedule, a gradient rule and a name; and the checks of its fields."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+from nmflow.errors import NMFlowWarning, RecipeError
+from nmflow.pattern import Pattern
+from nmflow.recipes import schedules
+from nmflow.recipes.schedules import DENSE, Stage, check_amount, steps_of
+
+GRADIENTS = ("straight-through", "masked")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every recipe can say of itself; all of it pure functions of its fields and the step.
+
+    Attributes:
+        gradient: the rule for the dense weight's gradient, from g = ∂L/∂W̃:
+            `"straight-through"` passes g, `"masked"` passes g ⊙ (m + (1 - m) ⊙ m' · δ).
+        lam: λ of SR-STE's term λ·(1 - m) ⊙ W, added to g once per optimizer step.
+        pull: μ, by which W is drawn to W̃ beside each optimizer step: W ← W + lr·μ·(W̃ - W).
+        prunes: whether weights end at N:M; False for the dense baseline alone.
+        fades_between: whether a stage has two masks, m and m'.
+        freezes_second_moment: whether Adam's second moment stays as it is from step d on.
+    """
+
+    # Without annotations: a dataclass would otherwise order its own fields after these names.
+    gradient = "straight-through"
+    lam = 0.0
+    pull = 0.0
+    prunes = True
+    freezes_second_moment = False
+    fades_between = False
+
+    @property
+    def name(self) -> str:
+        """The name under which `attach` knows the recipe."""
+        raise AssertionError("every recipe names itself")  # pragma: no cover
+
+    def phases(self, total_steps: int) -> tuple[int, int]:
+        """Dense steps at the start and fine-tune steps at the end, of `total_steps`."""
+        given = {n: getattr(self, n) for n in ("dense", "finetune") if hasattr(self, n)}
+        steps = {name: steps_of(name, amount, total_steps) for name, amount in given.items()}
+        return steps.get("dense", 0), steps.get("finetune", 0)
+
+    def check(self, total_steps: int) -> None:
+        """Raise a `RecipeError` unless the phases fit into `total_steps`; warn if δ stays high."""
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise RecipeError(
+                f"total_steps is {total_steps!r}: give the number of optimizer steps of the whole "
+                "run, at least 1"
+            )
+        d, f = self.phases(total_steps)
+        span = total_steps - d - f
+        if span < (1 if self.decays else 0):
+            mend = "leave a step of decay between them" if self.decays else "shorten them"
+            raise RecipeError(
+                f"total_steps is {total_steps}, but dense takes {d} and finetune {f} steps: {mend}"
+            )
+
+    @property
+    def decays(self) -> bool:
+        """Whether there is a phase between dense and sparse."""
+        return False
+
+    def stage(self, k: int, total_steps: int, pattern: Pattern, length: int) -> Stage:
+        """The stage of a weight after `k` optimizer steps.
+
+        Args:
+            k: optimizer steps done; from `total_steps` on the stage is final.
+            total_steps: K, the optimizer steps of the whole run.
+            pattern: the final pattern N:M.
+            length: the length of the grouped axis, which a geometric frame has to divide.
+        """
+        d, f = self.phases(total_steps)
+        if k >= total_steps:
+            return Stage("final", pattern)
+        if k < d:
+            return DENSE
+        if k >= total_steps - f:
+            return Stage("finetune", pattern)
+        return self.between(k - d, total_steps - d - f, pattern, length)
+
+    def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
+        """The stage `t` steps into the `span` steps between dense and fine-tune."""
+        return Stage("sparse", pattern)
+
+    def patterns(self, pattern: Pattern, length: int) -> tuple[Pattern, ...]:
+        """Every pattern that a weight's mask goes through, N:M the last."""
+        return (pattern,)
+
+    def frozen_since(self, total_steps: int) -> int | None:
+        """The step at which the mask is taken once and kept, if the recipe keeps one."""
+        return None
+
+    def note(self, pattern: Pattern, length: int) -> str:
+        """What `plan` should say of this recipe on an axis of `length`; empty as a rule."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Decaying(Recipe):
+    """The decaying recipes: dense, decay, fine-tune."""
+
+    @property
+    def decays(self) -> bool:
+        """True."""
+        return True
+
+
+def check_phases(recipe: Recipe) -> None:
+    """Raise a `RecipeError` for phases that no run could have."""
+    given = {n: getattr(recipe, n) for n in ("dense", "finetune") if hasattr(recipe, n)}
+    for name, amount in given.items():
+        check_amount(name, amount)
+    fractions = [a for a in given.values() if isinstance(a, float)]
+    if sum(fractions) > 1.0 + 1e-9:
+        said = " and ".join(f"{n} {a}" for n, a in given.items())
+        raise RecipeError(f"{said} sum past 1: as fractions of total_steps they share one run")
+
+
+def check_fading(recipe: Recipe) -> None:
+    """Raise a `RecipeError` for a β, a gradient rule or phases that cannot be."""
+    beta = recipe.beta  # type: ignore[attr-defined]
+    if beta is not None and (
+        isinstance(beta, bool)
+        or not isinstance(beta, int | float)
+        or not math.isfinite(beta)
+        or beta <= 0
+    ):
+        raise RecipeError(
+            f"beta is {beta!r}: give a finite number above 0 per optimizer step, or None to have "
+            "it solved from the decay phase"
+        )
+    check_choice("gradient", recipe.gradient, GRADIENTS)
+    check_phases(recipe)
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise a `RecipeError` unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:  # type: ignore[operator]
+        said = " or ".join(repr(c) for c in choices)  # type: ignore[attr-defined]
+        raise RecipeError(f"{name} is {value!r}: choose {said}")
+
+
+def check_strength(name: str, value: float) -> None:
+    """Raise a `RecipeError` unless λ or μ is a finite number that is 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise RecipeError(f"{name} is {value!r}: give a finite number that is 0 or more")
+
+
+def warn_of_high_delta(decay: str, beta: float | None, span: int) -> None:
+    """Warn when δ is still above 0.1 as the mask turns binary."""
+    end = schedules.DECAYS[decay](span, span, beta)
+    if end > 0.1:
+        warnings.warn(
+            f"beta is {beta}, so δ is still {end:.2g} after the {span} steps of decay, when the "
+            "mask turns binary: raise beta, or leave it None",
+            NMFlowWarning,
+            stacklevel=3,
+        )
+
+
+def frames_note(structure: str, pattern: Pattern, length: int) -> str:
+    """Say which geometric frames had to shrink to divide an axis of `length`."""
+    if structure != "geometric":
+        return ""
+    full = schedules.geometric_frames(pattern, 8 * pattern.m * length)
+    used = schedules.geometric_frames(pattern, length)
+    if used == full:
+        return ""
+    said = ", ".join(str(p) for p in used)
+    return f"geometric frames {said}: {full[0].m} does not divide {length}"

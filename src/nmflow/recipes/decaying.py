@@ -1,0 +1,192 @@
+"""The decaying recipes, a frozen dataclass each: MDGF, SDGF, hybrid and settling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nmflow.pattern import Pattern
+from nmflow.recipes import schedules
+from nmflow.recipes.base import (
+    GRADIENTS,
+    Decaying,
+    check_choice,
+    check_fading,
+    check_phases,
+    check_strength,
+    frames_note,
+    warn_of_high_delta,
+)
+from nmflow.recipes.schedules import Stage
+
+
+@dataclass(frozen=True)
+class MDGF(Decaying):
+    """Mask decay gradient flow: δ, the value of the mask where m is 0, decays from 1 to 0.
+
+    Linear δ = max(0, 1 - β·(k - d)); exponential δ = exp(-β·(k - d)), exactly 0 from the
+    fine-tune phase on.
+
+    Args:
+        decay: `"linear"` or `"exponential"`.
+        beta: β per optimizer step; None solves it so that δ reaches 0 (linear) or e⁻⁵
+            (exponential) at the end of the decay phase.
+        gradient: `"masked"` or `"straight-through"`, see `Recipe`.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, with the binary mask; a fraction or steps.
+
+    References:
+        arXiv 2402.04744, section 3 (MDGF).
+    """
+
+    decay: str = "exponential"
+    beta: float | None = None
+    gradient: str = "masked"  # type: ignore[misc]
+    dense: float = 0.0
+    finetune: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_choice("decay", self.decay, schedules.DECAYS)
+        check_fading(self)
+
+    @property
+    def name(self) -> str:
+        """`mdgf-linear` or `mdgf-exponential`."""
+        return f"mdgf-{self.decay}"
+
+    def check(self, total_steps: int) -> None:
+        """As for every recipe; warns when δ is still above 0.1 as the mask turns binary."""
+        super().check(total_steps)
+        warn_of_high_delta(self.decay, self.beta, total_steps - sum(self.phases(total_steps)))
+
+    def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
+        """N:M with δ(t)."""
+        return Stage("decay", pattern, None, schedules.DECAYS[self.decay](t, span, self.beta))
+
+
+@dataclass(frozen=True)
+class SDGF(Decaying):
+    """Structure decay gradient flow: binary masks whose pattern sharpens frame by frame.
+
+    Stepwise: (M-1):M, ⌈M/2⌉:M … N:M. Geometric: 8N:8M, 4N:4M, 2N:2M, N:M. Frames of equal length.
+
+    Args:
+        structure: `"stepwise"` or `"geometric"`.
+        gradient: `"straight-through"` (the paper's) or `"masked"`, see `Recipe`.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, at N:M; a fraction or steps.
+
+    References:
+        arXiv 2402.04744, section 3 (SDGF).
+    """
+
+    structure: str = "stepwise"
+    gradient: str = "straight-through"  # type: ignore[misc]
+    dense: float = 0.0
+    finetune: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_choice("structure", self.structure, schedules.FRAMES)
+        check_choice("gradient", self.gradient, GRADIENTS)
+        check_phases(self)
+
+    @property
+    def name(self) -> str:
+        """`sdgf-stepwise` or `sdgf-geometric`."""
+        return f"sdgf-{self.structure}"
+
+    def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
+        """The frame's pattern."""
+        frames = self.patterns(pattern, length)
+        return Stage("decay", frames[schedules.frame_at(t, span, len(frames))[0]])
+
+    def patterns(self, pattern: Pattern, length: int) -> tuple[Pattern, ...]:
+        """The frames' patterns."""
+        return schedules.FRAMES[self.structure](pattern, length)
+
+    def note(self, pattern: Pattern, length: int) -> str:
+        """Says which geometric frames had to shrink."""
+        return frames_note(self.structure, pattern, length)
+
+
+@dataclass(frozen=True)
+class Hybrid(Decaying):
+    """SDGF's frames, in each of which the weights that the new pattern drops fade by MDGF's δ.
+
+    W̃ = W ⊙ (m + (1 - m) ⊙ m' · δ) with m of the frame's pattern and m' of the frame before it.
+
+    Args:
+        structure: `"stepwise"` or `"geometric"`.
+        decay: `"linear"` or `"exponential"`, within each frame.
+        beta: β per optimizer step; None solves it for each frame.
+        gradient: `"masked"` or `"straight-through"`.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, at N:M; a fraction or steps.
+
+    References:
+        arXiv 2402.04744 names the combination as an open question; this form is nmflow's.
+    """
+
+    structure: str = "stepwise"
+    decay: str = "exponential"
+    beta: float | None = None
+    gradient: str = "masked"  # type: ignore[misc]
+    dense: float = 0.0
+    finetune: float = 0.2
+    name: ClassVar[str] = "hybrid"  # type: ignore[assignment]
+    fades_between: ClassVar[bool] = True  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        check_choice("structure", self.structure, schedules.FRAMES)
+        check_choice("decay", self.decay, schedules.DECAYS)
+        check_fading(self)
+
+    def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
+        """The frame's pattern, the one before it, and δ within the frame."""
+        frames = self.patterns(pattern, length)
+        index, start, stop = schedules.frame_at(t, span, len(frames))
+        delta = schedules.DECAYS[self.decay](t - start, stop - start, self.beta)
+        return Stage("decay", frames[index], frames[index - 1] if index else None, delta)
+
+    def patterns(self, pattern: Pattern, length: int) -> tuple[Pattern, ...]:
+        """The frames' patterns."""
+        return schedules.FRAMES[self.structure](pattern, length)
+
+    def note(self, pattern: Pattern, length: int) -> str:
+        """Says which geometric frames had to shrink."""
+        return frames_note(self.structure, pattern, length)
+
+
+@dataclass(frozen=True)
+class Settling(MDGF):
+    """MDGF whose dense weights are drawn to the sparse ones, so that the mask settles.
+
+    W̃ = W ⊙ (m + (1 - m)·δ) as in MDGF, and beside each optimizer step, at its learning rate,
+    W ← W + lr·μ·(W̃ - W), that is W ← W - lr·μ·(1 - δ)·(1 - m) ⊙ W, with lr·μ at most 1.
+
+    Left alone, a pruned weight grows while it fades, above all under Adam, and comes back when the
+    mask turns binary. Drawn by μ, it stays as large as its updates are consistent. Apart from the
+    gradient, as in AdamW's weight decay, the strength depends on no gradient's scale.
+
+    Args:
+        decay: as for `MDGF`.
+        beta: as for `MDGF`.
+        gradient: as for `MDGF`, but straight-through where it is not given: the pull does what
+            masking does for MDGF, and both together are no better.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, with the binary mask; a fraction or steps.
+        pull: μ, a finite number that is 0 or more; 0 is `MDGF`.
+
+    References:
+        nmflow's own; SR-STE (arXiv 2102.04010) puts such a term into the gradient.
+    """
+
+    gradient: str = "straight-through"
+    dense: float = 0.05
+    finetune: float = 0.2
+    pull: float = 3.0  # type: ignore[misc]
+    name: ClassVar[str] = "settling"  # type: ignore[assignment,misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_strength("pull", self.pull)

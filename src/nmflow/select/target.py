@@ -1,0 +1,99 @@
+"""What a target is, and a plan: weights that are cut into groups, and what was left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nmflow.pattern import Pattern
+from nmflow.text_table import table
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight, or some output rows of one, that a recipe cuts into groups.
+
+    Attributes:
+        name: the parameter's name in `model.named_parameters()`.
+        shape: the parameter's shape; of a sharded one, the global shape.
+        dim: the grouped axis: 1, the inputs, or 0 for HF's `Conv1D`, stored (in, out), and for
+            transposed convolutions.
+        pattern: the final pattern N:M.
+        rows: output rows (start, stop), half open, of a fused projection; None takes all.
+        note: a remark for the table.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    pattern: Pattern
+    rows: tuple[int, int] | None = None
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name, with the rows where only some are taken: `qkv.weight[0:64]`."""
+        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+
+    @property
+    def length(self) -> int:
+        """The length of the grouped axis."""
+        return self.shape[self.dim]
+
+    @property
+    def numel(self) -> int:
+        """The number of weights."""
+        count = math.prod(self.shape)
+        if self.rows is None:
+            return count
+        return count // self.shape[0 if self.dim else 1] * (self.rows[1] - self.rows[0])
+
+
+class Plan(list[Target]):
+    """The targets, in the model's order; as `str`, a table that also says what was left out.
+
+    Attributes:
+        left_out: (name or label, reason) of every other weight of at least two dimensions.
+    """
+
+    def __init__(
+        self, targets: Iterable[Target] = (), left_out: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(targets)
+        self.left_out: list[tuple[str, str]] = list(left_out)
+
+    def __str__(self) -> str:
+        head = ("weight", "shape", "axis", "pattern", "kept", "note")
+        rows = [
+            (
+                target.label,
+                "x".join(map(str, target.shape)),
+                f"{target.dim} ({target.length})",
+                str(target.pattern),
+                f"{target.pattern.density:.2%}",
+                target.note,
+            )
+            for target in self
+        ]
+        lines = [table([head, *rows])]
+        total = sum(target.numel for target in self)
+        kept = sum(target.numel * target.pattern.n // target.pattern.m for target in self)
+        lines.append(f"{len(self)} targets, {total:,} weights, of which {kept:,} are kept")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left_out:
+            reasons.setdefault(reason, []).append(name)
+        if reasons:
+            lines += ["", "left out:"]
+            lines += [f"  {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+        return "\n".join(lines)
+
+
+def rows_of(weight: Tensor, target: Target) -> Tensor:
+    """The output rows of a weight that a target means, as a view."""
+    if target.rows is None:
+        return weight
+    start, stop = target.rows
+    return weight.narrow(0 if target.dim else 1, start, stop - start)

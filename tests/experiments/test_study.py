@@ -1,0 +1,150 @@
+"""The study's rules of tuning and comparing, and its files."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+
+import pandas as pd
+import torch
+import transformers
+import yaml
+from scipy import stats
+
+import nmflow
+from nmflow.experiments import config, sweep
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "configs" / "study"
+sys.path.insert(0, str(ROOT / "study"))
+
+choose, compare = importlib.import_module("choose"), importlib.import_module("compare")
+
+TASKS = ["lm", "lstm", "vit", "resnet", "sst2", "glue", "multi30k", "multi30k-wide"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_of_the_protocol_has_its_file(task: str) -> None:
+    assert config.load(STUDY / f"{task}.yaml").training.steps
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in sorted(STUDY.glob("*.yaml")) if f.stem not in TASKS], ids=lambda f: f.stem
+)
+def test_every_sweep_of_the_study_reads(file: Path) -> None:
+    plan = sweep.load(file)
+    assert len(plan.cells) == len({cell.run.hash for cell in plan.cells})
+
+
+def test_every_recipe_gets_as_many_settings() -> None:
+    assert {len(options) for options in choose.OPTIONS.values()} == {6}
+    assert set(choose.OPTIONS) == set(choose.TITLES) - {"dense"}
+
+
+def test_the_best_rate_is_by_validation_and_an_edge_is_told() -> None:
+    rows = [
+        (recipe, rate, seed, loss + 0.01 * seed, 99 - loss)
+        for recipe, losses in (("A", (3, 1, 2)), ("B", (1, 2, 3)))
+        for rate, loss in zip((1e-3, 2e-3, 4e-3), losses, strict=True)
+        for seed in (100, 101)
+    ]
+    columns = ["recipe", "training.learning_rate", "seed", "validation_loss", "test_loss"]
+    frame = pd.DataFrame(rows, columns=columns)
+    assert choose.best_rates(frame) == {"A": 2e-3, "B": 1e-3}
+    assert choose.at_an_edge(frame) == {"B": 5e-4}
+
+
+def test_a_family_is_paired_by_seed_and_adjusted_together() -> None:
+    ours, theirs = {0: 5.0, 1: 6.2, 2: 5.5, 3: 6.0}, {0: 4.0, 1: 5.0, 2: 4.7, 3: 4.9, 9: 0.0}
+    other = {0: 5.1, 1: 6.0, 2: 5.7, 3: 5.9}
+    frame = pd.DataFrame(
+        [(name, "1:16", seed, value) for name, figures in
+         (("ours", ours), ("theirs", theirs), ("other", other)) for seed, value in figures.items()],
+        columns=["setup", "pattern", "seed", "points"],
+    )  # fmt: skip
+    pairs = [("ours", "1:16", "theirs", "1:16"), ("ours", "1:16", "other", "1:16")]
+    pairs.append(("ours", "1:16", "absent", "1:16"))
+    first, second = compare.family(frame, pairs, "points")
+    shared = [0, 1, 2, 3]
+    p = stats.ttest_rel([ours[s] for s in shared], [theirs[s] for s in shared]).pvalue
+    assert (first.rival, second.rival) == ("theirs", "other")
+    assert math.isclose(first.p, 2 * p)
+    assert first.verdict() == "confirmed"
+    assert first.verdict(claimed=5.0) == "confirmed, below the paper's size"
+    assert second.verdict() == "undecided"
+
+
+@pytest.mark.parametrize("n", [5, 10, 30])
+def test_what_is_detectable_is_shown_four_times_in_five(n: int) -> None:
+    differences = [(-1.0) ** i for i in range(n)]
+    s = pd.Series(differences).std()
+    critical = stats.t.ppf(0.975, n - 1)
+    power = stats.nct.sf(critical, n - 1, compare.detectable(differences) / (s / math.sqrt(n)))
+    assert abs(power - 0.8) < 0.03
+
+
+def test_the_tuning_of_a_rival_is_not_among_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = importlib.import_module("tables")
+    for name in ("lm-main-1-16", "lm-dense", "lm-dense-rates", "lm-rates"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.parquet").touch()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lm = importlib.import_module("tasks").BY_NAME["lm"]
+    assert tables._tables(lm) == ["lm-dense", "lm-main-1-16"]
+
+
+@pytest.mark.parametrize("pattern", choose.PATTERNS)
+def test_a_narrower_network_has_the_flops_of_the_sparse_one(pattern: str) -> None:
+    n, m = map(int, pattern.split(":"))
+    by_name = importlib.import_module("tasks").BY_NAME
+    assert by_name["lm"].narrower(pattern) == 256 * n // m
+    # An LSTM of one layer: 8·w² products in it, 104·w for the characters that it tells apart.
+    wanted = 8 * 128**2 * n / m + 104 * 128
+    width = by_name["lstm"].narrower(pattern)
+    below, above = (8 * w**2 + 104 * w for w in (width - 0.5, width + 0.5))
+    assert below <= wanted <= above
+
+
+def test_a_narrower_resnet_has_the_flops_of_the_sparse_one() -> None:
+    """Nearest of the widths that its blocks allow, counted on the networks themselves."""
+    task = importlib.import_module("tasks").BY_NAME["resnet"]
+    raw = yaml.safe_load((STUDY / "resnet.yaml").read_text())
+    fields, image = raw["model"]["fields"], {"pixel_values": torch.zeros(1, 3, 32, 32)}
+
+    def flops(pattern: str | None = None, **changed: Any) -> int:
+        config = transformers.ResNetConfig(**{**fields, **changed, "num_labels": 10})
+        network = transformers.ResNetForImageClassification(config).eval()
+        if pattern is None:
+            return nmflow.cost(network, image).dense_flops
+        return nmflow.cost(network, image, pattern, include=raw["include"]).flops
+
+    for pattern in ("1:8", "1:16", "1:32"):
+        (sizes,) = task.narrow(pattern).values()
+        wanted, width = flops(pattern), sizes[0]
+        below, has, above = (
+            flops(hidden_sizes=[w * m for m in task.multiples])
+            for w in (width - 4, width, width + 4)
+        )
+        assert below < wanted < above
+        assert abs(has - wanted) <= min(wanted - below, above - wanted)
+
+
+def test_pages_are_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("figures", "noise"):  # which draw into docs/
+        monkeypatch.setattr(importlib.import_module(name), "write", lambda path, content: None)
+    pages = importlib.import_module("pages")
+    for name, (build, needed) in pages.BUILT.items():
+        if list(pages.RESULTS.glob(f"{needed}/results.parquet")):
+            assert (pages.PAGES / name).read_text() == build().rstrip() + "\n", (
+                f"run: make study ({name})"
+            )

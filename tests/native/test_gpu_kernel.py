@@ -1,0 +1,181 @@
+"""The GPU's mask kernel: on a GPU where there is one, else in Triton's interpreter ."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from nmflow.pattern import Pattern
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from nmflow.masks import triton as gpu
+
+THERE = torch.cuda.is_available()
+if not THERE and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+DEVICE = "cuda" if THERE else "cpu"
+# The interpreter cuts a float32 to bfloat16 where a GPU rounds it: there the products are exact.
+FADED = 0.3 if THERE else 0.25
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATTERNS = ["1:4", "2:4", "3:4", "4:4", "1:3", "3:6", "1:16", "4:32", "16:256", "1:256", "5:48"]
+
+
+def weight(shape: tuple[int, ...], dtype: torch.dtype, ties: str = "few", seed: int = 0) -> Tensor:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if ties == "many":
+        w = (2 * w).round() / 2
+    elif ties == "all":
+        w = w.sign()
+    elif ties == "tiny":  # subnormal in every dtype
+        w = w * torch.finfo(dtype).smallest_normal / 8
+    return w.to(dtype).to(DEVICE)
+
+
+def expected(w: Tensor, pattern: Pattern, dim: int) -> Tensor:
+    return reference.keep(w, pattern.n, pattern.m, dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ties", ["few", "many", "all", "tiny"])
+@pytest.mark.parametrize("spec", PATTERNS)
+def test_mask_and_projection(spec: str, ties: str, dtype: torch.dtype) -> None:
+    if ties == "tiny" and dtype == torch.bfloat16 and not THERE:
+        pytest.skip("Triton's interpreter has no subnormal bfloat16")
+    pattern = Pattern(spec)
+    w = weight((7, 2 * pattern.m if pattern.m > 32 else 24 * pattern.m), dtype, ties)
+    mask, out = torch.empty_like(w, dtype=torch.bool), torch.empty_like(w)
+    assert bool(gpu.project(w, pattern, 1, FADED, mask=mask, out=out))
+    kept = expected(w, pattern, 1)
+    assert torch.equal(mask, kept)
+    assert torch.equal(out, torch.where(kept, w, w * FADED))
+    gpu.project(w, pattern, 1, 0.0, out=out)
+    assert torch.equal(out, torch.where(kept, w, 0.0))
+    assert not torch.signbit(out[~kept]).any()
+
+
+SHAPES = {
+    "rows": ((9, 48), 1, None),
+    "columns": ((48, 9), 0, None),
+    "conv": ((5, 48, 3, 3), 1, None),
+    "conv, outputs": ((48, 5, 3, 3), 0, None),
+    "channels last": ((5, 48, 3, 3), 1, torch.channels_last),
+    "channels last, outputs": ((48, 5, 3, 3), 0, torch.channels_last),
+    "conv3d": ((3, 48, 2, 1, 5), 1, None),
+    "one group": ((1, 48), 1, None),
+    "many groups": ((33, 1440), 1, None),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spec", ["1:4", "2:4", "1:16", "3:48", "1:1"])
+def test_axes(shape: str, spec: str) -> None:
+    size, dim, form = SHAPES[shape]
+    w = weight(size, torch.float32, "many")
+    w = w if form is None else w.contiguous(memory_format=form)
+    pattern = Pattern(spec)
+    mask, out = torch.empty_like(w, dtype=torch.bool), torch.full_like(w, 7.0)
+    assert bool(gpu.project(w, pattern, dim, 0.5, mask=mask, out=out))
+    kept = expected(w, pattern, dim)
+    assert torch.equal(mask, kept)
+    assert torch.equal(out, torch.where(kept, w, w * 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", ["1:4", "2:4", "4:4"])
+def test_gradients(spec: str, dtype: torch.dtype) -> None:
+    """`values` in place, as a rule on a gradient has it; and SR-STE's term under a loss scale."""
+    w, g = weight((8, 64), dtype), weight((8, 64), dtype, seed=1)
+    pattern = Pattern(spec)
+    kept = expected(w, pattern, 1)
+    out = g.clone()
+    gpu.project(w, pattern, 1, 0.25, out=out, values=out)
+    assert torch.equal(out, torch.where(kept, g, g * 0.25))
+    out, scale = g.clone(), torch.tensor(8.0, device=DEVICE)
+    gpu.project(w, pattern, 1, 1.0, out=out, values=out, pull=0.5, scale=scale)
+    term = torch.where(kept, 0.0, 4.0 * w.float())
+    torch.testing.assert_close(out, (g.float() + term).to(dtype))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", ["1:4", "2:4", "1:1"])
+def test_what_is_not_finite_is_found(spec: str, dtype: torch.dtype, value: float) -> None:
+    for at in (0, 1234, 2047):
+        w = weight((32, 64), dtype)
+        w.view(-1)[at] = value
+        assert not bool(gpu.project(w, Pattern(spec), 1, out=torch.empty_like(w)))
+    largest = torch.full((4, 8), torch.finfo(dtype).max, dtype=dtype, device=DEVICE)
+    assert bool(gpu.project(largest, Pattern(spec), 1, out=torch.empty_like(largest)))
+
+
+@settings(max_examples=40)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    outer=st.integers(1, 5),
+    groups=st.integers(1, 6),
+    inner=st.sampled_from([1, 1, 2, 9, 17]),
+    levels=st.integers(1, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_any_pattern_any_axis(
+    m: int, n: int, outer: int, groups: int, inner: int, levels: int, seed: int
+) -> None:
+    pattern = Pattern(f"{min(n, m)}:{m}")
+    draw = torch.Generator().manual_seed(seed)
+    w = torch.randint(-levels, levels + 1, (outer, groups * m, inner), generator=draw)
+    w = w.float().to(DEVICE)
+    mask = torch.empty_like(w, dtype=torch.bool)
+    gpu.project(w, pattern, 1, mask=mask)
+    assert torch.equal(mask, expected(w, pattern, 1))
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (lambda: torch.randn(4, 8).double(), "float64"),
+        (lambda: torch.randn(8, 4).t(), "not in the order of its memory"),
+        (lambda: torch.empty(0, 8), "empty"),
+    ],
+)
+def test_what_it_leaves_to_torch(made: Callable[[], Any], why: str) -> None:
+    assert not gpu.serves(made().to(DEVICE), Pattern("1:4")), why
+    assert not gpu.serves(torch.randn(4, 8, device=DEVICE), Pattern("1:4@2"))
+    assert gpu.serves(torch.randn(4, 8, device=DEVICE), Pattern("1:4")) == THERE
+
+
+@pytest.mark.parametrize("trouble", ["no Triton", "no C compiler", "no such GPU"])
+def test_without_triton_torch_serves_and_says_so_once(
+    trouble: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if trouble == "no Triton":
+        monkeypatch.setitem(sys.modules, "nmflow.masks.triton_kernel", None)
+        monkeypatch.delattr("nmflow.masks.triton_kernel", raising=False)
+    else:
+        from triton.errors import TritonError
+
+        kind = RuntimeError if trouble == "no C compiler" else TritonError
+
+        def project(*args: Any, **kwargs: Any) -> None:
+            raise kind(trouble)
+
+        monkeypatch.setattr(gpu, "project", project)
+    gpu.why_not.cache_clear()
+    try:
+        for _ in range(2):
+            assert gpu.why_not()
+        (said,) = [r.getMessage() for r in caplog.records]
+        assert "Triton does not work here" in said
+        assert trouble == "no Triton" or trouble in said
+    finally:
+        gpu.why_not.cache_clear()

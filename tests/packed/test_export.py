@@ -1,0 +1,116 @@
+"""Export: the masked dense network as ONNX and as a program, checked against the model."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from nmflow import mask
+from nmflow.errors import CompressError
+from nmflow.packed import compress, export_onnx, export_program
+
+
+def network() -> Any:
+    model = cast(Any, nn.Sequential(nn.Linear(32, 24), nn.GELU(), nn.Linear(24, 8)).eval())
+    for layer in (model[0], model[2]):
+        layer.weight.data *= mask(layer.weight, "1:8")
+    return model
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_programs_take_any_batch(packed: bool) -> None:
+    model = network()
+    program = export_program(compress(model, measure=False), torch.randn(3, 32), packed=packed)
+    ops = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert ("nmflow.matmul.default" in ops) == packed
+    for batch in (1, 2, 9):
+        x = torch.randn(batch, 32)
+        torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_onnx_of_a_packed_network_and_of_vit(tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    model = network()
+    path = export_onnx(compress(model, measure=False), torch.randn(3, 32), tmp_path / "a.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = torch.randn(7, 32)
+    got = cast(Any, session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    np.testing.assert_allclose(got, model(x).detach().numpy(), atol=1e-5)
+    zeros = [
+        (onnx.numpy_helper.to_array(t) == 0).mean()
+        for t in onnx.load(path).graph.initializer
+        if len(t.dims) == 2
+    ]
+    assert zeros == [0.875, 0.875]  # the masked dense weights
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    vit = ViTForImageClassification(config).eval()
+    for name, p in vit.named_parameters():
+        if p.ndim == 2 and ".layer" in name:
+            p.data *= mask(p, "1:8")
+    example = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    path = export_onnx(compress(vit, measure=False), example, tmp_path / "vit.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    images = torch.randn(5, 3, 16, 16)
+    got = cast(Any, session.run(None, {"pixel_values": images.numpy()})[0])
+    with torch.no_grad():
+        np.testing.assert_allclose(got, vit(images).logits.numpy(), atol=1e-4)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.onnx", "vit.onnx"]
+
+
+def test_an_export_that_disagrees_is_an_error(tmp_path: Path) -> None:
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + torch.rand(1)
+
+    with pytest.raises(CompressError, match="differs"):
+        export_program(Random(), torch.randn(3, 32))
+
+    class Branches(Random):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) if x.sum() > 0 else -self.net(x)
+
+    with pytest.raises(CompressError, match="cannot be exported") as caught:
+        export_onnx(Branches(), torch.randn(3, 32), tmp_path / "b.onnx")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_and_packages_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CompressError, match="cannot be written"):
+        export_onnx(network(), torch.randn(3, 32), tmp_path / "no" / "a.onnx", verify=False)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(CompressError, match=r"pip install 'nmflow\[onnx\]'"):
+        export_onnx(network(), torch.randn(3, 32), tmp_path / "a.onnx")
+
+
+def test_the_page_on_packed_networks_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "packed.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, scope)
+    assert "1:16" in capsys.readouterr().out
+    assert (tmp_path / "dense.onnx").exists()
