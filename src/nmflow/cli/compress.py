@@ -37,7 +37,7 @@ def compress(
     from nmflow.cli._errors import globs
     from nmflow.cli._networks import network
     from nmflow.errors import CompressError
-    from nmflow.packed.files.checkpoints import open_state
+    from nmflow.inspect.checkpoints import open_state
 
     if not all(count.isdigit() for count in globs(tokens)):
         raise CompressError(f"tokens is {tokens!r}: give numbers such as 1,197")

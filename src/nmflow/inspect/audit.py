@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nmflow.inspect.checkpoints import SavedState, open_state, state_of
 from nmflow.masks import holds
-from nmflow.packed.files.checkpoints import SavedState, open_state, state_of
 from nmflow.pattern import Pattern
 from nmflow.select.plan import Names, Patterns, choose
 from nmflow.select.target import Plan, rows_of
