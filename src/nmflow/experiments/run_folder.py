@@ -185,6 +185,21 @@ def finished_runs(folders: list[Path | str]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def unfinished_runs(folders: list[Path | str]) -> list[str]:
+    """The names of runs under the folders that have no result yet, a sweep's cells included."""
+    names: dict[str, None] = {}
+    for folder in map(Path, folders):
+        if (folder / SWEEP).is_file():
+            sweep = read_json(folder / SWEEP)
+            places = [folder / sweep["cells_in"] / cell["id"] for cell in sweep["cells"]]
+        else:
+            # A network that a run saved has a configuration of its own, inside the run's folder.
+            configs = sorted(folder.rglob(CONFIG))
+            places = [p.parent for p in configs if not (p.parent.parent / CONFIG).is_file()]
+        names |= {place.name: None for place in places if not (place / RESULT).is_file()}
+    return list(names)
+
+
 def _whole(path: Path) -> dict[str, Any]:
     """A result that a report can read: one of an older version is refused."""
     result = read_json(path)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import datetime
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from nmflow.experiments.report.setting_words import Page
 from nmflow.experiments.report.settings import Group
 from nmflow.experiments.report.times import Times
 from nmflow.experiments.report.times import read as read_times
-from nmflow.experiments.run_folder import finished_runs, write
+from nmflow.experiments.report.verdict import verdict
+from nmflow.experiments.run_folder import finished_runs, unfinished_runs, write
 
 OWN_DATA = """\
 # your own text: one file or a folder of .txt
@@ -73,6 +76,7 @@ def write_report(
     contest = families.adjust(found)
     groups = families.groups(found)
     costs = tradeoffs.costs(groups, times)
+    first = verdict(groups, contest, unfinished_runs(list(runs)), times)
     if len(found) == 1:
         page = Page(timed=bool(times.entries))
         parts = [Part(title(found[0]), sections(found[0], page, costs))]
@@ -88,6 +92,7 @@ def write_report(
     context = {
         "title": "nmflow: " + ", ".join(dict.fromkeys(s.sample["run"]["name"] for s in found)),
         "intro": _intro(results, found),
+        "first": first,
         "parts": parts,
         "closing": Section("The same with your own data", [Text(CLOSING), Code(OWN_DATA)]),
         "date": datetime.date.today().isoformat(),
@@ -100,10 +105,12 @@ def write_report(
         undefined=jinja2.StrictUndefined,
     )
     place.filters["data_uri"] = _data_uri
+    place.globals["sorting"] = script = _script()
+    place.globals["sorting_sha256"] = _sha256(script)
     place.filters["cell"] = lambda text: text.replace("|", "\\|")
     page_text = place.get_template("report.html.j2").render(context)
     plain = place.get_template("report.md.j2").render(context)
-    for number, part in enumerate(parts):
+    for number, part in [("verdict", Part("", [first])), *enumerate(parts)]:
         for figure in _figures(part.sections):
             write(output / "figures" / f"{number}-{figure.name}.svg", figure.svg)
     write(output / "runs.csv", report_rows.text(report_rows.runs(results)))
@@ -153,6 +160,15 @@ def _heading(group: Group, setting: Setting) -> str:
 
 def _figures(parts: Sequence[Section]) -> list[Figure]:
     return [block for part in parts for block in part.blocks if isinstance(block, Figure)]
+
+
+def _script() -> str:
+    """The page's one script, which sorts tables; the page's policy allows it by its hash alone."""
+    return (resources.files(__package__) / "templates" / "sort.js").read_text("utf-8").strip()
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _data_uri(svg: str) -> str:
