@@ -13,11 +13,14 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
+import torch
 from typer.testing import CliRunner, Result
 
 import nmflow
+from nmflow import native
 from nmflow.cli import app, commands
 from nmflow.errors import NMFlowError
+from nmflow.inspect import machine
 
 CONFIG: dict[str, Any] = {
     "name": "small",
@@ -173,3 +176,33 @@ def test_the_library_needs_torch_and_numpy_only():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     assert nmflow.__version__
+
+
+def test_the_version_is_printed_and_completion_is_offered():
+    assert run("--version").output == f"nmflow {nmflow.__version__}\n"
+    assert "--install-completion" in run("--help").output
+
+
+def test_what_is_printed_can_be_read_by_programs(file: Path):
+    planned = json.loads(run("plan", file, "--json").output)
+    assert [t["pattern"] for t in planned["targets"]] == ["1:8", "1:8"]
+    assert all(set(one) == {"name", "reason"} for one in planned["left_out"])
+    costs = json.loads(run("cost", file, "--json").output)
+    assert set(costs) == {"dense", "SR-STE"} or len(costs) == 2
+    assert all(cost["parameters"] > cost["remaining"] > 0 for cost in list(costs.values())[1:])
+
+
+def test_the_doctor_names_what_is_slow(monkeypatch: pytest.MonkeyPatch):
+    found = json.loads(run("doctor", "--json").output)
+    by = {one["what"]: one for one in found["findings"]}
+    assert by["torch"]["found"].startswith(torch.__version__)
+    assert by["extra experiments"]["state"] == "ok"
+    assert by["CPU kernels"]["state"] in ("ok", "slow")
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "no compiler was there")
+    told = run("doctor").output
+    assert "no compiler was there" in told
+    assert "pip install --force-reinstall --no-deps nmflow" in told
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
+    slow = {f.what: f.mend for f in machine.doctor() if f.state == "slow"}
+    assert "OMP_NUM_THREADS=" in slow["threads"]

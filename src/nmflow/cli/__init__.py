@@ -8,7 +8,7 @@ import sys
 
 from nmflow.errors import NMFlowError
 
-ORDER = ("train", "sweep", "report", "plan", "audit", "cost", "compress", "bench")
+ORDER = ("train", "sweep", "report", "plan", "audit", "cost", "compress", "bench", "doctor")
 
 
 def commands() -> list[str]:
@@ -21,22 +21,19 @@ def app():
     """The typer application with every command of this folder."""
     import typer
 
+    from nmflow.cli._start import start
+
     made = typer.Typer(
         name="nmflow",
-        help=(_version.__doc__ or ""),
+        help=start.__doc__,
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
     # With a callback a lone command keeps its name.
-    made.callback()(_version)
+    made.callback()(start)
     for name in commands():
         made.command(name)(getattr(importlib.import_module(f"nmflow.cli.{name}"), name))
     return made
-
-
-def _version() -> None:
-    """Train networks to N:M structured sparsity; N is the number of weights kept of every M."""
 
 
 def main() -> None:

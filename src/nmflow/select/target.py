@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -64,6 +65,12 @@ class Plan(list[Target]):
     ) -> None:
         super().__init__(targets)
         self.left_out: list[tuple[str, str]] = list(left_out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The targets and what was left out, as plain types for JSON."""
+        targets = [{**asdict(t), "label": t.label, "pattern": str(t.pattern)} for t in self]
+        left_out = [{"name": name, "reason": reason} for name, reason in self.left_out]
+        return {"targets": targets, "left_out": left_out}
 
     def __str__(self) -> str:
         head = ("weight", "shape", "axis", "pattern", "kept", "note")
