@@ -36,7 +36,7 @@ sanitize: $(READY)  ## The kernels' tests under AddressSanitizer and UBSan
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/sanitize.sh
 
 bench: $(READY)  ## The benchmarks of docs/benchmarks; give them a quiet machine
-	$(BIN)/python benchmarks/overhead.py --csv docs/benchmarks/overhead.csv
+	$(BIN)/python benchmarks/overhead.py --csv docs/benchmarks/data/overhead.csv
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/end_to_end.py

@@ -19,11 +19,10 @@ from nmflow.flow import gradients
 from nmflow.flow.sharding import Region, local, out_axis
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.masks import one_pass, one_pass_serves, project, select
-from nmflow.pattern import Pattern
+from nmflow.pattern import EVERY
 from nmflow.recipes.schedules import Stage
 
 _SAMPLE = 16
-_EVERY = Pattern("1:1")  # what a dense weight keeps
 
 Stages = Mapping[str, Stage]
 
@@ -268,10 +267,10 @@ def _is_dense(x: Tensor) -> bool:
 
 def _project(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> Tensor:
     """The kernel by the pattern of a stage; whether `w` was finite."""
-    return one_pass(w, stage.pattern or _EVERY, region.target.dim, delta, **more)
+    return one_pass(w, stage.pattern or EVERY, region.target.dim, delta, **more)
 
 
 def _in_one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
     """Whether a kernel can go from W to W̃ in one pass over memory."""
     pattern, previous = stage.masks
-    return previous is None and one_pass_serves(w, pattern or _EVERY, region.target.dim, out)
+    return previous is None and one_pass_serves(w, pattern or EVERY, region.target.dim, out)

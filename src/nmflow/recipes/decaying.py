@@ -41,13 +41,13 @@ class MDGF(Decaying):
 
     decay: str = "exponential"
     beta: float | None = None
-    gradient: str = "masked"  # type: ignore[misc]
+    gradient: str = "masked"
     dense: float = 0.0
     finetune: float = 0.2
 
     def __post_init__(self) -> None:
         check_choice("decay", self.decay, schedules.DECAYS)
-        check_fading(self)
+        check_fading(self, self.beta)
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class SDGF(Decaying):
     """
 
     structure: str = "stepwise"
-    gradient: str = "straight-through"  # type: ignore[misc]
+    gradient: str = "straight-through"
     dense: float = 0.0
     finetune: float = 0.2
 
@@ -130,16 +130,16 @@ class Hybrid(Decaying):
     structure: str = "stepwise"
     decay: str = "exponential"
     beta: float | None = None
-    gradient: str = "masked"  # type: ignore[misc]
+    gradient: str = "masked"
     dense: float = 0.0
     finetune: float = 0.2
-    name: ClassVar[str] = "hybrid"  # type: ignore[assignment]
-    fades_between: ClassVar[bool] = True  # type: ignore[misc]
+    name: ClassVar[str] = "hybrid"
+    fades_between: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("structure", self.structure, schedules.FRAMES)
         check_choice("decay", self.decay, schedules.DECAYS)
-        check_fading(self)
+        check_fading(self, self.beta)
 
     def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
         """The frame's pattern, the one before it, and δ within the frame."""
@@ -184,8 +184,8 @@ class Settling(MDGF):
     gradient: str = "straight-through"
     dense: float = 0.05
     finetune: float = 0.2
-    pull: float = 3.0  # type: ignore[misc]
-    name: ClassVar[str] = "settling"  # type: ignore[assignment,misc]
+    pull: float = 3.0
+    name: ClassVar[str] = "settling"
 
     def __post_init__(self) -> None:
         super().__post_init__()

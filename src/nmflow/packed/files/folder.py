@@ -19,6 +19,7 @@ from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.layout import as_matrix, file_bits, fits, runs
 from nmflow.packed.packable import survey
 from nmflow.packed.report import Report, Row
+from nmflow.pattern import EVERY
 from nmflow.select.plan import Names, Patterns, choose
 from nmflow.select.weights import layers_of_state
 
@@ -168,7 +169,7 @@ def save_state(
         CompressError: as `save`; PlanError: as `plan`.
     """
     layers = [(x, x.why_not) for x in layers_of_state({n: t.shape for n, t in state.items()})]
-    wanted = choose(layers, "1:1" if pattern is None else pattern, include, exclude, "skip")
+    wanted = choose(layers, EVERY if pattern is None else pattern, include, exclude, "skip")
     tensors = dict(state)
     weights: dict[str, Stored] = {}
     for target in wanted:
