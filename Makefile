@@ -13,7 +13,7 @@ TESTS  := OMP_NUM_THREADS=1 $(if $(wildcard /dev/nvidiactl /dev/kfd),,TRITON_INT
 help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(READY)  ## Train eight recipes on four seeds (minutes) and write the report
+demo: $(READY)  ## Train five recipes on four seeds (minutes) and write the report
 	$(BIN)/nmflow train configs/demo.yaml --output $(RUNS)
 	$(BIN)/nmflow report $(RUNS)
 
