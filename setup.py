@@ -121,7 +121,7 @@ class BuildNative(build_ext):
         """Compile each file with the flags of its own target, then link them."""
         if self.compiler.compiler_type != "unix":
             raise PlatformError(
-                f"the compiler here is {self.compiler.compiler_type!r}, and the sources need GCC or "
+                f"the compiler is {self.compiler.compiler_type!r}, and the sources need GCC or "
                 "clang on Linux or macOS"
             )
         # The C compiler object of setuptools runs `CC` on C++ too; CXX is what a user sets.

@@ -9,7 +9,7 @@ import typer
 
 
 def plan(
-    source: Annotated[Path, typer.Argument(help="A YAML file, a name such as demo, or a model's folder.")],
+    source: Annotated[Path, typer.Argument(help="A YAML file, a name, or a model's folder.")],
     pattern: Annotated[
         str | None, typer.Option(help="N:M with N kept; a YAML file has its own.")
     ] = None,

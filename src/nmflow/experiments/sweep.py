@@ -38,8 +38,8 @@ class File(Strict):
     """A sweep's file.
 
     `base` is a configuration file, relative to this one, a name of the catalog, or its keys;
-    `overrides` replaces some of them by dotted key; `axes` gives the values that each dotted key takes in turn. The results go
-    to `output`, the runs to `cells`, which several sweeps may share.
+    `overrides` replaces some of them by dotted key; `axes` gives the values that each dotted key
+    takes in turn. The results go to `output`, the runs to `cells`, which several sweeps may share.
     """
 
     name: str = "sweep"
