@@ -8,20 +8,34 @@ RUNS   ?= runs/demo
 TESTS  := OMP_NUM_THREADS=1 $(if $(wildcard /dev/nvidiactl /dev/kfd),,TRITON_INTERPRET=1) \
           $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-slow lint format lock sanitize bench study clean
+# A minute for the inner loop: by measured time, what tells most of a mistake in the core.
+QUICK  := tests/unit/test_pattern.py tests/unit/test_schedules.py tests/unit/test_targets.py \
+          tests/unit/test_audit.py tests/flow/test_flow.py tests/flow/test_contract.py \
+          tests/native/test_native.py tests/packed/test_compress.py tests/experiments/test_config.py
+
+.PHONY: help demo test test-quick test-slow test-versions lint format lock sanitize bench study wheel clean
 
 help:  ## Show these targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(READY)  ## Train five recipes on four seeds (minutes) and write the report
-	$(BIN)/nmflow train configs/demo.yaml --output $(RUNS)
+	$(BIN)/nmflow train demo --output $(RUNS)
 	$(BIN)/nmflow report $(RUNS)
 
 test: $(READY)  ## The fast tests, under 10 minutes on 2 cores
 	$(TESTS)
 
+test-quick: $(READY)  ## A choice of the fast tests, under a minute on 2 cores
+	$(TESTS) $(QUICK)
+
 test-slow: $(READY)  ## The slow tests, too
 	$(TESTS) -m slow
+
+test-versions: $(READY)  ## Oldest and newest Python, torch and transformers; writes docs/versions.md
+	$(BIN)/python scripts/test_versions.py
+
+wheel: $(READY)  ## An sdist, and a wheel for this platform and every Python, in dist/
+	NMFLOW_BUILD=required $(BIN)/python -m build --no-isolation --outdir dist
 
 lint: $(READY)  ## ruff and pyright
 	$(BIN)/ruff check

@@ -12,7 +12,7 @@ from nmflow.cli._output import JSON
 
 
 def cost(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file, or a name such as demo.")],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key: pattern=1:8."),

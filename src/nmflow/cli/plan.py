@@ -11,7 +11,7 @@ from nmflow.cli._output import JSON, show
 
 
 def plan(
-    source: Annotated[Path, typer.Argument(help="A YAML file, or a model's folder.")],
+    source: Annotated[Path, typer.Argument(help="A YAML file, a name, or a model's folder.")],
     pattern: Annotated[
         str | None, typer.Option(help="N:M with N kept; a YAML file has its own.")
     ] = None,

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from nmflow.cli._catalog import list_option
+
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A YAML file, such as configs/sweeps/demo.yaml.")],
+    file: Annotated[Path, typer.Argument(help="A YAML file, or a name such as demo.")],
     output: Annotated[Path | None, typer.Option(help="The folder of the results.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Cells at work at a time; 0 chooses.")
@@ -24,6 +26,7 @@ def sweep(
     backend: Annotated[
         str, typer.Option(help="'processes' on this machine, or 'ray' on a cluster.")
     ] = "processes",
+    list_: Annotated[bool, list_option("sweeps")] = False,
 ) -> None:
     """Train every cell of FILE that is not finished; a killed sweep goes on where it was."""
     from rich.console import Console

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from nmflow.cli._catalog import list_option
+
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file, or a name such as demo.")],
     output: Annotated[Path | None, typer.Option(help="The folder of the runs.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes side by side; 0 chooses.")
@@ -19,6 +21,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.steps=100."),
     ] = None,
+    list_: Annotated[bool, list_option("")] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Try the whole path: two steps, no network needed.")
     ] = False,

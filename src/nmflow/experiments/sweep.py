@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from nmflow.errors import ConfigError
-from nmflow.experiments import config
+from nmflow.experiments import catalog, config
 from nmflow.experiments.config import Run
 from nmflow.experiments.config_errors import near
 from nmflow.experiments.run_folder import SWEEP, RunFolder, check_writable, write_json
@@ -37,9 +37,9 @@ LISTS = {"recipes": "recipe", "seeds": "seed"}
 class File(Strict):
     """A sweep's file.
 
-    `base` is a configuration file, relative to this one, or its keys; `overrides` replaces some of
-    them by dotted key; `axes` gives the values that each dotted key takes in turn. The results go
-    to `output`, the runs to `cells`, which several sweeps may share.
+    `base` is a configuration file, relative to this one, a name of the catalog, or its keys;
+    `overrides` replaces some of them by dotted key; `axes` gives the values that each dotted key
+    takes in turn. The results go to `output`, the runs to `cells`, which several sweeps may share.
     """
 
     name: str = "sweep"
@@ -97,7 +97,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
     """Read a sweep's file and check every cell of it.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or a name of the catalog's sweeps.
         overrides: `key=value`; a key of the sweep itself (`axes.seed`, `threads`) or of its base.
         output: the folder of the results, in place of the file's.
 
@@ -105,7 +105,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
         ConfigError: a mistake in the file or in its base, an axis of an unknown key or without a
             value, two axes of one key, or cells that are the same run.
     """
-    raw = config.read(path)
+    raw = config.read(path, catalog.SWEEPS)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -119,7 +119,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
     file: File = config.parse(File, raw, str(path))
     folder = output or Path(file.output.replace("{name}", file.name))
     store = Path(file.cells.replace("{output}", str(folder)).replace("{name}", file.name))
-    base, axes = _base(file, Path(path))
+    base, axes = _base(file, catalog.find(path, catalog.SWEEPS))
     cells = tuple(expand(base, axes, str(path)))
     return Sweep(file.name, tuple(axes), cells, folder, store, file.workers, file.threads)
 
@@ -212,7 +212,7 @@ def prepare(sweep: Sweep) -> None:
 
 
 def _base(file: File, path: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    raw = dict(file.base if isinstance(file.base, dict) else config.read(path.parent / file.base))
+    raw = dict(file.base) if isinstance(file.base, dict) else _read_base(file.base, path.parent)
     for key, value in file.overrides.items():
         _assign(raw, key, value)
     lists = {one: raw.pop(many) for many, one in LISTS.items() if many in raw}
@@ -228,6 +228,11 @@ def _base(file: File, path: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]
             raise ConfigError(f"{path}: the base gives {values!r} for its {key}s: write a list")
         axes = {key: values, **axes}
     return raw, axes
+
+
+def _read_base(base: str, beside: Path) -> dict[str, Any]:
+    path = beside / base
+    return config.read(base if base in catalog.names() and not path.is_file() else path)
 
 
 def _keys(name: str, value: Any) -> list[str]:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nmflow.flow import gradients
-from nmflow.flow.sharding import Region, local, out_axis
+from nmflow.flow.sharding import Region, local, out_axis, sharded
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.masks import one_pass, one_pass_serves, project, select
 from nmflow.pattern import EVERY
@@ -110,7 +109,7 @@ class Slot:
             del self.optimizer.state[self.param]
         self.stepping = True
         dense = self._tensors[DENSE_KEY]
-        if isinstance(self.param, DTensor):
+        if sharded(self.param):
             local(self.param).copy_(local(dense))
         else:
             # The two trade memory instead of values: the optimizer writes W where it is, and the
@@ -124,7 +123,7 @@ class Slot:
         Args:
             stateless: whether this optimizer keeps no state, so that a foreign key is no harm.
         """
-        if isinstance(self.param, DTensor):
+        if sharded(self.param):
             local(self._tensors[DENSE_KEY]).copy_(local(self.param))
         else:
             assert self._resting is not None
