@@ -29,7 +29,8 @@ def train(
     from nmflow.cli._progress import Watcher
     from nmflow.errors import NMFlowError
     from nmflow.experiments import config as configs
-    from nmflow.experiments.run_folder import RunFolder, check_writable
+    from nmflow.experiments.files import check_writable
+    from nmflow.experiments.run_folder import RunFolder
 
     experiment = configs.load(config, set_)
     if smoke:

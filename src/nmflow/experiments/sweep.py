@@ -16,7 +16,8 @@ from nmflow.errors import ConfigError
 from nmflow.experiments import config
 from nmflow.experiments.config import Run
 from nmflow.experiments.config_errors import near
-from nmflow.experiments.run_folder import SWEEP, RunFolder, check_writable, write_json
+from nmflow.experiments.files import check_writable, write_json
+from nmflow.experiments.run_folder import SWEEP, RunFolder
 from nmflow.experiments.specs import Count, Strict
 from nmflow.experiments.yaml_values import plain
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from nmflow.experiments.run_folder import RunFolder, write
+from nmflow.experiments.files import write
+from nmflow.experiments.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from nmflow.experiments.sweep import Sweep

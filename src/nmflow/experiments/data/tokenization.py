@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from nmflow.errors import ConfigError
-from nmflow.experiments.run_folder import beside, one_sentence
+from nmflow.experiments.files import beside, one_sentence
 from nmflow.experiments.specs import Strict
 
 if TYPE_CHECKING:

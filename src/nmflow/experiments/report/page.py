@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from nmflow.experiments.files import write
 from nmflow.experiments.report import csv_rows as report_rows
 from nmflow.experiments.report import overview, tradeoffs
 from nmflow.experiments.report import settings as families
@@ -21,7 +22,7 @@ from nmflow.experiments.report.setting_words import Page
 from nmflow.experiments.report.settings import Group
 from nmflow.experiments.report.times import Times
 from nmflow.experiments.report.times import read as read_times
-from nmflow.experiments.run_folder import finished_runs, write
+from nmflow.experiments.run_folder import finished_runs
 
 OWN_DATA = """\
 # your own text: one file or a folder of .txt
