@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,7 @@ class RunFolder:
                 remove(self.path / name)
                 os.replace(staging, self.path / name)
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                remove(staging)
 
 
 def finished_runs(folders: list[Path | str]) -> list[dict[str, Any]]:

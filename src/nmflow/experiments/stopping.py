@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,6 +39,7 @@ class _Asked:
 
     signum: int | None = None
     held = 0
+    say: Callable[[], None] | None = None
 
 
 _asked = _Asked()
@@ -50,22 +51,25 @@ def asked() -> int | None:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
+def watched(say: Callable[[], None] | None = None) -> Iterator[None]:
     """Turn the signals into `Stopped`: at once, or where the work is `held`, when it has saved.
 
     Outside the main thread, which alone may, nothing is changed.
+
+    Args:
+        say: called in the signal's handler, where the work goes on to its next save.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, _handle) for number in SIGNALS}
-    _asked.signum = None
+    _asked.signum, _asked.say = None, say
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _asked.signum = None
+        _asked.signum = _asked.say = None
 
 
 @contextlib.contextmanager
@@ -84,7 +88,14 @@ def check(where: str = "") -> None:
         raise Stopped(_asked.signum, where)
 
 
+def say() -> None:
+    """Tell whoever watches that the work goes on to its next save."""
+    if _asked.say is not None:
+        _asked.say()
+
+
 def _handle(signum: int, frame: Any) -> None:
     again, _asked.signum = _asked.signum is not None, signum
     if again or not _asked.held:
         raise Stopped(signum)
+    say()

@@ -44,7 +44,9 @@ def sums(model: nn.Module) -> dict[str, str]:
         part = local(tensor.data)
         if type(part) is Tensor and part.numel() and not part.is_meta and not part.is_sparse:
             data = part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            found[name] = f"{str(part.dtype).removeprefix('torch.')} {zlib.crc32(data):08x}"
+            found[name] = (
+                f"{str(part.dtype).removeprefix('torch.')} {zlib.crc32(memoryview(data)):08x}"
+            )
     return found
 
 
@@ -140,7 +142,7 @@ class ExactCheckpoints:
             place.mkdir(parents=True, exist_ok=True)
             save(self.model, place / FILE)
             for part in (getattr(self.model, "config", None), self.processing_class):
-                if hasattr(part, "save_pretrained"):
+                if part is not None and hasattr(part, "save_pretrained"):
                     part.save_pretrained(place)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
