@@ -24,8 +24,8 @@ import nmflow
 from nmflow.errors import NMFlowError
 from nmflow.experiments import checkpoints, config, tasks
 from nmflow.experiments.checkpoints import MARK
-from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.pool import cores_of
+from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.runner import run_all, share
 from nmflow.experiments.training import train
 from small_runs import DEMO, TINY, experiment, one
