@@ -8,7 +8,7 @@ RUNS   ?= runs/demo
 TESTS  := OMP_NUM_THREADS=1 $(if $(wildcard /dev/nvidiactl /dev/kfd),,TRITON_INTERPRET=1) \
           $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-slow lint format lock sanitize bench study clean
+.PHONY: help demo test test-kills test-slow lint format lock sanitize bench study clean
 
 help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ demo: $(READY)  ## Train eight recipes on four seeds (minutes) and write the rep
 
 test: $(READY)  ## The fast tests, under 10 minutes on 2 cores
 	$(TESTS)
+
+test-kills: $(READY)  ## Kill train and sweep 25 times on each two-core config (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -s tests/experiments/test_kills.py
 
 test-slow: $(READY)  ## The slow tests, too
 	$(TESTS) -m slow

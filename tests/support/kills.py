@@ -1,8 +1,8 @@
 """Kill a command at many moments, start it again until it ends, and compare with one left alone.
 
 A script: `python kills.py SPEC.json`. It imports what the command needs once, and forks: each try
-is a process of its own that begins at once. A try is killed by SIGKILL either at a random time or at
-a random one of the file operations that it makes in its output. It prints what it did as JSON.
+is a process of its own that begins at once. A try is killed by SIGKILL either at a random time or
+at a random one of the file operations in its output. It prints what it did as JSON.
 """
 
 from __future__ import annotations
