@@ -132,6 +132,17 @@ def test_a_signal_saves_between_two_entries_of_the_log(tmp_path: Path) -> None:
     assert same(found, whole)
 
 
+@pytest.mark.parametrize(("signum", "ends"), [(signal.SIGINT, 7), (signal.SIGTERM, -15)])
+def test_forks_that_load_data_outlive_ctrl_c_and_end_when_told(signum: int, ends: int) -> None:
+    with stopping.watched(), stopping.held():
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signum)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ends
+        assert stopping.asked() is None
+
+
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     run, place = one(training=TRAINING), RunFolder(tmp_path)
     with stopping.watched():

@@ -193,7 +193,7 @@ class Renamed(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         state = dict(self.model.state_dict())  # type: ignore[union-attr]
-        state["other.name"] = state.pop("fc.bias")
+        state["other.name"] = state.pop("first.bias")
         state["norm.running_mean"] = state["norm.running_mean"] + 1
         Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
         torch.save(state, Path(str(output_dir)) / "pytorch_model.bin")
@@ -202,19 +202,19 @@ class Renamed(Trainer):
 class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.first, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
         self.head = nn.Linear(16, 64)
 
     def forward(self, input_ids: Any, labels: Any) -> dict[str, Any]:
         rows = nn.functional.one_hot(input_ids[:, 0] % 16, 16).float()
-        logits = self.head(self.norm(self.fc(rows)))
+        logits = self.head(self.norm(self.first(rows)))
         return {"loss": nn.functional.cross_entropy(logits, labels[:, 0]), "logits": logits}
 
 
 def test_what_a_load_leaves_out_is_named(tmp_path: Path) -> None:
     data = Batches("CausalLM", 0)
     trained(Small, data, tmp_path, Renamed, stop=True)
-    with pytest.raises(StateError, match=r"2 of the network's \d+ tensors.*fc\.bias") as caught:
+    with pytest.raises(StateError, match=r"2 of the network's \d+ tensors.*first\.bias") as caught:
         trained(Small, data, tmp_path, Renamed, resume=True)
     assert "norm.running_mean" in str(caught.value)
 

@@ -52,14 +52,14 @@ def about(folder: Path) -> dict[str, Any]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint that has a mark, in words; None where it is whole."""
     try:
-        files = about(folder)["files"]
+        for name, digest in about(folder)["files"].items():
+            if _sha(folder / name) != digest:
+                return f"{name} is not what was written"
     except ValueError:
         return f"{MARK} is damaged, or of an earlier version"
-    for name, digest in files.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _sha(folder / name) != digest:
-            return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        # Perhaps just now: the first of several processes removes what is damaged.
+        return f"{Path(str(error.filename)).name} is missing"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ class Stopped(BaseException):
 class _Asked:
     """The signal that asked this process to stop, and whether its work may go on to a save."""
 
+    process = 0
     signum: int | None = None
     held = 0
     say: Callable[[], None] | None = None
@@ -63,7 +65,7 @@ def watched(say: Callable[[], None] | None = None) -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, _handle) for number in SIGNALS}
-    _asked.signum, _asked.say = None, say
+    _asked.process, _asked.signum, _asked.say = os.getpid(), None, say
     try:
         yield
     finally:
@@ -95,6 +97,12 @@ def say() -> None:
 
 
 def _handle(signum: int, frame: Any) -> None:
+    if os.getpid() != _asked.process:
+        # A fork that loads data: Ctrl-C reaches it too, while batches are still wanted of it.
+        if signum != signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        return
     again, _asked.signum = _asked.signum is not None, signum
     if again or not _asked.held:
         raise Stopped(signum)
