@@ -108,7 +108,11 @@ COMMAND = [sys.executable, "-c", "import nmflow.cli; nmflow.cli.main()"]
 
 
 @pytest.mark.parametrize(
-    ("signum", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)], ids=["train", "pool"]
+    ("signum", "workers"),
+    [
+        pytest.param(signal.SIGINT, 1, id="train"),
+        pytest.param(signal.SIGTERM, 2, id="pool", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(
     signum: int, workers: int, tmp_path: Path
@@ -136,7 +140,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert all(checkpoints.about(place)["step"] < 4000 for place in saved)
 
 
-@pytest.mark.parametrize(("deaths", "fails"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("deaths", "fails"), [pytest.param(1, 0, marks=pytest.mark.slow), (2, 1)])
 def test_a_worker_killed_at_its_start_keeps_no_other_run_from_running(
     deaths: int, fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("Seq2SeqLM", {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2,
                          "num_heads": 2, "decoder_start_token_id": 0}),
     "vit": ("ImageClassification", IMAGE),
-    "deit": ("ImageClassification", IMAGE),
+    "deit": ("ImageClassification", {**IMAGE, "architectures": ["DeiTForImageClassification"]}),
     "beit": ("ImageClassification", IMAGE),
     "dinov2": ("ImageClassification", IMAGE),
     "swin": ("ImageClassification", {"image_size": 16, "patch_size": 2, "embed_dim": 16,
@@ -106,6 +106,9 @@ def network(name: str) -> nn.Module:
     aliases = getattr(transformers.CONFIG_MAPPING[name], "attribute_map", {})
     given = {k: v for k, v in fields.items() if k in known or k in aliases}
     config = transformers.AutoConfig.for_model(name, **given)
+    for key in ("decoder_start_token_id", "architectures"):  # fields of no config's own
+        if key in fields:
+            setattr(config, key, fields[key])
     return getattr(transformers, f"AutoModelFor{head}").from_config(config)
 
 
@@ -200,6 +203,8 @@ class Renamed(Trainer):
 
 
 class Small(nn.Module):
+    _keys_to_ignore_on_save = None  # which transformers asks for where something is missing
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
