@@ -13,7 +13,7 @@ QUICK  := tests/unit/test_pattern.py tests/unit/test_schedules.py tests/unit/tes
           tests/unit/test_audit.py tests/flow/test_flow.py tests/flow/test_contract.py \
           tests/native/test_native.py tests/packed/test_compress.py tests/experiments/test_config.py
 
-.PHONY: help demo test test-quick test-slow test-versions lint format lock sanitize bench study wheel clean
+.PHONY: help demo test test-quick test-slow test-kills test-versions lint format lock sanitize bench study wheel clean
 
 help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ test: $(READY)  ## The fast tests, under 10 minutes on 2 cores
 
 test-quick: $(READY)  ## A choice of the fast tests, under a minute on 2 cores
 	$(TESTS) $(QUICK)
+
+test-kills: $(READY)  ## Kill train and sweep 25 times on each two-core config (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -s tests/experiments/test_kills.py
 
 test-slow: $(READY)  ## The slow tests, too
 	$(TESTS) -m slow

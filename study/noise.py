@@ -10,8 +10,8 @@ from scipy import stats
 from tables import PAGES, main_runs, table
 from tasks import BY_NAME
 
+from nmflow.experiments.files import write
 from nmflow.experiments.report import setting_plots as plots
-from nmflow.experiments.run_folder import write
 
 MEASURES = {
     "snr_kept": "signal / noise, kept",

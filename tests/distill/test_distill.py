@@ -150,7 +150,7 @@ def test_a_causal_model_is_compared_where_it_predicts_a_label_that_counts():
 
 
 def test_accumulated_batches_of_a_trainer_have_the_gradient_of_one_batch(tmp_path: Path):
-    from nmflow.integrations.transformers import Distillation
+    from nmflow.integrations.distillation import Distillation
 
     class Student(Distillation, transformers.Trainer):
         pass

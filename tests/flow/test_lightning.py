@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nmflow
-from nmflow.errors import FlowError
+from nmflow.errors import FlowError, StateError
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -90,6 +90,26 @@ def test_resume_is_exact(tmp_path):
     )
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_that_is_loaded_in_part_is_refused(tmp_path):
+    class Lax(Net):
+        """Loads what it finds."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.strict_loading = False
+
+    half = trainer(tmp_path, callback(finalize=False), max_epochs=1)
+    half.fit(Lax(), loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=False)
+    saved["state_dict"]["final.bias"] = saved["state_dict"].pop("last.bias")
+    torch.save(saved, tmp_path / "renamed.ckpt")
+    with pytest.raises(StateError, match=r"1 of the network's 4 tensors .*\(last\.bias\)"):
+        trainer(tmp_path, callback(), max_epochs=2, enable_checkpointing=False).fit(
+            Lax(), loader(), ckpt_path=str(tmp_path / "renamed.ckpt"), weights_only=False
+        )
 
 
 def test_a_trainer_without_an_end_is_refused(tmp_path):

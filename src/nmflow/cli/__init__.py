@@ -37,7 +37,12 @@ def app():
 
 
 def main() -> None:
-    """Run a command; a mistake of the user is one sentence and exit code 1."""
+    """Run a command; a mistake of the user is one sentence and exit code 1.
+
+    A command that a signal stopped ends with the code that a shell expects: 130, or 143.
+    """
+    from nmflow.experiments.stopping import Stopped
+
     try:
         app()()
     except NMFlowError as error:
@@ -49,5 +54,6 @@ def main() -> None:
             f"nmflow: the package {error.name!r} is missing: install the experiments with "
             "pip install 'nmflow[experiments]'"
         )
-    except KeyboardInterrupt:
-        sys.exit("nmflow: stopped; the same command goes on from the last checkpoint")
+    except Stopped as stopped:
+        sys.stderr.write(f"nmflow: {stopped}\n")
+        sys.exit(stopped.exit_code)

@@ -25,18 +25,26 @@ def train(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Try the whole path: two steps, no network needed.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but what goes wrong.")
+    ] = False,
 ) -> None:
-    """Train every recipe and seed of CONFIG; a stopped command goes on where it was."""
+    """Train every recipe and seed of CONFIG; a stopped command goes on where it was.
+
+    Ctrl-C and SIGTERM save a checkpoint at the next step; a second one stops at once.
+    """
     from rich.console import Console
 
-    from nmflow.cli._progress import Watcher
+    from nmflow.cli._progress import stopping_soon, watcher
     from nmflow.errors import NMFlowError
     from nmflow.experiments import config as configs
-    from nmflow.experiments.run_folder import RunFolder, check_writable
+    from nmflow.experiments import stopping
+    from nmflow.experiments.files import check_writable
+    from nmflow.experiments.run_folder import RunFolder
 
     experiment = configs.load(config, set_)
     if smoke:
-        return _smoke(experiment, output)
+        return _smoke(experiment, output, quiet)
     runs = list(experiment.runs())
     folder = output or experiment.folder
     done = sum(RunFolder(folder / run.id).finished for run in runs)
@@ -44,32 +52,29 @@ def train(
     first = os.environ.get("RANK", "0") == "0"
     if first:
         check_writable(folder)
-    console = Console(soft_wrap=True, quiet=not first)
+    console = Console(soft_wrap=True, quiet=quiet or not first)
     console.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
-    if done < len(runs):
+    with stopping.watched(stopping_soon):
         # Only now: importing torch and transformers takes seconds.
         from nmflow.experiments.runner import run_all
 
-        with Watcher(runs, folder, console) as watcher:
-            failed = run_all(
-                runs,
-                folder,
-                experiment.workers if workers is None else workers,
-                experiment.threads,
-                watcher.notify,
-            )
-        if failed:
-            others = f" ({len(failed)} of {len(runs)} runs failed)" if len(failed) > 1 else ""
-            raise NMFlowError(failed[0][1] + others)
+        many = experiment.workers if workers is None else workers
+        with watcher(runs, folder, console) as watching:
+            failed = run_all(runs, folder, many, experiment.threads, watching.notify)
+    for _, sentence in failed[1:]:
+        console.print(f"failed: {sentence}", markup=False, highlight=False)
+    if failed:
+        others = f" ({len(failed)} of {len(runs)} runs failed)" if len(failed) > 1 else ""
+        raise NMFlowError(failed[0][1] + others)
     console.print(f"all {len(runs)} runs are finished; now: nmflow report {folder}")
 
 
-def _smoke(experiment: Any, output: Path | None) -> None:
+def _smoke(experiment: Any, output: Path | None, quiet: bool) -> None:
     from rich.console import Console
 
     from nmflow.experiments.smoke import folder_of, smoke
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, quiet=quiet)
     folder = folder_of(experiment, output)
     result = smoke(experiment, folder)
     about, cost = result["smoke"], result["cost"]

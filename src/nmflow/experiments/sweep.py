@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,13 +16,14 @@ from nmflow.errors import ConfigError
 from nmflow.experiments import catalog, config
 from nmflow.experiments.config import Run
 from nmflow.experiments.config_errors import near
-from nmflow.experiments.run_folder import SWEEP, RunFolder, check_writable, write_json
+from nmflow.experiments.files import check_writable, write_json
+from nmflow.experiments.run_folder import SWEEP, RunFolder
 from nmflow.experiments.specs import Count, Strict
 from nmflow.experiments.yaml_values import plain
 
 if TYPE_CHECKING:
-    from nmflow.experiments.runner import Failure
-    from nmflow.experiments.training import Progress
+    from nmflow.experiments.pool import Failure
+    from nmflow.experiments.recorder import Notify
 
 Backend = Literal["processes", "ray"]
 BACKENDS: tuple[Backend, ...] = ("processes", "ray")
@@ -163,7 +164,7 @@ def run(
     sweep: Sweep,
     backend: Backend = "processes",
     workers: int | None = None,
-    notify: Callable[[Progress], None] | None = None,
+    notify: Notify | None = None,
 ) -> list[Failure]:
     """Train the cells that are not finished, then write the table over all that are.
 
@@ -183,8 +184,7 @@ def run(
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}: choose from {', '.join(BACKENDS)}")
     _check_networks(sweep.runs)
-    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process writes
-    if first:
+    if first := os.environ.get("RANK", "0") == "0":  # under torchrun one process writes
         prepare(sweep)
     many = sweep.workers if workers is None else workers
     from nmflow.experiments.sweep_table import write_table
@@ -199,7 +199,8 @@ def run(
         return run_all(sweep.runs, sweep.store, many, sweep.threads, notify)
     finally:
         if first and sweep.finished:
-            write_table(sweep)
+            with RunFolder(sweep.folder).lock():
+                write_table(sweep)
 
 
 def prepare(sweep: Sweep) -> None:
@@ -208,7 +209,9 @@ def prepare(sweep: Sweep) -> None:
         check_writable(folder)
     listed = [{"id": c.run.id, "config_hash": c.run.hash, **c.place} for c in sweep.cells]
     store = os.path.relpath(sweep.store, sweep.folder)  # so that both may be moved together
-    write_json(sweep.folder / SWEEP, {"name": sweep.name, "cells_in": store, "cells": listed})
+    with (place := RunFolder(sweep.folder)).lock():
+        place.tidy()
+        write_json(sweep.folder / SWEEP, {"name": sweep.name, "cells_in": store, "cells": listed})
 
 
 def _base(file: File, path: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmflow.errors import StateError
 from nmflow.flow import Flow, View
 from nmflow.inspect.noise import GradientNoise, gradient_noise
 from nmflow.masks import mask
@@ -59,6 +60,25 @@ class Tracker:
         """End the stream; `rows` stay, the masks that were held for comparison go."""
         self._observation.remove()
         self._masks.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks that the next row is compared with, for a tracker of the resumed run."""
+        return {"masks": {label: held.clone() for label, held in self._masks.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()` of another tracker of the same targets.
+
+        Raises:
+            StateError: the state is of other targets.
+        """
+        masks = state["masks"]
+        unknown = sorted(set(masks) - self._labels)
+        if unknown:
+            raise StateError(
+                f"the tracker's state has a mask of {unknown[0]!r}, which is no target of this "
+                "flow: load the state of the run that is resumed"
+            )
+        self._masks = {label: held.clone() for label, held in masks.items()}
 
     def to_csv(self, path: str | Path) -> None:
         """Write `rows` as a CSV file with a head; what is None is empty."""

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from nmflow.errors import FlowError
 from nmflow.flow import Flow, attach
+from nmflow.integrations import checkpoints
 from nmflow.recipes import DEFAULT, Recipe
 from nmflow.select.plan import Names, Patterns
 
@@ -17,7 +18,8 @@ class NMFlowCallback(pl.Callback):
 
     It attaches when training starts, after Lightning has made the optimizers and restored a
     checkpoint, and takes the number of steps from the trainer. `trainer.fit(..., ckpt_path=...)`
-    goes on exactly, since the recipe's state travels in the optimizer's.
+    goes on exactly, since the recipe's state travels in the optimizer's. A checkpoint holds
+    checksums of the network, and is refused where it was loaded in part (`strict_loading` off).
 
     Validation sees the final N:M network, as `flow.hard()` shows it, unless `hard_validation` is
     off: it is then what the network computes with at that step.
@@ -34,6 +36,7 @@ class NMFlowCallback(pl.Callback):
 
     Raises:
         FlowError: the number of steps is not known.
+        StateError: a resume, where the network does not hold what the checkpoint was saved of.
 
     Example:
         >>> from nmflow.integrations.lightning import NMFlowCallback
@@ -57,6 +60,7 @@ class NMFlowCallback(pl.Callback):
         self._live = False
         self._total_steps, self._finalize = total_steps, finalize
         self._hard_validation, self._hard = hard_validation, None
+        self._saved: dict[str, str] | None = None
         self._how = {
             "recipe": recipe,
             "pattern": pattern,
@@ -64,6 +68,18 @@ class NMFlowCallback(pl.Callback):
             "exclude": exclude,
             **options,
         }
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note what is saved."""
+        checkpoint[checkpoints.WITNESS] = checkpoints.sums(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what was saved until training starts."""
+        self._saved = checkpoint.get(checkpoints.WITNESS)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach, now that the optimizers are made and, on a resume, their state restored."""
@@ -73,6 +89,9 @@ class NMFlowCallback(pl.Callback):
                 "total_steps is None, and the trainer has no end to take it from: give it, or "
                 "max_steps or max_epochs to the Trainer"
             )
+        saved, self._saved = self._saved, None
+        if saved is not None and trainer.is_global_zero:
+            checkpoints.check(saved, pl_module)
         self.flow = attach(pl_module, trainer.optimizers, total_steps=int(steps), **self._how)
         self._live = True
 

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from nmflow.distill.distiller import IGNORED, Distiller
-from nmflow.errors import DistillError, FlowError
-from nmflow.flow import Flow, attach
+from nmflow.errors import FlowError
+from nmflow.flow import Flow, View, attach
+from nmflow.integrations.checkpoints import ExactCheckpoints, Witness
 from nmflow.pattern import Pattern
 from nmflow.recipes import DEFAULT, Recipe
 
+__all__ = ["ExactCheckpoints", "HardEvaluation", "NMFlowCallback", "figures"]
 
-class NMFlowCallback(TrainerCallback):
+PHASES = ("dense", "decay", "sparse", "finetune", "final")
+
+
+class NMFlowCallback(Witness, TrainerCallback):
     r"""Train to N:M with an unchanged `Trainer`: `Trainer(..., callbacks=[NMFlowCallback(...)])`.
 
     It attaches when training begins, after the `Trainer` has made its optimizer and restored a
     checkpoint, and takes the number of steps from it. `trainer.train(resume_from_checkpoint=...)`
-    goes on exactly, since the recipe's state travels in the optimizer's.
+    goes on exactly, since the recipe's state travels in the optimizer's. Checksums of the network
+    travel in the `Trainer`'s: a checkpoint that it loads in part is refused.
 
-    Every log entry of `trainer.state.log_history` gains `nmflow_delta`, δ, and `nmflow_density`,
-    the share of the targets' weights that the mask keeps.
+    Every log entry, of `trainer.state.log_history` and of the trackers in `report_to`, gains
+    `nmflow_delta`, δ; `nmflow_density`, the share of the targets' weights that the mask keeps;
+    `nmflow_phase` (the history) and `nmflow_phase_number`, its place in dense, decay, sparse,
+    finetune, final; and `nmflow_flip_rate`, the share of the mask that changed between the last
+    two of the steps 0, `logging_steps`, 2 · `logging_steps` …, from the second entry on.
 
     Args:
         recipe: a name or a recipe, see `nmflow.attach`.
@@ -40,6 +51,7 @@ class NMFlowCallback(TrainerCallback):
 
     Raises:
         FlowError: `load_best_model_at_end`, which would put weights of mid-decay into the network.
+        StateError: a resume, where the network does not hold what the checkpoint was saved of.
 
     Example:
         >>> from nmflow.integrations.transformers import NMFlowCallback
@@ -95,16 +107,32 @@ class NMFlowCallback(TrainerCallback):
             )
         if model is None or optimizer is None:
             raise FlowError("the Trainer gave no model or no optimizer when training began")
+        self.witness_resume(state, model)
         steps = self._total_steps or state.max_steps
         self.flow = attach(model, optimizer, total_steps=steps, **self._how)
         self.live = True
+        self._flips = _Flips(self.flow, max(1, int(state.logging_steps or 1)))
+        _before_the_trackers(self)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Put δ and the density beside the loss."""
-        if self.flow is not None and self.live and state.log_history:
-            state.log_history[-1].update(figures(self.flow))
+        """Put δ, the density, the phase and the flip rate beside the loss."""
+        if self.flow is None or not self.live or not state.log_history:
+            return
+        found = figures(self.flow)
+        phase = found.pop("nmflow_phase")
+        found["nmflow_phase_number"] = PHASES.index(phase)
+        if self._flips.rate is not None:
+            found["nmflow_flip_rate"] = self._flips.rate
+        state.log_history[-1].update(found, nmflow_phase=phase)
+        if logs is not None:
+            logs.update(found)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,44 +167,40 @@ class HardEvaluation:
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
 
-class Distillation:
-    """A mixin whose training loss is a distiller's; evaluation keeps the task's own loss.
+class _Flips:
+    """The share of the masks' entries that changed between the two observations before."""
 
-    Set `distiller` before training. Where batches are accumulated, the teacher's terms of each
-    count by its share of the labels, as the task's own loss does.
+    def __init__(self, flow: Flow, every: int) -> None:
+        self.rate: float | None = None
+        self._masks: dict[str, Tensor] = {}
+        flow.observe(self._observe, every)
 
-    Example:
-        >>> from transformers import Trainer
-        >>> from nmflow.integrations.transformers import Distillation
-        >>> class StudentTrainer(Distillation, Trainer):
-        ...     pass
-        >>> # trainer = StudentTrainer(model, args, ...); trainer.distiller = Distiller.of(model)
+    def _observe(self, step: int, views: list[View]) -> None:
+        seen = [(v.mask, self._masks.get(v.target.label)) for v in views]
+        pairs = [(now, before) for now, before in seen if before is not None]
+        if pairs:
+            # One transfer from the device for all targets.
+            changed = torch.stack([(now != before).sum() for now, before in pairs]).sum()
+            self.rate = int(changed) / sum(now.numel() for now, _ in pairs)
+        self._masks.update((v.target.label, v.mask.clone()) for v in views)
+
+
+def _before_the_trackers(callback: TrainerCallback) -> None:
+    """Move a callback in front of those that report, so that they see what it logs.
+
+    A `Trainer` puts its trackers before the callbacks that it is given, and hands none of them its
+    list: it is found where the handler calls.
     """
-
-    distiller: Distiller | None = None
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """`Trainer.compute_loss`, with the teacher's terms while the network trains."""
-        if self.distiller is None:
-            raise DistillError("distiller is None: set trainer.distiller before training")
-        own: Any = super()
-        if not model.training:
-            return own.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        more = {"output_hidden_states": True} if self.distiller.hidden else {}
-        labels = inputs.get("labels")
-        loss, outputs = own.compute_loss(model, {**inputs, **more}, True, num_items_in_batch)
-        outputs["loss"] = loss
-        share: Any = 1.0
-        if num_items_in_batch is not None and labels is not None:
-            share = (labels != IGNORED).sum() / num_items_in_batch
-        loss = self.distiller.loss(outputs, inputs, share)
-        return (loss, outputs) if return_outputs else loss
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            others = [c for c in handler.callbacks if c is not callback]
+            first = sum(isinstance(c, DefaultFlowCallback) for c in others[:1])
+            # A new list: the handler is walking along the old one.
+            handler.callbacks = [*others[:first], callback, *others[first:]]
+            return
+        frame = frame.f_back
 
 
 def figures(flow: Flow) -> dict[str, Any]:

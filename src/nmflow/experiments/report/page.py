@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from nmflow.experiments.files import write
 from nmflow.experiments.report import csv_rows as report_rows
 from nmflow.experiments.report import overview, tradeoffs
 from nmflow.experiments.report import settings as families
@@ -24,7 +25,7 @@ from nmflow.experiments.report.settings import Group
 from nmflow.experiments.report.times import Times
 from nmflow.experiments.report.times import read as read_times
 from nmflow.experiments.report.verdict import verdict
-from nmflow.experiments.run_folder import finished_runs, unfinished_runs, write
+from nmflow.experiments.run_folder import finished_runs, unfinished_runs
 
 OWN_DATA = """\
 # your own text: one file or a folder of .txt

@@ -17,8 +17,9 @@ from nmflow.bench import ways
 from nmflow.bench.results import cpu_name, version_text
 from nmflow.errors import CompressError, ConfigError, NMFlowError
 from nmflow.experiments.config import Model, Run, digest
+from nmflow.experiments.files import read_json, write_json
 from nmflow.experiments.report.settings import Cell
-from nmflow.experiments.run_folder import MODEL, read_json, write_json
+from nmflow.experiments.run_folder import MODEL
 from nmflow.packed import compress
 from nmflow.packed.measure import Timing, time_ways
 
