@@ -6,7 +6,18 @@ import pandas as pd
 from choose import RESULTS, results
 from compare import by_seed, family
 from figures import forest
-from tables import OURS, gain, in_points, main_runs, ran, sparse_patterns, spread, table, there
+from tables import (
+    OURS,
+    gain,
+    heading,
+    in_points,
+    main_runs,
+    ran,
+    sparse_patterns,
+    spread,
+    table,
+    there,
+)
 from tasks import TASKS, Task
 
 from nmflow.experiments.report.statistics import summary
@@ -18,7 +29,7 @@ INT8 = "Dense, int8"
 
 def rivals() -> str:
     """The narrower dense network of equal FLOPs, bytes or time against the sparse ones."""
-    out = ["# l. Or simply a smaller dense network?", ""]
+    out = heading("l. Or simply a smaller dense network?")
     for task in TASKS:
         if not (ran(task) and there(f"{task.name}-dense")):
             out += [f"*{task.title}: not run yet.*", ""]
@@ -41,7 +52,7 @@ def rivals() -> str:
             "",
             f"**Against the dense network of the same inference FLOPs, settling wins at "
             f"{', '.join(held) or 'no pattern'} and loses at {', '.join(lost) or 'none'}** (Holm "
-            f"over all {len(cells)} cells); elsewhere nothing is shown.",
+            f"over all {len(cells)} cells). The other differences are not significant.",
             "",
             table(["pattern", "rival", "rival, points", *(f"{s} − rival" for s in shown)], rows),
             forest([c for c in cells if c.setup == OURS], f"l-{task.name}"),
@@ -71,16 +82,16 @@ def _costs(task: Task) -> list[str]:
         rows.append(row)
     eight = list(by_seed(frame, INT8, None, "points").values())
     return [
-        "Settling against a dense network of the same bytes, one of the same time, and int8, which "
-        "keeps 0.25 of the bytes of every linear layer:",
+        "Settling against three more rivals: a dense network of the same bytes, one of the same "
+        "time, and int8, which keeps 0.25 of the bytes of every linear layer.",
         "",
         table(["pattern", "same bytes", "settling −", "same time", "settling −", "int8",
                "settling −"], rows),
-        "Bytes are values and indices as packed; times are those of ViT-Base's FF at 197 tokens "
-        "([the benchmark](../benchmarks/kernels.md)); the int8 network is the dense one after "
+        "Bytes are values and indices as packed. Times are those of ViT-Base's FF at 197 tokens "
+        "([the benchmark](../benchmarks/kernels.md)). The int8 network is the dense one after "
         "torch's dynamic quantization"
-        + (f", {spread(summary(eight))} points" if eight else "")
-        + ". Bold where Holm's p over the table is below 0.05.",
+        + (f"; it has {spread(summary(eight))} points" if eight else "")
+        + ". Bold: Holm's p over the table is below 0.05.",
         "",
     ]  # fmt: skip
 
