@@ -112,8 +112,8 @@ def better() -> str:
             *heading("A better recipe: settling"),
             f"**Of {len(every)} cells, settling is significantly better than the best of the "
             f"paper's recipes in {_count(held)}, and worse in {_count(lost)}** (Holm over all "
-            f"cells). Its mean is higher in {sum(c.difference.mean > 0 for _, c in every)} of them. "
-            "The best of the paper's is chosen by its test mean, which favours it.",
+            f"cells). Its mean is higher in {sum(c.difference.mean > 0 for _, c in every)} of "
+            "them. The best of the paper's is chosen by its test mean, which favours it.",
             "",
             table(["task", "pattern", "best of the paper's", "settling, points", "difference",
                    "p (Holm)"], shown),
@@ -136,10 +136,10 @@ def _answer(task: Task, cells: list[Cell]) -> list[str]:
     power = max(c.detectable for c in sparse)
     return [
         f"**{_comparisons(len(sparse))} with tuned SR-STE at 1:8 and sparser: {said}.** The "
-        f"largest gain is {gain(top).strip('*')} points ({top.setup}, {top.pattern}). The paper claims up "
-        f"to {task.claimed:g}: {_of(below, len(sparse))} below that, in this small network trained "
-        f"from scratch. These runs would have shown a difference of {power:.2f} points in every "
-        "cell (power 80 %, before adjustment)."
+        f"largest gain is {gain(top).strip('*')} points ({top.setup}, {top.pattern}). The paper "
+        f"claims up to {task.claimed:g}: {_of(below, len(sparse))} below that, in this small "
+        f"network trained from scratch. These runs would have shown a difference of {power:.2f} "
+        "points in every cell (power 80 %, before adjustment)."
     ]
 
 

@@ -111,8 +111,8 @@ def panels() -> str:
             forest([*cells, *against], "j-panels"),
             "",
             "Differences are paired by seed, with 95 % intervals. Bold: Holm's p over the column "
-            "is below 0.05. In this network a panel of 64 rows is a quarter of the FF's first weight "
-            "and the whole of its second: the strictest case.",
+            "is below 0.05. In this network a panel of 64 rows is a quarter of the FF's first "
+            "weight and the whole of its second: the strictest case.",
         ]
     )
 
