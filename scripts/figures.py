@@ -124,8 +124,8 @@ def recipes() -> Drawing:
     made.text(14, 22, "What a group of 16 goes through, over a run, at 1:16", size=15, bold=True)
     made.dot(20, 40, color=BLUE, shape="s")
     made.text(32, 44, "of 16, weights that the mask keeps", size=11.5)
-    made.dot(246, 40, color=ORANGE, shape="s")
-    made.text(258, 44, "δ, by which a weight that is not kept counts (from 1 to 0)", size=11.5)
+    made.dot(270, 40, color=ORANGE, shape="s")
+    made.text(282, 44, "δ, by which a weight that is not kept counts (from 1 to 0)", size=11.5)
     for i, name in enumerate(names):
         left, top = 46 + 246 * (i % 3), 82 + 142 * (i // 3)
         axes = Axes(made, left, top, 196, 84, (0, steps), (0.0, 1.0))
