@@ -62,11 +62,11 @@ bench: $(READY)  ## The benchmarks of docs/benchmarks; give them a quiet machine
 	$(BIN)/python benchmarks/end_to_end.py
 
 figures: $(READY)  ## Make docs/figures from the tables and the schedules
-	$(BIN)/python scripts/figures.py
+	$(BIN)/python scripts/site_figures.py
 
 study: $(READY)  ## Make the pages of docs/study from the tables of its results
 	$(BIN)/python study/pages.py
-	$(BIN)/python scripts/figures.py
+	$(BIN)/python scripts/site_figures.py
 
 lock: $(READY)  ## Resolve requirements.lock anew
 	$(BIN)/pip-compile --quiet --extra dev --strip-extras --allow-unsafe --upgrade \

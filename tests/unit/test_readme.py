@@ -175,7 +175,7 @@ def test_every_public_name_is_in_the_reference():
 
 def test_drawings_are_what_their_script_makes(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    figures = importlib.import_module("figures")
+    figures = importlib.import_module("site_figures")
     assert {f"{name}.svg" for name in figures.DRAWN} == {
         file.name for file in figures.FIGURES.iterdir()
     }
@@ -191,3 +191,15 @@ def test_importing_needs_torch_and_numpy_only():
     ).stdout.split()
     for name in ("safetensors", "transformers", "scipy", "pydantic", "typer", "matplotlib"):
         assert name not in loaded
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr[-2000:]
+    for page in tmp_path.rglob("*.html"):
+        fetched = re.findall(r'(?:src|<link[^>]*href)="(?:https?:)?//[^"]+', page.read_text())
+        assert not fetched, f"{page.name} would fetch {fetched}"

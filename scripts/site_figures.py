@@ -1,6 +1,6 @@
 """The drawings of the README and of the site, each from its source: `make figures`.
 
-    python scripts/figures.py
+    python scripts/site_figures.py
 
 `gain` is made from the tables of the study and of the benchmarks, `recipes` from the schedules
 themselves, `panels` and `idea` from nothing but `nmflow.mask` and these lines.
