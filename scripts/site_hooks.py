@@ -1,15 +1,65 @@
-"""Hooks of mkdocs: the page of the command line is made from the commands themselves."""
+"""Hooks of mkdocs: commands and keys of a YAML file are shown as the code has them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 COMMANDS = "<!-- commands -->"
+KEYS = "<!-- keys -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the commands, their arguments and options in the place of the marker."""
-    return markdown.replace(COMMANDS, commands()) if COMMANDS in markdown else markdown
+    """Put the commands, or the keys of a YAML file, in the place of their marker."""
+    for marker, made in ((COMMANDS, commands), (KEYS, keys)):
+        if marker in markdown:
+            markdown = markdown.replace(marker, made())
+    return markdown
+
+
+def keys() -> str:
+    """A table for each mapping of a YAML file: its keys, what they take, their defaults."""
+    from nmflow.experiments import config
+
+    parts = (
+        ("The file", config.Experiment),
+        ("`data`", config.Data),
+        ("`model`", config.Model),
+        ("`training`", config.Training),
+        ("a recipe", config.RecipeSpec),
+    )
+    out: list[str] = []
+    for title, part in parts:
+        schema = part.model_json_schema()
+        out += [f"### {title}", "", (part.__doc__ or "").partition("\n")[0], ""]
+        out += ["| key | takes | default |", "| --- | --- | --- |"]
+        for name, field in schema["properties"].items():
+            needed = name in schema.get("required", ())
+            default = (
+                "needed" if needed else f"`{field['default']!r}`" if "default" in field else ""
+            )
+            out.append(f"| `{name}` | {_takes(field)} | {default} |")
+        out.append("")
+    return "\n".join(out)
+
+
+def _takes(field: dict[str, Any]) -> str:
+    """The type of a key in words."""
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(_takes(one) for one in field["anyOf"]))
+    if "$ref" in field:
+        return "a mapping, see below"
+    if field.get("type") == "array":
+        return f"a list: {_takes(field.get('items', {}))}"
+    words = {"integer": "whole number", "number": "number", "string": "text",
+             "boolean": "true or false", "object": "a mapping", "null": "nothing"}  # fmt: skip
+    said = words.get(field.get("type", ""), "anything")
+    least = field.get("minimum", field.get("exclusiveMinimum"))
+    above = "above" if "exclusiveMinimum" in field else "at least"
+    return said + (f", {above} {least}" if least is not None else "")
 
 
 def commands() -> str:
