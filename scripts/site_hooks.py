@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 COMMANDS = "<!-- commands -->"
@@ -25,7 +26,6 @@ def keys() -> str:
         ("`data`", config.Data),
         ("`model`", config.Model),
         ("`training`", config.Training),
-        ("a recipe", config.RecipeSpec),
     )
     out: list[str] = []
     for title, part in parts:
@@ -33,13 +33,16 @@ def keys() -> str:
         out += [f"### {title}", "", (part.__doc__ or "").partition("\n")[0], ""]
         out += ["| key | takes | default |", "| --- | --- | --- |"]
         for name, field in schema["properties"].items():
-            needed = name in schema.get("required", ())
-            default = (
-                "needed" if needed else f"`{field['default']!r}`" if "default" in field else ""
-            )
+            shown = _default(field.get("default"))
+            default = "needed" if name in schema.get("required", ()) else shown
             out.append(f"| `{name}` | {_takes(field)} | {default} |")
         out.append("")
     return "\n".join(out)
+
+
+def _default(value: Any) -> str:
+    """A default as YAML writes it; empty where nothing is the default."""
+    return "" if value in (None, "", {}, []) else f"`{json.dumps(value)}`"
 
 
 def _takes(field: dict[str, Any]) -> str:
@@ -49,13 +52,14 @@ def _takes(field: dict[str, Any]) -> str:
     if "const" in field:
         return f"`{field['const']}`"
     if "anyOf" in field:
-        return " or ".join(dict.fromkeys(_takes(one) for one in field["anyOf"]))
+        several = [_takes(one) for one in field["anyOf"] if one.get("type") != "null"]
+        return " or ".join(dict.fromkeys(several))
     if "$ref" in field:
         return "a mapping, see below"
     if field.get("type") == "array":
         return f"a list: {_takes(field.get('items', {}))}"
     words = {"integer": "whole number", "number": "number", "string": "text",
-             "boolean": "true or false", "object": "a mapping", "null": "nothing"}  # fmt: skip
+             "boolean": "true or false", "object": "a mapping"}  # fmt: skip
     said = words.get(field.get("type", ""), "anything")
     least = field.get("minimum", field.get("exclusiveMinimum"))
     above = "above" if "exclusiveMinimum" in field else "at least"
