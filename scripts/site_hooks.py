@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 COMMANDS = "<!-- commands -->"
 KEYS = "<!-- keys -->"
+
+
+def on_config(config: Any) -> Any:
+    """Put the files of a pattern of the menu, such as `decisions/*.md`, in its place."""
+    config.nav = _expanded(config.nav, Path(config.docs_dir))
+    return config
+
+
+def _expanded(item: Any, docs: Path) -> Any:
+    if isinstance(item, list):
+        return [_expanded(one, docs) for one in item]
+    if isinstance(item, dict):
+        return {title: _expanded(one, docs) for title, one in item.items()}
+    if "*" in item:
+        return [str(file.relative_to(docs)) for file in sorted(docs.glob(item))]
+    return item
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -152,9 +152,11 @@ def test_links_lead_somewhere(page, link):
 
 
 def test_every_page_is_in_the_tree_of_the_site():
-    tree = (ROOT / "mkdocs.yml").read_text("utf-8")
-    for page in PAGES[1:]:
-        assert str(page.relative_to(ROOT / "docs")) in tree, f"{named(page)} is in no menu"
+    tree = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
+    docs = ROOT / "docs"
+    shown = {file for entry in re.findall(r"[\w/*-]+\.md", tree) for file in docs.glob(entry)}
+    missing = [named(page) for page in PAGES[1:] if page not in shown]
+    assert not missing, f"in no menu of mkdocs.yml: {missing}"
 
 
 def test_every_public_name_is_in_the_reference():
