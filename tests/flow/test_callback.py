@@ -64,7 +64,7 @@ def test_the_callback_may_leave_the_last_word_to_the_user(tmp_path: Path):
     assert nmflow.audit(trainer.model, "1:8", "ff").ok
 
 
-def test_hard_evaluation_shows_the_final_pattern_in_mid_decay(tmp_path: Path):
+def test_final_masks_evaluation_shows_the_final_pattern_in_mid_decay(tmp_path: Path):
     seen: list[tuple[bool, float]] = []
 
     class Watching(HardEvaluation, Trainer):

@@ -21,7 +21,7 @@ class NMFlowCallback(pl.Callback):
     goes on exactly, since the recipe's state travels in the optimizer's. A checkpoint holds
     checksums of the network, and is refused where it was loaded in part (`strict_loading` off).
 
-    Validation sees the final N:M network, as `flow.hard()` shows it, unless `hard_validation` is
+    Validation sees the final N:M network, as `flow.final_masks()` shows it, unless `hard_validation` is
     off: it is then what the network computes with at that step.
 
     Args:
@@ -98,7 +98,7 @@ class NMFlowCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the final masks."""
         if self.flow is not None and self._live and self._hard_validation:
-            self._hard = self.flow.hard()
+            self._hard = self.flow.final_masks()
             self._hard.__enter__()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -159,11 +159,11 @@ class HardEvaluation:
     callback_handler: Any
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`Trainer.evaluate` under `flow.hard()`."""
+        """`Trainer.evaluate` under `flow.final_masks()`."""
         with contextlib.ExitStack() as stack:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, NMFlowCallback) and callback.live and callback.flow:
-                    stack.enter_context(callback.flow.hard())
+                    stack.enter_context(callback.flow.final_masks())
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
 
