@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 import nmflow
 from nmflow.errors import FlowError
 from nmflow.experiments import tasks
-from nmflow.integrations.transformers import HardEvaluation, NMFlowCallback
+from nmflow.integrations.transformers import FinalMasksEvaluation, NMFlowCallback
 from small_runs import one
 
 
@@ -67,7 +67,7 @@ def test_the_callback_may_leave_the_last_word_to_the_user(tmp_path: Path):
 def test_final_masks_evaluation_shows_the_final_pattern_in_mid_decay(tmp_path: Path):
     seen: list[tuple[bool, float]] = []
 
-    class Watching(HardEvaluation, Trainer):
+    class Watching(FinalMasksEvaluation, Trainer):
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             assert callback.flow is not None
             ok = nmflow.audit(self.model, "1:8", "ff").ok  # type: ignore[arg-type]

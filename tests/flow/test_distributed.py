@@ -170,7 +170,7 @@ class ShardedRun:
 
 
 def _trains(rank: int, folder: Path, family: Family, case: str) -> None:
-    """Train, checkpoint on disk, look through final_masks(), finalize, and resume: as one process does."""
+    """Train, checkpoint, look through final_masks(), finalize, resume: as one process does."""
     i = CASES.index(case)
     optimizer = ["adamw-foreach", "sgd", "adamw-fused"][i % 3]
     want = alone(family, case, optimizer)

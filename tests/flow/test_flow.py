@@ -26,7 +26,7 @@ from settings import BY_ID, TOTAL
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
 @pytest.mark.parametrize("case", ["mdgf-exp", "one-shot", "sdgf-geometric", "hybrid"])
-def test_final_masks_shows_the_final_pattern_and_restores_bitwise(case: str, family: Family) -> None:
+def test_final_masks_are_shown_and_weights_restored_bitwise(case: str, family: Family) -> None:
     run, free = Run(family, BY_ID[case]), Run(family, BY_ID[case])
     batches = family.batches(TOTAL)
     n, m, panel = reference.parse(family.pattern)
@@ -144,7 +144,7 @@ def test_the_model_may_be_copied_in_mid_run() -> None:
     assert_same(parameters_of(run.model), parameters_of(free.model))
 
 
-@pytest.mark.parametrize("what", ["finalize", "final_masks", "sync", "dense_weights"])
+@pytest.mark.parametrize("what", ["finalize", "final_masks", "dense", "sync", "dense_weights"])
 def test_a_finalized_flow_is_over(what: str) -> None:
     run = Run(MLP, BY_ID["mdgf-linear"])
     run.train(MLP.batches(TOTAL))

@@ -47,7 +47,7 @@ class Edits:
         names, same = [], []
         for slot in slots:
             if not slot.moved():
-                if local(slot.param).device.type != "cpu" and not wait:
+                if not wait and waits(local(slot.param)):
                     names.append(slot.name)
                     same.append(slot.same())
                     continue
@@ -58,6 +58,10 @@ class Edits:
         if same:
             self._late = names, torch.stack([s.to(same[0].device) for s in same])
             self._flags.send(same)
+
+    def check_finite(self, k: int) -> None:
+        """Raise a `WeightError` if a dense weight is not finite."""
+        self._weights.check_finite(k)
 
     def check_writes(self, k: int) -> None:
         """Raise unless what somebody wrote can be W.
@@ -178,6 +182,11 @@ class Edits:
         for slot in self._weights.slots if self._weights.prunes else ():
             writes.mend_kind(slot)
         self._weights.write(k)
+
+
+def waits(tensor: Tensor) -> bool:
+    """Whether reading a value of the tensor would wait for a device."""
+    return tensor.device.type != "cpu"
 
 
 def _check_finite(slot: Slot, k: int) -> None:

@@ -7,11 +7,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmflow.errors import FlowError
+from nmflow.flow import copies
 from nmflow.flow.blocks import Blocks, Dense, FinalMasks
+from nmflow.flow.copies import Copy
 from nmflow.flow.homes import Home
 from nmflow.flow.loading import Loading, watch
 from nmflow.flow.observing import Observation, Observer
@@ -135,8 +138,12 @@ class Flow:
 
     # -- what one does with it -----------------------------------------------------------------
 
-    def final_masks(self) -> contextlib.ContextDecorator:
+    def final_masks(self, copy: Copy | None = None) -> contextlib.AbstractContextManager[None]:
         """Show the network with the final N:M masks, for an honest evaluation in mid-decay.
+
+        Args:
+            copy: a copy of the network, such as a moving average, which is shown as
+                `finalize_copy` would leave it, instead of the network itself.
 
         Returns:
             A context manager, which may be nested.
@@ -156,12 +163,14 @@ class Flow:
             ...     int((model.weight != 0).sum())
             8
         """
+        if copy is not None:
+            return copies.pruned(copy, self.model, self._to_prune)
         self._check_live("final_masks()")
         return FinalMasks(self._blocks)
 
     hard = final_masks  # its name before
 
-    def dense(self) -> contextlib.ContextDecorator:
+    def dense(self) -> contextlib.AbstractContextManager[None]:
         """Show the dense weights W, take what the block makes of them, and show W̃ again.
 
         For whatever is done to weights beside the optimizer: a constraint after each step, another
@@ -207,9 +216,10 @@ class Flow:
         self._check_live("sync()")
         self._blocks.check_none("sync()")
         for stepper in self._steppers:
-            stepper.check_writes()
-        for stepper in self._steppers:
-            stepper.sync()
+            stepper.edits.check_writes(stepper.k)
+        with torch.no_grad():
+            for stepper in self._steppers:
+                stepper.edits.sync(stepper.k)
 
     def finalize(self) -> None:
         """Leave a plain model: exact N:M weights, no hooks, an optimizer without our state.
@@ -222,9 +232,9 @@ class Flow:
         self._check_live("finalize()")
         self._blocks.check_none("finalize()")
         for stepper in self._steppers:
-            stepper.check_untouched()
+            stepper.edits.check(stepper.k)
         for stepper in self._steppers:
-            stepper.check_finite()
+            stepper.edits.check_finite(stepper.k)
         if self.steps_done < self.total_steps:
             log.warning(
                 "finalized after %d of %d steps: the masks are final, the recipe is not",
@@ -232,11 +242,44 @@ class Flow:
                 self.total_steps,
             )
         for stepper in self._steppers:
-            stepper.harden("finalize()")
+            with torch.no_grad():
+                stepper.edits.harden(stepper.k)
             stepper.stop()
         for hook in self._loading:
             hook.remove()
         self._finalized = True
+
+    def finalize_copy(self, copy: Copy) -> None:
+        """Make a copy of the network, such as a moving average of it, exactly N:M, in place.
+
+        Each target of the copy keeps the N largest of its own weights in every group of M. A copy
+        of a network in training is not N:M: the masks that it averages differ. May be called
+        before and after `finalize`.
+
+        Args:
+            copy: a module with the model's parameters, under their names or with the prefixes of
+                wrappers, or a dictionary of its tensors.
+
+        Raises:
+            FlowError: the copy lacks a weight, has it in another shape, or shares it with the
+                model; nothing is changed.
+            WeightError: a weight is not finite; nothing is changed.
+
+        Example:
+            >>> import nmflow, torch
+            >>> model = torch.nn.Linear(8, 4)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> flow = nmflow.attach(model, optimizer, pattern="1:4", include="*", total_steps=9)
+            >>> average = torch.optim.swa_utils.AveragedModel(model)
+            >>> flow.finalize_copy(average)
+            >>> nmflow.holds(average.module.weight, "1:4")
+            True
+        """
+        copies.prune(copy, self.model, self._to_prune)
+
+    @property
+    def _to_prune(self) -> Plan:
+        return self.plan if self.recipe.prunes else Plan()
 
     def __repr__(self) -> str:
         where = "finalized" if self._finalized else f"step {self.steps_done} of {self.total_steps}"

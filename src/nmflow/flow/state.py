@@ -99,7 +99,7 @@ class Run:
 
     def signature(self, targets: Sequence[Target]) -> str:
         """Text that two runs share when one can resume the other's state."""
-        names = [[_unwrapped(t.label), list(t.shape), t.dim, str(t.pattern)] for t in targets]
+        names = [[unwrapped(t.label), list(t.shape), t.dim, str(t.pattern)] for t in targets]
         digest = hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()[:16]
         patterns = Counter(str(t.pattern) for t in targets)
         signature = {
@@ -168,7 +168,8 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return "; ".join(said)
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPINGS)
 
 

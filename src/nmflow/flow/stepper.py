@@ -34,6 +34,8 @@ class Stepper:
     Attributes:
         k: the optimizer steps done.
         slots: the parameters that it owns and a recipe targets.
+        edits: what may be done to them between two steps.
+        block: the `with` block of the flow that is open, in which nothing may step; or "".
     """
 
     def __init__(
@@ -41,12 +43,12 @@ class Stepper:
     ) -> None:
         self._asked, self.optimizer, self.slots, self.k = run, optimizer, slots, 0
         self._weights = Weights(run, slots)
-        self._edits = Edits(self._weights)
+        self.edits = Edits(self._weights)
         self._signature = run.signature(self._weights.targets)
         self._observations = observations
         self._handles: list[Any] = []
         self._entered = self._counts = False
-        self._block = ""
+        self.block = ""
         self._frozen: list[preconditioner.Frozen] = []
 
     # -- from attach to finalize ---------------------------------------------------------------
@@ -113,67 +115,12 @@ class Stepper:
         """Whether there are dense weights beside the network's own."""
         return self.run.recipe.prunes
 
-    # -- between steps -------------------------------------------------------------------------
-
-    def check_untouched(self) -> None:
-        """Raise if a parameter was replaced, or written by somebody, since the last step."""
-        self._edits.check(self.k)
-
-    def check_finite(self) -> None:
-        """Raise a `WeightError` if a dense weight is not finite."""
-        self._weights.check_finite(self.k)
-
-    @torch.no_grad()
-    def harden(self, block: str) -> None:
-        """Show the final N:M weights, and step no more until `soften`; `block` is its name."""
-        self._block = block
-        self._edits.harden(self.k)
-
-    @torch.no_grad()
-    def soften(self) -> list[str]:
-        """Show the current W̃ again; the names of the weights that somebody wrote meanwhile."""
-        self._block = ""
-        return self._edits.soften(self.k)
-
-    @torch.no_grad()
-    def open(self, block: str) -> None:
-        """Show W, and step no more until `close` or `abandon`; `block` is its name."""
-        self._block = block
-        self._edits.open()
-
-    @torch.no_grad()
-    def check_edited(self) -> None:
-        """Raise unless what the parameters hold can be W."""
-        self._edits.check_edited(self.k)
-
-    @torch.no_grad()
-    def close(self) -> None:
-        """Take what the parameters hold as W, and show W̃ again."""
-        self._block = ""
-        self._edits.close(self.k)
-
-    @torch.no_grad()
-    def abandon(self) -> None:
-        """Show W̃ of the W that there was."""
-        self._block = ""
-        self._edits.abandon(self.k)
-
-    @torch.no_grad()
-    def check_writes(self) -> None:
-        """Raise unless what somebody wrote can be W."""
-        self._edits.check_writes(self.k)
-
-    @torch.no_grad()
-    def sync(self) -> None:
-        """Take what somebody wrote as W."""
-        self._edits.sync(self.k)
-
     # -- the hooks of a step -------------------------------------------------------------------
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict) -> tuple | None:
         self._check_no_block("optimizer.step()")
         self._mend_broken_step()
-        self._edits.check(self.k, wait=False)
+        self.edits.check(self.k, wait=False)
         self._weights.read_finite(self.k)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
@@ -276,9 +223,9 @@ class Stepper:
             self._weights.write(self.k)
 
     def _check_no_block(self, what: str) -> None:
-        if self._block:
+        if self.block:
             raise FlowError(
-                f"{what} was called inside flow.{self._block}, where the network does not show "
+                f"{what} was called inside flow.{self.block}, where the network does not show "
                 "its weights of this step: call it outside the with block"
             )
 
@@ -318,7 +265,7 @@ class Stepper:
             )
         self._write_groups()
         self._entered = False
-        self._edits.forget()
+        self.edits.forget()
         if self.prunes:
             resume.adopt(optimizer, self.slots)
             self._weights.write(self.k)
