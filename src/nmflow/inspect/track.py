@@ -194,6 +194,8 @@ def track(flow: Flow, every: int = 1, per_target: bool = True) -> Tracker:
 
 def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
+    if bits.numel() != -(-count // 8):
+        raise ValueError(f"{bits.numel()} bytes of bits for the shape {list(shape)}")
     flat = np.unpackbits(bits.cpu().numpy(), count=count)
     return torch.from_numpy(flat.astype(bool)).reshape(list(shape))
 

@@ -21,6 +21,7 @@ Patterns = str | Pattern | Mapping[str, str | Pattern]
 Names = str | Sequence[str]
 
 _FROZEN = "frozen: requires_grad is False"
+_EXCLUDED = "excluded by "
 
 
 def plan(
@@ -180,7 +181,7 @@ def _decide(
     if limits and not within:
         reason = reason or f"outside of include, {', '.join(map(repr, limits))}"
     if barred is not None:
-        reason = reason or f"excluded by {barred!r}"
+        reason = reason or f"{_EXCLUDED}{barred!r}"
     if reason:
         for rule in hits:
             rule.missed[layer.name] = reason
@@ -225,11 +226,12 @@ def _check(
 ) -> None:
     """Raise if a key took nothing: a misspelt glob must not pass in silence."""
     for rule in rules:
-        if rule.took == 0 and rule.missed and set(rule.missed.values()) == {_FROZEN}:
+        wanted = {n: why for n, why in rule.missed.items() if not why.startswith(_EXCLUDED)}
+        if rule.took == 0 and wanted and set(wanted.values()) == {_FROZEN}:
             raise PlanError(
                 f"{rule.key!r} takes nothing, since all that it matches is frozen "
-                f"(requires_grad is False: {_few(list(rule.missed), 3)}), so that nothing would "
-                "train it: call requires_grad_(True) and give it to the optimizer, or, where only "
+                f"(requires_grad is False: {_few(list(wanted), 3)}), so that nothing would train "
+                "it: call requires_grad_(True) and give it to the optimizer, or, where only "
                 "adapters train, merge them first and train the merged model"
             )
         if rule.took == 0 and rule.missed:
