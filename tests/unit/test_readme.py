@@ -20,7 +20,9 @@ LINKS = [
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("README.md", 7), ("docs/recipes.md", 1)], ids=["readme", "recipes"]
+    ("page", "least"),
+    [("README.md", 7), ("docs/recipes.md", 1), ("docs/guide.md", 3)],
+    ids=["readme", "recipes", "guide"],
 )
 def test_blocks_run(page, least, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)

@@ -22,7 +22,7 @@ class Edits:
 
     def __init__(self, weights: Weights) -> None:
         self._weights, self._flags = weights, Flags()
-        self._late: tuple[list[str], Tensor] | None = None
+        self._late: tuple[list[tuple[str, int]], Tensor] | None = None
 
     # -- writes by others ----------------------------------------------------------------------
 
@@ -44,20 +44,22 @@ class Edits:
         if not self._weights.prunes:
             return
         self._read_late(k)
-        names, same = [], []
+        late: list[tuple[str, Tensor, Tensor]] = []
         for slot in slots:
             if not slot.moved():
                 if not wait and waits(local(slot.param)):
-                    names.append(slot.name)
-                    same.append(slot.same())
+                    late.append((slot.name, *slot.prints()))
                     continue
                 if bool(slot.same()):
                     continue
             if self._written(slot, k) is not None:
                 raise _was_written(slot, k)
-        if same:
-            self._late = names, torch.stack([s.to(same[0].device) for s in same])
-            self._flags.send(same)
+        if late:
+            # In few launches, which cost more here than what they compute.
+            names, before, now = zip(*late, strict=True)
+            same = torch.cat(before) == torch.cat(now)
+            self._late = [(n, len(x)) for n, x in zip(names, now, strict=True)], same
+            self._flags.send([same.all()])
 
     def check_finite(self, k: int) -> None:
         """Raise a `WeightError` if a dense weight is not finite."""
@@ -100,8 +102,9 @@ class Edits:
         late, self._late = self._late, None
         if late is None or self._flags.read():
             return
-        names, same = late
-        name = next(n for n, fine in zip(names, same.tolist(), strict=True) if not fine)
+        sizes, same = late
+        parts = same.split([size for _, size in sizes])
+        name = next(n for (n, _), p in zip(sizes, parts, strict=True) if not bool(p.all()))
         raise StateError(
             f"'{name}' was written before step {k} where torch does not count it, as by `.data`, "
             "and the step went on from the dense weights in the optimizer's state: write inside "
@@ -174,7 +177,7 @@ class Edits:
         reuse = weights.run.reuses(weights.targets, k)
         for slot in weights.slots if weights.prunes else ():
             loaded = slot.loaded
-            writes.take(slot, torch.ones_like(local(slot.param), dtype=torch.bool))
+            writes.take(slot, None)
             slot.write(stages, reuse and not loaded, hold)
 
     def abandon(self, k: int) -> None:

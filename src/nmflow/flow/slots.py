@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from nmflow import masks
 from nmflow.flow import gradients
 from nmflow.flow.homes import Home
-from nmflow.flow.marks import Mark
+from nmflow.flow.marks import Mark, fingerprint
 from nmflow.flow.sharding import Region, local, out_axis, sharded
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.pattern import EVERY
@@ -225,6 +225,11 @@ class Slot:
         """Whether the parameter's values are those that were seen: a bool scalar where it lies."""
         assert self._mark is not None
         return self._mark.same(local(self.param))
+
+    def prints(self) -> tuple[Tensor, Tensor]:
+        """The fingerprints of the parameter, as it was seen and as it is."""
+        assert self._mark is not None
+        return self._mark.prints, fingerprint(local(self.param))
 
     def expect_load(self) -> None:
         """A `load_state_dict` will now write the parameter whole."""

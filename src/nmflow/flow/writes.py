@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from nmflow.errors import StateError
-from nmflow.flow.sharding import local
+from nmflow.flow.sharding import local, sharded
 from nmflow.flow.slots import Slot, Stages
 from nmflow.flow.state import DENSE_KEY, SLOT_KEYS
 from nmflow.masks import touched
@@ -65,12 +64,12 @@ def mend_kind(slot: Slot) -> None:
     """Give a parameter memory like W's, where `param.data = x` gave it another kind."""
     now, dense = local(slot.param), local(slot.dense)
     kinds = [(x.shape, x.dtype, x.device) for x in (now, dense)]
-    if kinds[0] != kinds[1] and not isinstance(slot.param, DTensor):
+    if kinds[0] != kinds[1] and not sharded(slot.param):
         slot.param.data = torch.empty_like(dense)
 
 
-def take(slot: Slot, places: Tensor) -> None:
-    """Take what the parameter holds at some places as W, and its dtype and device everywhere."""
+def take(slot: Slot, places: Tensor | None) -> None:
+    """Take what the parameter holds at some places, or at all, as W; and its dtype and device."""
     now, dense = local(slot.param), local(slot.dense)
     if (dense.dtype, dense.device) != (now.dtype, now.device):
         tensors = slot.tensors
@@ -79,7 +78,7 @@ def take(slot: Slot, places: Tensor) -> None:
                 dtype = now.dtype if key == DENSE_KEY else torch.bool
                 tensors[key] = tensors[key].to(device=now.device, dtype=dtype)
         dense = local(slot.dense)
-    dense.copy_(torch.where(places, now, dense))
+    dense.copy_(now if places is None else torch.where(places, now, dense))
 
 
 def retake(slot: Slot, stages: Stages, places: Tensor) -> None:
