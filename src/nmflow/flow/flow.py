@@ -15,11 +15,9 @@ from nmflow.errors import FlowError
 from nmflow.flow import copies
 from nmflow.flow.blocks import Blocks, Dense, FinalMasks
 from nmflow.flow.copies import Copy
-from nmflow.flow.homes import Home
 from nmflow.flow.loading import Loading, watch
 from nmflow.flow.observing import Observation, Observer
-from nmflow.flow.sharding import region
-from nmflow.flow.slots import Slot
+from nmflow.flow.placing import slots_of
 from nmflow.flow.state import Run
 from nmflow.flow.stepper import Stepper
 from nmflow.pattern import Pattern
@@ -72,7 +70,7 @@ class Flow:
         self._finalized = False
         self._loading: list[Loading] = []
         run = Run(recipe, total_steps, mask_interval, freeze_mask)
-        slots = _slots(model, optimizers, recipe, chosen)
+        slots = slots_of(model, optimizers, recipe, chosen)
         owned = {id(o): [s for s in slots if s.optimizer is o] for o in optimizers}
         self._steppers = [
             Stepper(run, o, owned[id(o)], self._observations) for o in optimizers if owned[id(o)]
@@ -288,38 +286,3 @@ class Flow:
     def _check_live(self, what: str) -> None:
         if self._finalized:
             raise FlowError(f"{what} was called after finalize(): attach again to go on training")
-
-
-def _slots(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    recipe: Recipe,
-    chosen: Plan,
-) -> list[Slot]:
-    """One slot a parameter, with the optimizer that owns it."""
-    params = dict(model.named_parameters(remove_duplicate=False))
-    names = {id(p): name for name, p in reversed(params.items())}
-    places = {id(p): [n for n, other in params.items() if other is p] for p in params.values()}
-    owners: dict[int, Optimizer] = {}
-    for one in optimizers:
-        for group in one.param_groups:
-            for p in group["params"]:
-                if owners.setdefault(id(p), one) is not one:
-                    raise FlowError(
-                        f"'{names.get(id(p), 'a parameter')}' is in two of the optimizers, which "
-                        "would both step it: leave it to one of them"
-                    )
-    slots = []
-    for name in dict.fromkeys(t.name for t in chosen):
-        param = params[name]
-        if id(param) not in owners:
-            raise FlowError(
-                f"'{name}' is not in the optimizer, so nothing would train its dense weights: add "
-                "it to the optimizer's parameters, or exclude it"
-            )
-        regions = []
-        for target in (t for t in chosen if t.name == name):
-            used = recipe.patterns(target.pattern, target.length)
-            regions.append(region(param, target, max(p.m for p in used)))
-        slots.append(Slot(name, param, owners[id(param)], regions, Home(model, places[id(param)])))
-    return slots

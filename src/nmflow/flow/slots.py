@@ -23,7 +23,6 @@ from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.pattern import EVERY
 from nmflow.recipes.schedules import Stage
 
-
 Stages = Mapping[str, Stage]
 
 

@@ -17,7 +17,13 @@ from nmflow.integrations.checkpoints import ExactCheckpoints, Witness
 from nmflow.recipes import DEFAULT, Recipe
 from nmflow.select.plan import Names, Patterns
 
-__all__ = ["ExactCheckpoints", "FinalMasksEvaluation", "HardEvaluation", "NMFlowCallback", "figures"]
+__all__ = [
+    "ExactCheckpoints",
+    "FinalMasksEvaluation",
+    "HardEvaluation",
+    "NMFlowCallback",
+    "figures",
+]
 
 PHASES = ("dense", "decay", "sparse", "finetune", "final")
 
