@@ -22,6 +22,9 @@ __all__ = ["Names", "Patterns", "Plan", "Target", "choose", "plan", "rows_of"]
 Patterns = str | Pattern | Mapping[str, str | Pattern]
 Names = str | Sequence[str]
 
+_FROZEN = "frozen: requires_grad is False"
+_EXCLUDED = "excluded by "
+
 
 def plan(
     model: nn.Module,
@@ -74,8 +77,7 @@ def plan(
     if not isinstance(model, nn.Module):
         raise PlanError(f"model is of type {type(model).__name__}: give a torch.nn.Module")
     layers = layers_of(model)
-    frozen = "frozen: requires_grad is False"
-    layers = [(x, x.why_not or (frozen if x.frozen else "")) for x in layers]
+    layers = [(x, x.why_not or (_FROZEN if x.frozen else "")) for x in layers]
     chosen = choose(layers, pattern, include, exclude, remainder)
     if recipe is not None:
         known = resolve(recipe)
@@ -181,7 +183,7 @@ def _decide(
     if limits and not within:
         reason = reason or f"outside of include, {', '.join(map(repr, limits))}"
     if barred is not None:
-        reason = reason or f"excluded by {barred!r}"
+        reason = reason or f"{_EXCLUDED}{barred!r}"
     if reason:
         for rule in hits:
             rule.missed[layer.name] = reason
@@ -226,6 +228,14 @@ def _check(
 ) -> None:
     """Raise if a key took nothing: a misspelt glob must not pass in silence."""
     for rule in rules:
+        wanted = {n: why for n, why in rule.missed.items() if not why.startswith(_EXCLUDED)}
+        if rule.took == 0 and wanted and set(wanted.values()) == {_FROZEN}:
+            raise PlanError(
+                f"{rule.key!r} takes nothing, since all that it matches is frozen "
+                f"(requires_grad is False: {_few(list(wanted), 3)}), so that nothing would train "
+                "it: call requires_grad_(True) and give it to the optimizer, or, where only "
+                "adapters train, merge them first and train the merged model"
+            )
         if rule.took == 0 and rule.missed:
             raise PlanError(
                 f"{rule.key!r} takes nothing of what it matches, {_why(rule.missed)}: leave it "
