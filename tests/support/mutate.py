@@ -357,7 +357,8 @@ def mutate_pickle(r: random.Random, file: Path) -> None:
     state[name] = r.choice((
         lambda: torch.zeros(1).expand(10**6, 10**6), lambda: t.to_sparse(),
         lambda: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), lambda: t.to("meta"),
-        lambda: t.to(r.choice(DTYPES)), lambda: t[:0], lambda: t.movedim(0, -1), lambda: 3, lambda: None,
+        lambda: t.to(r.choice(DTYPES)), lambda: t[:0], lambda: t.movedim(0, -1), lambda: 3,
+        lambda: None,
         lambda: nn.Parameter(t), lambda: t[None], lambda: t.as_strided((4, 4), (0, 1)),
         lambda: Global((print, ("x",))), lambda: Global((exec, ("raise SystemExit",))),
         lambda: {"state_dict": {name: t}}, lambda: torch.nested.nested_tensor([t, t]),
