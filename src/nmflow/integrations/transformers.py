@@ -20,7 +20,7 @@ from nmflow.select.plan import Names, Patterns
 __all__ = [
     "ExactCheckpoints",
     "FinalMasksEvaluation",
-    "FinalMasksEvaluation",
+    "HardEvaluation",
     "NMFlowCallback",
     "figures",
 ]
@@ -226,7 +226,7 @@ class FinalMasksEvaluation:
         return stack
 
 
-FinalMasksEvaluation = FinalMasksEvaluation  # its name before
+HardEvaluation = FinalMasksEvaluation  # its name before
 
 
 class _Flips:
