@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from choose import RESULTS, results
-from compare import by_seed, family
+from compare import Cell, by_seed, family
 from figures import forest
 from tables import (
     OURS,
@@ -27,6 +27,18 @@ COSTS = {"1:8": (36, 72), "1:16": (18, 42), "1:32": (10, 28)}
 INT8 = "Dense, int8"
 
 
+SHOWN = (OURS, "MDGF-Exponential", "SR-STE")
+
+
+def against_narrower(task: Task) -> tuple[dict[str, str], list[Cell]]:
+    """The dense network of equal FLOPs by pattern, and the comparisons with it, one family."""
+    frame = main_runs(task)
+    narrow = {p: task.rival(p) for p in sparse_patterns(frame)}
+    narrow = {p: name for p, name in narrow.items() if by_seed(frame, name, None, "points")}
+    pairs = [(s, p, narrow[p], None) for p in narrow for s in SHOWN]
+    return narrow, family(frame, pairs, "points")
+
+
 def rivals() -> str:
     """The narrower dense network of equal FLOPs, bytes or time against the sparse ones."""
     out = heading("l. Or simply a smaller dense network?")
@@ -35,16 +47,13 @@ def rivals() -> str:
             out += [f"*{task.title}: not run yet.*", ""]
             continue
         frame = main_runs(task)
-        narrow = {p: task.rival(p) for p in sparse_patterns(frame)}
-        patterns = [p for p in narrow if by_seed(frame, narrow[p], None, "points")]
-        shown = (OURS, "MDGF-Exponential", "SR-STE")
-        cells = family(frame, [(s, p, narrow[p], None) for p in patterns for s in shown], "points")
+        narrow, cells = against_narrower(task)
         rows = []
-        for p in patterns:
+        for p in narrow:
             rival = summary(list(by_seed(frame, narrow[p], None, "points").values()))
             found = {c.setup: c for c in cells if c.pattern == p}
             rows.append([p, narrow[p], spread(rival),
-                         *(gain(found[s]) if s in found else "–" for s in shown)])  # fmt: skip
+                         *(gain(found[s]) if s in found else "–" for s in SHOWN)])  # fmt: skip
         held = [c.pattern for c in cells if c.setup == OURS and c.better]
         lost = [c.pattern for c in cells if c.setup == OURS and c.worse]
         out += [
@@ -54,7 +63,7 @@ def rivals() -> str:
             f"{', '.join(held) or 'no pattern'} and loses at {', '.join(lost) or 'none'}** (Holm "
             f"over all {len(cells)} cells). The other differences are not significant.",
             "",
-            table(["pattern", "rival", "rival, points", *(f"{s} − rival" for s in shown)], rows),
+            table(["pattern", "rival", "rival, points", *(f"{s} − rival" for s in SHOWN)], rows),
             forest([c for c in cells if c.setup == OURS], f"l-{task.name}"),
             "",
             *(_costs(task) if there(f"{task.name}-dense-costs") else []),
