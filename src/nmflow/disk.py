@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl: Any = None
 
 Name = str | os.PathLike[str]
 

@@ -74,7 +74,8 @@ def sparse() -> nn.Sequential:
     return model
 
 
-Header, Data = dict[str, Any], dict[str, Tensor]
+Header = dict[str, Any]
+Data = dict[str, Tensor]
 
 
 def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -55,7 +55,7 @@ def write_record(
         >>> lost, found.ok, [str(row.pattern) for row in found.rows]
         ([], True, ['1:4'])
     """
-    saved = open_state(folder)
+    saved = open_state(Path(folder))
     by_content: dict[str, str] | None = None
     entries, lost = [], []
     for target in targets:
