@@ -19,4 +19,5 @@ export LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-f
 export ASAN_OPTIONS="detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=0"
 export UBSAN_OPTIONS="print_stacktrace=1"
 export NMFLOW_LIBRARY="$library"
-"$python" -m pytest -q -p no:cacheprovider tests/native/test_native.py tests/native/test_cpu_kernels.py "$@"
+"$python" -m pytest -q -p no:cacheprovider tests/native/test_native.py tests/native/test_cpu_kernels.py \
+    tests/packed/test_memory_layouts.py "$@"

@@ -149,11 +149,12 @@ bool codes_are_good(const G &g, const void *codes) {
   return true;
 }
 
+/* Either zero: a weight whose values were negated in place is a weight. */
 template <typename T>
 bool padding_is_zero(const G &g, const T *values) {
   for (int64_t row = 0; row < g.tiles * 16; ++row)
     for (int64_t s = row < g.out ? g.entries : 0; s < g.entries_held; ++s)
-      if (values[value_at(g, row, s)]) return false;
+      if (static_cast<T>(values[value_at(g, row, s)] << 1)) return false;
   return true;
 }
 

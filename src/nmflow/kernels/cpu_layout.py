@@ -82,6 +82,14 @@ class Packed:
     inputs: int
     pattern: Pattern
 
+    def __post_init__(self) -> None:
+        for buffer in (self.values, self.codes):
+            if not buffer.is_contiguous() or buffer.data_ptr() % buffer.element_size():
+                raise CompressError(
+                    "buffers of a packed weight are read by address: pass contiguous, aligned "
+                    "tensors, such as buffer.contiguous().clone()"
+                )
+
     @property
     def nbytes(self) -> int:
         """Bytes held, values and codes."""

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
 
-from nmflow.errors import CompressError
+from nmflow.errors import CompressError, FileFormatError
 from nmflow.kernels import reference, registry
 from nmflow.kernels.layout import Shape, check_tiled
 
@@ -24,9 +26,10 @@ _LIBRARY.define(
 )
 _LIBRARY.define(f"unpack(Tensor values, Tensor codes, {_SHAPE}) -> Tensor")
 
-# Bound functions of the CPU backend by address and shape. They hold no tensor, and what they hold
-# follows from the key alone, so an address that is used again is no danger.
-_BOUND: dict[tuple[Any, ...], Callable[..., None]] = {}
+# Bound functions of the CPU backend. A bound function holds addresses, so its key is all that it
+# relies on: which memory (a storage is known by its weak reference, so that its place in memory
+# cannot be taken for it), the version of what is in it, and the layout.
+_BOUND: dict[tuple[Any, ...], tuple[Callable[..., None], StorageWeakRef, StorageWeakRef]] = {}
 _MOST_BOUND = 65_536
 
 
@@ -42,26 +45,36 @@ def _matmul_cpu(
     panel: int,
     epilogue: int,
 ) -> Tensor:
-    key = (
-        values.data_ptr(), codes.data_ptr(), values.numel(), codes.numel(), values.dtype,
-        codes.dtype, out, inputs, n, m, panel,
-    )  # fmt: skip
-    run = _BOUND.get(key)
-    if run is None:
-        run = _bind(key, values, codes, Shape(out, inputs, n, m, panel))
+    if values.is_contiguous() and codes.is_contiguous():
+        key = (
+            values.untyped_storage()._cdata, codes.untyped_storage()._cdata,
+            values.data_ptr(), codes.data_ptr(), values.shape, codes.shape,
+            values.dtype, codes.dtype, _version(values), _version(codes),
+            out, inputs, n, m, panel,
+        )  # fmt: skip
+        known = _BOUND.get(key)
+        run = known[0] if known else _bind(key, values, codes, Shape(out, inputs, n, m, panel))
+    else:  # copies, kept until the product is done
+        values, codes = values.contiguous(), codes.contiguous()
+        run = _bind(None, values, codes, Shape(out, inputs, n, m, panel))
     size = x.shape
-    if size[-1] != inputs or x.dtype is not values.dtype:
+    if not size or size[-1] != inputs or x.dtype is not values.dtype or not x.is_cpu:
         _refuse(x, values, inputs)
-    if bias is not None and (
-        bias.dtype is not values.dtype or bias.dim() != 1 or bias.numel() != out
-    ):
-        raise CompressError(
-            f"bias is {bias.dtype} {tuple(bias.shape)}: the packed weight takes {values.dtype} "
-            f"({out},), so convert the model whole, for instance packed.to(dtype)"
-        )
+    if bias is not None:
+        if (
+            not bias.is_cpu
+            or bias.dtype is not values.dtype
+            or bias.dim() != 1
+            or bias.numel() != out
+        ):
+            raise CompressError(
+                f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}: the packed weight "
+                f"takes {values.dtype} ({out},) on the CPU, so convert the model whole, for "
+                "instance packed.to(dtype)"
+            )
+        bias = _aligned(bias.contiguous())
     y = x.new_empty((*size[:-1], out))
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
+    x = _aligned(x)
     if len(size) == 2 and x.stride(1) == 1 and x.stride(0) >= inputs:
         run(x, bias, y, size[0], epilogue)
     elif y.numel():
@@ -72,24 +85,51 @@ def _matmul_cpu(
     return y
 
 
-def _bind(key: tuple[Any, ...], values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]:
-    """Bind a weight the first time it is met."""
+def _bind(
+    key: tuple[Any, ...] | None, values: Tensor, codes: Tensor, shape: Shape
+) -> Callable[..., None]:
+    """Bind a weight, and keep what was bound under a key."""
     shape = Shape.of(shape.out, shape.inputs, shape.pattern)
     check_tiled(values, codes, shape)
-    backend, run = registry.bind(values.contiguous(), codes.contiguous(), shape)
-    if backend == "cpu" and values.is_contiguous() and codes.is_contiguous():
+    if not (values.is_cpu and codes.is_cpu):
+        raise CompressError(
+            f"x is on the CPU and the packed weight on {values.device}: move the model whole, for "
+            "instance packed.to(device), and load its weights if it is on meta"
+        )
+    if _aligned(values) is not values or _aligned(codes) is not codes:
+        # Copies at other addresses, alive for as long as the function that is bound to them.
+        values, codes = _aligned(values), _aligned(codes)
+        _, inner = registry.bind(values, codes, shape)
+        return lambda *args, held=(values, codes): inner(*args)
+    try:
+        backend, run = registry.bind(values, codes, shape)
+    except FileFormatError as error:
+        raise CompressError(f"{error}: its buffers were written, so pack it again") from error
+    if key is not None and backend == "cpu":
         if len(_BOUND) >= _MOST_BOUND:
             _BOUND.clear()
-        _BOUND[key] = run
+        memory = (StorageWeakRef(values.untyped_storage()), StorageWeakRef(codes.untyped_storage()))
+        _BOUND[key] = run, *memory
     return run
 
 
+def _version(t: Tensor) -> int:
+    """How often a tensor was written; inference tensors do not count."""
+    return -1 if t.is_inference() else t._version
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor, or a copy of it where its elements lie across their own size in memory."""
+    return t.clone() if t.data_ptr() % t.element_size() else t
+
+
 def _refuse(x: Tensor, values: Tensor, inputs: int) -> None:
-    if x.shape[-1] != inputs:
-        raise CompressError(f"x has {x.shape[-1]} features where the packed weight takes {inputs}")
+    if not x.shape or x.shape[-1] != inputs:
+        has = f"{x.shape[-1]} features" if x.shape else "no axis"
+        raise CompressError(f"x has {has} where the packed weight takes {inputs} features")
     raise CompressError(
-        f"x is {x.dtype} and the packed weight {values.dtype}: convert one of them, for instance "
-        "packed.to(dtype) or x.to(dtype)"
+        f"x is {x.dtype} on {x.device} and the packed weight {values.dtype} on {values.device}: "
+        "convert one of them, for instance packed.to(dtype) or x.to(dtype)"
     )
 
 
@@ -108,7 +148,9 @@ def _matmul_any(
     """Every device but the CPU: the reference, which is what the registry would say."""
     shape = Shape.of(out, inputs, f"{n}:{m}@{panel}")
     check_tiled(values, codes, shape)
-    if x.shape[-1] != inputs or x.dtype is not values.dtype:
+    if not x.shape or x.shape[-1] != inputs or x.dtype is not values.dtype:
+        _refuse(x, values, inputs)
+    if not x.device == values.device == codes.device:
         _refuse(x, values, inputs)
     return reference.matmul(x, values, codes, bias, shape, epilogue)
 
@@ -131,7 +173,9 @@ _LIBRARY.impl("unpack", _unpack, "CPU")
 @torch.library.register_fake("nmflow::matmul", lib=_LIBRARY)
 def _matmul_fake(x, values, codes, bias, out, inputs, n, m, panel, epilogue):
     torch._check(x.shape[-1] == inputs, lambda: f"x has another last axis than {inputs}")
-    torch._check(x.device == values.device, lambda: "x and the packed weight are on two devices")
+    for other in (values, codes, bias):  # torch asks here as soon as one of them is on meta
+        if other is not None and other.device != x.device:
+            _refuse(x, other, inputs)
     return x.new_empty((*x.shape[:-1], out))
 
 
@@ -158,7 +202,8 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad = grads[0]
         weight = _unpack_op(*ctx.saved_tensors, *ctx.shape)
-        bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        rows = tuple(range(grad.dim() - 1))
+        bias = (grad.sum(rows) if rows else grad) if ctx.needs_input_grad[3] else None
         return grad @ weight if ctx.needs_input_grad[0] else None, None, None, bias, None
 
 
@@ -167,6 +212,9 @@ def matmul(
     epilogue: int = 0,
 ) -> Tensor:  # fmt: skip
     """Multiply by a packed weight: `y = epilogue(x Wᵀ + bias)`, with gradients for x and bias.
+
+    Under autocast it does as `F.linear`: any floats of up to 32 bits are taken, and y has the dtype
+    of autocast. Float32 weights are not rounded to that dtype, only y is.
 
     Args:
         x: `(..., inputs)` of the weight's dtype.
@@ -182,10 +230,32 @@ def matmul(
     Raises:
         CompressError: sizes or dtypes that do not fit.
     """
+    to = _autocast_dtype(x, values)
+    if to is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            if values.dtype not in (to, torch.float32):  # no kernel computes between two halves
+                weight = _unpack_op(values, codes, *shape).to(to)
+                y = F.linear(x.to(to), weight, None if bias is None else bias.to(to))
+                return reference.apply_epilogue(y, epilogue)
+            bias = None if bias is None else bias.to(values.dtype)
+            return matmul(x.to(values.dtype), values, codes, bias, shape, epilogue).to(to)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y = _Differentiable.apply(x, values, codes, bias, shape)
         return reference.apply_epilogue(y, epilogue)
     return _matmul(x, values, codes, bias, *shape, epilogue)
+
+
+def _autocast_dtype(x: Tensor, values: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives `F.linear`; None where there is none, or it leaves them alone.
+
+    Autocast never touches doubles, nor what is no float.
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    if any(not t.is_floating_point() or t.dtype == torch.float64 for t in (x, values)):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def unpack(values: Tensor, codes: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -8,14 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmflow.kernels.layout import Shape, canonical_from_tiled, dense_from_canonical
+from nmflow.kernels.layout import (
+    Shape,
+    canonical_from_tiled,
+    check_canonical,
+    dense_from_canonical,
+)
 
 EPILOGUES: tuple[str | None, ...] = (None, "gelu", "relu")
 
 
 def dense(values: Tensor, codes: Tensor, shape: Shape) -> Tensor:
-    """The dense matrix `(out, inputs)` of a tiled weight, bit by bit what was packed."""
-    return dense_from_canonical(*canonical_from_tiled(values, codes, shape), shape)
+    """The dense matrix `(out, inputs)` of a tiled weight, bit by bit what was packed.
+
+    Raises:
+        CompressError: the codes are no columns of the pattern; asked on a CPU only, since the
+            answer would make a GPU wait.
+    """
+    canonical = canonical_from_tiled(values, codes, shape)
+    if codes.device.type == "cpu":
+        check_canonical(*canonical, shape)
+    return dense_from_canonical(*canonical, shape)
 
 
 def matmul(

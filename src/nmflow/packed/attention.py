@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nmflow.errors import CompressError
+from nmflow.packed.stands_for import StandsFor
 
 
-class PackedAttention(nn.Module):
+class PackedAttention(StandsFor):
     """Takes the place of an `nn.MultiheadAttention`; same arguments, same results.
 
     Args:
@@ -36,6 +37,11 @@ class PackedAttention(nn.Module):
         self.in_proj_bias = None
         self._qkv_same_embed_dim = False
         self.was_one_matrix = attention._qkv_same_embed_dim
+        self.dense_names = (
+            ("in_proj_weight",)
+            if self.was_one_matrix
+            else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        )
         self.had_bias = attention.in_proj_bias is not None
         self.q, self.k, self.v, self.out_proj = q, k, v, out
         self.bias_k, self.bias_v = attention.bias_k, attention.bias_v

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from nmflow.errors import CompressError
 from nmflow.kernels import matmul, unpack
@@ -26,10 +25,11 @@ from nmflow.kernels.layout import (
     tiled_from_canonical,
 )
 from nmflow.packed.layout import from_matrix
+from nmflow.packed.stands_for import LazyWeight, StandsFor
 from nmflow.pattern import Pattern
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StandsFor):
     """`y = x Wᵀ + b` with W `(out, in)` packed under N:M.
 
     Buffers `values` and `codes` hold the tiled layout of `nmflow.kernels.layout`, the same on
@@ -73,8 +73,8 @@ class PackedLinear(nn.Module):
         self.stored = stored
         self.epilogue = 0  # 1 GELU, 2 ReLU: an activation that this layer applies, see fuse.py
         tiled, codes = tiled_from_canonical(values.detach(), index, shape)
-        self.register_buffer("values", tiled)
-        self.register_buffer("codes", codes)
+        self.register_buffer("values", _own(tiled))
+        self.register_buffer("codes", _own(codes))
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -103,7 +103,8 @@ class PackedLinear(nn.Module):
         """
         if torch.compiler.is_compiling():  # an op in the graph, removed where nobody reads it
             return self.dense()
-        return _LazyWeight(self)  # pyright: ignore[reportCallIssue]
+        o, i = self.out_features, self.in_features
+        return LazyWeight(self.dense, (i, o) if self.stored == "Conv1D" else (o, i), self.values)
 
     def dense(self) -> Tensor:
         """The weight, rebuilt: `(out, in)`, or `(in, out)` for a `Conv1D`."""
@@ -111,8 +112,10 @@ class PackedLinear(nn.Module):
         return matrix.t().contiguous() if self.stored == "Conv1D" else matrix
 
     def canonical(self) -> tuple[Tensor, Tensor]:
-        """Canonical values `(out, S)` and index `(lists, S)`."""
-        return canonical_from_tiled(self.values, self.codes, self.shape)
+        """Canonical values `(out, S)` and index `(lists, S)`; an error where the codes are none."""
+        values, index = canonical_from_tiled(self.values, self.codes, self.shape)
+        check_canonical(values, index, self.shape)
+        return values, index
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
@@ -131,11 +134,13 @@ class PackedLinear(nn.Module):
         # Two-byte values are tiled otherwise than four-byte ones: convert row by row.
         probe = fn(self.values.new_empty(0))
         if probe.dtype == self.values.dtype:
-            return super()._apply(fn, recurse)
-        values, index = self.canonical()
+            super()._apply(fn, recurse)
+            self.values, self.codes = _own(self.values), _own(self.codes)
+            return self
+        values, index = canonical_from_tiled(self.values, self.codes, self.shape)
         super()._apply(fn, recurse)
         tiled, codes = tiled_from_canonical(fn(values), index.to(probe.device), self.shape)
-        self.values, self.codes = tiled, codes
+        self.values, self.codes = _own(tiled), _own(codes)
         return self
 
     def _load_from_state_dict(
@@ -146,54 +151,40 @@ class PackedLinear(nn.Module):
         if isinstance(values, Tensor) and isinstance(codes, Tensor):
             try:
                 check_tiled(values, codes, self.shape)
-                check_canonical(*canonical_from_tiled(values, codes, self.shape), self.shape)
+                index = canonical_from_tiled(values, codes, self.shape)
+                if not (values.is_meta or codes.is_meta):
+                    check_canonical(*index, self.shape)
             except CompressError as error:
                 error_msgs.append(f"{prefix}values, {prefix}codes: {error}")
                 return
+            if values.dtype.itemsize == self.values.dtype.itemsize:
+                pass
+            elif local_metadata.get("assign_to_params_buffers", False):
+                self.values = values
+            else:  # two-byte values are tiled otherwise than four-byte ones
+                own = tiled_from_canonical(index[0].to(self.values.dtype), index[1], self.shape)
+                state_dict = {**state_dict, prefix + "values": own[0]}
         elif (values is None) != (codes is None):
             error_msgs.append(f"{prefix}values and {prefix}codes are only right together")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self.values, self.codes = _own(self.values), _own(self.codes)
 
 
-class _LazyWeight(Tensor):
-    """Stands for the dense weight of a packed layer and rebuilds it when an op reads it."""
+def _own(buffer: Tensor) -> Tensor:
+    """The buffer as kernels read it, in order, whatever memory format the module was moved to.
 
-    owner: PackedLinear
-
-    @staticmethod
-    def __new__(cls, owner: PackedLinear) -> _LazyWeight:
-        o, i = owner.out_features, owner.in_features
-        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls,
-            (i, o) if owner.stored == "Conv1D" else (o, i),
-            dtype=owner.values.dtype,
-            device=owner.values.device,
-        )
-        made.owner = owner
-        return made
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"<packed weight {tuple(self.shape)} of {self.owner.extra_repr()}>"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            raise CompressError(
-                "the weight of a packed layer is read-only: call nmflow.decompress(model), change "
-                "the dense weight, and compress again"
-            )
-        args, kwargs = tree_map(
-            lambda a: a.owner.dense() if isinstance(a, _LazyWeight) else a, (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
+    One that was made in inference mode becomes a normal one, since gradients flow past it.
+    """
+    if not buffer.is_inference():
+        return buffer.contiguous()
+    with torch.inference_mode(False):
+        return buffer.clone(memory_format=torch.contiguous_format)
 
 
-class FusedLinear(nn.Module):
+class FusedLinear(StandsFor):
     """Several runs of output rows, each packed or dense, one after the other: a fused `qkv`."""
 
     def __init__(self, parts: list[PackedLinear | nn.Linear], stored: str = "Linear") -> None:
@@ -205,8 +196,12 @@ class FusedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole weight, rebuilt."""
-        return self.dense()
+        """The whole weight: its shape, dtype and device cost nothing."""
+        if torch.compiler.is_compiling():
+            return self.dense()
+        o, i = self.out_features, self.in_features
+        like = next(part for part in self.parts if isinstance(part, PackedLinear)).values
+        return LazyWeight(self.dense, (i, o) if self.stored == "Conv1D" else (o, i), like)
 
     @property
     def bias(self) -> Tensor | None:
@@ -224,7 +219,7 @@ class FusedLinear(nn.Module):
         return torch.cat([part(x) for part in self.parts], -1)
 
 
-class PackedConv(nn.Module):
+class PackedConv(StandsFor):
     """A convolution of one to three dimensions on a packed weight.
 
     The windows of a channels-last input become the rows of a matrix, kernel positions before
@@ -243,8 +238,11 @@ class PackedConv(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight `(out, in, ...)`, rebuilt."""
-        return self.dense()
+        """The weight `(out, in, ...)`: its shape, dtype and device cost nothing."""
+        if torch.compiler.is_compiling():
+            return self.dense()
+        size = (self.out_channels, self.in_channels, *self.kernel_size)
+        return LazyWeight(self.dense, size, self.linear.values)
 
     @property
     def bias(self) -> nn.Parameter | None:
