@@ -17,6 +17,12 @@ from nmflow.select.weights import is_hf_conv1d
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# A packed module would have none of these.
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)  # fmt: skip
 PACKED = (PackedLinear, FusedLinear, PackedConv, PackedAttention)
 
 
@@ -44,8 +50,10 @@ def why_not(module: nn.Module, name: str) -> str:
         return "recurrent layers run on torch's own fused kernels"
     else:
         return f"{kind.__name__} has no packed form"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return f"{kind.__name__} has forward hooks, which may read its weight"
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return f"{kind.__name__} has hooks, which may read its weight"
+    if "forward" in module.__dict__:
+        return f"the forward of this {kind.__name__} was replaced on the instance"
     parameter = getattr(module, name)
     if parameter is None:  # an attention without biases or without one fused matrix
         return ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nmflow.errors import CompressError
 from nmflow.kernels import Call, choose
@@ -21,6 +21,7 @@ from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.packable import Found, survey
 from nmflow.packed.report import Report, Row
+from nmflow.packed.swap import check_ran, replace_modules
 from nmflow.select.plan import Names, Patterns
 
 Runs = dict[str, list[Run]]
@@ -36,6 +37,7 @@ def compress(
     onednn: bool = False,
     fuse: bool = True,
     inplace: bool = False,
+    example: Any = None,
 ) -> Any:
     """Replace every N:M weight by its kept values and their columns, where that is faster.
 
@@ -58,7 +60,10 @@ def compress(
             oneDNN where that is faster; they then hold their weight twice.
         fuse: let packed layers apply the GELU (erf) or ReLU module that alone reads their output,
             which saves a pass over it.
-        inplace: True changes `model`; the default leaves it alone and returns a copy.
+        inplace: True changes `model`, whose packed layers stay the same objects, so that whoever
+            holds one holds it packed; the default leaves `model` alone and returns a copy.
+        example: a tensor, a tuple of positional or a mapping of keyword arguments to run once, in
+            `model` and in the result: every packed layer that runs in one must run in the other.
 
     Returns:
         A module that runs like `model`, for inference, with a `Report` as its attribute `report`
@@ -67,7 +72,8 @@ def compress(
         what stays dense is in the report with the reason.
 
     Raises:
-        CompressError: no weight holds a pattern, or `tokens` is empty or not positive.
+        CompressError: no weight holds a pattern that can be packed, `tokens` is empty or not
+            positive, or the copy would go on running layers of `model` (see `inplace`).
         PatternError, PlanError: as for `plan`.
 
     Example:
@@ -84,11 +90,7 @@ def compress(
     weights = survey(model, pattern, include, exclude)
     sites = sites_of(weights)
     if not sites:
-        said = "; ".join(f"{w.layer.name}: {w.why_not}" for w in weights[:8])
-        raise CompressError(
-            "model has no N:M weight that can be packed: prune it first (flow.finalize()), or "
-            f"name its pattern ({said})"
-        )
+        raise CompressError(_nothing(weights))
     modules = dict(model.named_modules())
     judged: dict[tuple[object, ...], Verdict] = {}
     verdicts: dict[str, Verdict] = {}
@@ -109,10 +111,15 @@ def compress(
         elif verdicts[path].onednn and isinstance(module, nn.Linear):
             new[module] = OneDNNLinear.of(module, max(counts))
     report = Report(_row(w, model.get_parameter(w.layer.name), verdicts, counts) for w in weights)
+    ran = None
+    if example is not None:
+        ran = _calls(model, [p for p in sites if modules[p] in new], example)[0]
     if onednn:
         new |= on_onednn({m: max(counts) for m in model.modules() if m not in new}, counts)
     made = replace_modules(model, new, inplace)
     report.fused = fuse_activations(made) if fuse else []
+    if ran is not None:
+        check_ran(ran, _calls(made, ran, example)[0])
     name = "report" if isinstance(getattr(made, "report", report), Report) else "nmflow_report"
     made.__dict__[name] = report  # a plain attribute, past nn.Module's registry
     return made
@@ -148,6 +155,23 @@ def decompress(model: nn.Module, inplace: bool = False) -> Any:
     return made
 
 
+def _nothing(weights: Sequence[Found]) -> str:
+    """Why no weight is packed: none holds a pattern, or those that do have no packed form."""
+    held = [w for w in weights if w.runs]
+    said = "; ".join(f"{w.layer.name}: {w.why_not}" for w in (held or weights)[:8])
+    if held:
+        return (
+            f"model holds N:M weights and none of them can be packed ({said}): leave the network "
+            "dense, it is right as it is"
+        )
+    if not weights:
+        return "model has no weight of two or more dimensions: there is nothing to pack"
+    return (
+        "model has no N:M weight that can be packed: prune it first (flow.finalize()), or name "
+        f"its pattern ({said})"
+    )
+
+
 def sites_of(weights: Sequence[Found]) -> dict[str, Runs]:
     """Module paths to the runs of each of their weights that can be packed."""
     sites: dict[str, Runs] = {}
@@ -157,44 +181,31 @@ def sites_of(weights: Sequence[Found]) -> dict[str, Runs]:
     return sites
 
 
-def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module], inplace: bool) -> nn.Module:
-    """Put new modules in the place of old ones, in `model` or in a deep copy of it."""
-    if not inplace:
-        # Old modules count as copied already, so their dense weights are never copied.
-        # One memo for all, so that what was tied stays tied.
-        memo: dict[int, Any] = {}
-        for old, made in new.items():
-            memo[id(old)] = copy.deepcopy(made, memo)
-        model = copy.deepcopy(model, memo)
-    else:
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():  # named_children skips repeated ones
-                if child is not None and child in new:
-                    parent._modules[name] = new[child]
-        model = new.get(model, model)
-    for module in model.modules():
-        _set_fast_path(module)
-    return model
+def _calls(model: nn.Module, paths: Iterable[str], example: Any) -> tuple[dict[str, int], Any]:
+    """How often the modules at these paths run for an example, and the output."""
+    calls = dict.fromkeys(paths, 0)
 
+    def ran(path: str) -> Any:
+        def count(module: nn.Module, args: Any, output: Any) -> None:
+            calls[path] += 1
 
-def _set_fast_path(module: nn.Module) -> None:
-    """Keep `nn.TransformerEncoder` from its fused path, which reads dense weights directly."""
-    for kind, flag in (
-        (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
-        (nn.TransformerEncoder, "use_nested_tensor"),
-    ):
-        if isinstance(module, kind):
-            packed = any(isinstance(child, PACKED) for child in module.modules())
-            if packed and not hasattr(module, "nmflow_fast_path"):
-                module.nmflow_fast_path = getattr(module, flag)
-                setattr(module, flag, 0)
-            elif not packed and hasattr(module, "nmflow_fast_path"):
-                setattr(module, flag, module.nmflow_fast_path)
-                del module.nmflow_fast_path
+        return count
+
+    handles = [model.get_submodule(path).register_forward_hook(ran(path)) for path in calls]
+    try:
+        with torch.no_grad():
+            if isinstance(example, Mapping):
+                output = model(**example)
+            else:
+                output = model(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, output
 
 
 def _row(w: Found, parameter: Tensor, verdicts: dict[str, Verdict], counts: tuple[int, ...]) -> Row:
-    size = parameter.numel() * parameter.element_size()
+    size = 0 if is_lazy(parameter) else parameter.numel() * parameter.element_size()
     verdict = Verdict(w.why_not) if w.why_not else verdicts[w.site]
     if verdict.why:
         held = 2 * size if verdict.onednn else size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Fused(nn.Module):
 
 def epilogue_of(module: nn.Module) -> int:
     """The number of the kernels' epilogue that an activation is: 1 GELU (erf), 2 ReLU, 0 none."""
+    if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        return 0
     if type(module) is nn.GELU:
         return 1 if module.approximate == "none" else 0
     if type(module) is nn.ReLU:
@@ -47,24 +50,70 @@ def fuse(model: nn.Module) -> list[str]:
     """Fuse activations into the packed layers before them, in place.
 
     A parent that holds both runs once, alone, on a random input. They are fused if the layer and
-    the activation ran once, the activation on the layer's very output, and no other op read it.
+    the activation ran once, the activation on the layer's very output, and no other op read it;
+    and if the parent then gives the same output. Left alone are layers that the model holds twice
+    and parents with hooks, which are not for random inputs.
 
     Returns:
         The paths of the layers that now apply their activation.
     """
     done = []
+    places = Counter(m for _, m in model.named_modules(remove_duplicate=False))
     for path, parent in list(model.named_modules()):
-        layers = {n: m for n, m in parent.named_children() if type(m) is PackedLinear}
+        if any(m._forward_hooks or m._forward_pre_hooks for m in parent.modules()):
+            continue
+        layers = {
+            n: m for n, m in parent.named_children() if type(m) is PackedLinear and places[m] == 1
+        }
         activations = {n: m for n, m in parent.named_children() if epilogue_of(m)}
         for name, layer in layers.items():
             if layer.epilogue or not activations:
                 continue
             found = _follows(parent, layer, activations)
-            if found is not None:
-                layer.epilogue = epilogue_of(activations[found])
-                setattr(parent, found, Fused(activations.pop(found)))
+            if found is not None and _fused(parent, layer, found, activations[found]):
+                del activations[found]
                 done.append(f"{path}.{name}" if path else name)
     return done
+
+
+def _fused(parent: nn.Module, layer: PackedLinear, name: str, activation: nn.Module) -> bool:
+    """Fuse the two, and undo it where the parent's output is another then."""
+    x = torch.randn(2, 3, layer.in_features).to(layer.values)
+    before = _alone(parent, x)
+    layer.epilogue = epilogue_of(activation)
+    setattr(parent, name, Fused(activation))
+    after = _alone(parent, x)
+    if before is not None and after is not None and _alike(before, after):
+        return True
+    layer.epilogue = 0
+    setattr(parent, name, activation)
+    return False
+
+
+def _alone(parent: nn.Module, x: Tensor) -> list[Tensor] | None:
+    """The tensors that a parent gives for one input, in evaluation mode; None if it does not run.
+
+    Its mode is restored, and so is the state of the random generator, which starts the same.
+    """
+    modes = [(module, module.training) for module in parent.modules()]
+    try:
+        parent.eval()  # so that no statistics move
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            return [leaf for leaf in tree_leaves(parent(x)) if isinstance(leaf, Tensor)]
+    except _NOT_ALONE:
+        return None
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _alike(a: list[Tensor], b: list[Tensor]) -> bool:
+    near = {"rtol": 0.02, "atol": 0.02, "equal_nan": True}  # two-byte outputs are rounded once less
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.allclose(x.double(), y.double(), **near)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 class _Watch(TorchDispatchMode):
@@ -103,20 +152,14 @@ def _follows(
     handles = [layer.register_forward_hook(ran)]
     for name, module in activations.items():
         handles += _watched(watch, name, module)
-    modes = [(module, module.training) for module in parent.modules()]
     try:
-        parent.eval()  # so that no statistics move
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            x = torch.randn(2, 3, layer.in_features).to(layer.values)
-            with watch:
-                result = parent(x)
-    except _NOT_ALONE:
-        return None
+        with watch:
+            result = _alone(parent, torch.randn(2, 3, layer.in_features).to(layer.values))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
+    if result is None:
+        return None
     escapes = any(leaf is watch.output for leaf in tree_leaves(result))
     if watch.calls != 1 or len(watch.readers) != 1 or escapes:
         return None

@@ -1,0 +1,128 @@
+"""Put packed modules in the place of dense ones, and back, whoever holds them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from nmflow.errors import CompressError
+from nmflow.packed import references
+from nmflow.packed.build import PACKED
+from nmflow.packed.fuse import Fused
+
+# Ways of transformers to save a network, which another process would load into dense classes.
+_SAVES = ("save_pretrained", "push_to_hub")
+
+
+def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module], inplace: bool) -> Any:
+    """Put new modules in the place of old ones, in `model` or in a deep copy of it.
+
+    In place, an old module becomes the new one and stays the same object, so that whoever holds it
+    (a list, a closure, a replaced `forward`) holds the new one. In a copy, functions that hold
+    modules of the model are made anew as well.
+
+    Raises:
+        CompressError: the copy would still run modules of `model`; nothing is changed.
+    """
+    if inplace:
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():  # named_children skips repeated ones
+                if isinstance(child, Fused) and child in new:
+                    parent._modules[name] = new[child]
+        for old, made in new.items():
+            if not isinstance(old, Fused):
+                old.__class__, old.__dict__ = made.__class__, made.__dict__
+    else:
+        model = _copied(model, new)
+    for module in model.modules():
+        _set_fast_path(module)
+        _set_saves(module)
+    return model
+
+
+def _copied(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A deep copy of a model with new modules in the place of old ones."""
+    for name, module in model.named_modules():
+        if (held := references.outside(type(module).forward, new)) is not None:
+            raise CompressError(
+                f"forward of {name or 'the model'} ({type(module).__name__}) takes a layer "
+                f"({held}) from outside of the module, so a copy would run the old one: pass "
+                "inplace=True"
+            )
+    # Old modules count as copied already, so their dense weights are never copied.
+    # One memo for all, so that what was tied stays tied.
+    memo: dict[int, Any] = {}
+    for old, made in new.items():
+        memo[id(old)] = copy.deepcopy(made, memo)
+    references.renew(references.inside(model), memo)
+    made = copy.deepcopy(model, memo)
+    was = set(model.modules())
+    for name, module in made.named_modules():
+        own = module.__dict__.get("forward")
+        if own is not None and references.reaches(own, was):
+            raise CompressError(
+                f"forward of {name or 'the model'} was replaced on the instance by something that "
+                "holds the old network, so a copy would run that: pass inplace=True, or take it "
+                "away first (del model.forward)"
+            )
+    return made
+
+
+def _set_fast_path(module: nn.Module) -> None:
+    """Keep `nn.TransformerEncoder` from its fused path, which reads dense weights directly."""
+    for kind, flag in (
+        (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
+        (nn.TransformerEncoder, "use_nested_tensor"),
+    ):
+        if isinstance(module, kind):
+            packed = _holds_packed(module)
+            if packed and not hasattr(module, "nmflow_fast_path"):
+                module.nmflow_fast_path = getattr(module, flag)
+                setattr(module, flag, 0)
+            elif not packed and hasattr(module, "nmflow_fast_path"):
+                setattr(module, flag, module.nmflow_fast_path)
+                del module.nmflow_fast_path
+
+
+class Refusal:
+    """Stands where a method was that must not be used on a packed network."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Raise `CompressError`."""
+        raise CompressError(
+            f"{self.name} writes packed layers that no dense class can load: save the network with "
+            f"nmflow.save(model, folder), or call nmflow.decompress(model).{self.name}(...)"
+        )
+
+
+def _set_saves(module: nn.Module) -> None:
+    """Refuse the ways to save a packed network that would give random weights when loaded."""
+    methods = [name for name in _SAVES if callable(getattr(type(module), name, None))]
+    if not methods:
+        return
+    packed = _holds_packed(module)
+    for name in methods:
+        if packed and name not in module.__dict__:
+            module.__dict__[name] = Refusal(name)
+        elif not packed and isinstance(module.__dict__.get(name), Refusal):
+            del module.__dict__[name]
+
+
+def _holds_packed(module: nn.Module) -> bool:
+    return any(isinstance(child, PACKED) for child in module.modules())
+
+
+def check_ran(calls: Mapping[str, int], now: Mapping[str, int]) -> None:
+    """Raise `CompressError` where a layer ran in the dense network and not in the packed one."""
+    lost = [name for name, count in calls.items() if count and not now[name]]
+    if lost:
+        raise CompressError(
+            f"{', '.join(lost[:5])} ran in the dense network and not in the packed one: something "
+            "holds the old layers, so pass inplace=True"
+        )
