@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nmflow.errors import CompressError
+from nmflow.kernels.layout import Shape
 from nmflow.packed.attention import PackedAttention
 from nmflow.packed.layout import as_matrix
 from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
@@ -111,6 +112,32 @@ def pack(module: nn.Module, found: dict[str, list[Run]]) -> nn.Module:
         matrix = as_matrix(module.get_parameter("weight"), 0 if stored == "Conv1D" else 1)
         packed = pack_linear(matrix, _bias(module), found["weight"], stored)
     return packed.train(module.training)
+
+
+def from_parts(
+    module: nn.Module,
+    parts: list[tuple[int, int, Shape | None, Tensor, Tensor | None]],
+    bias: nn.Parameter | None,
+) -> nn.Module:
+    """The packed module of a linear layer or convolution, from its weight in canonical form.
+
+    Args:
+        module: the dense module, for its sizes; its weight is not read.
+        parts: first and last row, shape, values and index; or the dense rows, without an index.
+        bias: `(out,)` or None.
+    """
+    stored = "Conv1D" if is_hf_conv1d(module) else "Linear"
+    made: list[PackedLinear | nn.Linear] = []
+    whole = len(parts) == 1
+    for start, stop, shape, values, index in parts:
+        own = bias if whole else _rows(bias, start, stop)
+        if shape is None or index is None:
+            made.append(dense_linear(values, own))
+        else:
+            made.append(PackedLinear(values, index, shape, own, stored if whole else "Linear"))
+    if type(module) in _CONV:
+        return PackedConv(module, made[0])  # pyright: ignore[reportArgumentType]
+    return made[0] if whole else FusedLinear(made, stored)
 
 
 def unpack(module: nn.Module) -> nn.Module:

@@ -78,7 +78,7 @@ def fuse(model: nn.Module) -> list[str]:
 
 def _fused(parent: nn.Module, layer: PackedLinear, name: str, activation: nn.Module) -> bool:
     """Fuse the two, and undo it where the parent's output is another then."""
-    x = torch.randn(2, 3, layer.in_features).to(layer.values)
+    x = _input(layer)
     before = _alone(parent, x)
     layer.epilogue = epilogue_of(activation)
     setattr(parent, name, Fused(activation))
@@ -88,6 +88,12 @@ def _fused(parent: nn.Module, layer: PackedLinear, name: str, activation: nn.Mod
     layer.epilogue = 0
     setattr(parent, name, activation)
     return False
+
+
+def _input(layer: PackedLinear) -> Tensor:
+    """A random input, which leaves the state of the random generator alone."""
+    drawn = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    return drawn.to(layer.values)
 
 
 def _alone(parent: nn.Module, x: Tensor) -> list[Tensor] | None:
@@ -154,7 +160,7 @@ def _follows(
         handles += _watched(watch, name, module)
     try:
         with watch:
-            result = _alone(parent, torch.randn(2, 3, layer.in_features).to(layer.values))
+            result = _alone(parent, _input(layer))
     finally:
         for handle in handles:
             handle.remove()

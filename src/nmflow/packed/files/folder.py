@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from nmflow.packed import build
 from nmflow.packed.build import PACKED
 from nmflow.packed.compress import replace_modules
 from nmflow.packed.files import container, writing
+from nmflow.packed.files.fill import Places, fill
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.packable import survey
@@ -108,7 +108,9 @@ def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
 
     Args:
         folder: what `save` wrote.
-        model: the dense architecture; its own weights do not matter and may be on `meta`. It is
+        model: the dense architecture; its own weights do not matter and may be on `meta`, which
+            holds the least memory. What no file has, such as position ids, is then built again
+            where a constructor takes nothing but a `config`, as in transformers. The model is
             changed in place, once everything in the folder has been checked.
         fuse: as for `compress`.
 
@@ -119,7 +121,8 @@ def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
 
     Raises:
         FileFormatError: a file is missing, damaged, hostile, or does not fit the model.
-        CompressError: `model` is packed already.
+        CompressError: `model` is packed already, or has tensors on `meta` that neither the file
+            nor a constructor gives.
     """
     if any(isinstance(module, PACKED) for module in model.modules()):
         raise CompressError("model is packed already: build the dense architecture anew")
@@ -137,6 +140,7 @@ def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
         )
     modules = dict(model.named_modules())
     sites: dict[str, dict[str, list[build.Run]]] = {}
+    keys: dict[tuple[str, str], str] = {}
     for name, (shape, places) in slots.items():
         key = source[name]
         size = weights[key].shape if key in weights else tuple(tensors[key].shape)
@@ -151,24 +155,19 @@ def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
             if why := why or build.why_not_runs(modules[site], weights[key].runs):
                 raise FileFormatError(f"{name} is packed in the file, but in the model: {why}")
             sites.setdefault(site, {})[own] = weights[key].runs
-    filled: dict[str, Tensor] = {}
-    for name, (_, places) in slots.items():
-        key = source[name]
-        tensor = weights[key].dense() if key in weights else tensors[key]
-        old = places[0][0]._parameters.get(places[0][1])
-        filled[name] = tensor if old is None else nn.Parameter(tensor, old.requires_grad)
-    at = {
-        (module, own): filled[name] for name, (_, places) in slots.items() for module, own in places
-    }
-    try:
-        new = {modules[s]: build.pack(_shell(modules[s], at), found) for s, found in sites.items()}
-    except CompressError as error:
-        raise FileFormatError(f"the saved network cannot be packed again: {error}") from error
+            keys[site, own] = key
+    at, new = fill(
+        model, {name: (source[name], places) for name, (_, places) in slots.items()},
+        {site: {own: keys[site, own] for own in found} for site, found in sites.items()},
+        weights, tensors,
+    )  # fmt: skip
     for (module, own), value in at.items():  # only now is the model touched
-        if isinstance(value, nn.Parameter):
-            module._parameters[own] = value
-        else:
+        if own in module._parameters:
+            module._parameters[own] = value  # pyright: ignore[reportArgumentType]
+        elif own in module._buffers:
             module._buffers[own] = value
+        else:
+            module.__dict__[own] = value
     made = replace_modules(model, new, inplace=True)
     if fuse:
         fuse_activations(made)
@@ -214,9 +213,6 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return again
 
 
-Places = list[tuple[nn.Module, str]]
-
-
 def _slots(model: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...], Places]], set[str]]:
     """First name of each tensor of the state to its shape and places, and all names."""
     slots: dict[str, tuple[tuple[int, ...], Places]] = {}
@@ -230,18 +226,6 @@ def _slots(model: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...], Places]],
             known = first.setdefault(id(value), name)
             slots.setdefault(known, (tuple(value.shape), []))[1].append((module, own))
     return slots, names
-
-
-def _shell(module: nn.Module, at: Mapping[tuple[nn.Module, str], Tensor]) -> nn.Module:
-    """A shallow copy of a module that holds the loaded parameters; the module is left alone."""
-    shell = copy.copy(module)
-    shell._parameters = {own: _parameter(at.get((module, own))) for own in module._parameters}
-    shell._modules = {n: m and _shell(m, at) for n, m in module._modules.items()}
-    return shell
-
-
-def _parameter(value: Tensor | None) -> nn.Parameter | None:
-    return value if isinstance(value, nn.Parameter) else None
 
 
 def _site(name: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
