@@ -177,16 +177,18 @@ def tiled_from_canonical(values: Tensor, index: Tensor, shape: Shape) -> tuple[T
     else:
         tiled = tall.view(shape.tiles, LANES, -1).permute(0, 2, 1).contiguous()
     group = torch.arange(shape.entries, device=index.device) // shape.n
-    code = index.long() + group % shape.groups_per_span * shape.m
+    code = index + (group % shape.groups_per_span * shape.m).to(torch.uint8)
     if shape.shared:
-        return tiled, code.to(torch.uint8)
+        return tiled, code
     if shape.panel > 1:
         code = code.repeat_interleave(shape.panel, 0)[: shape.out]
     per = 32 // shape.bits
     code = _pad(_pad(code, shape.tiles * LANES, 0), -(-shape.entries // per) * per, 1)
-    shift = torch.arange(per, device=index.device) * shape.bits
-    words = (code.view(shape.tiles, LANES, -1, per) << shift).sum(-1)
-    return tiled, words.permute(0, 2, 1).to(torch.int32).contiguous()
+    parts = code.view(shape.tiles, LANES, -1, per).unbind(-1)
+    words = parts[0].to(torch.int32)
+    for i, part in enumerate(parts[1:], 1):  # word by word, so that little memory is taken
+        words |= part.to(torch.int32) << i * shape.bits
+    return tiled, words.permute(0, 2, 1).contiguous()
 
 
 def canonical_from_tiled(values: Tensor, codes: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

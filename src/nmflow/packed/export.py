@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,7 @@ def export_program(
     Raises:
         CompressError: the model's outputs and the program's differ, or torch cannot export it.
     """
-    model = _plain(model, packed)
-    args, kwargs = _arguments(example)
-    shapes = tree_map(_first_axis, kwargs or args) if dynamic_batch else None
-    try:
-        # Not strict, as newer torch does unasked: Dynamo of torch 2.6 cannot follow the packed op.
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except (RuntimeError, ValueError) as error:
-        raise CompressError(f"model cannot be exported: {_first_line(error)}") from error
-    with torch.no_grad():
-        _agree(_tensors(model(*args, **kwargs)), _tensors(program.module()(*args, **kwargs)))
-    return program
+    return _program(_plain(model, packed), example, dynamic_batch)
 
 
 def export_onnx(
@@ -82,8 +73,24 @@ def export_onnx(
             f"export to ONNX needs the package {error.name!r}: pip install 'nmflow[onnx]'"
         ) from error
     target = Path(path)
-    program = export_program(model, example, dynamic_batch)
-    made = torch.onnx.export(program, dynamo=True, verbose=False)
+    dense = _plain(model, False)
+    try:
+        made = torch.onnx.export(
+            _program(dense, example, dynamic_batch), dynamo=True, verbose=False
+        )
+    except torch.onnx.OnnxExporterError as error:
+        # ONNX takes attention apart, and torch's fused op lays its output out otherwise than its
+        # parts do, so transformers' attention is asked for its parts.
+        try:
+            with _attention_in_parts(dense) as changed:
+                if not changed:
+                    raise
+                made = torch.onnx.export(
+                    _program(dense, example, dynamic_batch), dynamo=True, verbose=False
+                )
+        except torch.onnx.OnnxExporterError:
+            why = _first_line(error.__cause__ or error)
+            raise CompressError(f"model cannot be written as ONNX: {why}") from error
     assert made is not None
     try:
         # Weights above 2 GB go to a file of their own beside it, so a folder is moved, not a file.
@@ -92,14 +99,33 @@ def export_onnx(
             made.save(str(part))
             if verify:
                 args, kwargs = _arguments(example)
-                with torch.no_grad():
-                    want = _tensors(_plain(model, False)(*args, **kwargs))
+                with _without_cache(dense), torch.no_grad():
+                    want = _tensors(dense(*args, **kwargs))
                 _agree(want, _run_onnx(part, tree_leaves((args, kwargs))))
             for file in sorted(folder.iterdir(), key=lambda f: f == part):
                 os.replace(file, target.with_name(file.name))
     except OSError as error:
         raise CompressError(f"path '{target}' cannot be written: {error}") from error
     return target
+
+
+def _program(model: nn.Module, example: Example, dynamic_batch: bool) -> ExportedProgram:
+    """Export and compare."""
+    args, kwargs = _arguments(example)
+    shapes = tree_map(_first_axis, kwargs or args) if dynamic_batch else None
+    with _without_cache(model):
+        try:
+            # Not strict, as newer torch has for its default: the strict tracer of torch 2.6 loses
+            # the size of a dynamic batch where a function of autograd takes it.
+            with torch.no_grad():
+                program = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=shapes, strict=False
+                )
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            raise CompressError(f"model cannot be exported: {_first_line(error)}") from error
+        with torch.no_grad():
+            _agree(_tensors(model(*args, **kwargs)), _tensors(program.module()(*args, **kwargs)))
+    return program
 
 
 def _run_onnx(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
@@ -113,6 +139,38 @@ def _run_onnx(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
     tensors = [t for t in inputs if isinstance(t, Tensor)]
     feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
     return [torch.from_numpy(y) for y in session.run(None, feed)]
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Networks of transformers that keep no keys and values: a cache is an object, no tensor."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    kept = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    try:
+        for config in kept:
+            config.use_cache = False
+        yield
+    finally:
+        for config in kept:
+            config.use_cache = True
+
+
+@contextlib.contextmanager
+def _attention_in_parts(model: nn.Module) -> Iterator[bool]:
+    """Networks of transformers that compute attention by plain products; whether there are any."""
+    was = {
+        m: implementation
+        for m in model.modules()
+        if hasattr(type(m), "set_attn_implementation")
+        and (implementation := getattr(m.config, "_attn_implementation", "eager")) != "eager"
+    }
+    try:
+        for module in was:
+            module.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
+        yield bool(was)
+    finally:
+        for module, implementation in was.items():
+            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
 
 
 def _plain(model: nn.Module, packed: bool) -> nn.Module:
@@ -149,5 +207,5 @@ def _agree(want: list[Tensor], got: list[Tensor]) -> None:
             )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
