@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from networks_of_hf import MODELS
 from nmflow import mask
 from nmflow.errors import CompressError
 from nmflow.packed import compress, export_onnx, export_program
+from pruned import prune
 
 
 def network() -> Any:
@@ -114,3 +116,44 @@ def test_the_page_on_packed_networks_runs(
         exec(block, scope)
     assert "1:16" in capsys.readouterr().out
     assert (tmp_path / "dense.onnx").exists()
+
+
+CACHES = ("gpt2", "llama", "qwen2", "t5", "bert", "vit")
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_networks_that_keep_a_cache_are_exported_without_it(name: str) -> None:
+    make, inputs = MODELS[name]
+    model = prune(make())
+    flag = getattr(model.config, "use_cache", None)
+    program = export_program(compress(model, measure=False), inputs, packed=name == "llama")
+    assert getattr(model.config, "use_cache", None) == flag
+    more = {key: torch.cat([value, value]) for key, value in inputs.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            program.module()(**more)[0], model(**more)[0], atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CACHES)
+def test_networks_that_keep_a_cache_as_onnx(name: str, tmp_path: Path) -> None:
+    make, inputs = MODELS[name]
+    model = prune(make())
+    export_onnx(compress(model, measure=False), inputs, tmp_path / "a.onnx")  # which compares
+    attention = getattr(model.config, "_attn_implementation", None)
+    assert attention == getattr(make().config, "_attn_implementation", None)
+    assert getattr(model.config, "use_cache", None) == getattr(make().config, "use_cache", None)
+
+
+def test_a_packed_network_compiles_after_its_export() -> None:
+    packed = compress(network(), measure=False)
+    x = torch.randn(3, 32)
+    program = export_program(packed, x, packed=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        want = packed(x)
+        torch.testing.assert_close(compiled(x), want)
+        torch.testing.assert_close(program.module()(x), want)
+    torch._dynamo.reset()
