@@ -53,7 +53,10 @@ def survey(
     Raises:
         PlanError, PatternError: as for `plan`.
     """
-    layers = [(layer, layer.why_not or _sharded(model, layer.name)) for layer in layers_of(model)]
+    layers = [
+        (layer, _batch(model, layer) or layer.why_not or _sharded(model, layer.name))
+        for layer in layers_of(model)
+    ]
     everything = include == "*" and not exclude and not isinstance(pattern, Mapping)
     rows: dict[str, list[tuple[int, int, Pattern]]] = {}
     reasons: dict[str, str] = {}
@@ -127,6 +130,14 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
         for parameter in module.parameters(recurse=False):
             held.setdefault(id(parameter), []).append(path)
     return held
+
+
+def _batch(model: nn.Module, layer: Layer) -> str:
+    """Why a parameter of three axes stays dense where it is no convolution's."""
+    holder = model.get_submodule(layer.name.rpartition(".")[0])
+    if len(layer.shape) == 3 and not isinstance(holder, nn.Conv1d | nn.ConvTranspose1d):
+        return "a batch of matrices, such as the weights of experts, stays dense"
+    return ""
 
 
 def _sharded(model: nn.Module, name: str) -> str:
