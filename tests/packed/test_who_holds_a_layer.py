@@ -353,6 +353,26 @@ def test_a_fusion_that_changes_the_output_is_undone() -> None:
         torch.testing.assert_close(compress(model, measure=False)(x), model(x))
 
 
+class Past(nn.Module):
+    """Reads a layer of a child past the activation that follows it there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(32, 24), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block[0](x)
+
+
+def test_an_example_shows_what_no_block_alone_does() -> None:
+    model = prune(Past())
+    x = torch.randn(5, 32)
+    with pytest.raises(CompressError, match="fuse=False"):
+        compress(model, measure=False, example=x)
+    packed = compress(model, measure=False, example=x, fuse=False)
+    torch.testing.assert_close(packed(x), model(x))
+
+
 class Shares(nn.Module):
     def __init__(self) -> None:
         super().__init__()

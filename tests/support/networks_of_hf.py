@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -27,7 +27,7 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
     "t5": (
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=64,
-                        decoder_start_token_id=0)
+                        decoder_start_token_id=0)  # pyright: ignore
         ),
         {**IDS, "decoder_input_ids": IDS["input_ids"]},
     ),
@@ -52,7 +52,7 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
     "modernbert": (
         lambda: hf.ModernBertForMaskedLM(
             hf.ModernBertConfig(
-                **SMALL, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2
+                **SMALL, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2  # pyright: ignore
             )
         ),
         IDS,

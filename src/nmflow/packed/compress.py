@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from nmflow.packed.fuse import Fused
 from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.packable import Found, survey
+from nmflow.packed.proof import check_same, run_once
 from nmflow.packed.report import Report, Row
-from nmflow.packed.swap import check_ran, replace_modules
+from nmflow.packed.swap import replace_modules
 from nmflow.select.plan import Names, Patterns
 
 Runs = dict[str, list[Run]]
@@ -63,7 +64,8 @@ def compress(
         inplace: True changes `model`, whose packed layers stay the same objects, so that whoever
             holds one holds it packed; the default leaves `model` alone and returns a copy.
         example: a tensor, a tuple of positional or a mapping of keyword arguments to run once, in
-            `model` and in the result: every packed layer that runs in one must run in the other.
+            `model` and in the result: every packed layer that runs in one must run in the other,
+            and outside of training their outputs must agree.
 
     Returns:
         A module that runs like `model`, for inference, with a `Report` as its attribute `report`
@@ -111,15 +113,15 @@ def compress(
         elif verdicts[path].onednn and isinstance(module, nn.Linear):
             new[module] = OneDNNLinear.of(module, max(counts))
     report = Report(_row(w, model.get_parameter(w.layer.name), verdicts, counts) for w in weights)
-    ran = None
+    before = None
     if example is not None:
-        ran = _calls(model, [p for p in sites if modules[p] in new], example)[0]
+        before = run_once(model, [p for p in sites if modules[p] in new], example)
     if onednn:
         new |= on_onednn({m: max(counts) for m in model.modules() if m not in new}, counts)
     made = replace_modules(model, new, inplace)
     report.fused = fuse_activations(made) if fuse else []
-    if ran is not None:
-        check_ran(ran, _calls(made, ran, example)[0])
+    if before is not None:
+        check_same(before, run_once(made, before.calls, example))
     name = "report" if isinstance(getattr(made, "report", report), Report) else "nmflow_report"
     made.__dict__[name] = report  # a plain attribute, past nn.Module's registry
     return made
@@ -179,29 +181,6 @@ def sites_of(weights: Sequence[Found]) -> dict[str, Runs]:
         if w.runs and not w.why_not:
             sites.setdefault(w.site, {})[w.own] = w.runs
     return sites
-
-
-def _calls(model: nn.Module, paths: Iterable[str], example: Any) -> tuple[dict[str, int], Any]:
-    """How often the modules at these paths run for an example, and the output."""
-    calls = dict.fromkeys(paths, 0)
-
-    def ran(path: str) -> Any:
-        def count(module: nn.Module, args: Any, output: Any) -> None:
-            calls[path] += 1
-
-        return count
-
-    handles = [model.get_submodule(path).register_forward_hook(ran(path)) for path in calls]
-    try:
-        with torch.no_grad():
-            if isinstance(example, Mapping):
-                output = model(**example)
-            else:
-                output = model(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, output
 
 
 def _row(w: Found, parameter: Tensor, verdicts: dict[str, Verdict], counts: tuple[int, ...]) -> Row:

@@ -53,8 +53,9 @@ def survey(
     Raises:
         PlanError, PatternError: as for `plan`.
     """
+    modules = dict(model.named_modules())
     layers = [
-        (layer, _batch(model, layer) or layer.why_not or _sharded(model, layer.name))
+        (layer, _batch(modules, layer) or layer.why_not or _sharded(model, layer.name))
         for layer in layers_of(model)
     ]
     everything = include == "*" and not exclude and not isinstance(pattern, Mapping)
@@ -75,7 +76,6 @@ def survey(
             span = t.rows or (0, t.shape[0 if t.dim else 1])
             rows.setdefault(t.name, []).append((span[0], span[1], t.pattern))
     holders = _holders(model)
-    modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
     found = []
     for layer, _ in layers:
@@ -132,9 +132,9 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
     return held
 
 
-def _batch(model: nn.Module, layer: Layer) -> str:
+def _batch(modules: Mapping[str, nn.Module], layer: Layer) -> str:
     """Why a parameter of three axes stays dense where it is no convolution's."""
-    holder = model.get_submodule(layer.name.rpartition(".")[0])
+    holder = modules.get(layer.name.rpartition(".")[0])
     if len(layer.shape) == 3 and not isinstance(holder, nn.Conv1d | nn.ConvTranspose1d):
         return "a batch of matrices, such as the weights of experts, stays dense"
     return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -116,13 +115,3 @@ def _set_saves(module: nn.Module) -> None:
 
 def _holds_packed(module: nn.Module) -> bool:
     return any(isinstance(child, PACKED) for child in module.modules())
-
-
-def check_ran(calls: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Raise `CompressError` where a layer ran in the dense network and not in the packed one."""
-    lost = [name for name, count in calls.items() if count and not now[name]]
-    if lost:
-        raise CompressError(
-            f"{', '.join(lost[:5])} ran in the dense network and not in the packed one: something "
-            "holds the old layers, so pass inplace=True"
-        )

@@ -206,7 +206,7 @@ def _parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(away)
+    handle = register_module_parameter_registration_hook(away)  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
