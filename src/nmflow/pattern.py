@@ -82,3 +82,8 @@ class Pattern:
 
     def __repr__(self) -> str:
         return f"Pattern({str(self)!r})"
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text reads `N:M` or `N:M@V`, whatever its numbers."""
+    return _GRAMMAR.fullmatch(text.strip()) is not None

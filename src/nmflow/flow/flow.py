@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmflow.errors import FlowError
+from nmflow.flow.before import Before
 from nmflow.flow.observing import Observation, Observer
 from nmflow.flow.sharding import region
 from nmflow.flow.slots import Slot
@@ -74,8 +75,15 @@ class Flow:
     def _start(self) -> None:
         for stepper in self._steppers:
             stepper.check()
-        for stepper in self._steppers:
-            stepper.start()
+        before = [Before(stepper.optimizer, stepper.slots) for stepper in self._steppers]
+        try:
+            for stepper in self._steppers:
+                stepper.start()
+        except BaseException:
+            for stepper, one in zip(self._steppers, before, strict=True):
+                stepper.unhook()
+                one.restore()
+            raise
         log.info("attached %s to %d weights", self.recipe.name, len(self.plan))
 
     # -- where it is ---------------------------------------------------------------------------
