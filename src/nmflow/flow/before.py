@@ -22,9 +22,7 @@ class Before:
 
     def __init__(self, optimizer: Optimizer, slots: Sequence[Slot]) -> None:
         self._optimizer, self._slots = optimizer, slots
-        self._state = {
-            p: dict(s) if isinstance(s, dict) else s for p, s in optimizer.state.items()
-        }
+        self._state = {p: dict(s) if isinstance(s, dict) else s for p, s in optimizer.state.items()}
         self._groups = [
             {key: group[key] for key in GROUP_KEYS if key in group}
             for group in optimizer.param_groups

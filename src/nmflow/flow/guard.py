@@ -37,7 +37,8 @@ class Guard:
         self._live = True
         self._own = vars(optimizer).get(name)  # a scheduler's wrapper, or another guard
         # A compiler that traces the call goes around what is ours, and into what is not.
-        begin, done, fail = (torch.compiler.disable(f) for f in (begin, done, fail))
+        around: Any = torch.compiler.disable
+        begin, done, fail = around(begin), around(done), around(fail)
 
         @functools.wraps(self._own or getattr(type(optimizer), name))
         def guarded(this: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +55,7 @@ class Guard:
                 raise
 
         # A scheduler that comes later looks for a bound method.
-        self._bound = types.MethodType(torch.compiler.disable(guarded, recursive=False), optimizer)
+        self._bound = types.MethodType(around(guarded, recursive=False), optimizer)
         setattr(optimizer, name, self._bound)
 
     def remove(self) -> None:

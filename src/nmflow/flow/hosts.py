@@ -66,8 +66,8 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]
         if inner is not None:
             raise FlowError(
                 f"optimizer is a {kind}, which leaves the same weights to the {inner[1]} in its "
-                f"'{inner[0]}', where its own hooks do not reach: attach to that one, and leave the "
-                f"{kind} out if it moves weights between steps itself, as a lookahead does"
+                f"'{inner[0]}', where its own hooks do not reach: attach to that one, and leave "
+                f"out a {kind} that moves weights between steps itself, as a lookahead does"
             )
         if not all(hasattr(one, name) for name in _HOOKED):
             raise FlowError(

@@ -114,14 +114,17 @@ def is_foreign(optimizer: Optimizer, slots: Sequence[Slot], k: int) -> bool:
     kept = [slot for slot in slots if slot.tensors and slot.stored is not None]
     if any(slot.stored is not slot.dense for slot in kept) or any(step != k for step in steps):
         return True
-    return not steps and not kept
+    return PENDING_KEY in optimizer.state or (not steps and not kept)
 
 
 def check_saved(optimizer: Optimizer, saved: Any) -> None:
     """Raise a `FlowError` for an optimizer that saves no state that a recipe could go on from."""
     groups = saved.get("param_groups") if isinstance(saved, dict) else None
-    kept = isinstance(groups, list) and isinstance(saved.get("state"), dict)
-    if not kept or not all(key in group for group in groups for key in GROUP_KEYS):
+    if (
+        not groups
+        or not isinstance(saved.get("state"), dict)
+        or not all(key in group for group in groups for key in GROUP_KEYS)
+    ):
         raise FlowError(
             f"optimizer is a {type(optimizer).__name__}, whose state_dict() leaves out the step of "
             "a recipe, so that no run could be resumed: use an optimizer that saves its state and "
