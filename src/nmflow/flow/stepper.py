@@ -93,16 +93,17 @@ class Stepper:
     def _hook(self) -> None:
         one, steps, record = self.optimizer, self._steps, self._record
         around: Any = torch.compiler.disable  # a compiler that traces a step goes around ours
-        self._handles += [
-            one.register_step_pre_hook(around(steps.before)),
-            one.register_step_post_hook(around(steps.after)),
-            one.register_state_dict_pre_hook(steps.before_other),
-            one.register_state_dict_pre_hook(record.before_saving),
-            one.register_state_dict_post_hook(record.saved),
-            one.register_load_state_dict_pre_hook(steps.before_other),
-            one.register_load_state_dict_pre_hook(record.before_loading),
-            one.register_load_state_dict_post_hook(record.loaded),
-        ]
+        for register, hook in (
+            (one.register_step_pre_hook, around(steps.before)),
+            (one.register_step_post_hook, around(steps.after)),
+            (one.register_state_dict_pre_hook, steps.before_other),
+            (one.register_state_dict_pre_hook, record.before_saving),
+            (one.register_state_dict_post_hook, record.saved),
+            (one.register_load_state_dict_pre_hook, steps.before_other),
+            (one.register_load_state_dict_pre_hook, record.before_loading),
+            (one.register_load_state_dict_post_hook, record.loaded),
+        ):
+            self._handles.append(register(hook))
         # What hooks of others do after a step meets the sparse weights, and a step that is counted.
         hooks: Any = one._optimizer_step_post_hooks
         hooks.move_to_end(self._handles[1].id, last=False)
