@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_flow_errors import Snapshot, refused
 from torch import nn
 
 import nmflow
-import zoo
+import optimizer_zoo as zoo
 from harness import Run, all_hold, assert_near, assert_same, dense_of, parameters_of, twin
 from models import MLP, loss_of
 from nmflow.errors import FlowError, NMFlowError, RecipeError, StateError, WeightError
 from settings import BY_ID, CASES, OPTIMIZERS, TOTAL, Case
+from unchanged import Snapshot, refused
 
 REFUSED = {"LBFGS"}
 NOT_TRIED = {"SparseAdam"}  # it takes sparse gradients only, see below
@@ -97,7 +98,7 @@ class _Written(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
 
-    def params(self) -> list[torch.Tensor]:
+    def params(self) -> list[Any]:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
 
 
@@ -225,7 +226,7 @@ def test_what_cannot_be_right_is_refused_at_the_first_step(
         return loss
 
     closure()
-    given = (closure,) if kind in (Perturbs, RepeatsClosure) else ()
+    given: Any = (closure,) if kind in (Perturbs, RepeatsClosure) else ()
     with pytest.raises(FlowError, match=words):
         run.optimizer.step(*given)
     assert_same({n: parameters_of(run.model)[n] for n in dense}, {n: shown[n] for n in dense})
@@ -697,7 +698,7 @@ class ScheduleFree(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "k": 0, "training": True})
 
-    def _all(self) -> list[torch.Tensor]:
+    def _all(self) -> list[Any]:
         return self.param_groups[0]["params"]
 
     @torch.no_grad()
@@ -783,3 +784,16 @@ def test_a_sparse_gradient_is_taken_or_named() -> None:
             optimizer.step()
         flow.finalize()
         assert nmflow.holds(model[0].weight, "1:4")
+
+
+def test_the_page_of_optimizers_is_current() -> None:
+    """`python scripts/optimizer_table.py` writes it; of torch's own it can always be checked."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    part = text.split("\n## torch.optim\n")[1].split("\n## ")[0]
+    works, _, rest = part.partition("| optimizer |")
+    for name in zoo.of_torch():
+        line = next((row for row in rest.splitlines() if row.startswith(f"| `{name}` |")), "")
+        said = "refused" if name in REFUSED else "not tried" if name in NOT_TRIED else ""
+        assert (f"`{name}`" in works) == (not said), name
+        assert said in line, name

@@ -65,9 +65,9 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]
         inner = _inner(one)
         if inner is not None:
             raise FlowError(
-                f"optimizer is a {kind}, which leaves the same weights to the {inner[1]} in its "
-                f"'{inner[0]}', where its own hooks do not reach: attach to that one, and leave "
-                f"out a {kind} that moves weights between steps itself, as a lookahead does"
+                f"optimizer is a {kind}, which hands the same weights on to the {inner[1]} in its "
+                f"'{inner[0]}', where its own hooks do not reach: attach to that {inner[1]}, and "
+                "leave the wrapper out if it moves weights between steps and does not put them back"
             )
         if not all(hasattr(one, name) for name in _HOOKED):
             raise FlowError(
@@ -121,7 +121,7 @@ def check_groups(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) ->
         if recipe.pull and not known:
             raise FlowError(
                 f"'{slot.name}' is in a param group with lr={lr!r}, but {recipe.name} draws "
-                "weights at the learning rate: give the group a number (in transformers' Adafactor "
+                "weights at the learning rate: give the group a number (an Adafactor takes one "
                 "with relative_step=False), or use a recipe without a pull, such as 'mdgf-linear'"
             )
 

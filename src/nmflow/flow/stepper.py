@@ -93,7 +93,8 @@ class Stepper:
     def _hook(self) -> None:
         one, steps, record = self.optimizer, self._steps, self._record
         around: Any = torch.compiler.disable  # a compiler that traces a step goes around ours
-        for register, hook in (
+        hooks: Any
+        hooks = (
             (one.register_step_pre_hook, around(steps.before)),
             (one.register_step_post_hook, around(steps.after)),
             (one.register_state_dict_pre_hook, steps.before_other),
@@ -102,10 +103,10 @@ class Stepper:
             (one.register_load_state_dict_pre_hook, steps.before_other),
             (one.register_load_state_dict_pre_hook, record.before_loading),
             (one.register_load_state_dict_post_hook, record.loaded),
-        ):
-            self._handles.append(register(hook))
+        )
+        self._handles.extend(register(hook) for register, hook in hooks)
         # What hooks of others do after a step meets the sparse weights, and a step that is counted.
-        hooks: Any = one._optimizer_step_post_hooks
+        hooks = one._optimizer_step_post_hooks
         hooks.move_to_end(self._handles[1].id, last=False)
         self._guard("step", steps.begins, steps.ends, steps.fails)
         for name in ("train", "eval"):

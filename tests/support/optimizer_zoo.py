@@ -226,8 +226,11 @@ def _plain(kind: Any) -> Make:
 
     def make(model: nn.Module) -> Any:
         taken = inspect.signature(kind).parameters
-        given = {"lr": 0.01, "momentum": 0.9}
-        return kind(model.parameters(), **{k: v for k, v in given.items() if k in taken})
+        given = {"lr": 0.01, "momentum": 0.9, "num_iterations": STEPS, "num_data": STEPS}
+        params: Any = model if "model" in taken else list(model.parameters())
+        if "muon" in kind.__name__.lower() and kind.__module__.startswith("pytorch_optimizer"):
+            params = [{"params": params, "use_muon": True}]
+        return kind(params, **{k: v for k, v in given.items() if k in taken})
 
     return make
 
