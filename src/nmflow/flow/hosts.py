@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from nmflow.errors import FlowError
+from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
 from nmflow.recipes import Recipe
 
@@ -124,6 +126,28 @@ def check_groups(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) ->
                 "weights at the learning rate: give the group a number (an Adafactor takes one "
                 "with relative_step=False), or use a recipe without a pull, such as 'mdgf-linear'"
             )
+
+
+def check_masters(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -> None:
+    """Raise a `FlowError` where state holds finer weights, from which a step writes W anew."""
+    for slot in slots:
+        part, state = local(slot.dense), optimizer.state.get(slot.param, {})
+        for key, value in state.items():
+            if (
+                not isinstance(value, Tensor)
+                or value is slot.dense
+                or value.shape != slot.param.shape
+            ):
+                continue
+            held = local(value)
+            finer = held.is_floating_point() and held.dtype.itemsize > part.dtype.itemsize
+            if finer and torch.equal(held.to(part.dtype), part):
+                raise FlowError(
+                    f"'{slot.name}' is written anew at every step from a copy of {held.dtype} in "
+                    f"the optimizer's state ({key!r}), so that {recipe.name} would draw it in "
+                    "vain: keep the model itself in that dtype under autocast, or use a recipe "
+                    "without a pull, such as 'mdgf-linear'"
+                )
 
 
 def rates(optimizer: Optimizer) -> dict[int, Any]:

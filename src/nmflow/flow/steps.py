@@ -43,6 +43,7 @@ class Steps:
         self._inside = self._entered = self._counts = False
         self._reuse: bool | None = None
         self._frozen: list[preconditioner.Frozen] = []
+        self._known = False  # whether the optimizer keeps finer weights than the model
         # How many calls of `step` run now, whether its hooks ran, and how many more of them.
         self._calls, self._hooked, self._nested = 0, False, 0
 
@@ -95,6 +96,9 @@ class Steps:
     def _enter(self) -> None:
         self._counts = not self._is_phantom()
         if self._counts:
+            if self._run.recipe.pull and not self._known and self._optimizer.state:
+                hosts.check_masters(self._optimizer, self._weights.slots, self._run.recipe)
+                self._known = True
             # Only a fused optimizer, which unscales inside its step, has a scale here.
             scale = getattr(self._optimizer, "grad_scale", None)
             self._observe(scale)
