@@ -166,13 +166,18 @@ def test_a_compiled_step_of_equal_layers(case: str, compiled: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["step", "whole"])
 @pytest.mark.parametrize("widths", [[16, 16, 16, 16], [16, 32, 8]], ids=["equal", "uneven"])
-@pytest.mark.parametrize("make", STEPS)
-@pytest.mark.parametrize("case", [*ALL, *INTERVAL_CASES], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    ("case", "make"),
+    [
+        pytest.param(case, make, id=f"{case.id}-{make}")
+        for case in [*ALL, *INTERVAL_CASES]
+        for make in STEPS
+        if case.kind != "STEP" or make != "sgd"  # which has no second moment
+    ],
+)
 def test_every_recipe_on_a_compiled_step(
     case: Case, make: str, widths: list[int], compiled: str
 ) -> None:
-    if case.kind == "STEP" and make == "sgd":
-        pytest.skip("STEP needs Adam")
     _check_compiled(case, STEPS[make], widths, compiled, "eager")
 
 
