@@ -494,6 +494,6 @@ def test_names_of_gpt2_in_a_state_of_plain_linears_are_told_by_their_shapes():
     assert [x.dim for x in layers_of_state(state)] == [1, 1]
 
 
-@pytest.mark.parametrize("module", [nmflow.roles, nmflow.tables, nmflow.targets])
+@pytest.mark.parametrize("module", [nmflow.select.roles, nmflow.text_table, nmflow.select.plan])
 def test_examples(module):
     assert doctest.testmod(module).failed == 0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from nmflow.errors import FlowError
-from nmflow.flow.sharding import local
+from nmflow.flow.sharding import local, sharded
 
 
 class Loan:
@@ -25,7 +24,7 @@ class Loan:
 
     def give(self, dense: Tensor) -> None:
         """Put W into the parameter."""
-        if isinstance(self._param, DTensor):
+        if sharded(self._param):
             local(self._param).copy_(local(dense))
             self._copied = True
             return

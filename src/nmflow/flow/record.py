@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from nmflow.errors import StateError
 from nmflow.flow import resume
+from nmflow.flow.edits import Edits
 from nmflow.flow.state import DENSE_KEY, RECIPE_KEY, STEP_KEY, Run
 from nmflow.flow.weights import Weights
 
@@ -23,9 +24,10 @@ class Record:
         k: the optimizer steps done.
     """
 
-    def __init__(self, run: Run, optimizer: Optimizer, weights: Weights) -> None:
+    def __init__(self, run: Run, optimizer: Optimizer, weights: Weights, edits: Edits) -> None:
         self.k = 0
-        self._run, self._optimizer, self._weights = run, optimizer, weights
+        self._asked, self._optimizer = run, optimizer
+        self._weights, self._edits = weights, edits
         self._signature = run.signature(weights.targets)
 
     def is_there(self) -> bool:
@@ -47,12 +49,22 @@ class Record:
 
     def take_over(self) -> None:
         """Take over the optimizer's state, which was checked; the parameters are not written."""
-        self.k = resume.steps_in(self._optimizer.param_groups)
-        self._weights.prepared.clear()
-        if self._weights.prunes:
-            resume.adopt(self._optimizer, self._weights.slots)
+        groups, weights = self._optimizer.param_groups, self._weights
+        self.k = resume.steps_in(groups)
+        run = weights.run = resume.run_of(groups, self._asked, weights.targets)
+        self._signature = run.signature(weights.targets)
+        if run.begun is not None:
+            log.info(
+                "%d steps of a run that was begun as one of %d: its phases go on as they were",
+                run.total_steps,
+                run.begun,
+            )
+        weights.prepared.clear()
+        self._edits.forget()
+        if weights.prunes:
+            resume.adopt(self._optimizer, weights.slots)
         self.write()
-        log.info("resumed %s at step %d", self._run.recipe.name, self.k)
+        log.info("resumed %s at step %d", run.recipe.name, self.k)
 
     @torch.no_grad()
     def notice(self) -> None:
@@ -65,7 +77,7 @@ class Record:
             return
         self.check()
         self.take_over()
-        shown = self._weights.shown(self.k)
+        shown = self._edits.shown(self.k)
         self._weights.write(self.k)
         if not shown:
             raise StateError(
@@ -101,10 +113,10 @@ class Record:
         return resume.is_foreign(self._optimizer, self._weights.slots, self.k)
 
     def _check(self, state: dict, groups: list, live: bool = False) -> None:
-        resume.check_groups(groups, self._signature)
+        run = resume.run_of(groups, self._asked, self._weights.targets)
         keys = resume.params_of(groups)
         # Where the number differs, the optimizer itself refuses the state.
         same = live or len(keys) == len(resume.params_of(self._optimizer.param_groups))
-        if self._weights.prunes and same:
-            needed = (DENSE_KEY, *self._run.held_keys)
+        if run.recipe.prunes and same:
+            needed = (DENSE_KEY, *run.held_keys)
             resume.check_slots(self._optimizer, self._weights.slots, state, keys, needed)

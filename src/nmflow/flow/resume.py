@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from nmflow.errors import FlowError, StateError, WeightError
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
-from nmflow.flow.state import DENSE_KEY, GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, differences
+from nmflow.flow.state import DENSE_KEY, GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, Run
+from nmflow.select.target import Target
 
 
 def is_there(optimizer: Optimizer) -> bool:
@@ -25,14 +26,15 @@ def steps_in(groups: Sequence[dict[str, Any]]) -> int:
     return next(int(group[STEP_KEY]) for group in groups if STEP_KEY in group)
 
 
-def check_groups(groups: Sequence[dict[str, Any]], signature: str) -> None:
-    """Raise a `StateError` unless the param groups are of a run with this signature."""
-    if not any(key in group for group in groups for key in GROUP_KEYS):
+def run_of(groups: Sequence[dict[str, Any]], run: Run, targets: Sequence[Target]) -> Run:
+    """The run that goes on from param groups; a `StateError` unless they are of the same one."""
+    found = run
+    marked = [group for group in groups if any(key in group for key in GROUP_KEYS)]
+    if not marked:
         raise StateError(
             "the optimizer state is of a run without a recipe, so it has no dense weights and no "
             "step: load it before attach(), which then starts from it at step 0"
         )
-    marked = [group for group in groups if any(key in group for key in GROUP_KEYS)]
     for group in marked:
         for key in GROUP_KEYS:
             if key not in group:
@@ -46,12 +48,8 @@ def check_groups(groups: Sequence[dict[str, Any]], signature: str) -> None:
                 f"the optimizer state has {STEP_KEY}={k!r}, which is no number of steps done: it "
                 "is damaged, so resume from another"
             )
-        said = differences(group[RECIPE_KEY], signature)
-        if said:
-            raise StateError(
-                f"the optimizer state is of another run: {said}; attach as that run did, or "
-                "start without its state"
-            )
+        found = run.resuming(group[RECIPE_KEY], targets, k)
+    return found
 
 
 def check_slots(

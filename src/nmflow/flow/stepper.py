@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from nmflow.errors import FlowError, WeightError
 from nmflow.flow import hosts, owners, preconditioner
+from nmflow.flow.edits import Edits
 from nmflow.flow.guard import Guard, overrides
 from nmflow.flow.observing import Observation
 from nmflow.flow.record import Record
@@ -25,21 +26,37 @@ class Stepper:
 
     Attributes:
         slots: the parameters that it owns and a recipe targets.
+        edits: what may be done to them between two steps.
     """
 
     def __init__(
         self, run: Run, optimizer: Optimizer, slots: Sequence[Slot], observations: list[Observation]
     ) -> None:
-        self.run, self.optimizer, self.slots = run, optimizer, slots
+        self.optimizer, self.slots = optimizer, slots
         self._weights = Weights(run, slots)
-        self._record = Record(run, optimizer, self._weights)
-        self._steps = Steps(run, optimizer, self._weights, self._record, observations)
+        self.edits = Edits(self._weights)
+        self._record = Record(run, optimizer, self._weights, self.edits)
+        self._steps = Steps(optimizer, self._weights, self.edits, self._record, observations)
         self._handles: list[Any] = []  # of hooks and guards
 
     @property
     def k(self) -> int:
         """The optimizer steps done."""
         return self._record.k
+
+    @property
+    def run(self) -> Run:
+        """The recipe over its run; another than was asked for while a state is prolonged."""
+        return self._weights.run
+
+    @property
+    def block(self) -> str:
+        """The `with` block of the flow that is open, in which nothing may step; or ""."""
+        return self._steps.block
+
+    @block.setter
+    def block(self, name: str) -> None:
+        self._steps.block = name
 
     # -- from attach to finalize ---------------------------------------------------------------
 
@@ -97,10 +114,10 @@ class Stepper:
         hooks = (
             (one.register_step_pre_hook, around(steps.before)),
             (one.register_step_post_hook, around(steps.after)),
-            (one.register_state_dict_pre_hook, steps.before_other),
+            (one.register_state_dict_pre_hook, steps.before_saving),
             (one.register_state_dict_pre_hook, record.before_saving),
             (one.register_state_dict_post_hook, record.saved),
-            (one.register_load_state_dict_pre_hook, steps.before_other),
+            (one.register_load_state_dict_pre_hook, steps.before_loading),
             (one.register_load_state_dict_pre_hook, record.before_loading),
             (one.register_load_state_dict_post_hook, record.loaded),
         )
@@ -114,14 +131,19 @@ class Stepper:
                 self._guard(name, steps.lend, steps.give_back, steps.give_back)
         # Classes that have their own version may leave out the hooks.
         if overrides(one, "state_dict"):
-            self._guard("state_dict", record.before_saving, lambda out: record.saved(one, out))
+            self._guard("state_dict", self._before_saving, lambda out: record.saved(one, out))
         if overrides(one, "load_state_dict"):
             self._guard("load_state_dict", self._before_loading, lambda out: record.loaded() or out)
 
     def _guard(self, name: str, begin: Any, done: Any, fail: Any = lambda: None) -> None:
         self._handles.append(Guard(self.optimizer, name, begin, done, fail))
 
+    def _before_saving(self, args: tuple, kwargs: dict) -> None:
+        self._steps.before_saving()
+        self._record.before_saving()
+
     def _before_loading(self, args: tuple, kwargs: dict) -> None:
+        self._steps.before_loading()
         self._record.before_loading(self.optimizer, args[0] if args else kwargs["state_dict"])
 
     def stop(self) -> None:
@@ -139,30 +161,3 @@ class Stepper:
             handle.remove()
         for slot in self.slots:
             owners.remove(slot.param)
-
-    # -- between steps -------------------------------------------------------------------------
-
-    def check_untouched(self) -> None:
-        """Raise a `StateError` if somebody wrote a parameter since the last step."""
-        self._weights.check_untouched(self.k)
-
-    def check_finite(self) -> None:
-        """Raise a `WeightError` if a dense weight is not finite."""
-        self._weights.check_finite(self.k)
-
-    @torch.no_grad()
-    def harden(self) -> None:
-        """Show the final N:M weights, and step no more until `soften`."""
-        self._weights.harden(self.k)
-        self._steps.hard = True
-
-    @torch.no_grad()
-    def soften(self) -> None:
-        """Show the current W̃ again."""
-        self._weights.write(self.k)
-        self._steps.hard = False
-
-    @torch.no_grad()
-    def sync(self) -> None:
-        """Take each parameter that somebody wrote as W."""
-        self._weights.sync(self.k)

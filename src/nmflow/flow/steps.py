@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from nmflow.errors import FlowError, NMFlowError
 from nmflow.flow import hosts, preconditioner
+from nmflow.flow.edits import FINAL_MASKS, Edits
 from nmflow.flow.observing import Observation
 from nmflow.flow.record import Record
 from nmflow.flow.sharding import local
-from nmflow.flow.state import Run
 from nmflow.flow.weights import Weights
 
 log = logging.getLogger("nmflow")
@@ -24,20 +24,20 @@ class Steps:
     """What happens around the steps of one optimizer, and around other calls that move weights.
 
     Attributes:
-        hard: whether the network shows its final masks, so that no step may be taken.
+        block: the `with` block of the flow that is open, in which nothing may step; or "".
     """
 
     def __init__(
         self,
-        run: Run,
         optimizer: Optimizer,
         weights: Weights,
+        edits: Edits,
         record: Record,
         observations: list[Observation],
     ) -> None:
-        self.hard = False
-        self._run, self._optimizer, self._observations = run, optimizer, observations
-        self._weights, self._record = weights, record
+        self.block = ""
+        self._optimizer, self._observations = optimizer, observations
+        self._weights, self._edits, self._record = weights, edits, record
         # Of the step that runs now: whether it began, whether W is in the parameters, whether it
         # counts, and how to write W̃ after it.
         self._inside = self._entered = self._counts = False
@@ -56,14 +56,10 @@ class Steps:
             self._nested += 1  # a subclass that calls the step of its base, which has hooks too
             return None
         self.mend()
-        if self.hard:
-            raise FlowError(
-                "optimizer.step() was called inside flow.hard(), where the network shows its final "
-                "masks: step outside the with block"
-            )
-        hosts.check_groups(self._optimizer, self._weights.slots, self._run.recipe)
+        self._check_no_block("optimizer.step()")
+        hosts.check_groups(self._optimizer, self._weights.slots, self._weights.run.recipe)
         self._record.notice()
-        self._weights.check_untouched(self._record.k)
+        self._edits.check(self._record.k, wait=False)
         self._weights.read_finite(self._record.k)
         self._inside, self._nested, self._reuse = True, 0, None
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
@@ -78,7 +74,7 @@ class Steps:
                     f"{type(optimizer).__name__} called its closure twice in one step, which would "
                     "evaluate the dense weights: use an optimizer that evaluates once"
                 )
-            if not self._weights.untouched():
+            if not self._edits.untouched():
                 raise FlowError(
                     f"{type(optimizer).__name__} moved the weights before it called its closure, "
                     "and no recipe can tell what it would put back: use an optimizer that "
@@ -96,21 +92,21 @@ class Steps:
     def _enter(self) -> None:
         self._counts = not self._is_phantom()
         if self._counts:
-            if self._run.recipe.pull and not self._known and self._optimizer.state:
-                hosts.check_masters(self._optimizer, self._weights.slots, self._run.recipe)
+            if self._weights.run.recipe.pull and not self._known and self._optimizer.state:
+                hosts.check_masters(self._optimizer, self._weights.slots, self._weights.run.recipe)
                 self._known = True
             # Only a fused optimizer, which unscales inside its step, has a scale here.
             scale = getattr(self._optimizer, "grad_scale", None)
             self._observe(scale)
             self._weights.apply_gradient_rule(self._record.k, scale, hosts.uphill(self._optimizer))
-            if self._run.recipe.pull and not self._found_inf():
+            if self._weights.run.recipe.pull and not self._found_inf():
                 self._weights.draw(self._record.k, hosts.rates(self._optimizer))
         self._entered = True
         self._weights.enter()
         if (
             self._counts
-            and self._run.recipe.freezes_second_moment
-            and self._record.k >= self._run.dense_steps
+            and self._weights.run.recipe.freezes_second_moment
+            and self._record.k >= self._weights.run.dense_steps
         ):
             self._frozen = preconditioner.freeze(self._optimizer)
 
@@ -136,17 +132,18 @@ class Steps:
             )
         counts = self._counts and not self._found_inf()
         if counts and self._frozen:
-            first = self._record.k == self._run.dense_steps
+            first = self._record.k == self._weights.run.dense_steps
             preconditioner.settle(self._optimizer, self._frozen, first)
             self._frozen = []
         self._leave()
         self._weights.prepared.clear()
         if counts:
-            self._reuse = self._run.reuses(self._weights.targets, self._record.k + 1)
+            self._reuse = self._weights.run.reuses(self._weights.targets, self._record.k + 1)
             self._record.k += 1
-            if self._weights.prunes and self._record.k == self._run.total_steps + 1:
+            if self._weights.prunes and self._record.k == self._weights.run.total_steps + 1:
                 log.warning(
-                    "step %d is past total_steps: the final masks go on", self._run.total_steps + 1
+                    "step %d is past total_steps: the final masks go on",
+                    self._weights.run.total_steps + 1,
                 )
             self._record.write()
         self._weights.write(self._record.k, self._reuse)
@@ -204,10 +201,22 @@ class Steps:
         if not self._calls:
             self.mend()
 
-    def before_other(self, *_: Any) -> None:
-        """Before the optimizer saves or loads: a step that raised past its guard is mended."""
+    def before_saving(self, *_: Any) -> None:
+        """Before the optimizer saves: a step that raised past its guard is mended."""
         if not self._calls:
             self.mend()
+
+    def before_loading(self, *_: Any) -> None:
+        """Before the optimizer loads; not while other weights are shown."""
+        self._check_no_block("optimizer.load_state_dict()")
+        self.before_saving()
+
+    def _check_no_block(self, what: str) -> None:
+        if self.block:
+            raise FlowError(
+                f"{what} was called inside flow.{self.block}, where the network does not show "
+                "its weights of this step: call it outside the with block"
+            )
 
     @torch.no_grad()
     def mend(self) -> None:
@@ -227,8 +236,11 @@ class Steps:
 
     def lend(self, args: tuple, kwargs: dict) -> None:
         """Put W into the parameters for a method that moves weights between steps."""
-        if not self.hard:
-            self._weights.check_untouched(self._record.k)
+        if self.block == FINAL_MASKS:
+            self._edits.check_final(self._record.k)
+        else:
+            self._check_no_block("a change of the optimizer's mode")
+            self._edits.check(self._record.k)
         with torch.no_grad():
             self._weights.enter()
 
@@ -236,8 +248,8 @@ class Steps:
     def give_back(self, out: Any = None) -> Any:
         """Take W out of the parameters after such a method, and write W̃ of what it made of W."""
         self._leave()
-        if self.hard:
-            self._weights.harden(self._record.k)
+        if self.block == FINAL_MASKS:
+            self._edits.harden(self._record.k)
         else:
             self._weights.write(self._record.k)
         return out
