@@ -84,5 +84,10 @@ class Pattern:
         return f"Pattern({str(self)!r})"
 
 
+def is_pattern(text: str) -> bool:
+    """Whether a text reads `N:M` or `N:M@V`, whatever its numbers."""
+    return _GRAMMAR.fullmatch(text.strip()) is not None
+
+
 EVERY = Pattern("1:1")
 """Keeps every weight: the pattern of a dense one, and of a choice that any axis can meet."""

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from nmflow.errors import FlowError, StateError
+from nmflow.flow.edits import DENSE, FINAL_MASKS
 from nmflow.flow.stepper import Stepper
-
-FINAL_MASKS, DENSE = "final_masks()", "dense()"
 
 
 class Blocks:

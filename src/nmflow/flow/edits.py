@@ -13,6 +13,9 @@ from nmflow.flow.slots import Slot
 from nmflow.flow.weights import Weights
 from nmflow.recipes.schedules import Stage
 
+FINAL_MASKS, DENSE = "final_masks()", "dense()"
+"""The `with` blocks of a flow, by name."""
+
 
 class Edits:
     """What may be done to the weights of one optimizer while it does not step.
@@ -60,6 +63,22 @@ class Edits:
             same = torch.cat(before) == torch.cat(now)
             self._late = [(n, len(x)) for n, x in zip(names, now, strict=True)], same
             self._flags.send([same.all()])
+
+    def untouched(self) -> bool:
+        """Whether nobody has written a parameter since it was seen; no device is waited for."""
+        slots = self._weights.slots if self._weights.prunes else ()
+        return not any(
+            slot.moved() or not (waits(local(slot.param)) or bool(slot.same())) for slot in slots
+        )
+
+    def shown(self, k: int) -> bool:
+        """Whether the parameters hold W̃ of step `k`, whoever wrote them."""
+        weights = self._weights
+        stages, held = weights.stages(k), weights.has_masks(k)
+        return not weights.prunes or all(
+            torch.equal(local(slot.param), writes.shown(slot, stages, held))
+            for slot in weights.slots
+        )
 
     def check_finite(self, k: int) -> None:
         """Raise a `WeightError` if a dense weight is not finite."""
@@ -121,6 +140,13 @@ class Edits:
         final, held = self._final(k)
         for slot in weights.slots:
             slot.write(final, held, hold=False)
+
+    def check_final(self, k: int) -> None:
+        """Raise a `StateError` if somebody wrote a parameter that shows its final weights."""
+        final, held = self._final(k)
+        for slot in self._weights.slots if self._weights.prunes else ():
+            if writes.written(slot, final, held) is not None:
+                raise _was_written(slot, k)
 
     def soften(self, k: int) -> list[str]:
         """Write W̃ of step `k` into the parameters again.

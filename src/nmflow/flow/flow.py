@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from nmflow.errors import FlowError
 from nmflow.flow import copies
+from nmflow.flow.before import Before
 from nmflow.flow.blocks import Blocks, Dense, FinalMasks
 from nmflow.flow.copies import Copy
 from nmflow.flow.loading import Loading, watch
@@ -80,10 +81,18 @@ class Flow:
     def _start(self) -> None:
         for stepper in self._steppers:
             stepper.check()
-        for stepper in self._steppers:
-            stepper.start()
-        if self.recipe.prunes:
-            self._loading = watch([slot for stepper in self._steppers for slot in stepper.slots])
+        before = [Before(stepper.optimizer, stepper.slots) for stepper in self._steppers]
+        try:
+            for stepper in self._steppers:
+                stepper.start()
+            if self.recipe.prunes:
+                slots = [slot for stepper in self._steppers for slot in stepper.slots]
+                self._loading = watch(slots)
+        except BaseException:
+            for stepper, one in zip(self._steppers, before, strict=True):
+                stepper.unhook()
+                one.restore()
+            raise
         log.info("attached %s to %d weights", self.recipe.name, len(self.plan))
 
     # -- where it is ---------------------------------------------------------------------------

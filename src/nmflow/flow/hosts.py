@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from nmflow.errors import FlowError
+from nmflow.flow.sharding import local
+from nmflow.flow.slots import Slot
+from nmflow.recipes import Recipe
 
 _HOOKS = (
     "register_step_pre_hook",
     "register_step_post_hook",
+    "register_state_dict_pre_hook",
     "register_state_dict_post_hook",
     "register_load_state_dict_pre_hook",
     "register_load_state_dict_post_hook",
+)
+# Where an optimizer keeps them.
+_HOOKED = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
 )
 # Wrappers that hand `step` on to the optimizer that they hold: Accelerate's and Lightning's.
 _WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer"}
@@ -50,10 +64,17 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]
                 f"optimizer is a {kind}, which has no step hooks: give a torch.optim.Optimizer, or "
                 "the one that this wraps"
             )
-        if not hasattr(one, "_optimizer_step_pre_hooks"):
+        inner = _inner(one)
+        if inner is not None:
             raise FlowError(
-                f"optimizer is a {kind} that never called Optimizer.__init__, so it has no step "
-                "hooks: give the torch.optim.Optimizer that it wraps"
+                f"optimizer is a {kind}, which hands the same weights on to the {inner[1]} in its "
+                f"'{inner[0]}', where its own hooks do not reach: attach to that {inner[1]}, and "
+                "leave the wrapper out if it moves weights between steps and does not put them back"
+            )
+        if not all(hasattr(one, name) for name in _HOOKED):
+            raise FlowError(
+                f"optimizer is a {kind} that never called Optimizer.__init__, so it has not the "
+                "hooks of an optimizer: give the torch.optim.Optimizer that it wraps"
             )
         if isinstance(one, LBFGS):
             raise FlowError(
@@ -86,6 +107,73 @@ def check_model(model: nn.Module) -> None:
                 f"'{name}' is partitioned by DeepSpeed's ZeRO-3, so it has no groups: use FSDP2 "
                 "(torch.distributed.fsdp.fully_shard) instead"
             )
+
+
+def check_groups(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -> None:
+    """Raise a `FlowError` unless an optimizer steps the weights, at a rate known to the recipe."""
+    found = rates(optimizer)
+    for slot in slots:
+        if id(slot.param) not in found:
+            raise FlowError(
+                f"'{slot.name}' is no longer in the optimizer's param groups, so nothing would "
+                "train its dense weights: put the parameter back, or finalize() and attach again"
+            )
+        lr = found[id(slot.param)]
+        known = isinstance(lr, int | float | Tensor) and not isinstance(lr, bool)
+        if recipe.pull and not known:
+            raise FlowError(
+                f"'{slot.name}' is in a param group with lr={lr!r}, but {recipe.name} draws "
+                "weights at the learning rate: give the group a number (an Adafactor takes one "
+                "with relative_step=False), or use a recipe without a pull, such as 'mdgf-linear'"
+            )
+
+
+def check_masters(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -> None:
+    """Raise a `FlowError` where state holds finer weights, from which a step writes W anew."""
+    for slot in slots:
+        part, state = local(slot.dense), optimizer.state.get(slot.param, {})
+        for key, value in state.items():
+            if (
+                not isinstance(value, Tensor)
+                or value is slot.dense
+                or value.shape != slot.param.shape
+            ):
+                continue
+            held = local(value)
+            finer = held.is_floating_point() and held.dtype.itemsize > part.dtype.itemsize
+            if finer and torch.equal(held.to(part.dtype), part):
+                raise FlowError(
+                    f"'{slot.name}' is written anew at every step from a copy of {held.dtype} in "
+                    f"the optimizer's state ({key!r}), so that {recipe.name} would draw it in "
+                    "vain: keep the model itself in that dtype under autocast, or use a recipe "
+                    "without a pull, such as 'mdgf-linear'"
+                )
+
+
+def rates(optimizer: Optimizer) -> dict[int, Any]:
+    """The learning rate of each parameter, by its id; None where its group has none."""
+    return {id(p): group.get("lr") for group in optimizer.param_groups for p in group["params"]}
+
+
+def uphill(optimizer: Optimizer) -> set[int]:
+    """The ids of the parameters whose gradient the optimizer negates, since it maximizes."""
+    usual = getattr(optimizer, "maximize", False)
+    groups = [g for g in optimizer.param_groups if g.get("maximize", usual)]
+    return {id(p) for group in groups for p in group["params"]}
+
+
+def _inner(optimizer: Optimizer) -> tuple[str, str] | None:
+    """Where an optimizer holds another one of the same weights, and of what kind that is."""
+    own = set(rates(optimizer))
+    for name, value in vars(optimizer).items():
+        held = value.values() if isinstance(value, dict) else value
+        for one in held if isinstance(value, dict | list | tuple) else [value]:
+            groups = getattr(one, "param_groups", None)
+            if one is optimizer or not callable(getattr(one, "step", None)) or not groups:
+                continue
+            if own & {id(p) for group in groups for p in group["params"]}:
+                return name, type(one).__name__
+    return None
 
 
 def _unwrap(optimizer: Any) -> Any:

@@ -73,6 +73,7 @@ def settle(optimizer: Optimizer, frozen: list[Frozen], first: bool) -> None:
     """
     thaw(frozen)
     stepped = {id(one.state) for one in frozen}
+    decoupled = isinstance(optimizer, AdamW)  # its groups say so from torch 2.7 on only
     for group in optimizer.param_groups:
         beta2 = float(group["betas"][1])
         for p in group["params"]:
@@ -84,7 +85,7 @@ def settle(optimizer: Optimizer, frozen: list[Frozen], first: bool) -> None:
     for one in frozen:
         group, t = one.group, float(one.state["step"])
         lr, decay = float(group["lr"]), float(group["weight_decay"])
-        if decay and group.get("decoupled_weight_decay", False):
+        if decay and (decoupled or group.get("decoupled_weight_decay", False)):
             one.before.mul_(1.0 - lr * decay)
         size = -lr / (1.0 - float(group["betas"][0]) ** t)
         denominator = one.moment.sqrt().add_(group["eps"])

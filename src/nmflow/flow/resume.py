@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nmflow.errors import StateError, WeightError
+from nmflow.errors import FlowError, StateError, WeightError
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
-from nmflow.flow.state import GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, Run
+from nmflow.flow.state import DENSE_KEY, GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, Run
 from nmflow.select.target import Target
 
 
@@ -21,17 +21,29 @@ def is_there(optimizer: Optimizer) -> bool:
     return any(key in group for key in GROUP_KEYS for group in optimizer.param_groups)
 
 
+def steps_in(groups: Sequence[dict[str, Any]]) -> int:
+    """k, by param groups that were checked; one that was added since the last step has none."""
+    return next(int(group[STEP_KEY]) for group in groups if STEP_KEY in group)
+
+
 def run_of(groups: Sequence[dict[str, Any]], run: Run, targets: Sequence[Target]) -> Run:
     """The run that goes on from param groups; a `StateError` unless they are of the same one."""
     found = run
-    for group in groups:
-        if RECIPE_KEY not in group or STEP_KEY not in group:
-            raise StateError(
-                "the optimizer state is of a run without a recipe, so it has no dense weights "
-                "and no step: load it before attach(), which then starts from it at step 0"
-            )
+    marked = [group for group in groups if any(key in group for key in GROUP_KEYS)]
+    if not marked:
+        raise StateError(
+            "the optimizer state is of a run without a recipe, so it has no dense weights and no "
+            "step: load it before attach(), which then starts from it at step 0"
+        )
+    for group in marked:
+        for key in GROUP_KEYS:
+            if key not in group:
+                raise StateError(
+                    f"the optimizer state has a param group without {key}: it is damaged, so "
+                    "resume from another"
+                )
         k = group[STEP_KEY]
-        if isinstance(k, bool) or not isinstance(k, int) or k < 0 or k != groups[0][STEP_KEY]:
+        if isinstance(k, bool) or not isinstance(k, int) or k < 0 or k != marked[0][STEP_KEY]:
             raise StateError(
                 f"the optimizer state has {STEP_KEY}={k!r}, which is no number of steps done: it "
                 "is damaged, so resume from another"
@@ -64,8 +76,9 @@ def check_slots(
         for key in needed:
             if key not in found:
                 raise StateError(
-                    f"the optimizer state has no {key} of '{slot.name}': load the whole optimizer "
-                    "state of the run that is resumed"
+                    f"the optimizer state has no {key} of '{slot.name}', as a copy of the "
+                    "optimizer itself has none before its first step: load the whole state_dict() "
+                    "of the optimizer of the run that is resumed"
                 )
             _check_tensor(slot, key, found[key])
 
@@ -89,15 +102,44 @@ def adopt(optimizer: Optimizer, slots: Sequence[Slot]) -> None:
     pending = optimizer.state.pop(PENDING_KEY, {})  # type: ignore[call-overload]
     places = _places(optimizer)
     for slot in slots:
-        slot.adopt(pending.get(places[id(slot.param)]))
+        own = optimizer.state.get(slot.param, {})
+        slot.adopt({**own, **pending.get(places[id(slot.param)], {})})
+
+
+def is_foreign(optimizer: Optimizer, slots: Sequence[Slot], k: int) -> bool:
+    """Whether somebody put another state into the optimizer since step `k`, past its hooks."""
+    steps = [group[STEP_KEY] for group in optimizer.param_groups if STEP_KEY in group]
+    kept = [slot for slot in slots if slot.tensors and slot.stored is not None]
+    if any(slot.stored is not slot.dense for slot in kept) or any(step != k for step in steps):
+        return True
+    return PENDING_KEY in optimizer.state or (not steps and not kept)
+
+
+def check_saved(optimizer: Optimizer, saved: Any) -> None:
+    """Raise a `FlowError` for an optimizer that saves no state that a recipe could go on from."""
+    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    if (
+        not groups
+        or not isinstance(saved.get("state"), dict)
+        or not all(key in group for group in groups for key in GROUP_KEYS)
+    ):
+        raise FlowError(
+            f"optimizer is a {type(optimizer).__name__}, whose state_dict() leaves out the step of "
+            "a recipe, so that no run could be resumed: use an optimizer that saves its state and "
+            "param groups whole"
+        )
 
 
 def add_pending(optimizer: Optimizer, slots: Sequence[Slot], state_dict: dict) -> dict:
-    """Put the tensors of slots whose parameter has no state of its own into a saved state."""
-    places = _places(optimizer)
-    pending = {places[id(s.param)]: s.pending for s in slots if s.pending is not None}
+    """Put the tensors of slots that a saved state has not got into it."""
+    places, state = _places(optimizer), state_dict["state"]
+    pending = {}
+    for slot in slots:
+        place = places[id(slot.param)]
+        if slot.tensors and DENSE_KEY not in state.get(place, {}):
+            pending[place] = dict(slot.tensors)
     if pending:
-        state_dict["state"][PENDING_KEY] = pending
+        state_dict["state"] = {**state, PENDING_KEY: pending}
     return state_dict
 
 

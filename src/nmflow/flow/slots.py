@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from nmflow import masks
 from nmflow.flow import gradients
 from nmflow.flow.homes import Home
+from nmflow.flow.loan import Loan
 from nmflow.flow.marks import Mark, fingerprint
-from nmflow.flow.sharding import Region, local, out_axis, sharded
+from nmflow.flow.sharding import Region, local, out_axis
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.pattern import EVERY
 from nmflow.recipes.schedules import Stage
@@ -35,9 +36,8 @@ class Slot:
         optimizer: the optimizer that owns it.
         regions: its targets' rows on this rank.
         home: its places in the model.
-        pending: the slot's tensors until the optimizer has state of its own for the parameter.
-            A foreign key must not be there before it: lazily built state asks whether any is, and
-            Adam cannot load a state that has no step.
+        tensors: W and the masks that are held, by key. The optimizer's state has the same ones
+            between steps, so that they travel with it; what becomes of that state loses nothing.
         stepping: whether the parameter holds the dense weights now, for the optimizer's step.
     """
 
@@ -51,10 +51,9 @@ class Slot:
     ) -> None:
         self.name, self.param, self.optimizer, self.regions = name, param, optimizer, regions
         self.home = home
-        self.pending: dict[str, Tensor] | None = None
+        self.tensors: dict[str, Tensor] = {}
         self.stepping = False
-        self._tensors: dict[str, Tensor] = {}
-        self._resting: Tensor | None = None
+        self._loan = Loan(name, param)
         self._mark: Mark | None = None
         self._loading: int | None = None
         rows = sum(r.count for r in regions)
@@ -63,16 +62,19 @@ class Slot:
     # -- where the tensors are -----------------------------------------------------------------
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The slot's tensors by key, wherever they are at the moment."""
-        if self.stepping:
-            return self._tensors
-        return self.optimizer.state[self.param] if self.pending is None else self.pending
-
-    @property
     def dense(self) -> Tensor:
         """The dense weights W, shaped and sharded like the parameter."""
         return self.tensors[DENSE_KEY]
+
+    @property
+    def stored(self) -> Tensor | None:
+        """What the optimizer's state has as W: ours, another after a load, or nothing.
+
+        Nothing until the optimizer has state of its own for the parameter. A foreign key must not
+        be there before it: lazily built state asks whether any is, and Adam cannot load a state
+        that has no step.
+        """
+        return self.optimizer.state.get(self.param, {}).get(DENSE_KEY)
 
     def start(self, keys: Sequence[str]) -> None:
         """Take the parameter as W, before the optimizer's first step, and make room for masks.
@@ -81,20 +83,25 @@ class Slot:
             keys: the masks that the run will ever hold. They are there from the start, since a
                 distributed checkpoint reads what a fresh state has, and on empty shards too.
         """
-        self.pending = {DENSE_KEY: self.param.detach().clone()}
+        self.tensors = {DENSE_KEY: self.param.detach().clone()}
         for key in keys:
-            self.pending[key] = torch.ones_like(self.param, dtype=torch.bool).detach()
+            self.tensors[key] = torch.ones_like(self.param, dtype=torch.bool).detach()
 
-    def adopt(self, pending: dict[str, Tensor] | None) -> None:
-        """Take the tensors that a loaded state brought, in the parameter's own or as pending."""
-        self.pending = pending
+    def store(self) -> None:
+        """Have the optimizer's state hold the slot's tensors, where it held such before."""
+        if self.stored is not None:
+            self.optimizer.state[self.param].update(self.tensors)
+
+    def adopt(self, loaded: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a state that was loaded, whose own for the parameter they are in."""
+        self.tensors = {key: loaded[key] for key in SLOT_KEYS if key in loaded}
         for key in (KEPT_KEY, FADING_KEY):
             if key in self.tensors:  # an optimizer casts what it loads to the parameter's dtype
                 self.tensors[key] = self.tensors[key].bool()
+        self.store()
 
     def clear(self) -> None:
         """Leave the optimizer's state as it would be without the slot."""
-        self.pending = None
         state = self.optimizer.state.get(self.param)
         if state is not None:
             for key in SLOT_KEYS:
@@ -106,38 +113,26 @@ class Slot:
 
     def enter(self) -> None:
         """Put W into the parameter, for the optimizer's step."""
-        tensors = self.tensors
-        self._tensors = {key: tensors.pop(key) for key in SLOT_KEYS if key in tensors}
-        self.pending = None
-        if self.param in self.optimizer.state and not self.optimizer.state[self.param]:
-            del self.optimizer.state[self.param]
+        self.clear()
         self.stepping = True
-        dense = self._tensors[DENSE_KEY]
-        if sharded(self.param):
-            local(self.param).copy_(local(dense))
-        else:
-            # The two trade memory instead of values: the optimizer writes W where it is, and the
-            # forward pass finds W̃ at the address that it always had.
-            self._resting = self.param.data
-            self.param.data = dense
+        self._loan.give(self.dense)
 
     def leave(self, stateless: bool) -> None:
         """Take W out of the parameter again, into the optimizer's state.
 
         Args:
             stateless: whether this optimizer keeps no state, so that a foreign key is no harm.
+
+        Raises:
+            FlowError: the optimizer did not step the parameter, see `Loan.take_back`.
         """
-        if sharded(self.param):
-            local(self._tensors[DENSE_KEY]).copy_(local(self.param))
-        else:
-            assert self._resting is not None
-            self.param.data, self._resting = self._resting, None
-        self.stepping = False
-        if stateless or self.optimizer.state.get(self.param):
-            self.optimizer.state[self.param].update(self._tensors)
-        else:
-            self.pending = self._tensors
-        self._tensors = {}
+        try:
+            kind = type(self.optimizer).__name__
+            self.tensors[DENSE_KEY] = self._loan.take_back(self.dense, kind)
+        finally:
+            self.stepping = False
+            if stateless or self.optimizer.state.get(self.param):
+                self.optimizer.state[self.param].update(self.tensors)
 
     # -- what the network sees -----------------------------------------------------------------
 
@@ -260,11 +255,6 @@ class Slot:
         region.of(local(self.tensors[KEPT_KEY])).copy_(kept)
         if fading is not None:
             region.of(local(self.tensors[FADING_KEY])).copy_(fading)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the values of `x` fill its memory without gaps, in whatever order."""
-    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _project(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> Tensor:

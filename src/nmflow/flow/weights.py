@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from nmflow.errors import FlowError, WeightError
 from nmflow.flow import gradients
 from nmflow.flow.flags import Flags
 from nmflow.flow.observing import View
+from nmflow.flow.prepared import Prepared
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
 from nmflow.flow.state import Run
@@ -32,13 +32,13 @@ class Weights:
     def __init__(self, run: Run, slots: Sequence[Slot]) -> None:
         self.run, self.slots, self.prunes = run, slots, run.recipe.prunes
         self.targets = [r.target for s in slots for r in s.regions]
+        self.prepared = Prepared()
         self._flags = Flags()
 
     def start(self) -> None:
         """Take the parameters as W."""
         for slot in self.slots if self.prunes else ():
             slot.start(self.run.held_keys)
-        self.write(0, reuse=False)
 
     def enter(self) -> None:
         """Put W into the parameters, for the optimizer's step."""
@@ -46,10 +46,16 @@ class Weights:
             slot.enter()
 
     def leave(self, stateless: bool) -> None:
-        """Take W out of the parameters again."""
+        """Take W out of the parameters again; out of all of them, whatever one of them raises."""
+        raised: list[FlowError] = []
         for slot in self.slots:
-            if slot.stepping:
-                slot.leave(stateless)
+            try:
+                if slot.stepping:
+                    slot.leave(stateless)
+            except FlowError as error:
+                raised.append(error)
+        if raised:
+            raise raised[0]
 
     def stages(self, k: int) -> dict[str, Stage]:
         """The stage of each target after `k` steps, by label."""
@@ -57,8 +63,15 @@ class Weights:
 
     # -- before a step -------------------------------------------------------------------------
 
-    def apply_gradient_rule(self, k: int, scale: Tensor | None) -> None:
-        """Change the gradients by the recipe's rule; `scale` is the loss scale still in them."""
+    def apply_gradient_rule(self, k: int, scale: Tensor | None, uphill: set[int]) -> None:
+        """Change the gradients by the recipe's rule.
+
+        Args:
+            k: the optimizer steps done.
+            scale: the loss scale that is still in the gradients.
+            uphill: the ids of parameters whose gradient the optimizer negates, since it maximizes;
+                λ draws weights to 0 all the same.
+        """
         recipe = self.run.recipe
         if not self.prunes or (recipe.gradient != "masked" and not recipe.lam):
             return
@@ -71,21 +84,25 @@ class Weights:
                     f"'{slot.name}' has a sparse gradient, which the rule of {recipe.name} cannot "
                     "change: build the embedding with sparse=False"
                 )
-            g = local(slot.param.grad)
+            g, lam = local(slot.param.grad), recipe.lam
+            lam = -lam if id(slot.param) in uphill else lam
             for region in slot.regions:
-                stage, part = stages[region.target.label], region.of(g)
+                label = region.target.label
+                stage, part = stages[label], region.of(g)
                 if stage.pattern is None or region.count == 0:
                     continue
-                if recipe.lam:
-                    slot.refine(region, stage, held, part, recipe.lam, scale)
+                if self.prepared.changed(label, slot.param.grad):
+                    continue
+                if lam:
+                    slot.refine(region, stage, held, part, lam, scale)
                 elif stage.delta != 1.0 or stage.previous is not None:
                     slot.fade(region, stage, held, part)
+                self.prepared.change(label, slot.param.grad)
 
-    def draw(self, k: int, groups: Sequence[dict[str, Any]]) -> None:
-        """Draw W to W̃ by the recipe's pull, where the optimizer will step; `groups` are its own."""
+    def draw(self, k: int, rates: Mapping[int, float | Tensor]) -> None:
+        """Draw W to W̃ by the recipe's pull, where the optimizer will step, at rates by id."""
         if not self.prunes or not self.run.recipe.pull:
             return
-        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
         stages = self.stages(k)
         for slot in self.slots:
             if slot.param.grad is None:
@@ -95,8 +112,11 @@ class Weights:
                 stage = stages[region.target.label]
                 if stage.pattern is None or stage.delta == 1.0 or region.count == 0:
                     continue
+                if self.prepared.drawn(region.target.label):
+                    continue
                 part, sparse = region.of(dense), region.of(shown)
                 gradients.drawn(part, sparse, lr, self.run.recipe.pull)
+                self.prepared.draw(region.target.label)
 
     def views(self, k: int, scale: Tensor | None) -> list[View]:
         """What an observer sees before step `k + 1`; `scale` as for the gradient rule."""

@@ -77,6 +77,7 @@ def take(slot: Slot, places: Tensor | None) -> None:
             if key in tensors:
                 dtype = now.dtype if key == DENSE_KEY else torch.bool
                 tensors[key] = tensors[key].to(device=now.device, dtype=dtype)
+        slot.store()
         dense = local(slot.dense)
     dense.copy_(now if places is None else torch.where(places, now, dense))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 
 from nmflow.errors import RecipeError
+from nmflow.pattern import Pattern, is_pattern
 from nmflow.recipes.base import Recipe
 from nmflow.recipes.baselines import SRSTE, STE, STEP, Dense, Gradual, OneShot
 from nmflow.recipes.decaying import MDGF, SDGF, Hybrid, Settling
@@ -62,9 +65,20 @@ def resolve(recipe: str | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise RecipeError(f"recipe is {recipe!r}: choose one of {', '.join(RECIPES)}")
-    return RECIPES[recipe]
+    if isinstance(recipe, str) and recipe in RECIPES:
+        return RECIPES[recipe]
+    raise RecipeError(f"recipe is {recipe!r}: {_meant(recipe)}choose one of {', '.join(RECIPES)}")
+
+
+def _meant(given: object) -> str:
+    """What was probably meant, as words of a sentence."""
+    if isinstance(given, Pattern | Mapping) or (isinstance(given, str) and is_pattern(given)):
+        said = f"'{given}'" if isinstance(given, Pattern) else repr(given)
+        return f"did you mean pattern={said}? The recipe comes before it; "
+    if isinstance(given, type) and issubclass(given, Recipe):
+        return f"did you mean {given.__name__}(), with its arguments? Or "
+    near = difflib.get_close_matches(given.lower(), RECIPES, 1) if isinstance(given, str) else []
+    return f"did you mean {near[0]!r}? Or " if near else ""
 
 
 def describe(recipe: Recipe) -> dict[str, str | float | None]:

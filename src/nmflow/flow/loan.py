@@ -1,0 +1,81 @@
+"""A loan: dense weights in a parameter's place, for the time of a step of its optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nmflow.errors import FlowError
+from nmflow.flow.sharding import local, sharded
+
+
+class Loan:
+    """Puts W into one parameter, and takes it out again.
+
+    The two trade memory instead of values: the optimizer writes W where it is, and the forward
+    pass finds W̃ at the address that it always had. A DTensor cannot be swapped, so it is copied.
+    """
+
+    def __init__(self, name: str, param: Tensor) -> None:
+        self._name, self._param = name, param
+        self._resting: Tensor | None = None
+        self._copied = self._tried = False
+        self._sum: Tensor | None = None
+
+    def give(self, dense: Tensor) -> None:
+        """Put W into the parameter."""
+        if sharded(self._param):
+            local(self._param).copy_(local(dense))
+            self._copied = True
+            return
+        resting = self._param.data
+        self._sum = None if self._tried else _sum(resting)
+        self._resting = resting
+        self._param.data = dense
+
+    def take_back(self, dense: Tensor, optimizer: str) -> Tensor:
+        """Take W out of the parameter: the memory that was given, or what was bound to it since.
+
+        It may be called again, or after a `give` that was broken off: a Ctrl-C comes anywhere.
+
+        Args:
+            dense: W, as it was given.
+            optimizer: the name of its kind, for errors.
+
+        Raises:
+            FlowError: the optimizer bound weights of another kind or shape to the parameter, or it
+                stepped other memory than the parameter's. The parameter is out of its hands then.
+        """
+        if self._copied:
+            local(dense).copy_(local(self._param))
+            self._copied = False
+        resting, self._resting = self._resting, None
+        if resting is None:
+            return dense
+        found = self._param.data
+        self._param.data = resting
+        if self._sum is not None:
+            # Once is enough, since an optimizer that keeps other memory does so from the start.
+            before, self._sum, self._tried = self._sum, None, True
+            if not torch.equal(before, _sum(resting)):
+                raise FlowError(
+                    f"{optimizer} stepped memory that it keeps for '{self._name}' instead of the "
+                    "parameter's own, where it would never meet the dense weights: use an "
+                    "optimizer that steps the parameters of the model"
+                )
+        if found.data_ptr() in (dense.data_ptr(), resting.data_ptr()):
+            return dense
+        kind, own = ((x.shape, x.dtype, x.device) for x in (found, dense))
+        if kind != own:
+            raise FlowError(
+                f"{optimizer} bound {tuple(found.shape)} of {found.dtype} on {found.device} to "
+                f"'{self._name}', whose weights are {tuple(dense.shape)} of {dense.dtype} on "
+                f"{dense.device}: its step is dropped, so use an optimizer that leaves the weights "
+                "their shape, dtype and device"
+            )
+        return found
+
+
+def _sum(x: Tensor) -> Tensor:
+    """A number that tells whether `x` was written, as a tensor: nobody waits for a device."""
+    return x.sum(dtype=torch.float64 if x.device.type != "mps" else None)

@@ -1,0 +1,43 @@
+"""What a step that raised has done already, so that it is not done again when it is repeated."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+
+class Prepared:
+    """The gradients that a rule has changed and the weights that were drawn, since the last step.
+
+    A step that raises leaves both. Its repetition may find the same gradients, which the rule must
+    not change again, or new ones; W must not be drawn again in any case.
+    """
+
+    def __init__(self) -> None:
+        self._changed: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        self._drawn: set[str] = set()
+        self.observed = False
+
+    def clear(self) -> None:
+        """Forget everything: a step was done, or a state was loaded."""
+        self._changed.clear()
+        self._drawn.clear()
+        self.observed = False
+
+    def changed(self, label: str, grad: Tensor) -> bool:
+        """Whether the rule has changed this gradient for a target, and nobody wrote it since."""
+        known, version = self._changed.get(label, (None, 0))
+        return known is not None and known() is grad and grad._version == version
+
+    def change(self, label: str, grad: Tensor) -> None:
+        """Remember that the rule has changed the gradient for a target."""
+        self._changed[label] = (weakref.ref(grad), grad._version)
+
+    def drawn(self, label: str) -> bool:
+        """Whether the weights of a target were drawn."""
+        return label in self._drawn
+
+    def draw(self, label: str) -> None:
+        """Remember that the weights of a target were drawn."""
+        self._drawn.add(label)

@@ -1,0 +1,255 @@
+"""The steps of one optimizer: dense weights in before each, sparse ones out after it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nmflow.errors import FlowError, NMFlowError
+from nmflow.flow import hosts, preconditioner
+from nmflow.flow.edits import FINAL_MASKS, Edits
+from nmflow.flow.observing import Observation
+from nmflow.flow.record import Record
+from nmflow.flow.sharding import local
+from nmflow.flow.weights import Weights
+
+log = logging.getLogger("nmflow")
+
+
+class Steps:
+    """What happens around the steps of one optimizer, and around other calls that move weights.
+
+    Attributes:
+        block: the `with` block of the flow that is open, in which nothing may step; or "".
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weights: Weights,
+        edits: Edits,
+        record: Record,
+        observations: list[Observation],
+    ) -> None:
+        self.block = ""
+        self._optimizer, self._observations = optimizer, observations
+        self._weights, self._edits, self._record = weights, edits, record
+        # Of the step that runs now: whether it began, whether W is in the parameters, whether it
+        # counts, and how to write W̃ after it.
+        self._inside = self._entered = self._counts = False
+        self._reuse: bool | None = None
+        self._frozen: list[preconditioner.Frozen] = []
+        self._known = False  # whether the optimizer keeps finer weights than the model
+        # How many calls of `step` run now, whether its hooks ran, and how many more of them.
+        self._calls, self._hooked, self._nested = 0, False, 0
+
+    # -- the hooks of a step -------------------------------------------------------------------
+
+    def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict) -> tuple | None:
+        """The hook before a step, which puts W in; where there is a closure, after that."""
+        self._hooked = True
+        if self._inside and self._calls:
+            self._nested += 1  # a subclass that calls the step of its base, which has hooks too
+            return None
+        self.mend()
+        self._check_no_block("optimizer.step()")
+        hosts.check_groups(self._optimizer, self._weights.slots, self._weights.run.recipe)
+        self._record.notice()
+        self._edits.check(self._record.k, wait=False)
+        self._weights.read_finite(self._record.k)
+        self._inside, self._nested, self._reuse = True, 0, None
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._enter()
+            return None
+
+        def sparse_closure() -> Any:
+            # The closure is the forward and backward pass: the network has to be sparse in it.
+            if self._entered:
+                raise FlowError(
+                    f"{type(optimizer).__name__} called its closure twice in one step, which would "
+                    "evaluate the dense weights: use an optimizer that evaluates once"
+                )
+            if not self._edits.untouched():
+                raise FlowError(
+                    f"{type(optimizer).__name__} moved the weights before it called its closure, "
+                    "and no recipe can tell what it would put back: use an optimizer that "
+                    "evaluates the network at its own weights"
+                )
+            loss = closure()
+            self._enter()
+            return loss
+
+        if kwargs.get("closure"):
+            return args, {**kwargs, "closure": sparse_closure}
+        return (*args[:1], sparse_closure, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _enter(self) -> None:
+        self._counts = not self._is_phantom()
+        if self._counts:
+            if self._weights.run.recipe.pull and not self._known and self._optimizer.state:
+                hosts.check_masters(self._optimizer, self._weights.slots, self._weights.run.recipe)
+                self._known = True
+            # Only a fused optimizer, which unscales inside its step, has a scale here.
+            scale = getattr(self._optimizer, "grad_scale", None)
+            self._observe(scale)
+            self._weights.apply_gradient_rule(self._record.k, scale, hosts.uphill(self._optimizer))
+            if self._weights.run.recipe.pull and not self._found_inf():
+                self._weights.draw(self._record.k, hosts.rates(self._optimizer))
+        self._entered = True
+        self._weights.enter()
+        if (
+            self._counts
+            and self._weights.run.recipe.freezes_second_moment
+            and self._record.k >= self._weights.run.dense_steps
+        ):
+            self._frozen = preconditioner.freeze(self._optimizer)
+
+    def _observe(self, scale: Tensor | None) -> None:
+        due = [o for o in self._observations if self._record.k % o.every == 0]
+        if not due or self._found_inf() or self._weights.prepared.observed:
+            return
+        views = self._weights.views(self._record.k, scale)
+        for observation in due:
+            observation.observer(self._record.k, views)
+        self._weights.prepared.observed = True
+
+    @torch.no_grad()
+    def after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """The hook after a step, which counts it and writes W̃."""
+        if self._nested:
+            self._nested -= 1
+            return
+        if not self._entered:
+            raise FlowError(
+                f"{type(optimizer).__name__} did not call the closure that it was given, so it "
+                "stepped the sparse weights: call backward() first and step() without a closure"
+            )
+        counts = self._counts and not self._found_inf()
+        if counts and self._frozen:
+            first = self._record.k == self._weights.run.dense_steps
+            preconditioner.settle(self._optimizer, self._frozen, first)
+            self._frozen = []
+        self._leave()
+        self._weights.prepared.clear()
+        if counts:
+            self._reuse = self._weights.run.reuses(self._weights.targets, self._record.k + 1)
+            self._record.k += 1
+            if self._weights.prunes and self._record.k == self._weights.run.total_steps + 1:
+                log.warning(
+                    "step %d is past total_steps: the final masks go on",
+                    self._weights.run.total_steps + 1,
+                )
+            self._record.write()
+        self._weights.write(self._record.k, self._reuse)
+        self._inside = False
+
+    def _found_inf(self) -> bool:
+        """Whether a loss scaler makes this step of a fused optimizer do nothing."""
+        found = getattr(self._optimizer, "found_inf", None)
+        return found is not None and bool(found)
+
+    def _leave(self) -> None:
+        preconditioner.thaw(self._frozen)
+        self._frozen = []
+        held = self._optimizer.state.values()
+        self._weights.leave(stateless=not any(s for s in held if isinstance(s, dict)))
+        self._entered = False
+
+    def _is_phantom(self) -> bool:
+        """Whether this step only builds the optimizer's state, as a distributed checkpoint does.
+
+        Before the first save or load, `torch.distributed.checkpoint.state_dict` steps an optimizer
+        without state at lr 0 on gradients of zero.
+        """
+        groups = self._optimizer.param_groups
+        if self._optimizer.state or any(g.get("lr") is None or float(g["lr"]) for g in groups):
+            return False
+        grads = [p.grad for g in groups for p in g["params"] if p.grad is not None]
+        return not any(bool(local(g).any()) for g in grads)
+
+    # -- the guards of calls -------------------------------------------------------------------
+
+    def begins(self, args: tuple, kwargs: dict) -> None:
+        """Before a call of `step`, which is to run the hooks."""
+        if not self._calls:
+            self.mend()
+            self._hooked = False
+        self._calls += 1
+
+    @torch.no_grad()
+    def ends(self, out: Any) -> Any:
+        """After a call of `step`: raise a `FlowError` if it ran no hooks."""
+        self._calls -= 1
+        if not self._calls and (self._inside or not self._hooked):
+            self._weights.write(self._record.k)
+            raise FlowError(
+                f"{type(self._optimizer).__name__}.step() ran without the hooks of "
+                "torch.optim.Optimizer, so it did not step the dense weights: its step is dropped, "
+                "so use an optimizer whose step() runs them"
+            )
+        return out
+
+    def fails(self) -> None:
+        """After a call of `step` that raised: W̃ is in the parameters again at once."""
+        self._calls = max(0, self._calls - 1)
+        if not self._calls:
+            self.mend()
+
+    def before_saving(self, *_: Any) -> None:
+        """Before the optimizer saves: a step that raised past its guard is mended."""
+        if not self._calls:
+            self.mend()
+
+    def before_loading(self, *_: Any) -> None:
+        """Before the optimizer loads; not while other weights are shown."""
+        self._check_no_block("optimizer.load_state_dict()")
+        self.before_saving()
+
+    def _check_no_block(self, what: str) -> None:
+        if self.block:
+            raise FlowError(
+                f"{what} was called inside flow.{self.block}, where the network does not show "
+                "its weights of this step: call it outside the with block"
+            )
+
+    @torch.no_grad()
+    def mend(self) -> None:
+        """Go on after a step that raised: it is not counted, and its weights are taken as W."""
+        if not self._inside:
+            return
+        log.warning("an optimizer.step() was broken off after step %d", self._record.k)
+        try:
+            if self._entered:
+                self._leave()
+            self._weights.write(self._record.k, self._reuse)
+        except (
+            NMFlowError
+        ) as error:  # beside the exception that goes on, and again at the next step
+            log.warning("%s", error)
+        self._inside = self._entered = False
+
+    def lend(self, args: tuple, kwargs: dict) -> None:
+        """Put W into the parameters for a method that moves weights between steps."""
+        if self.block == FINAL_MASKS:
+            self._edits.check_final(self._record.k)
+        else:
+            self._check_no_block("a change of the optimizer's mode")
+            self._edits.check(self._record.k)
+        with torch.no_grad():
+            self._weights.enter()
+
+    @torch.no_grad()
+    def give_back(self, out: Any = None) -> Any:
+        """Take W out of the parameters after such a method, and write W̃ of what it made of W."""
+        self._leave()
+        if self.block == FINAL_MASKS:
+            self._edits.harden(self._record.k)
+        else:
+            self._weights.write(self._record.k)
+        return out
