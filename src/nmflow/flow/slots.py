@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nmflow.flow import gradients
-from nmflow.flow.sharding import Region, local, out_axis
+from nmflow.flow.sharding import Region, local
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.masks import one_pass, one_pass_serves, project, select
 from nmflow.pattern import Pattern
@@ -52,7 +52,7 @@ class Slot:
         self._resting: Tensor | None = None
         self._mark: tuple[int, int, tuple[float, ...]] = (-1, 0, ())
         rows = sum(r.count for r in regions)
-        self._covered = rows == local(param).shape[out_axis(regions[0].target)]
+        self._covered = rows == local(param).shape[regions[0].target.out_dim]
 
     # -- where the tensors are -----------------------------------------------------------------
 
@@ -250,9 +250,9 @@ class Slot:
             kept = region.of(local(tensors[KEPT_KEY]))
             fading = region.of(local(tensors[FADING_KEY])) if previous else None
             return kept, fading, torch.ones((), dtype=torch.bool, device=kept.device)
-        w = region.of(local(self.dense))
-        kept, finite = select(w, pattern, region.target.dim)
-        fading = select(w, previous, region.target.dim)[0] if previous else None
+        w, target = region.of(local(self.dense)), region.target
+        kept, finite = select(w, pattern, target.dim, target.stacked)
+        fading = select(w, previous, target.dim, target.stacked)[0] if previous else None
         return kept, fading, finite
 
     def _hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
@@ -268,10 +268,14 @@ def _is_dense(x: Tensor) -> bool:
 
 def _project(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> Tensor:
     """The kernel by the pattern of a stage; whether `w` was finite."""
-    return one_pass(w, stage.pattern or _EVERY, region.target.dim, delta, **more)
+    target = region.target
+    pattern = stage.pattern or _EVERY
+    return one_pass(w, pattern, target.dim, delta, stacked=target.stacked, **more)
 
 
 def _in_one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
     """Whether a kernel can go from W to W̃ in one pass over memory."""
-    pattern, previous = stage.masks
-    return previous is None and one_pass_serves(w, pattern or _EVERY, region.target.dim, out)
+    (pattern, previous), target = stage.masks, region.target
+    return previous is None and one_pass_serves(
+        w, pattern or _EVERY, target.dim, out, target.stacked
+    )

@@ -160,7 +160,7 @@ def _compare(chosen: Plan, layers: dict[str, Layer], read: Callable[[str], Tenso
     rows, others = [], []
     for target in chosen:
         weight = rows_of(read(target.name), target)
-        held = holds(weight, target.pattern, target.dim)
+        held = holds(weight, target.pattern, target.dim, target.stacked)
         rows.append(_row(target.label, target.shape, target.pattern, held, weight))
     for label, reason in chosen.left_out:
         name, _, cut = label.partition("[")
@@ -170,7 +170,7 @@ def _compare(chosen: Plan, layers: dict[str, Layer], read: Callable[[str], Tenso
         weight = read(name)
         if cut:
             start, stop = map(int, cut.rstrip("]").split(":"))
-            weight = weight.narrow(0 if layer.dim else 1, start, stop - start)
+            weight = weight.narrow(layer.out_dim, start, stop - start)
         others.append(_row(label, layer.shape, None, None, weight, reason))
     return Audit(rows, others)
 

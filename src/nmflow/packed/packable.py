@@ -15,6 +15,8 @@ from nmflow.pattern import Pattern
 from nmflow.select.plan import Names, Patterns, choose
 from nmflow.select.weights import Layer, layers_of
 
+_STACK = "a stack of matrices in one parameter, which no packed layer replaces"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -53,7 +55,7 @@ def survey(
     Raises:
         PlanError, PatternError: as for `plan`.
     """
-    layers = [(layer, layer.why_not or _sharded(model, layer.name)) for layer in layers_of(model)]
+    layers = [(layer, layer.why_not or _unread(model, layer)) for layer in layers_of(model)]
     everything = include == "*" and not exclude and not isinstance(pattern, Mapping)
     rows: dict[str, list[tuple[int, int, Pattern]]] = {}
     reasons: dict[str, str] = {}
@@ -129,9 +131,11 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
     return held
 
 
-def _sharded(model: nn.Module, name: str) -> str:
-    """Why a parameter's values cannot be read here."""
-    parameter = model.get_parameter(name)
+def _unread(model: nn.Module, layer: Layer) -> str:
+    """Why a parameter's values cannot be read here as a matrix."""
+    parameter = model.get_parameter(layer.name)
+    if layer.stacked or layer.unit or (layer.dim > 1 and not layer.why_not):
+        return _STACK
     if type(parameter.data) is not Tensor or parameter.is_meta:
         return f"its values are not in this process ({type(parameter.data).__name__})"
     if parameter.layout != torch.strided:

@@ -172,7 +172,7 @@ def save_state(
     tensors = dict(state)
     weights: dict[str, Stored] = {}
     for target in wanted:
-        if target.rows is not None or target.name not in tensors:
+        if target.stacked or target.rows is not None or target.name not in tensors:
             continue
         w = state[target.name]
         matrix = as_matrix(w, target.dim)
