@@ -213,7 +213,7 @@ def hold(weights: dict[str, torch.Tensor], family: Family) -> None:
     n, m, panel = reference.parse(family.pattern)
     for name, spec in family.targets.items():
         rows = reference.rows_of(weights[name], spec)
-        assert reference.holds(rows, n, m, spec.dim, panel), name
+        assert reference.holds(rows, n, m, spec.dim, panel, spec.stacked), name
 
 
 REFUSED: list[tuple[str, Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] = [

@@ -41,7 +41,7 @@ def test_hard_shows_the_final_pattern_and_restores_bitwise(case: str, family: Fa
         if not (case == "one-shot" and k > 5):  # whose mask is older than its weights
             for name, spec in family.targets.items():
                 rows = reference.rows_of(dense[name], spec)
-                kept = reference.keep(rows, n, m, spec.dim, panel)
+                kept = reference.keep(rows, n, m, spec.dim, panel, spec.stacked)
                 assert torch.equal(reference.rows_of(inside[name], spec), rows * kept)
         run.step(x)
         free.step(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -167,7 +167,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
             found = found or "head" in roles or id(parameter) in told
             if id(parameter) in told:
                 roles.append("head")
-            elif reads_input(held[0].module, channels, not layers):
+            elif reads_input(held[0].module, channels):
                 roles.append("stem")
             layers.append(_layer(name, parameter, held, roles))
         else:
@@ -206,19 +206,18 @@ def layers_of_state(state: Mapping[str, torch.Size | tuple[int, ...]]) -> list[L
     return with_head(layers, [len(x.shape) == 2 for x in layers], "attn" in beside.values(), False)
 
 
-def reads_input(module: nn.Module, channels: set[int], first: bool) -> bool:
-    """Whether a convolution reads an image or a sound: by its channels, and if it comes first."""
-    if not isinstance(module, _CONV) or module.groups > 1:
-        return False
-    return module.in_channels in channels or (first and module.in_channels <= 4)
+def reads_input(module: nn.Module, channels: set[int]) -> bool:
+    """Whether a convolution reads an image or a sound, by its channels."""
+    return isinstance(module, _CONV) and module.groups == 1 and module.in_channels in channels
 
 
 def _channels(model: nn.Module) -> set[int]:
     """The channels that raw inputs have: of grey and colour images, and as configs say."""
     found = {1, 3}
     for module in model.modules():
-        value = getattr(getattr(module, "config", None), "num_channels", None)
-        found |= {value} if isinstance(value, int) and value < 16 else set()
+        for name in ("num_channels", "in_channels"):
+            value = _config(module).get(name)
+            found |= {value} if isinstance(value, int) and value <= 16 else set()
     return found
 
 
@@ -262,17 +261,19 @@ def _is_matrix(owner: _Owner, shape: tuple[int, ...], at: Stack, role: str) -> b
     return layer or stack or (role != "other" and len(shape) == 2 and min(shape) > 1)
 
 
+def _config(module: nn.Module | None) -> dict[str, Any]:
+    """What a module's configuration holds, without asking for what it computes."""
+    config = getattr(module, "config", None)
+    return getattr(config, "__dict__", {})
+
+
 def heads_of(holder: nn.Module | None) -> tuple[int, int, int]:
     """Heads of queries, heads of keys, and the size of one, as attention says; 0 where not."""
-    config = getattr(holder, "config", None)
 
     def number(*names: str) -> int:
-        for name in names:
-            for place in (holder, config):
-                value = getattr(place, name, None)
-                if isinstance(value, int) and value > 0:
-                    return value
-        return 0
+        values = [getattr(holder, "__dict__", {}).get(name) for name in names]
+        values += [_config(holder).get(name) for name in names]
+        return next((v for v in values if isinstance(v, int) and v > 0), 0)
 
     queries = number("num_attention_heads", "num_heads", "n_heads", "n_head")
     keys = number("num_key_value_heads", "num_kv_heads", "kv_n_heads")

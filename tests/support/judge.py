@@ -1,0 +1,158 @@
+"""What each weight of a model is for, judged by the class names around it alone.
+
+This judgement shares no code and no table with `nmflow.select`, which reads the names of modules
+first. A weight belongs to attention or to a feed-forward block if the nearest class around it that
+says anything says so.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+_OUTSIDE = re.compile(
+    r"router|topkgat|moegate|embed|positional|position(?!wise)|classif|pooler|(?<!multi)heads?$"
+    r"|predict|lmhead|rotary"
+)
+_ATTENTION = re.compile(r"att(entio)?n|mha|msa$|selfoutput|retention")
+_FEED_FORWARD = re.compile(
+    r"mlp|feedforward|ffn|intermediate|output$|experts?|relu?dense|glu(?!e)|boom|ff$|moe$"
+)
+_Q = {"q", "query", "queries", "wq", "qs"}
+_K = {"k", "key", "keys", "wk", "ks"}
+_V = {"v", "value", "values", "wv", "vs"}
+_QKV = {"qkv", "wqkv", "qkvs"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A matrix of a model and what it is for.
+
+    Attributes:
+        name: the parameter's name.
+        numel: how many weights.
+        role: `"attn"`, `"ff"`, `"outside"` or `"other"`.
+        part: of attention, `"q"`, `"k"`, `"v"`, `"qkv"`, `"kv"` or `"rest"`.
+        kinds: the class names around it, the nearest first.
+    """
+
+    name: str
+    numel: int
+    role: str
+    part: str
+    kinds: tuple[str, ...]
+
+
+def judge(model: nn.Module) -> list[Judged]:
+    """Every matrix that a model multiplies with, tied ones once."""
+    modules = dict(model.named_modules())
+    tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    found = []
+    for name, parameter in model.named_parameters():
+        path, _, own = name.rpartition(".")
+        if not _multiplies(modules[path], own, parameter):
+            continue
+        kinds = []
+        while True:
+            kinds.append(type(modules[path]).__name__)
+            if not path:
+                break
+            path = path.rpartition(".")[0]
+        role = "outside" if id(parameter) in tables else _role(kinds[:-1])
+        part = _part(name) if role == "attn" else ""
+        found.append(Judged(name, math.prod(parameter.shape), role, part, tuple(kinds)))
+    return found
+
+
+def _multiplies(module: nn.Module, own: str, parameter: nn.Parameter) -> bool:
+    shape = tuple(parameter.shape)
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__ == "Conv1D":
+        return len(shape) == 2
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.groups == 1 and len(shape) > 2 and all(x == 1 for x in shape[2:])
+    if isinstance(module, nn.Embedding | nn.RNNBase):
+        return False
+    # A module's own matrices: no vectors, tables of one row or biases.
+    named = "proj" in own or "weight" in own or own in {"w1", "w2", "v1", "q", "k", "v", "o", "r"}
+    return named and "bias" not in own and len(shape) in (2, 3) and min(shape) > 1
+
+
+def _role(kinds: list[str]) -> str:
+    for kind in kinds:
+        low = kind.lower()
+        if low in ("linear", "conv1d", "multiheadattention") and low != "multiheadattention":
+            continue
+        if _OUTSIDE.search(low) and not re.search("attention|attn", low):
+            return "outside"
+        if _ATTENTION.search(low):
+            return "attn"
+        if _FEED_FORWARD.search(low):
+            return "ff"
+    return "other"
+
+
+def _part(name: str) -> str:
+    parts = [x for x in name.split(".") if x != "weight" and not x.isdigit()]
+    words = set(re.split(r"[_\W]", parts[-1].lower())) if parts else set()
+    if words & _QKV or (words & _Q and words & _K and words & _V):
+        return "qkv"
+    if "kv" in words or "wkv" in words or (words & _K and words & _V):
+        return "kv"
+    for part, said in (("q", _Q), ("k", _K), ("v", _V)):
+        if words & said:
+            return part
+    return "rest"
+
+
+@dataclass
+class Share:
+    """How much of a role a preset takes.
+
+    Attributes:
+        taken: weights of the role that it takes.
+        total: weights of the role.
+        missed: names of what it does not take.
+    """
+
+    taken: int
+    total: int
+    missed: list[str]
+
+
+_WANTED: dict[str, Callable[[Judged], bool]] = {
+    "ff": lambda x: x.role == "ff",
+    "qk": lambda x: x.role == "attn" and x.part in ("q", "k", "qkv", "kv"),
+    "qkv": lambda x: x.role == "attn" and x.part in ("q", "k", "v", "qkv", "kv"),
+    "attn": lambda x: x.role == "attn",
+    "all": lambda x: x.role != "outside",
+}
+
+
+def shares(
+    judged: list[Judged], taken: dict[str, set[str]]
+) -> tuple[dict[str, Share], dict[str, list[str]]]:
+    """The share of each preset, and what each takes beyond its role.
+
+    Args:
+        judged: what `judge` said.
+        taken: names of the parameters that each preset takes, in whole or in part.
+    """
+    found, beyond = {}, {}
+    for preset, wants in _WANTED.items():
+        role = [x for x in judged if wants(x)]
+        missed = [x.name for x in role if x.name not in taken[preset]]
+        got = sum(x.numel for x in role if x.name in taken[preset])
+        found[preset] = Share(got, sum(x.numel for x in role), missed)
+        names = {x.name for x in judged if not wants(x) and x.role != "other"}
+        beyond[preset] = sorted(names & taken[preset])
+    return found, beyond
+
+
+def count(model: nn.Module) -> int:
+    """The weights of a model, tied ones once."""
+    return sum(p.numel() for p in model.parameters() if isinstance(p, torch.Tensor))
