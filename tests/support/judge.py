@@ -8,6 +8,7 @@ says anything says so.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ import torch
 from torch import nn
 
 _OUTSIDE = re.compile(
-    r"router|topkgat|moegate|embed|positional|position(?!wise)|classif|pooler|(?<!multi)heads?$"
-    r"|predict|lmhead|rotary"
+    r"router|topkgat|moegate(?!d)|gate$|embed|positional|position(?!wise)|classif|pooler"
+    r"|(?<!multi)heads?$|predict|lmhead|rotary"
 )
 _ATTENTION = re.compile(r"att(entio)?n|mha|msa$|selfoutput|retention")
 _FEED_FORWARD = re.compile(
     r"mlp|feedforward|ffn|intermediate|output$|experts?|relu?dense|glu(?!e)|boom|ff$|moe$"
 )
+_SILENT = re.compile(r"(layer|block|merger|encoder|decoder|stage)$|^(linear|conv1d|\w*list)$")
 _Q = {"q", "query", "queries", "wq", "qs"}
 _K = {"k", "key", "keys", "wk", "ks"}
 _V = {"v", "value", "values", "wv", "vs"}
@@ -63,7 +65,7 @@ def judge(model: nn.Module) -> list[Judged]:
             if not path:
                 break
             path = path.rpartition(".")[0]
-        role = "outside" if id(parameter) in tables else _role(kinds[:-1])
+        role = "outside" if id(parameter) in tables else _role(kinds, type(model).__name__)
         part = _part(name) if role == "attn" else ""
         found.append(Judged(name, math.prod(parameter.shape), role, part, tuple(kinds)))
     return found
@@ -82,18 +84,30 @@ def _multiplies(module: nn.Module, own: str, parameter: nn.Parameter) -> bool:
     return named and "bias" not in own and len(shape) in (2, 3) and min(shape) > 1
 
 
-def _role(kinds: list[str]) -> str:
+def _role(kinds: list[str], model: str) -> str:
     for kind in kinds:
-        low = kind.lower()
-        if low in ("linear", "conv1d", "multiheadattention") and low != "multiheadattention":
-            continue
-        if _OUTSIDE.search(low) and not re.search("attention|attn", low):
-            return "outside"
-        if _ATTENTION.search(low):
+        low = _without(kind, model).lower()
+        if re.search(r"For[A-Z]\w*$", kind) or kind == model:
+            return "outside" if "For" in kind else "other"  # a task's model holds its head
+        if kind.endswith("Model"):
+            return "other"
+        attention = max((m.end() for m in _ATTENTION.finditer(low)), default=0)
+        feed_forward = max((m.end() for m in _FEED_FORWARD.finditer(low)), default=0)
+        if re.search(r"att\w*output", low):
             return "attn"
-        if _FEED_FORWARD.search(low):
-            return "ff"
+        if _OUTSIDE.search(low) and not attention:
+            return "outside"
+        if _SILENT.search(low) and not feed_forward:
+            continue
+        if attention or feed_forward:
+            return "attn" if attention >= feed_forward else "ff"
     return "other"
+
+
+def _without(kind: str, model: str) -> str:
+    """A class name without the name of the model that it begins with."""
+    shared = os.path.commonprefix([kind, model])
+    return kind[len(shared) :] or kind
 
 
 def _part(name: str) -> str:

@@ -23,7 +23,7 @@ _DEPTHS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
     "num_encoder_layers", "num_decoder_layers",
 )  # fmt: skip
-_LAYERS = 8
+_LAYERS = 4
 # What a default configuration lacks.
 _GIVEN: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 8},
@@ -69,7 +69,7 @@ def diffusers_types() -> list[str]:
 
 
 def build(library: str, name: str) -> nn.Module:
-    """A model on the meta device, its default size, with at most eight layers.
+    """A model on the meta device, its default size, with at most four layers.
 
     Raises:
         NotBuilt: it has no model class, or its default configuration builds none.

@@ -49,66 +49,77 @@ _Q = {
     "w_qs",
     "linear_q",
     "q_proj_weight",
-    "queries",
-    "q_linear",
-    "qlin",
     "q_a_proj",
-    "q_b_proj",
-    "wq_a",
-    "wq_b",  # DeepSeek's latent attention
+    "q_b_proj",  # DeepSeek's latent attention
     "query_global",
     "add_q_proj",
-    "to_add_q",  # Longformer; Flux and SD3
     "pos_query_proj",
-    "pos_q_proj",
-    "q_conv",
-    "q_proj_conv",
-}  # DeBERTa
-_K = {"k", "key", "k_proj", "k_lin", "key_proj", "to_k", "wk", "w_k", "w_ks", "linear_k",
-      "k_proj_weight", "keys", "k_linear",
-      "key_global", "add_k_proj", "to_add_k", "to_k_ip",
-      "pos_key_proj", "pos_proj", "r_kernel", "linear_pos", "relative_k_proj", "r", "r_net",
-      "k_head", "r_head", "query_key"}  # fmt: skip
+    "q_head",
+}  # Longformer; Flux; DeBERTa; Funnel
+_K = {
+    "k",
+    "key",
+    "k_proj",
+    "k_lin",
+    "key_proj",
+    "to_k",
+    "wk",
+    "w_k",
+    "w_ks",
+    "linear_k",
+    "k_proj_weight",
+    "key_global",
+    "add_k_proj",
+    "to_k_ip",
+    "pos_key_proj",
+    "k_head",
+    "pos_proj",
+    "linear_pos",
+    "r_kernel",
+    "r",
+}  # keys of positions: DeBERTa, Conformer, XLNet
 _V = {"v", "value", "v_proj", "v_lin", "value_proj", "to_v", "wv", "w_v", "w_vs", "linear_v",
-      "v_proj_weight", "values", "v_linear", "value_global", "add_v_proj", "to_add_v", "to_v_ip",
-      "v_head"}  # fmt: skip
+      "v_proj_weight", "value_global", "add_v_proj", "to_v_ip", "v_head"}  # fmt: skip
 _QKV = {"qkv", "in_proj_weight", "c_attn", "qkv_proj", "Wqkv", "to_qkv", "query_key_value",
-        "qkv_net", "att_proj", "qkv_linear", "in_proj_qkv", "to_added_qkv", "to_qkvs",
-        "qkv_conv"}  # fmt: skip
-_KV = {"kv", "kv_proj", "to_kv", "kv_a_proj_with_mqa", "kv_b_proj", "wkv", "wkv_a", "wkv_b",
-       "kv_a_proj", "to_added_kv", "Wkv", "kv_linear", "kv_down_proj", "kv_up_proj",
-       "key_value", "c_kv"}  # fmt: skip
-_O = {"o_proj", "out_lin", "to_out", "to_add_out", "o_net"}
+        "att_proj", "qkv_net"}  # fmt: skip
+_KV = {"kv", "kv_proj", "to_kv", "Wkv", "kv_a_proj_with_mqa", "kv_b_proj"}
+_O = {"o_proj", "out_lin", "to_out", "to_add_out"}
 _O_IN_ATTENTION = {"o", "out_proj", "proj", "c_proj", "dense", "wo", "Wo", "w_o", "fc", "out",
-                   "linear_out", "projection", "output", "post_proj", "proj_out", "dense_global",
-                   "o_a_proj", "o_b_proj", "wo_a", "wo_b", "output_projection",
-                   "o_linear", "to_out_proj", "out_projection"}  # fmt: skip
+                   "linear_out", "projection", "output", "proj_out", "o_net", "output_proj",
+                   "output_projection", "o_a_proj", "o_b_proj"}  # fmt: skip
+# Inside attention these words tell, however a name goes on: `q_content_proj`, `projection_key`.
+_WORDS = (
+    ("qkv", {"qkv", "wqkv"}), ("kv", {"kv", "wkv"}), ("q", {"q", "query", "wq"}),
+    ("k", {"k", "key", "wk"}), ("v", {"v", "value", "wv"}),
+)  # fmt: skip
 # Rows of the heads are interleaved: by the name (GPT-NeoX, Bloom, Falcon, Persimmon), or by the
 # class of the owner, where the name alone misleads.
 _INTERLEAVED = {"query_key_value"}
+_LATENT = {"kv_a_proj_with_mqa", "kv_b_proj"}  # DeepSeek's: a latent; keys and values by head
 _INTERLEAVED_OWNERS = ("CodeGen", "GPTBigCode", "MiniMax")
 
 _ATTENTION_PART = re.compile(
-    r".*(attn|attentions?|msa|mha)\d*(_(?!block|layer|stage)\w+)?|sa|ca", re.IGNORECASE
+    r".*(attn|attentions?|msa|mha)\d*(_(?!block|layer|stage)\w+)?|(.*_)?att|sa|ca", re.IGNORECASE
 )
-_ATTENTION_KIND = re.compile(r"(attention|attn|msa\b|mha)", re.IGNORECASE)
+_ATTENTION_KIND = re.compile(r"attention|attn|msa\b|mha", re.IGNORECASE)
 
 # -- feed-forward blocks ------------------------------------------------------------------------
 _FF_PART = re.compile(
-    r"mlp(s|_?\w+)?|\w+_mlp\d*|ffn?s?|\w+_ffn\w*|ffn_\w+|ff_\w+|(\w*_)?feed_?forward\w*|densereludense"
-    r"|experts|shared_experts?|block_sparse_moe|\w*_moe|moe|glu_mlp|expert_mlp|conv_ffn",
+    r"(?!\w*(mixer|encoder|decoder|model|head))"
+    r"(mlps?|mlp_?\w+|\w+_mlp\d*|ffn?s?|\w+_ffn\w*|ffn_\w+|ff_\w+|(\w*_)?feed_?forward\w*"
+    r"|densereludense|shared_experts?|block_sparse_moe|\w*_moe)",
     re.IGNORECASE,
 )
+_EXPERTS = {"experts", "moe"}  # of attention too, in JetMoE
 _FF_KIND = re.compile(
-    r"mlp|feed_?forward|ffn?(layer|block|\b)|ff$|experts?|glu|intermediate(?!s)", re.IGNORECASE
+    r"mlp|feed_?forward|ffn?(layer|block|\b)|ff$|experts?|glu(?!e)", re.IGNORECASE
 )
+_FF_DENSE = re.compile(r"(\w+_)?(intermediate|output)(_\w+)?")  # BERT's, Q-Former's, LXMERT's
 _FF = {"fc1", "fc2", "lin1", "lin2", "linear1", "linear2", "wi", "wi_0", "wi_1", "c_fc",
        "dense_h_to_4h", "dense_4h_to_h", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
        "pwconv1", "pwconv2", "ffn", "ffn_output", "fc_in", "fc_out", "w_1", "w_2",
        "ff_proj", "ff_out", "linear_1", "linear_2", "w12", "w3", "dense1", "dense2",
-       "intermediate_dense", "output_dense", "ff1", "ff2"}  # fmt: skip
-# Flux's single blocks fuse attention's output and the second feed-forward matrix into `proj_out`.
-_FUSED_FF = {"proj_mlp", "linear_mlp"}
+       "proj_mlp", "linear_mlp", "ff1", "ff2"}  # fmt: skip
 
 # -- what presets leave alone -------------------------------------------------------------------
 _ROUTERS = {"router", "shared_expert_gate", "shared_experts_gate", "gating", "gate_network",
@@ -119,33 +130,46 @@ _MIXER_PART = re.compile(
     r"|temporal_block|mlstm\w*|slstm\w*|delta_net|short_conv|conv_block|ssd"
 )
 _MIXER_KIND = re.compile(
-    r"mamba|rwkv|ssm\b|deltanet|linearattention|lightningattention|gatedlinear|recurrentblock"
-    r"|rglru|hyena|[ms]lstm|shortconv|retention|kimidelta",
+    r"mamba|rwkv|ssm\b|deltanet|recurrentblock|rglru|hyena|[ms]lstm|shortconv|kimidelta",
     re.IGNORECASE,
 )
-_HEADS = {"classifier", "pre_classifier", "lm_head", "head", "heads", "score", "qa_outputs",
-          "embed_out", "classification_head", "head_dist", "output_projection", "logits",
-          "codebook_heads", "lm_heads", "audio_head", "text_head", "codec_head",
-          "class_labels_classifier", "bbox_predictor", "class_predictor", "class_embed",
-          "bbox_embed", "entity_classifier", "vocab_projector", "vocab_transform",
-          "vocab_layer_norm", "generator_lm_head", "discriminator_predictions",
-          "generator_predictions", "sop_classifier", "seq_relationship", "decode_head",
-          "auxiliary_head", "prediction_head", "lm_prediction_head", "ctc_head", "depth_head",
-          "mask_head", "decoder_pred", "text_projection", "visual_projection",
-          "seg_head", "box_head", "class_head", "vocab_proj"}  # fmt: skip
+_HEADS = {
+    "classifier",
+    "pre_classifier",
+    "lm_head",
+    "head",
+    "heads",
+    "score",
+    "qa_outputs",
+    "embed_out",
+    "classification_head",
+    "head_dist",
+    "logits",
+    "logits_dense",
+    "class_embed",
+    "bbox_embed",
+    "decoder_pred",
+    "predict_return",
+    "splinter_qass",
+    "vocab_projector",
+    "vocab_transform",  # DistilBERT's
+    "seq_relationship",
+    "text_projection",
+    "visual_projection",
+}  # BERT's; CLIP's
 _HEAD_PART = re.compile(
-    r"(?!multi_?head|per_head|n(um)?_head)\w*(_heads?|classifiers?|_logits|_predictors?"
-    r"|_predictions?)|cls_\w*predictor|predictions?"
+    r"(?!multi_?head|per_head|n(um)?_head)\w*(_heads?\d*|classifiers?|_logits|_predictors?"
+    r"|_predictions?)|predictions?"
 )
 # Names that mean a head only where the model itself holds them.
 _TOP_HEADS = {"fc", "proj_out", "output", "out", "decoder", "cls", "generator", "last_linear",
-              "projector", "final_layer", "out_proj", "fc_out", "predictor", "to_logits",
-              "output_layer", "mlm_head", "fc_norm"}  # fmt: skip
+              "final_layer", "out_proj", "fc_out", "to_logits", "output_layer",
+              "output_projection"}  # fmt: skip
 _POSITION = re.compile(
     r"embed_positions?|positions?(al)?_(embed|enc|emb|bias)\w*|pos_?(embed|enc|emb|bias|conv)\w*"
     r"|relative_\w*(bias|embed|emb|table)\w*|rel_pos\w*|continuous_position_bias_mlp|cpb_mlp|wpe"
     r"|(absolute|abs)_pos\w*|rotary\w*|\w+_pos(ition)?_embed\w*|time_?stamp_embed\w*|r_emb|pos_net"
-    r"|distance_embedding|embed_pos\w*|x_position_\w+|[hwy]_position_\w+"
+    r"|distance_embedding|embed_pos\w*|[xywh]_position_\w+|rel_bias\w*"
 )
 _EMBEDDING = {"embeddings", "embedding", "embedder", "patch_embed", "patch_embeddings",
               "patch_embedding", "conv_proj", "embed_tokens", "tok_embeddings", "embed_in", "wte",
@@ -156,21 +180,16 @@ _EMBEDDING = {"embeddings", "embedding", "embedder", "patch_embed", "patch_embed
               "patchifier", "to_patch_embedding", "patch_projection", "add_embedding",
               "time_proj", "time_emb_proj", "adaln_single", "embedding_hidden_mapping_in",
               "embeddings_project", "patch_emb", "embed_proj"}  # fmt: skip
-_EMBEDDING_PART = re.compile(r"\w+_embedd(ing|er)s?|\w+_embeds?|(word|token|tok|patch|time)_emb")
-_POOLERS = {"pooler", "pooled_projection", "pooling_layer", "attn_pool", "attention_pool",
-            "attentional_pooler"}  # fmt: skip
+_EMBEDDING_PART = re.compile(
+    r"\w+_embedd(ing|er)s?|\w+_embeds?|embed_\w+|(word|token|tok|patch|time)_emb"
+)
+_POOLER = re.compile(r"(\w+_)?pooler|pooled_projection")
 
 
 def clean(name: str) -> str:
     """The name without what wrappers (compile, checkpointing, DDP) put into it."""
     name = _WRAPPERS.sub(r"\1", "." + name).replace("..", ".").strip(".")
     return name.removeprefix("module.")
-
-
-def is_attention(path: str) -> bool:
-    """Whether one of the three nearest ancestors of a module says that it is attention."""
-    near = path.split(".")[-4:-1]
-    return any("attn" in part.lower() or "attention" in part.lower() for part in near)
 
 
 def role_of(
@@ -198,86 +217,97 @@ def role_of(
     """
     parts = [part for part in path.split(".") if part not in ("base_layer", "default")]
     named = [part for part in parts if not part.isdigit()] or [""]
-    outside = _outside(parts, named, shape, kinds, experts, beside)
-    return outside or _inside(named, shape, beside, kinds)
-
-
-def _outside(
-    parts: list[str],
-    named: list[str],
-    shape: Sequence[int],
-    kinds: Sequence[str],
-    experts: int,
-    beside: str,
-) -> str:
-    """The role of what no preset prunes, or nothing."""
-    last = named[-1]
+    last, matrix = named[-1], len(shape) == 2 or all(size == 1 for size in shape[2:])
     if any(part.startswith("lora_") for part in parts):
         return "adapter"
-    if any(part in _ROUTERS for part in named) or _ROUTER_KIND.search(kinds[0] if kinds else ""):
+    if _routes(named, shape, kinds, experts):
         return "router"
-    if last in ("gate", "wg", "classifier") and _is_router(named, shape, experts):
-        return "router"
-    if any(part in _HEADS or _HEAD_PART.fullmatch(part) for part in named):
-        inner = last in _O_IN_ATTENTION and is_attention(".".join(named))
-        if not inner and not _FF_PART.fullmatch(named[0]):
-            return "head"
-    if (last in _TOP_HEADS and len(parts) == 1 and not beside) or parts[0] == "cls":
+    around = _around(named[:-1])
+    attention = beside == "attn" and around not in ("ff", "linear")
+    own = _outside(last)
+    if (own and not (attention or around == "attn")) or own == "position":
+        return own
+    if not beside and (parts[0] == "cls" or (last in _TOP_HEADS and len(parts) == 1)):
         return "head"
     if parts[0] == "generator" and len(parts) == 2:
         return "head"
-    if any(_POSITION.fullmatch(part) for part in named):
-        return "position"
-    if any(part in _EMBEDDING or _EMBEDDING_PART.fullmatch(part) for part in named):
-        return "embedding"
-    return "pooler" if any(part in _POOLERS for part in named) else ""
+    if around == "ff":
+        return "ff"
+    if beside == "mixer" or around == "linear":
+        return "mixer"
+    if around == "mixer" and not attention:  # NemotronH calls all of its blocks so
+        return "ff" if _by_kind(kinds[:2]) == "ff" else "mixer"
+    if around in NOT_IN_ALL and not attention:
+        return around
+    return _inside(named, shape, attention, around == "attn", kinds) if matrix else _conv(last)
 
 
-def _is_router(named: list[str], shape: Sequence[int], experts: int) -> bool:
-    if len(shape) != 2:
+def _inside(
+    named: list[str], shape: Sequence[int], attention: bool, near: bool, kinds: Sequence[str]
+) -> str:
+    """The role of a matrix in a block, by its name, then by the classes around it."""
+    last = named[-1]
+    by_name = _projection(last)
+    if by_name and (last != "r" or near):
+        return by_name
+    if _FF_PART.fullmatch(last) or last in _EXPERTS:
+        return "ff"
+    ff = last in _FF or (last in ("dense", "conv1", "conv2") and _dense(named)) or last == "ffn"
+    if near or (attention and not ff):
+        words = set(re.split(r"_", last.lower()))
+        said = next((role for role, telling in _WORDS if words & telling), "")
+        return said or ("o" if last in _O_IN_ATTENTION else "attn")
+    return "ff" if ff and (len(shape) == 2 or last.startswith("conv")) else _by_kind(kinds)
+
+
+def _dense(named: list[str]) -> bool:
+    return len(named) > 1 and bool(_FF_DENSE.fullmatch(named[-2]))
+
+
+def _conv(last: str) -> str:
+    """The role of a convolution over places: CvT's and others' projections are some."""
+    return _projection(last) if last not in ("proj", "r", "o", "k", "q", "v") else "other"
+
+
+def _routes(named: list[str], shape: Sequence[int], kinds: Sequence[str], experts: int) -> bool:
+    if any(part in _ROUTERS for part in named) or _ROUTER_KIND.search(kinds[0] if kinds else ""):
+        return True
+    last = named[-1] if named[-1] not in ("wg", "classifier") else "gate"
+    if last != "gate" or len(shape) != 2 or "experts" in named[:-1]:
         return False
     if experts:
         return shape[0] == experts
     # Without a number, a gate of a feed-forward block that narrows: a GLU's gate widens.
-    return shape[0] < shape[1] and any(_FF_PART.fullmatch(part) for part in named[:-1])
+    inside = any(_FF_PART.fullmatch(part) or part in _EXPERTS for part in named[:-1])
+    return shape[0] < shape[1] and inside
 
 
-def _inside(named: list[str], shape: Sequence[int], beside: str, kinds: Sequence[str]) -> str:
-    """The role of what lies in a block, by its name, then by what is around it."""
-    last, around = named[-1], _around(named[:-1])
-    by_name = _projection(last)
-    matrix = len(shape) == 2 or all(size == 1 for size in shape[2:])
-    attention = beside == "attn"
-    if around == "ff":
-        return "ff"
-    if beside == "mixer":
-        return "mixer"
-    if around == "mixer" and not attention:
-        return "ff" if _by_kind(kinds[:1]) == "ff" else "mixer"  # NemotronH calls all of them so
-    if by_name and (last != "r" or around == "attn"):
-        return by_name
-    if last in _O_IN_ATTENTION and (attention or around == "attn"):
-        return "o"
-    if around == "attn" or (attention and not _FF_PART.fullmatch(last)):
-        return "attn" if matrix else "other"
-    if _FF_PART.fullmatch(last) or last in _FUSED_FF:
-        return "ff"
-    ff = last in _FF or named[-2:] in (["intermediate", "dense"], ["output", "dense"])
-    if ff and len(shape) == 2:
-        return "ff"
-    return _by_kind(kinds) if matrix else "other"
+def _outside(part: str) -> str:
+    """What a name says of weights that no preset prunes, or nothing."""
+    if _projection(part):
+        return ""
+    if _POSITION.fullmatch(part):
+        return "position"
+    if part in _HEADS or _HEAD_PART.fullmatch(part):
+        return "head"
+    if part in _EMBEDDING or _EMBEDDING_PART.fullmatch(part):
+        return "embedding"
+    return "pooler" if _POOLER.fullmatch(part) else ""
 
 
 def _around(ancestors: list[str]) -> str:
-    """What the nearest ancestor that says something says; experts serve attention as well."""
+    """What the nearest ancestor that says something says; `"linear"` for linear attention."""
     found = ""
     for part in reversed(ancestors):
-        if _MIXER_PART.fullmatch(part):
-            return found or "mixer"
-        if _FF_PART.fullmatch(part):
-            if part not in ("experts", "moe"):
-                return found or "ff"
+        said = _outside(part)
+        if part in _EXPERTS:
             found = "ff"
+        elif said:
+            return found or said
+        elif _MIXER_PART.fullmatch(part):
+            return found or ("mixer" if part == "mixer" else "linear")
+        elif _FF_PART.fullmatch(part):
+            return "ff"
         elif _ATTENTION_PART.fullmatch(part):
             return "attn"
     return found
@@ -296,7 +326,7 @@ def _by_kind(kinds: Sequence[str]) -> str:
             return "mixer"
         if _ATTENTION_KIND.search(kind):
             return "attn"
-        if _FF_KIND.search(kind):
+        if "Head" not in kind and _FF_KIND.search(kind):
             return "ff"
     return "other"
 
@@ -332,8 +362,10 @@ def cut(
             return [("q", 0, q), ("k", q, q + k), ("v", q + k, out)]
         if role == "qkv" and out == 3 * length:
             return [(part, i * length, (i + 1) * length) for i, part in enumerate("qkv")]
+        if role == "kv" and last not in _LATENT and keys and out == 2 * keys * size:
+            return [("k", 0, out // 2), ("v", out // 2, out)]
         # GPT-2's cross attention calls its fused key and value c_attn too.
-        if out == 2 * length and (role == "kv" or last == "c_attn"):
+        if out == 2 * length and (last == "c_attn" or (role == "kv" and last not in _LATENT)):
             return [(part, i * length, (i + 1) * length) for i, part in enumerate("kv")]
     return [(role, 0, out)]
 

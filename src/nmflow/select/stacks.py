@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -33,29 +33,31 @@ _INNER = ("intermediate_size", "intermediate_dim", "expert_dim", "moe_intermedia
           "ffn_hidden_size", "d_ff", "inner_dim", "hidden_features", "ffn_size")  # fmt: skip
 _READS = ("input_size", "in_features", "input_dim", "in_dim", "d_in")
 _WRITES = ("output_size", "out_features", "output_dim", "out_dim", "d_out")
+# Also shared experts, which InklingSharedExperts counts on its own.
 _KIND = re.compile(r"experts?|moe|grouped(mlp|linear)", re.IGNORECASE)
 _UP = {"gate_up_proj", "up_proj", "gate_proj", "w1", "w3", "v1", "wi", "wi_0", "wi_1", "w_in", "up",
        "fc1", "mlp1", "input_linear", "w13", "mlp1_weight", "lin1", "w_gate", "w_up"}  # fmt: skip
 _DOWN = {"down_proj", "w2", "wo", "w_out", "fc2", "mlp2", "output_linear", "mlp2_weight", "lin2",
          "w_down", "down"}  # fmt: skip
-# Modules that multiply with parameters of their own by einsum, or keep (matrices, out, in), and
-# whose attributes do not say so: {class: {parameter: axis of its inputs}}.
+# Modules that multiply by einsum: {class: {parameter: the axis of its inputs}}.
 _KNOWN = {
     "XLNetRelativeAttention": {"q": 0, "k": 0, "v": 0, "r": 0, "o": 2},  # (model, heads, size)
     "FunnelRelMultiheadAttention": {"r_kernel": 0},  # (model, heads, size)
-    "MoshiFlexibleLinear": {"weight": 2},  # (codebooks, out, in)
-    "KyutaiSpeechToTextFlexibleLinear": {"weight": 2},
 }
-_STACKED_KNOWN = re.compile(r"\w*FlexibleLinear")
-
-
+# (matrices, out, in): Moshi's and Kyutai's codebooks, JetMoE's experts.
+_OUT_IN = re.compile(r"FlexibleLinear$|ParallelExperts$")
 UNTOLD = (
     "a stack of matrices of which neither its module nor its shape tells the axis of the inputs: "
     "set is_transposed on the module, True for (experts, in, out)"
 )
 
 
-def stack_of(module: nn.Module, own: str, shapes: Mapping[str, tuple[int, ...]]) -> Stack | None:
+def stack_of(
+    module: nn.Module,
+    own: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any],
+) -> Stack | None:
     """The groups of the parameter `own` of a module that is no plain layer; None if it is no stack.
 
     Evidence, in this order: a table of known classes; the module's `is_transposed`; the sizes of
@@ -66,11 +68,14 @@ def stack_of(module: nn.Module, own: str, shapes: Mapping[str, tuple[int, ...]])
         module: the module that owns the parameter.
         own: the parameter's name in it.
         shapes: the shapes of all of its parameters.
+        config: what the configuration of the model around it holds.
     """
     kind, shape = type(module).__name__, shapes[own]
     known = next((_KNOWN[c.__name__] for c in type(module).__mro__ if c.__name__ in _KNOWN), {})
     if own in known:
-        return Stack(known[own], bool(_STACKED_KNOWN.fullmatch(kind)))
+        return Stack(known[own])
+    if own == "weight" and _OUT_IN.search(kind):
+        return Stack(2, True)
     if own.endswith("bias"):
         return None
     counted = {_number(module, name) for name in _COUNTS} - {0}
@@ -82,8 +87,10 @@ def stack_of(module: nn.Module, own: str, shapes: Mapping[str, tuple[int, ...]])
     if isinstance(transposed, bool):
         return Stack(1 if transposed else 2, True)
     reads, writes = _numbers(module, _READS), _numbers(module, _WRITES)
-    sizes = _numbers(module, _HIDDEN), _numbers(module, _INNER)
-    return axis_of(own, shapes, reads, writes, *sizes)
+    hidden, inner = _numbers(module, _HIDDEN), _numbers(module, _INNER)
+    hidden = hidden or _of_config(config, _HIDDEN)
+    inner = inner or _of_config(config, _INNER)
+    return axis_of(own, shapes, reads, writes, hidden, inner)
 
 
 def axis_of(
@@ -152,6 +159,10 @@ def _number(module: nn.Module, name: str) -> int:
 
 def _numbers(module: nn.Module, names: tuple[str, ...]) -> set[int]:
     return {_number(module, name) for name in names} - {0}
+
+
+def _of_config(config: Mapping[str, Any], names: tuple[str, ...]) -> set[int]:
+    return {config[n] for n in names if isinstance(config.get(n), int)}
 
 
 def experts_of(module: nn.Module) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,7 @@ class _Owner:
     own: str = ""
     kinds: tuple[str, ...] = ()
     experts: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -104,7 +105,12 @@ def is_hf_conv1d(module: nn.Module) -> bool:
     )
 
 
-def axis(module: nn.Module, own: str, shapes: Mapping[str, tuple[int, ...]]) -> Stack:
+def axis(
+    module: nn.Module,
+    own: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any],
+) -> Stack:
     """The grouped axis of the parameter `own` of a module, or why it has none.
 
     1 (inputs) for Linear, convolutions, attention, recurrent layers and embeddings; 0 for HF's
@@ -121,7 +127,7 @@ def axis(module: nn.Module, own: str, shapes: Mapping[str, tuple[int, ...]]) -> 
     known = isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag, *_CONV, *_TRANSPOSED))
     if not known and not is_hf_conv1d(module):
         no = f"a parameter of {kind}, which is no layer that nmflow can group"
-        return stack_of(module, own, shapes) or Stack(why_not=no)
+        return stack_of(module, own, shapes, config) or Stack(why_not=no)
     if own != "weight":
         return Stack(why_not=f"{own!r} is not the weight that {kind} multiplies with")
     if _STANDARDIZED.search(kind):
@@ -162,14 +168,16 @@ def layers_of(model: nn.Module) -> list[Layer]:
             text = "not initialized yet: run one batch through the model first"
             layers.append(Layer(name, (), paths=_globs(held), why_not=text))
         elif parameter.ndim >= 2:
-            roles = [_role(o, tuple(parameter.shape), beside) for o in held]
+            shape = tuple(parameter.shape)
+            axes = [axis(o.module, o.own, o.shapes, o.config) for o in held]
+            roles = [_role(o, shape, a, beside) for o, a in zip(held, axes, strict=True)]
             # A head that is tied to an embedding is one, though no preset would tell them apart.
             found = found or "head" in roles or id(parameter) in told
             if id(parameter) in told:
                 roles.append("head")
             elif reads_input(held[0].module, channels):
                 roles.append("stem")
-            layers.append(_layer(name, parameter, held, roles))
+            layers.append(_layer(name, parameter, held, axes, roles))
         else:
             continue
         linear.append(isinstance(held[0].module, nn.Linear))
@@ -221,17 +229,21 @@ def _channels(model: nn.Module) -> set[int]:
     return found
 
 
-def _role(owner: _Owner, shape: tuple[int, ...], beside: Mapping[str, str]) -> str:
+def _role(owner: _Owner, shape: tuple[int, ...], at: Stack, beside: Mapping[str, str]) -> str:
     where = _paths(owner)[0]
     if isinstance(owner.module, nn.Embedding | nn.EmbeddingBag):
         return "position" if role_of(where, shape) == "position" else "embedding"
-    shape = (shape[1], shape[0]) if is_hf_conv1d(owner.module) else shape
+    if at.stacked or is_hf_conv1d(owner.module):
+        shape = (shape[out_dim(at.dim, at.stacked)], shape[at.dim])
+    elif not isinstance(owner.module, (*_CONV, *_TRANSPOSED)) and not at.why_not:
+        shape = shape[:2]  # attention's own, (model, heads, size)
     around = beside.get(_path(where), "")
     return role_of(where, shape, around, owner.kinds, owner.experts)
 
 
-def _layer(name: str, parameter: nn.Parameter, held: list[_Owner], roles: list[str]) -> Layer:
-    axes = [axis(o.module, o.own, o.shapes) for o in held]
+def _layer(
+    name: str, parameter: nn.Parameter, held: list[_Owner], axes: list[Stack], roles: list[str]
+) -> Layer:
     at = axes[0]
     why_not = next((a.why_not for a in axes if a.why_not), "")
     if len({a.dim for a in axes if not a.why_not}) > 1:
@@ -275,9 +287,9 @@ def heads_of(holder: nn.Module | None) -> tuple[int, int, int]:
         values += [_config(holder).get(name) for name in names]
         return next((v for v in values if isinstance(v, int) and v > 0), 0)
 
-    queries = number("num_attention_heads", "num_heads", "n_heads", "n_head")
-    keys = number("num_key_value_heads", "num_kv_heads", "kv_n_heads")
-    return queries, keys, number("head_dim", "head_size")
+    queries = number("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
+    keys = number("num_key_value_heads", "num_kv_heads", "kv_n_heads") or queries
+    return queries, keys, number("head_dim", "head_size", "dim_head")
 
 
 def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
@@ -290,7 +302,9 @@ def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
             around = [module, *above]
             kinds = tuple(type(m).__name__ for m in around[: _NEAR + 1])
             experts = next(filter(None, map(experts_of, around[:3])), 0)
-            held = _Owner(name, path, module, above[0] if above else None, own, kinds, experts)
+            config = next(filter(None, map(_config, around)), {})
+            holder = above[0] if above else None
+            held = _Owner(name, path, module, holder, own, kinds, experts, config)
             found.setdefault(id(parameter), []).append(held)
     return found
 
