@@ -8,7 +8,6 @@ says anything says so.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +16,16 @@ import torch
 from torch import nn
 
 _OUTSIDE = re.compile(
-    r"router|topkgat|moegate(?!d)|gate$|embed|positional|position(?!wise)|classif|pooler"
+    r"router|topkgat|moegate(?!d)|^gate$|embed|positional|position(?!wise)|classif|pooler"
     r"|(?<!multi)heads?$|predict|lmhead|rotary"
 )
 _ATTENTION = re.compile(r"att(entio)?n|mha|msa$|selfoutput|retention")
 _FEED_FORWARD = re.compile(
     r"mlp|feedforward|ffn|intermediate|output$|experts?|relu?dense|glu(?!e)|boom|ff$|moe$"
 )
-_SILENT = re.compile(r"(layer|block|merger|encoder|decoder|stage)$|^(linear|conv1d|\w*list)$")
+_SILENT = re.compile(
+    r"(layer|block|merger|encoder|decoder|stage)(\d*d)?$|^(linear|conv[12]d|\w*list|sequential)$"
+)
 _Q = {"q", "query", "queries", "wq", "qs"}
 _K = {"k", "key", "keys", "wk", "ks"}
 _V = {"v", "value", "values", "wv", "vs"}
@@ -38,7 +39,8 @@ class Judged:
     Attributes:
         name: the parameter's name.
         numel: how many weights.
-        role: `"attn"`, `"ff"`, `"outside"` or `"other"`.
+        role: `"attn"`, `"ff"`, `"outside"` (embeddings, heads, routers, poolers), `"edge"` (what
+            the model itself holds: its first or last projection) or `"other"`.
         part: of attention, `"q"`, `"k"`, `"v"`, `"qkv"`, `"kv"` or `"rest"`.
         kinds: the class names around it, the nearest first.
     """
@@ -85,18 +87,18 @@ def _multiplies(module: nn.Module, own: str, parameter: nn.Parameter) -> bool:
 
 
 def _role(kinds: list[str], model: str) -> str:
+    inner = False
     for kind in kinds:
         low = _without(kind, model).lower()
-        if re.search(r"For[A-Z]\w*$", kind) or kind == model:
-            return "outside" if "For" in kind else "other"  # a task's model holds its head
-        if kind.endswith("Model"):
-            return "other"
+        if kind == model or re.search(r"For[A-Z]\w*$|Model$", kind):
+            return "other" if inner else "edge"
         attention = max((m.end() for m in _ATTENTION.finditer(low)), default=0)
         feed_forward = max((m.end() for m in _FEED_FORWARD.finditer(low)), default=0)
         if re.search(r"att\w*output", low):
             return "attn"
         if _OUTSIDE.search(low) and not attention:
             return "outside"
+        inner = inner or not re.fullmatch(r"\w*linear|conv[12]d|\w*list|sequential", low)
         if _SILENT.search(low) and not feed_forward:
             continue
         if attention or feed_forward:
@@ -106,8 +108,8 @@ def _role(kinds: list[str], model: str) -> str:
 
 def _without(kind: str, model: str) -> str:
     """A class name without the name of the model that it begins with."""
-    shared = os.path.commonprefix([kind, model])
-    return kind[len(shared) :] or kind
+    base = re.sub(r"(For[A-Z]\w*|(LMHead|WithProjection)?Model)$", "", model)
+    return kind.removeprefix(base) or kind
 
 
 def _part(name: str) -> str:
@@ -143,7 +145,7 @@ _WANTED: dict[str, Callable[[Judged], bool]] = {
     "qk": lambda x: x.role == "attn" and x.part in ("q", "k", "qkv", "kv"),
     "qkv": lambda x: x.role == "attn" and x.part in ("q", "k", "v", "qkv", "kv"),
     "attn": lambda x: x.role == "attn",
-    "all": lambda x: x.role != "outside",
+    "all": lambda x: x.role not in ("outside", "edge"),
 }
 
 
@@ -162,7 +164,7 @@ def shares(
         missed = [x.name for x in role if x.name not in taken[preset]]
         got = sum(x.numel for x in role if x.name in taken[preset])
         found[preset] = Share(got, sum(x.numel for x in role), missed)
-        names = {x.name for x in judged if not wants(x) and x.role != "other"}
+        names = {x.name for x in judged if not wants(x) and x.role not in ("other", "edge")}
         beyond[preset] = sorted(names & taken[preset])
     return found, beyond
 

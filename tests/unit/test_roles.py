@@ -171,7 +171,9 @@ STACKS = [
 ]
 
 
-@pytest.mark.parametrize(("shapes", "says", "axes"), [x[1:] for x in STACKS], ids=[x[0] for x in STACKS])
+@pytest.mark.parametrize(
+    ("shapes", "says", "axes"), [x[1:] for x in STACKS], ids=[x[0] for x in STACKS]
+)
 def test_the_axis_of_experts_is_told_and_never_guessed(shapes, says, axes):
     model = module(mlp=module(experts=Stacked(shapes, num_experts=4, **{
         k: v for k, v in says.items() if k != "num_experts"

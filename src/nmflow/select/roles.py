@@ -114,7 +114,7 @@ _EXPERTS = {"experts", "moe"}  # of attention too, in JetMoE
 _FF_KIND = re.compile(
     r"mlp|feed_?forward|ffn?(layer|block|\b)|ff$|experts?|glu(?!e)", re.IGNORECASE
 )
-_FF_DENSE = re.compile(r"(\w+_)?(intermediate|output)(_\w+)?")  # BERT's, Q-Former's, LXMERT's
+_FF_DENSE = re.compile(r"(\w+_)?(intermediate|inter|output)(_\w+)?")  # BERT's, Q-Former's, LXMERT's
 _FF = {"fc1", "fc2", "lin1", "lin2", "linear1", "linear2", "wi", "wi_0", "wi_1", "c_fc",
        "dense_h_to_4h", "dense_4h_to_h", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
        "pwconv1", "pwconv2", "ffn", "ffn_output", "fc_in", "fc_out", "w_1", "w_2",
@@ -124,11 +124,13 @@ _FF = {"fc1", "fc2", "lin1", "lin2", "linear1", "linear2", "wi", "wi_0", "wi_1",
 # -- what presets leave alone -------------------------------------------------------------------
 _ROUTERS = {"router", "shared_expert_gate", "shared_experts_gate", "gating", "gate_network",
             "moe_gate", "router_proj", "route", "topk_router", "switch_gate"}  # fmt: skip
+_ROUTER_PART = re.compile(r"router_\w+|\w+_router")
 _ROUTER_KIND = re.compile(r"router|top_?k_?gat|moe_?gate|noisy_?gate|gating", re.IGNORECASE)
 _MIXER_PART = re.compile(
     r"mamba\w*|ssm|mixer|linear_attn|linear_attention|time_mix\w*|rwkv|hyena|recurrent_block"
     r"|temporal_block|mlstm\w*|slstm\w*|delta_net|short_conv|conv_block|ssd"
 )
+_MIXERS = {"mixer", "temporal_block", "conv_block"}  # of attention too: NemotronH, RecurrentGemma
 _MIXER_KIND = re.compile(
     r"mamba|rwkv|ssm\b|deltanet|recurrentblock|rglru|hyena|[ms]lstm|shortconv|kimidelta",
     re.IGNORECASE,
@@ -178,11 +180,12 @@ _EMBEDDING = {"embeddings", "embedding", "embedder", "patch_embed", "patch_embed
               "text_embedder", "guidance_embedder", "time_embedding", "embed_patches",
               "class_embedding", "label_embed", "y_embedder", "t_embedder", "caption_projection",
               "patchifier", "to_patch_embedding", "patch_projection", "add_embedding",
-              "time_proj", "time_emb_proj", "adaln_single", "embedding_hidden_mapping_in",
+              "time_proj", "time_emb_proj", "time_step_proj", "adaln_single", "embedding_hidden_mapping_in",
               "embeddings_project", "patch_emb", "embed_proj"}  # fmt: skip
 _EMBEDDING_PART = re.compile(
     r"\w+_embedd(ing|er)s?|\w+_embeds?|embed_\w+|(word|token|tok|patch|time)_emb"
 )
+_TRUNK = re.compile(r"(\w+_)?(encoders?|backbone|tower|model|transformer|trunk)")
 _POOLER = re.compile(r"(\w+_)?pooler|pooled_projection")
 
 
@@ -239,7 +242,9 @@ def role_of(
         return "ff" if _by_kind(kinds[:2]) == "ff" else "mixer"
     if around in NOT_IN_ALL and not attention:
         return around
-    return _inside(named, shape, attention, around == "attn", kinds) if matrix else _conv(last)
+    if not matrix:  # a convolution over places
+        return _projection(last) or "other"
+    return _inside(named, shape, attention, around == "attn", kinds)
 
 
 def _inside(
@@ -253,24 +258,21 @@ def _inside(
     if _FF_PART.fullmatch(last) or last in _EXPERTS:
         return "ff"
     ff = last in _FF or (last in ("dense", "conv1", "conv2") and _dense(named)) or last == "ffn"
-    if near or (attention and not ff):
+    kind = _by_kind(kinds)
+    if near or (attention and not ff) or (kind == "attn" and not ff):
         words = set(re.split(r"_", last.lower()))
         said = next((role for role, telling in _WORDS if words & telling), "")
         return said or ("o" if last in _O_IN_ATTENTION else "attn")
-    return "ff" if ff and (len(shape) == 2 or last.startswith("conv")) else _by_kind(kinds)
+    return "ff" if ff and (len(shape) == 2 or last.startswith("conv")) else kind
 
 
 def _dense(named: list[str]) -> bool:
     return len(named) > 1 and bool(_FF_DENSE.fullmatch(named[-2]))
 
 
-def _conv(last: str) -> str:
-    """The role of a convolution over places: CvT's and others' projections are some."""
-    return _projection(last) if last not in ("proj", "r", "o", "k", "q", "v") else "other"
-
-
 def _routes(named: list[str], shape: Sequence[int], kinds: Sequence[str], experts: int) -> bool:
-    if any(part in _ROUTERS for part in named) or _ROUTER_KIND.search(kinds[0] if kinds else ""):
+    said = any(part in _ROUTERS or _ROUTER_PART.fullmatch(part) for part in named)
+    if said or any(_ROUTER_KIND.search(kind) for kind in kinds[:3]):
         return True
     last = named[-1] if named[-1] not in ("wg", "classifier") else "gate"
     if last != "gate" or len(shape) != 2 or "experts" in named[:-1]:
@@ -300,12 +302,14 @@ def _around(ancestors: list[str]) -> str:
     found = ""
     for part in reversed(ancestors):
         said = _outside(part)
+        if _TRUNK.fullmatch(part):  # an embedding or a head may hold a whole network
+            return found
         if part in _EXPERTS:
             found = "ff"
         elif said:
             return found or said
         elif _MIXER_PART.fullmatch(part):
-            return found or ("mixer" if part == "mixer" else "linear")
+            return found or ("mixer" if part in _MIXERS else "linear")
         elif _FF_PART.fullmatch(part):
             return "ff"
         elif _ATTENTION_PART.fullmatch(part):
@@ -381,6 +385,6 @@ def owners(paths: Iterable[str]) -> dict[str, str]:
         said = {_projection(name) for name in names}
         if "receptance" in names:  # RWKV's recurrence has keys and values too
             found[owner] = "mixer"
-        elif said & {"qkv", "kv"} or len(said & {"q", "k", "v"}) > 1:
+        elif said & {"qkv", "kv"} or ("v" in said and said & {"q", "k"}):
             found[owner] = "attn"
     return found

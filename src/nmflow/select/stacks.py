@@ -167,4 +167,5 @@ def _of_config(config: Mapping[str, Any], names: tuple[str, ...]) -> set[int]:
 
 def experts_of(module: nn.Module) -> int:
     """How many experts a module says that it has; 0 if it does not."""
-    return next(filter(None, (_number(module, name) for name in _COUNTS)), 0)
+    says = vars(module)
+    return next((says[n] for n in _COUNTS if isinstance(says.get(n), int)), 0)

@@ -289,7 +289,8 @@ def heads_of(holder: nn.Module | None) -> tuple[int, int, int]:
 
     queries = number("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
     keys = number("num_key_value_heads", "num_kv_heads", "kv_n_heads") or queries
-    return queries, keys, number("head_dim", "head_size", "dim_head")
+    size = number("head_dim", "head_size", "dim_head")
+    return queries, keys, size or number("dim_out", "embed_dim") // max(1, queries)
 
 
 def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
@@ -321,7 +322,10 @@ def _above(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
 
 def _paths(owner: _Owner) -> tuple[str, str]:
     """Where roles are read: the module's path, or the parameter's if the module owns several."""
-    several = isinstance(owner.module, nn.MultiheadAttention)
+    module, own = owner.module, owner.own
+    several = isinstance(module, nn.MultiheadAttention) or (
+        own != "weight" and not isinstance(module, (nn.Linear, nn.RNNBase, nn.RNNCellBase))
+    )
     return clean(owner.name if several else owner.path), clean(owner.path)
 
 
