@@ -78,7 +78,12 @@ def _multiplies(module: nn.Module, own: str, parameter: nn.Parameter) -> bool:
     if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__ == "Conv1D":
         return len(shape) == 2
     if isinstance(module, nn.modules.conv._ConvNd):
-        return module.groups == 1 and len(shape) > 2 and all(x == 1 for x in shape[2:])
+        return (
+            own == "weight"
+            and module.groups == 1
+            and len(shape) > 2
+            and all(x == 1 for x in shape[2:])
+        )
     if isinstance(module, nn.Embedding | nn.RNNBase):
         return False
     # A module's own matrices: no vectors, tables of one row or biases.
@@ -108,7 +113,7 @@ def _role(kinds: list[str], model: str) -> str:
 
 def _without(kind: str, model: str) -> str:
     """A class name without the name of the model that it begins with."""
-    base = re.sub(r"(For[A-Z]\w*|(LMHead|WithProjection)?Model)$", "", model)
+    base = re.sub(r"(For[A-Z]\w*|(Text|Vision|Audio|LMHead)?Model)$", "", model)
     return kind.removeprefix(base) or kind
 
 

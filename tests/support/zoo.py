@@ -79,7 +79,10 @@ def build(library: str, name: str) -> nn.Module:
             timm = _imported("timm")
             return timm.create_model(name)
         if library == "diffusers":
-            return getattr(_imported("diffusers"), name)()
+            try:
+                return getattr(_imported("diffusers"), name)()
+            except (TypeError, ValueError) as error:
+                raise NotBuilt(f"{type(error).__name__}: {error}") from error
         return _of_transformers(name)
 
 
@@ -93,16 +96,16 @@ def _of_transformers(name: str) -> nn.Module:
         classes = getattr(modeling_auto, mapping, {}).get(name)
         if not classes:
             continue
-        try:
-            config = transformers.CONFIG_MAPPING[name](**_GIVEN.get(name, {}))
-            _shrink(config)
-            kind = getattr(transformers, classes if isinstance(classes, str) else classes[0])
-            made = kind._from_config(config) if hasattr(kind, "_from_config") else kind(config)
-        except Exception as error:  # noqa: BLE001 - whatever a default configuration lacks
-            said = " ".join(str(error).split()) or type(error).__name__
-            failed = f"{type(error).__name__}: {said[:90]}"
-            continue
-        return made
+        for small in (True, False):  # some cannot be made smaller
+            try:
+                config = transformers.CONFIG_MAPPING[name](**_GIVEN.get(name, {}))
+                if small:
+                    _shrink(config)
+                kind = getattr(transformers, classes if isinstance(classes, str) else classes[0])
+                return kind._from_config(config) if hasattr(kind, "_from_config") else kind(config)
+            except Exception as error:  # noqa: BLE001 - whatever a default configuration lacks
+                said = " ".join(str(error).split()) or type(error).__name__
+                failed = f"{type(error).__name__}: {said[:90]}"
     raise NotBuilt(failed)
 
 

@@ -12,7 +12,8 @@ from models import BY_ID
 from nmflow.errors import NMFlowError, NMFlowWarning, PlanError
 from nmflow.pattern import Pattern
 from nmflow.select.plan import plan
-from nmflow.select.weights import layers_of, layers_of_state
+from nmflow.select.states import layers_of_state
+from nmflow.select.weights import layers_of
 
 
 def roles(model: nn.Module) -> dict[str, str]:
@@ -228,6 +229,25 @@ def test_masks_of_a_stack_are_those_of_each_matrix(pattern, dtype, dim):
                                             Pattern(pattern).panel, stacked=True))  # fmt: skip
     assert nmflow.holds(w * kept, pattern, dim, stacked=True)
     assert not nmflow.holds(w, pattern, dim, stacked=True)
+
+
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+def test_flops_of_experts_are_those_of_the_experts_that_tokens_use(way):
+    transformers = pytest.importorskip("transformers")
+    if way == "grouped_mm" and not hasattr(torch.ops.aten, "_grouped_mm"):
+        pytest.skip("this torch has no grouped product")
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=16, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    model.set_experts_implementation(way)
+    tokens = {"input_ids": torch.zeros(1, 6, dtype=torch.long)}
+    found = nmflow.cost(model, tokens, "1:4", "ff", recipe="sr-ste", total_steps=1)
+    once = 2 * 6 * 2 * (3 * 32 * 64)  # tokens, experts of each, a multiply-add a weight
+    assert [row.dense_flops for row in found.rows] == [once * 2 // 3, once // 3]
+    assert found.dense_flops - found.flops == once * 3 // 4
+    assert found.training_flops == found.dense_step - 2 * (once * 3 // 4)
 
 
 def test_pruned_experts_are_audited_costed_and_left_dense_by_compress():

@@ -17,7 +17,8 @@ import nmflow.text_table
 from nmflow.errors import NMFlowWarning, PatternError, PlanError
 from nmflow.pattern import Pattern
 from nmflow.select.plan import Target, plan
-from nmflow.select.weights import layers_of, layers_of_state
+from nmflow.select.states import layers_of_state
+from nmflow.select.weights import layers_of
 
 transformers = pytest.importorskip("transformers")
 BLOCK = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

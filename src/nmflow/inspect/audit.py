@@ -13,8 +13,9 @@ from nmflow.inspect.checkpoints import SavedState, open_state, state_of
 from nmflow.masks import holds
 from nmflow.pattern import Pattern
 from nmflow.select.plan import Names, Patterns, choose
+from nmflow.select.states import layers_of_state
 from nmflow.select.target import Plan, rows_of
-from nmflow.select.weights import Layer, layers_of, layers_of_state
+from nmflow.select.weights import Layer, layers_of
 from nmflow.text_table import table
 
 _PACKED = "nmflow.json"

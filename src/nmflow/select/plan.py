@@ -13,7 +13,7 @@ from torch import nn
 from nmflow.errors import NMFlowWarning, PlanError
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
-from nmflow.select.roles import NOT_IN_ALL, PRESETS
+from nmflow.select.presets import NOT_IN_ALL, PRESETS
 from nmflow.select.target import Plan, Target, rows_of
 from nmflow.select.weights import Layer, Part, layers_of
 from nmflow.select.wording import could_have, did_you_mean, falls_short, uneven, why

@@ -11,27 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-_ATTENTION = frozenset({"q", "k", "v", "qkv", "kv", "o", "attn"})
-# What each preset takes. A fused projection whose rows can be told apart is cut into q, k and v
-# before it is looked up here, so "qkv" and "kv" are only the ones that have to be taken whole.
-PRESETS: dict[str, frozenset[str]] = {
-    "ff": frozenset({"ff"}),
-    "qk": frozenset({"q", "k"}),
-    "qkv": frozenset({"q", "k", "v", "qkv", "kv"}),
-    "attn": _ATTENTION,
-    "all": _ATTENTION | {"ff", "mixer", "other"},
-}
-
-# Why the preset "all" passes a role by.
-NOT_IN_ALL = {
-    "head": "an output head: only a glob takes it",
-    "embedding": "an embedding: only a glob takes it",
-    "position": "a positional table: only a glob takes it",
-    "adapter": "a low-rank adapter: the weight that the network multiplies with is another",
-    "pooler": "a pooler: only a glob takes it",
-    "router": "a router, which chooses experts: only a glob takes it",
-    "stem": "a stem, which reads the raw input: only a glob takes it",
-}
+from nmflow.select.presets import NOT_IN_ALL
 
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)")
 
@@ -89,15 +69,9 @@ _O_IN_ATTENTION = {"o", "out_proj", "proj", "c_proj", "dense", "wo", "Wo", "w_o"
                    "output_projection", "o_a_proj", "o_b_proj"}  # fmt: skip
 # Inside attention these words tell, however a name goes on: `q_content_proj`, `projection_key`.
 _WORDS = (
-    ("qkv", {"qkv", "wqkv"}), ("kv", {"kv", "wkv"}), ("q", {"q", "query", "wq"}),
-    ("k", {"k", "key", "wk"}), ("v", {"v", "value", "wv"}),
+    ("qkv", {"qkv", "wqkv"}), ("kv", {"kv", "wkv"}), ("q", {"q", "query", "queries", "wq"}),
+    ("k", {"k", "key", "keys", "wk"}), ("v", {"v", "value", "values", "wv"}),
 )  # fmt: skip
-# Rows of the heads are interleaved: by the name (GPT-NeoX, Bloom, Falcon, Persimmon), or by the
-# class of the owner, where the name alone misleads.
-_INTERLEAVED = {"query_key_value"}
-_LATENT = {"kv_a_proj_with_mqa", "kv_b_proj"}  # DeepSeek's: a latent; keys and values by head
-_INTERLEAVED_OWNERS = ("CodeGen", "GPTBigCode", "MiniMax")
-
 _ATTENTION_PART = re.compile(
     r".*(attn|attentions?|msa|mha)\d*(_(?!block|layer|stage)\w+)?|(.*_)?att|sa|ca", re.IGNORECASE
 )
@@ -125,7 +99,7 @@ _FF = {"fc1", "fc2", "lin1", "lin2", "linear1", "linear2", "wi", "wi_0", "wi_1",
 _ROUTERS = {"router", "shared_expert_gate", "shared_experts_gate", "gating", "gate_network",
             "moe_gate", "router_proj", "route", "topk_router", "switch_gate"}  # fmt: skip
 _ROUTER_PART = re.compile(r"router_\w+|\w+_router")
-_ROUTER_KIND = re.compile(r"router|top_?k_?gat|moe_?gate|noisy_?gate|gating", re.IGNORECASE)
+_ROUTER_KIND = re.compile(r"router|top_?k_?gat|moe_?gate(?!d)", re.IGNORECASE)
 _MIXER_PART = re.compile(
     r"mamba\w*|ssm|mixer|linear_attn|linear_attention|time_mix\w*|rwkv|hyena|recurrent_block"
     r"|temporal_block|mlstm\w*|slstm\w*|delta_net|short_conv|conv_block|ssd"
@@ -160,7 +134,7 @@ _HEADS = {
     "visual_projection",
 }  # BERT's; CLIP's
 _HEAD_PART = re.compile(
-    r"(?!multi_?head|per_head|n(um)?_head)\w*(_heads?\d*|classifiers?|_logits|_predictors?"
+    r"(?!multi_?head|per_head|n(um)?_head|pre_logits)\w*(_heads?\d*|classifiers?|_logits|_predictors?"
     r"|_predictions?)|predictions?"
 )
 # Names that mean a head only where the model itself holds them.
@@ -180,8 +154,9 @@ _EMBEDDING = {"embeddings", "embedding", "embedder", "patch_embed", "patch_embed
               "text_embedder", "guidance_embedder", "time_embedding", "embed_patches",
               "class_embedding", "label_embed", "y_embedder", "t_embedder", "caption_projection",
               "patchifier", "to_patch_embedding", "patch_projection", "add_embedding",
-              "time_proj", "time_emb_proj", "time_step_proj", "adaln_single", "embedding_hidden_mapping_in",
-              "embeddings_project", "patch_emb", "embed_proj"}  # fmt: skip
+              "time_proj", "time_emb_proj", "time_step_proj", "adaln_single", "patch_emb",
+              "embedding_hidden_mapping_in",
+              "embeddings_project", "embed_proj"}  # fmt: skip
 _EMBEDDING_PART = re.compile(
     r"\w+_embedd(ing|er)s?|\w+_embeds?|embed_\w+|(word|token|tok|patch|time)_emb"
 )
@@ -333,45 +308,6 @@ def _by_kind(kinds: Sequence[str]) -> str:
         if "Head" not in kind and _FF_KIND.search(kind):
             return "ff"
     return "other"
-
-
-def cut(
-    path: str,
-    role: str,
-    out: int,
-    length: int,
-    owner: str = "",
-    heads: tuple[int, int, int] = (0, 0, 0),
-) -> list[tuple[str, int, int]]:
-    """Cut a weight's output rows into parts `(role, start, stop)`.
-
-    Fused projections are cut into q, k and v where their rows lie one after the other: thirds
-    (`out == 3 * in`, or `out == 2 * in` for key and value), or by the number of heads where the
-    owner tells it. Interleaved ones stay whole.
-
-    Args:
-        path: as in `role_of`.
-        role: what `role_of` said.
-        out: number of output rows.
-        length: number of inputs.
-        owner: class name of the module that owns the projection, for families that interleave.
-        heads: heads of queries, heads of keys and the size of one, as the owner says; 0 if not.
-    """
-    last = path.split(".")[-1]
-    mixed = last in _INTERLEAVED or owner.startswith(_INTERLEAVED_OWNERS)
-    if role in ("qkv", "kv") and not mixed:
-        queries, keys, size = heads
-        if role == "qkv" and keys and out == (queries + 2 * keys) * size:
-            q, k = queries * size, keys * size
-            return [("q", 0, q), ("k", q, q + k), ("v", q + k, out)]
-        if role == "qkv" and out == 3 * length:
-            return [(part, i * length, (i + 1) * length) for i, part in enumerate("qkv")]
-        if role == "kv" and last not in _LATENT and keys and out == 2 * keys * size:
-            return [("k", 0, out // 2), ("v", out // 2, out)]
-        # GPT-2's cross attention calls its fused key and value c_attn too.
-        if out == 2 * length and (last == "c_attn" or (role == "kv" and last not in _LATENT)):
-            return [(part, i * length, (i + 1) * length) for i, part in enumerate("kv")]
-    return [(role, 0, out)]
 
 
 def owners(paths: Iterable[str]) -> dict[str, str]:

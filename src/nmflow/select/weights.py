@@ -7,21 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from nmflow.select.fused import cut
 from nmflow.select.heads import told_heads, with_head
-from nmflow.select.roles import clean, cut, owners, role_of
-from nmflow.select.stacks import UNTOLD, Stack, axis_of, experts_of, stack_of
+from nmflow.select.roles import clean, owners, role_of
+from nmflow.select.stacks import UNTOLD, Stack, experts_of, stack_of
 from nmflow.select.target import out_dim
 
-_RNN = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
-_MHA = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+RNN = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
+MHA = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Names under which a bare state holds weights of HF's Conv1D, which are stored (in, out).
-_HF_CONV1D = {"c_attn", "c_fc", "c_proj", "q_attn"}
 # timm's StdConv2d and ScaledStdConv2d, BiT's WeightStandardizedConv2d.
 _STANDARDIZED = re.compile(r"StdConv|Standardi[sz]ed")
 _NEAR = 3  # how many of the modules around a weight its role may be read from
@@ -118,9 +116,9 @@ def axis(
     that are kept as one parameter see `stack_of`.
     """
     kind = type(module).__name__
-    if isinstance(module, nn.MultiheadAttention) and own in _MHA:
+    if isinstance(module, nn.MultiheadAttention) and own in MHA:
         return Stack()
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and _RNN.fullmatch(own):
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and RNN.fullmatch(own):
         return Stack()
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return Stack(why_not="parametrized: the network computes with a function of it")
@@ -184,36 +182,6 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return with_head(layers, linear, "attn" in beside.values(), found)
 
 
-def layers_of_state(state: Mapping[str, torch.Size | tuple[int, ...]]) -> list[Layer]:
-    """The same of a bare state, from names and shapes alone: no module says what a weight is.
-
-    Weights called `c_attn`, `c_fc`, `c_proj` or `q_attn` are taken as HF's `Conv1D`, stored
-    (in, out), unless the shape of a fused `c_attn` or of a `c_fc` in the state says otherwise.
-    A three-dimensional `gate_up_proj` beside a `down_proj` is a stack of experts.
-    """
-    names = [n for n in state if len(state[n]) >= 2]
-    names.sort(key=lambda n: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", n)])
-    beside = owners(p for n in names for p in (clean(n), clean(_path(n))))
-    stored_in_out = _stored_in_out(state)
-    layers = []
-    for name in names:
-        shape = tuple(state[name])
-        path, _, own = name.rpartition(".")
-        at = Stack(0 if path.rpartition(".")[2] in _HF_CONV1D and stored_in_out else 1)
-        if own in ("gate_up_proj", "down_proj") and len(shape) == 3:
-            pair = {x: tuple(state.get(f"{path}.{x}", ())) for x in ("gate_up_proj", "down_proj")}
-            at = axis_of(own, pair)
-        elif own != "weight" and own not in _MHA and not _RNN.fullmatch(own):
-            at = Stack(at.dim, why_not="not called 'weight'")
-        where = clean(path if own == "weight" else name)
-        length, out = shape[at.dim], shape[out_dim(at.dim, at.stacked)]
-        role = role_of(where, (out, length, *shape[2:]), beside.get(_path(where), ""))
-        parts = tuple(Part(*part) for part in cut(where, role, out, length))
-        paths = tuple(dict.fromkeys((name, path, clean(name), clean(path))))
-        layers.append(Layer(name, shape, at.dim, parts, paths, at.why_not, stacked=at.stacked))
-    return with_head(layers, [len(x.shape) == 2 for x in layers], "attn" in beside.values(), False)
-
-
 def reads_input(module: nn.Module, channels: set[int]) -> bool:
     """Whether a convolution reads an image or a sound, by its channels."""
     return isinstance(module, _CONV) and module.groups == 1 and module.in_channels in channels
@@ -237,7 +205,7 @@ def _role(owner: _Owner, shape: tuple[int, ...], at: Stack, beside: Mapping[str,
         shape = (shape[out_dim(at.dim, at.stacked)], shape[at.dim])
     elif not isinstance(owner.module, (*_CONV, *_TRANSPOSED)) and not at.why_not:
         shape = shape[:2]  # attention's own, (model, heads, size)
-    around = beside.get(_path(where), "")
+    around = beside.get(path_of(where), "")
     return role_of(where, shape, around, owner.kinds, owner.experts)
 
 
@@ -256,10 +224,11 @@ def _layer(
     role = next((r for r in telling if r in roles), roles[0])
     holder, out, length = held[0].holder, shape[out_dim(at.dim, at.stacked)], shape[at.dim]
     cuts = cut(_paths(held[0])[0], role, out, length, type(holder).__name__, heads_of(holder))
-    note = f"tied with {', '.join(o.name for o in held[1:])}" if len(held) > 1 else ""
+    notes = [f"tied with {', '.join(o.name for o in held[1:])}"] if len(held) > 1 else []
+    notes += [f"{shape[0]} matrices"] if at.stacked else []
     return Layer(
         name, shape, at.dim, tuple(Part(*part) for part in cuts), _globs(held), why_not,
-        not parameter.requires_grad, note, at.stacked, at.unit,
+        not parameter.requires_grad, "; ".join(notes), at.stacked, at.unit,
         _is_matrix(held[0], shape, at, role),
     )  # fmt: skip
 
@@ -314,7 +283,7 @@ def _above(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
     """The modules around one, the nearest first, without lists and wrappers."""
     above = []
     while path:
-        path = _path(path)
+        path = path_of(path)
         if not isinstance(modules[path], nn.ModuleList | nn.Sequential | nn.ModuleDict):
             above.append(modules[path])
     return above
@@ -334,14 +303,6 @@ def _globs(held: Iterable[_Owner]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def _path(name: str) -> str:
+def path_of(name: str) -> str:
+    """The path of the module that owns a parameter, or of the module around a module."""
     return name.rpartition(".")[0]
-
-
-def _stored_in_out(state: Mapping[str, torch.Size | tuple[int, ...]]) -> bool:
-    """Whether GPT-2's names stand for (in, out): a fused or widening weight tells by its shape."""
-    for name, shape in state.items():
-        telling = name.endswith((".c_attn.weight", ".c_fc.weight")) and len(shape) == 2
-        if telling and shape[0] != shape[1]:
-            return shape[0] < shape[1]
-    return True

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from nmflow.select.roles import PRESETS
+from nmflow.select.presets import PRESETS
 from nmflow.select.target import Target
 from nmflow.select.weights import Layer
 

@@ -20,7 +20,7 @@ from nmflow.packed.layout import as_matrix, file_bits, fits, runs
 from nmflow.packed.packable import survey
 from nmflow.packed.report import Report, Row
 from nmflow.select.plan import Names, Patterns, choose
-from nmflow.select.weights import layers_of_state
+from nmflow.select.states import layers_of_state
 
 Folder = str | os.PathLike[str]
 
