@@ -32,7 +32,8 @@ architecture is built on the meta device from its default configuration, with at
 **How to read it.** A cell is the share of a role's weights that the preset takes. The role is
 judged apart from nmflow's own rules, by the class names around a weight alone: a matrix belongs to
 `attn` if the nearest class that says something says attention, and to `ff` if it says MLP,
-feed-forward or experts. nmflow reads the names of modules first, so that the two can disagree.
+feed-forward or experts, or if a layer holds a pair of matrices from narrow to wide and back. nmflow
+reads the names of modules first, so that the two can disagree.
 `qk` and `qkv` are the projections of attention whose name says query, key or value; a fused matrix
 counts as a whole. `all` is every matrix but embeddings, routers, poolers, heads and what the model
 itself holds, its first or last projection. A dash: the model has none of the role.

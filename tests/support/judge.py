@@ -2,7 +2,8 @@
 
 This judgement shares no code and no table with `nmflow.select`, which reads the names of modules
 first. A weight belongs to attention or to a feed-forward block if the nearest class around it that
-says anything says so.
+says anything says so. Where none does, a pair of matrices that a layer holds itself, from narrow to
+wide and back, is a feed-forward block.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ _Q = {"q", "query", "queries", "wq", "qs"}
 _K = {"k", "key", "keys", "wk", "ks"}
 _V = {"v", "value", "values", "wv", "vs"}
 _QKV = {"qkv", "wqkv", "qkvs"}
+_FUSED = {"c_attn", "in_proj_weight", "att_proj"}  # of GPT-2, torch and Bark
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,22 @@ def judge(model: nn.Module) -> list[Judged]:
         role = "outside" if id(parameter) in tables else _role(kinds, type(model).__name__)
         part = _part(name) if role == "attn" else ""
         found.append(Judged(name, math.prod(parameter.shape), role, part, tuple(kinds)))
+    paired = _pairs(model, [x for x in found if x.role == "other"])
+    return [replace(x, role="ff") if x.name in paired else x for x in found]
+
+
+def _pairs(model: nn.Module, unsaid: list[Judged]) -> set[str]:
+    """Matrices that a layer or block holds itself, from narrow to wide and back: BART's, ALBERT's."""
+    held: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for x in unsaid:
+        parent = x.name.rpartition(".")[0].rpartition(".")[0]
+        if x.kinds[0].endswith("Linear") and _SILENT.search(x.kinds[1].lower()):
+            shape = tuple(model.get_parameter(x.name).shape)
+            held.setdefault(parent, []).append((x.name, shape))
+    found = set()
+    for own in held.values():
+        shapes = {shape for _, shape in own}
+        found |= {name for name, (a, b) in own if a != b and (b, a) in shapes}
     return found
 
 
@@ -120,7 +138,11 @@ def _without(kind: str, model: str) -> str:
 def _part(name: str) -> str:
     parts = [x for x in name.split(".") if x != "weight" and not x.isdigit()]
     words = set(re.split(r"[_\W]", parts[-1].lower())) if parts else set()
-    if words & _QKV or (words & _Q and words & _K and words & _V):
+    if (
+        (parts and parts[-1] in _FUSED)
+        or words & _QKV
+        or (words & _Q and words & _K and words & _V)
+    ):
         return "qkv"
     if "kv" in words or "wkv" in words or (words & _K and words & _V):
         return "kv"

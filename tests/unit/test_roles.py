@@ -96,7 +96,7 @@ def test_all_works_on_a_convolutional_network_as_it_is(channels):
 
 def test_what_one_preset_cannot_divide_is_said_with_its_share():
     model = cnn()
-    model["layer1"]["odd"] = nn.Conv2d(40, 32, 1)
+    model.get_submodule("layer1").add_module("odd", nn.Conv2d(40, 32, 1))
     with pytest.warns(NMFlowWarning, match=r"'all' leaves out 10\.2%.*odd.*axis of 40"):
         made = plan(model, "1:16")
     assert len(made) == 2
