@@ -77,7 +77,7 @@ def judge(model: nn.Module) -> list[Judged]:
 
 
 def _pairs(model: nn.Module, unsaid: list[Judged]) -> set[str]:
-    """Matrices that a layer or block holds itself, from narrow to wide and back: BART's, ALBERT's."""
+    """Matrices that a layer or block holds itself, from narrow to wide and back: BART's."""
     held: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for x in unsaid:
         parent = x.name.rpartition(".")[0].rpartition(".")[0]

@@ -113,13 +113,13 @@ class FusedQKV(nn.Module):
 
 
 class Stack(nn.Module):
-    """The matrices of three experts in one parameter, (experts, out, in) or (experts, in, out)."""
+    """The matrices of experts in one parameter, (experts, out, in) or (experts, in, out)."""
 
-    def __init__(self, reads: int, writes: int, is_transposed: bool) -> None:
+    def __init__(self, reads: int, writes: int, is_transposed: bool, experts: int) -> None:
         super().__init__()
-        self.num_experts, self.is_transposed = 3, is_transposed
+        self.num_experts, self.is_transposed = experts, is_transposed
         shape = (reads, writes) if is_transposed else (writes, reads)
-        self.proj = nn.Parameter(torch.randn(3, *shape) / math.sqrt(reads))
+        self.proj = nn.Parameter(torch.randn(experts, *shape) / math.sqrt(reads))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("ebi,eio->ebo" if self.is_transposed else "ebi,eoi->ebo", x, self.proj)
@@ -128,12 +128,13 @@ class Stack(nn.Module):
 class Experts(nn.Module):
     """Every expert on every input, their outputs added."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int = 3) -> None:
         super().__init__()
-        self.up_experts, self.down_experts = Stack(8, 16, False), Stack(16, 4, True)
+        self.up_experts = Stack(8, 16, False, experts)
+        self.down_experts = Stack(16, 4, True, experts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.up_experts(x.expand(3, *x.shape)))
+        hidden = torch.tanh(self.up_experts(x.expand(self.up_experts.num_experts, *x.shape)))
         return self.down_experts(hidden).sum(0)
 
 
