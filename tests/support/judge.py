@@ -86,8 +86,9 @@ def _pairs(model: nn.Module, unsaid: list[Judged]) -> set[str]:
             held.setdefault(parent, []).append((x.name, shape))
     found = set()
     for own in held.values():
-        shapes = {shape for _, shape in own}
-        found |= {name for name, (a, b) in own if a != b and (b, a) in shapes}
+        for i, (wide, (out, length)) in enumerate(own):
+            back = [name for name, shape in own[i + 1 :] if shape == (length, out)]
+            found |= {wide, *back} if out > length and back else set()
     return found
 
 
