@@ -1,16 +1,21 @@
 """Build the optional native library; pyproject.toml says everything else.
 
-The library is a plain C ABI loaded with ctypes, so it links to neither Python nor torch. Where it
-cannot be built (no compiler, or one that fails) the package installs without it and says so once;
-pure torch then serves every call, slower and just as right.
+The library is a plain C ABI loaded with ctypes, so it links to neither Python nor torch: one wheel
+serves every Python on a platform. Where it cannot be built (no compiler, or one that fails) the
+package installs without it and says so once; pure torch then serves every call, slower and just as
+right. `NMFLOW_BUILD=required` makes that an error, for whoever makes wheels; `NMFLOW_BUILD=none`
+leaves the library out, for the wheel of every other platform.
 """
 
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
+from shutil import which
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import (
     BaseError,
@@ -21,16 +26,20 @@ from setuptools.errors import (
 )
 
 HERE = Path(__file__).resolve().parent
+WANTED = os.environ.get("NMFLOW_BUILD", "optional")
+if WANTED not in ("optional", "required", "none"):
+    sys.exit(f"NMFLOW_BUILD is {WANTED!r}: it must be optional, required or none")
 COMMON = [
     "-std=c++17",
     # -O2, not -O3: GCC 12 at -O3 has miscompiled tie handling in loops like those of the masks.
     "-O2",
     "-ftree-vectorize",
-    "-fvect-cost-model=dynamic",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-ffp-contract=fast",
 ]
+# What only one compiler knows. MSVC is not among them: the sources use GCC's vector extension.
+COMPILERS = {"gcc": ["-fvect-cost-model=dynamic"], "clang": []}
 # Per-file targets: the dispatcher in abi.cpp asks the CPU before it calls into one of them.
 TARGETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
@@ -49,6 +58,15 @@ TARGETS = {
 TARGETS["amx"] = [*TARGETS["avx512"], "-mamx-tile", "-mamx-bf16"]
 FAILURES = (BaseError, CCompilerError, CompileError, LinkError, OSError)
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def kind_of(cxx: list) -> str:
+    """Which of `COMPILERS` the command is, by the macros that it defines."""
+    asked = [*cxx, "-dM", "-E", "-x", "c++", os.devnull]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise PlatformError(f"{' '.join(cxx)} does not run: {said.stderr.strip()[:200]}")
+    return "clang" if "__clang__" in said.stdout else "gcc"
 
 
 def target_flags(source: str) -> list:
@@ -77,39 +95,47 @@ class BuildNative(build_ext):
 
     def run(self):
         """Build; any failure of the compiler means an install without the library."""
+        if WANTED == "none":
+            self._leave_out()
+            return
         try:
             super().run()
         except FAILURES as error:
-            # A library left from an earlier build would belong to other sources.
-            for ext in self.extensions:
-                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-            self.extensions = []
-            self.distribution.ext_modules = []
+            if WANTED == "required":
+                raise
+            self._leave_out()
             sys.stderr.write(
                 f"nmflow: the native library was not built ({type(error).__name__}: {error}); "
-                "the package works without it, slower. Install a C++17 compiler (or set CXX) and "
-                "reinstall to get it.\n"
+                "the package works without it, slower. To get it, install GCC or clang (or set "
+                "CXX) and reinstall with --no-cache-dir.\n"
             )
+
+    def _leave_out(self):
+        # A library left from an earlier build would belong to other sources.
+        for ext in self.extensions:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        self.extensions = []
+        self.distribution.ext_modules = []
 
     def build_extension(self, ext):
         """Compile each file with the flags of its own target, then link them."""
+        if self.compiler.compiler_type != "unix":
+            raise PlatformError(
+                f"the compiler is {self.compiler.compiler_type!r}, and the sources need GCC or "
+                "clang on Linux or macOS"
+            )
         # The C compiler object of setuptools runs `CC` on C++ too; CXX is what a user sets.
         cxx = os.environ.get("CXX", "").split()
-        if hasattr(self.compiler, "compiler_so") and self.compiler.compiler_type == "unix":
-            if not cxx:
-                from shutil import which
-
-                cxx = [next((c for c in ("c++", "g++", "clang++") if which(c)), "c++")]
-            self.compiler.set_executables(
-                compiler_so=[*cxx, "-fPIC"],
-                compiler_so_cxx=[*cxx, "-fPIC"],
-                compiler_cxx=cxx,
-                linker_so=[*cxx, "-shared"],
-                linker_so_cxx=[*cxx, "-shared"],
-                linker_exe_cxx=cxx,
-            )
-        else:
-            raise PlatformError(f"compiler type {self.compiler.compiler_type} is not supported")
+        cxx = cxx or [next((c for c in ("c++", "g++", "clang++") if which(c)), "c++")]
+        flags = [*COMMON, *COMPILERS[kind_of(cxx)]]
+        self.compiler.set_executables(
+            compiler_so=[*cxx, "-fPIC"],
+            compiler_so_cxx=[*cxx, "-fPIC"],
+            compiler_cxx=cxx,
+            linker_so=[*cxx, "-shared"],
+            linker_so_cxx=[*cxx, "-shared"],
+            linker_exe_cxx=cxx,
+        )
         macros: list = [("NDEBUG", None)] + ([("NMFLOW_X86", "1")] if IS_X86 else [])
         extra = os.environ.get("NMFLOW_CXXFLAGS", "").split()
         objects = []
@@ -122,7 +148,7 @@ class BuildNative(build_ext):
                     macros=macros,
                     include_dirs=ext.include_dirs,
                     depends=ext.depends,
-                    extra_postargs=[*COMMON, *target_flags(source), *extra],
+                    extra_postargs=[*flags, *target_flags(source), *extra],
                 )
             except FAILURES:
                 if "_amx" not in source:
@@ -139,6 +165,18 @@ class BuildNative(build_ext):
         )
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel of a platform and of every Python 3, or of every platform without the library."""
+
+    def get_tag(self):
+        """`py3-none-linux_x86_64`, or `py3-none-any`."""
+        if not self.distribution.has_ext_modules():
+            return "py3", "none", "any"
+        # One architecture is compiled, also where Python itself has two.
+        place = super().get_tag()[2].replace("universal2", platform.machine())
+        return "py3", "none", place
+
+
 setup(
     ext_modules=[
         Extension(
@@ -149,5 +187,5 @@ setup(
             language="c++",
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildNative},
 )

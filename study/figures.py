@@ -9,9 +9,9 @@ from compare import Cell, by_seed
 from matplotlib.axes import Axes
 from tables import PAGES
 
+from nmflow.experiments.files import write
 from nmflow.experiments.report import setting_plots as plots
 from nmflow.experiments.report.statistics import summary
-from nmflow.experiments.run_folder import write
 
 
 def by_pattern(frame: pd.DataFrame, patterns: list[str], path: Path) -> None:

@@ -56,7 +56,7 @@ enum nmflow_isa { NMFLOW_PORTABLE = 0, NMFLOW_AVX2 = 1, NMFLOW_AVX512 = 2 };
 enum nmflow_status {
   NMFLOW_OK = 0,
   NMFLOW_NOT_FINITE = 1,    /* nmflow_project: w holds a NaN or an infinity */
-  NMFLOW_NOT_SPARSE = 2,    /* nmflow_pack: a group holds more than N (or a panel more columns) */
+  NMFLOW_NOT_SPARSE = 2,    /* nmflow_canonical_from_dense: a group holds more than N (or a panel more columns) */
   NMFLOW_BAD_PATTERN = -1,  /* not 1 <= N <= M, M out of range, in not a multiple of M, panel < 1 */
   NMFLOW_BAD_SHAPE = -2,    /* a size is negative, zero where it may not be, or overflows */
   NMFLOW_BAD_DTYPE = -3,    /* unknown dtype or epilogue */

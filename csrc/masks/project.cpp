@@ -1,34 +1,12 @@
 /* nmflow_project: what is checked before it runs, and how it is shared out to threads. */
 #include <atomic>
 #include <new>
-#include <stdlib.h>
 
 #include "project.h"
+#include "scratch.h"
 
 namespace {
 
-/* A task's scratch, kept by its thread from one call to the next while it is small. */
-struct Scratch {
-  char *held = nullptr;
-  int64_t bytes = 0;
-  ~Scratch() { free(held); }
-  char *at_least(int64_t wanted) {
-    if (wanted > bytes) {
-      free(held);
-      bytes = 0;
-      held = static_cast<char *>(malloc(static_cast<size_t>(wanted) + 64));
-      if (held == nullptr) return nullptr;
-      bytes = wanted;
-    }
-    return held + (64 - reinterpret_cast<uintptr_t>(held) % 64);
-  }
-  void give_back() {
-    if (bytes <= (INT64_C(4) << 20)) return;
-    free(held);
-    held = nullptr;
-    bytes = 0;
-  }
-};
 thread_local Scratch t_scratch;
 
 struct Run {
@@ -49,7 +27,7 @@ void run_task(void *context, int64_t task) {
   const int64_t first = task * run->chunk, last = nmf_min(first + run->chunk, run->units);
   if (!run->projector->run(&run->job, first, last, scratch))
     run->not_finite.store(true, std::memory_order_relaxed);
-  t_scratch.give_back();
+  t_scratch.give_back(INT64_C(4) << 20);
 }
 
 const nmf_projector *projector_now() {

@@ -151,7 +151,7 @@ vecu rank_of_long(uint32_t *keys, int64_t length, int64_t blocks, int64_t rank) 
   for (int64_t block = 1; block < blocks; ++block) {
     next += length * LANES;
     sort_long<TOP>(next, length);
-    vecu last = splat(0);
+    vecu last = splat(0u);
     for (int64_t i = 0; i < length; ++i) {
       const vecu both = better<TOP>(get<vecu>(keys + i * LANES),
                                     get<vecu>(next + (length - 1 - i) * LANES));

@@ -1,9 +1,9 @@
 /* The matrix product's driver: checks, choice of kernel, cutting into tasks. */
 #include <atomic>
 #include <new>
-#include <stdlib.h>
 
 #include "common.h"
+#include "scratch.h"
 
 #ifndef NMF_WEIGHT_SHARE
 #define NMF_WEIGHT_SHARE (INT64_C(5) << 18) /* bytes: most of a 2 MB second-level cache */
@@ -18,32 +18,6 @@ struct Run {
   std::atomic<bool> failed;
 };
 
-/* Scratch memory of a thread, kept between calls: a fresh allocation costs page faults that at few
- * tokens are more than the product itself. */
-struct Scratch {
-  char *memory = nullptr;
-  int64_t bytes = 0;
-  ~Scratch() { free(memory); }
-  char *at_least(int64_t wanted) {
-#if defined(__SANITIZE_ADDRESS__)
-    /* Under AddressSanitizer every task gets its bytes and not one more. */
-    free(memory);
-    memory = nullptr;
-    return posix_memalign(reinterpret_cast<void **>(&memory), 64, static_cast<size_t>(wanted)) == 0
-               ? memory
-               : nullptr;
-#endif
-    if (wanted > bytes) {
-      free(memory);
-      bytes = 0;
-      const int64_t rounded = nmf_ceil_div(wanted + 64, 4096) * 4096;
-      memory = static_cast<char *>(malloc(static_cast<size_t>(rounded)));
-      if (memory == nullptr) return nullptr;
-      bytes = rounded - 64;
-    }
-    return reinterpret_cast<char *>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-  }
-};
 thread_local Scratch t_scratch;
 
 void run_task(void *context, int64_t task) {

@@ -1,7 +1,6 @@
-#define NMF_LANES 8
 #include <immintrin.h>
 
-#include "simd.h"
+#include "decode.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-/* The kernels that any instruction set can run, compiled once for each (see simd.h).
+/* The kernels that any instruction set can run, compiled once for each (see vector.h).
  *
  * gather: 16 rows at a time, one token at a time, x read element by element. Few tokens.
  * tokens: lanes are tokens. x is transposed a block of inputs at a time into L1, a row's kept
@@ -7,7 +7,7 @@
 #ifndef NMFLOW_MATMUL_IMPL_H
 #define NMFLOW_MATMUL_IMPL_H
 
-#include "simd.h"
+#include "decode.h"
 
 namespace {
 

@@ -1,4 +1,3 @@
-#define NMF_LANES 4
 #include "matmul_impl.h"
 #include "panel_impl.h"
 

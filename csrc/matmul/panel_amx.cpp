@@ -1,7 +1,6 @@
 /* tiles: panels in bfloat16 on AMX. x is transposed once for a part; the kept inputs of a panel are
  * then whole rows of it, laid in pairs as a tile operand wants them, 32 tokens at a time. The packed
  * values are transposed tile by tile to the other operand. AMX takes subnormal bf16 as zero. */
-#define NMF_LANES 16
 #include "avx512.h"
 
 #include "panel_impl.h"

@@ -1,4 +1,3 @@
-#define NMF_LANES 16
 #include "avx512.h"
 
 namespace {

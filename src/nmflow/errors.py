@@ -29,6 +29,10 @@ class StateError(FlowError):
     """A saved or loaded state that does not belong to this flow, or weights changed behind it."""
 
 
+class DistillError(NMFlowError):
+    """A teacher that does not fit its student, or weights of a loss that cannot be."""
+
+
 class CompressError(NMFlowError):
     """A module or a weight that cannot be packed."""
 

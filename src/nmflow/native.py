@@ -49,7 +49,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not found:
         return None, (
             "the library was not built when nmflow was installed; install a C++17 compiler and "
-            "run `pip install --force-reinstall --no-deps nmflow`"
+            "run `pip install --force-reinstall --no-deps --no-cache-dir nmflow`"
         )
     try:
         lib = ctypes.CDLL(str(found[0]))

@@ -82,3 +82,7 @@ class Pattern:
 
     def __repr__(self) -> str:
         return f"Pattern({str(self)!r})"
+
+
+EVERY = Pattern("1:1")
+"""Keeps every weight: the pattern of a dense one, and of a choice that any axis can meet."""

@@ -13,11 +13,14 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
+import torch
 from typer.testing import CliRunner, Result
 
 import nmflow
+from nmflow import native
 from nmflow.cli import app, commands
 from nmflow.errors import NMFlowError
+from nmflow.inspect import machine
 
 CONFIG: dict[str, Any] = {
     "name": "small",
@@ -38,7 +41,7 @@ def run(*words: str | Path) -> Result:
 
 
 def refused(*words: str | Path) -> str:
-    """The sentence of the NMFlowError that `main` turns into exit code 1."""
+    """The sentence of the NMFlowError that `main` turns into exit code 2."""
     found = run(*words)
     assert isinstance(found.exception, NMFlowError), found.output
     return str(found.exception)
@@ -75,7 +78,17 @@ def test_train_then_report_then_audit(file: Path, tmp_path: Path):
     found = run("audit", sparse, "1:8", "--include", "ff")
     assert found.exit_code == 0, found.output
     assert "every weight holds" in found.output
+    found = run("audit", sparse)  # judges what the run pruned, and nothing else
+    assert found.exit_code == 0, found.output
+    assert "every weight holds its pattern, as recorded by the run" in found.output
+    assert "not pruned by the run" in found.output
+    assert run("audit", sparse, "1:8").exit_code == 0
+    assert run("audit", sparse, "1:16").exit_code == 1
+    assert json.loads(run("audit", sparse, "--json").output)["judged"] == "record"
     dense = next((tmp_path / "runs").glob("dense*seed0*")) / "model"
+    found = run("audit", dense)
+    assert found.exit_code == 0
+    assert "no weight holds an N:M pattern" in found.output
     found = run("audit", dense, "1:8", "--include", "ff")
     assert found.exit_code == 1
     assert "break the pattern" in found.output
@@ -144,12 +157,12 @@ def test_a_folder_that_cannot_be_written_is_said_before_a_run_begins(file: Path,
     assert "runs into" not in found.output
 
 
-def test_main_ends_with_one_sentence_and_exit_code_1(tmp_path: Path):
+def test_main_ends_with_one_sentence_and_exit_code_2(tmp_path: Path):
     command = [sys.executable, "-c", "import nmflow.cli; nmflow.cli.main()"]
     done = subprocess.run(
         [*command, "train", str(tmp_path / "none.yaml")], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("nmflow: config is")
     assert len(done.stderr.strip().splitlines()) == 1
 
@@ -173,3 +186,33 @@ def test_the_library_needs_torch_and_numpy_only():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     assert nmflow.__version__
+
+
+def test_the_version_is_printed_and_completion_is_offered():
+    assert run("--version").output == f"nmflow {nmflow.__version__}\n"
+    assert "--install-completion" in run("--help").output
+
+
+def test_what_is_printed_can_be_read_by_programs(file: Path):
+    planned = json.loads(run("plan", file, "--json").output)
+    assert [t["pattern"] for t in planned["targets"]] == ["1:8", "1:8"]
+    assert all(set(one) == {"name", "reason"} for one in planned["left_out"])
+    costs = json.loads(run("cost", file, "--json").output)
+    assert set(costs) == {"dense", "SR-STE"} or len(costs) == 2
+    assert all(cost["parameters"] > cost["remaining"] > 0 for cost in list(costs.values())[1:])
+
+
+def test_the_doctor_names_what_is_slow(monkeypatch: pytest.MonkeyPatch):
+    found = json.loads(run("doctor", "--json").output)
+    by = {one["what"]: one for one in found["findings"]}
+    assert by["torch"]["found"].startswith(torch.__version__)
+    assert by["extra experiments"]["state"] == "ok"
+    assert by["CPU kernels"]["state"] in ("ok", "slow")
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "no compiler was there")
+    told = run("doctor").output
+    assert "no compiler was there" in told
+    assert "pip install --force-reinstall --no-deps nmflow" in told
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
+    slow = {f.what: f.mend for f in machine.doctor() if f.state == "slow"}
+    assert "OMP_NUM_THREADS=" in slow["threads"]

@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM
 
 import nmflow
 from nmflow.errors import NMFlowError
-from nmflow.experiments import config, tasks
-from nmflow.experiments.run_folder import MARK, RunFolder, write_json
-from nmflow.experiments.runner import cores_of, run_all, share
+from nmflow.experiments import checkpoints, config, tasks
+from nmflow.experiments.checkpoints import MARK
+from nmflow.experiments.pool import cores_of
+from nmflow.experiments.run_folder import RunFolder
+from nmflow.experiments.runner import run_all, share
 from nmflow.experiments.training import train
 from small_runs import DEMO, TINY, experiment, one
 
@@ -139,7 +141,7 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path):
     folder = RunFolder(tmp_path)
     for step in (8, 16):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    write_json(tmp_path / "checkpoint-8" / MARK, {"step": 8})
+    checkpoints.mark(tmp_path / "checkpoint-8", {"step": 8})
     assert folder.last_checkpoint() == tmp_path / "checkpoint-8"
     assert not (tmp_path / "checkpoint-16").exists()
 

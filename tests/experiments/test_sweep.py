@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 from nmflow.cli import app
 from nmflow.errors import ConfigError, NMFlowError
 from nmflow.experiments import budget, config, sweep, tasks
+from nmflow.experiments.checkpoints import MARK
 from nmflow.experiments.config import Run, parse
 from nmflow.experiments.costs import counted
 from nmflow.experiments.report.page import write_report
-from nmflow.experiments.run_folder import MARK, RunFolder, finished_runs
+from nmflow.experiments.run_folder import RunFolder, finished_runs
 from nmflow.experiments.runner import take
 from nmflow.experiments.training import Progress, train
 

@@ -69,7 +69,12 @@ def test_a_system_trains_finalizes_and_reloads(system: str, tmp_path: Path) -> N
         assert torch.equal(model.generate(**words), loaded.generate(**words))
 
 
-@pytest.mark.parametrize("system", ["bert", "marian streamed"])
+QUICK = ("vit", "bert", "marian streamed")
+
+
+@pytest.mark.parametrize(
+    "system", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SYSTEMS]
+)
 def test_a_stopped_run_goes_on_bit_equal(
     system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,8 +93,10 @@ def test_a_stopped_run_goes_on_bit_equal(
         train(run, RunFolder(tmp_path / "halves"), stop)
     resumed = train(run, RunFolder(tmp_path / "halves"))
     assert resumed["resumed_at"]
-    assert resumed["final_sha256"] == whole["final_sha256"]
-    assert resumed["test"] == whole["test"]
+    apart = ("train_seconds", "resumed_at")
+    assert {k: v for k, v in resumed.items() if k not in apart} == {
+        k: v for k, v in whole.items() if k not in apart
+    }
 
 
 def test_a_run_begins_where_a_saved_network_ended(tmp_path: Path) -> None:

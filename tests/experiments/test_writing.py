@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 from nmflow.errors import ConfigError
-from nmflow.experiments.run_folder import RunFolder, write
+from nmflow.experiments.files import write
+from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.training import train
 from small_runs import one
 

@@ -173,7 +173,7 @@ class ShardedRun:
 
 
 def _trains(rank: int, folder: Path, family: Family, case: str) -> None:
-    """Train, checkpoint on disk, look through hard(), finalize, and resume: as one process does."""
+    """Train, checkpoint, look through final_masks(), finalize, resume: as one process does."""
     i = CASES.index(case)
     optimizer = ["adamw-foreach", "sgd", "adamw-fused"][i % 3]
     want = alone(family, case, optimizer)
@@ -187,9 +187,9 @@ def _trains(rank: int, folder: Path, family: Family, case: str) -> None:
             dcp_save(run.state(), checkpoint_id=checkpoint)
         if k == 8:
             before = whole(run.model)
-            with run.flow.hard():
+            with run.flow.final_masks():
                 hold(whole(run.model), family)
-            assert_same(whole(run.model), before, f"{what} hard")
+            assert_same(whole(run.model), before, f"{what} final_masks")
         run.step(rank, x)
     last = whole(run.model)
     agree(last, want[TOTAL], f"{what} at the end")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nmflow
-from nmflow.errors import FlowError
+from nmflow.errors import FlowError, StateError
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -76,6 +76,32 @@ def test_fit_ends_at_the_pattern_and_validates_it(tmp_path):
     assert all(net.seen)
 
 
+def test_the_defaults_train_and_the_switch_is_the_trainers(tmp_path):
+    net, plain = Net(), Net()
+    trainer(tmp_path, NMFlowCallback(exclude="last"), max_epochs=2).fit(net, loader())
+    assert nmflow.holds(net.first.weight, "1:16")
+    trainer(
+        tmp_path, callback(final_masks=False), max_epochs=2, val_check_interval=2,
+        num_sanity_val_steps=0,
+    ).fit(plain, loader(), loader())  # fmt: skip
+    assert not all(plain.seen)
+
+
+def test_a_run_is_prolonged(tmp_path):
+    first = Net()
+    half = trainer(tmp_path, callback(finalize=False), max_epochs=1)
+    half.fit(first, loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    longer = NMFlowCallback("mdgf-linear", "1:8", include="first")
+    net = Net()
+    trainer(tmp_path, longer, max_epochs=3).fit(
+        net, loader(), ckpt_path=str(tmp_path / "half.ckpt")
+    )
+    assert longer.flow is not None
+    assert (longer.flow.steps_done, longer.flow.total_steps) == (STEPS * 3 // 2, STEPS * 3 // 2)
+    assert nmflow.holds(net.first.weight, "1:8")
+
+
 def test_resume_is_exact(tmp_path):
     whole = Net()
     trainer(tmp_path, callback(), max_epochs=2, enable_checkpointing=False).fit(whole, loader())
@@ -90,6 +116,26 @@ def test_resume_is_exact(tmp_path):
     )
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_that_is_loaded_in_part_is_refused(tmp_path):
+    class Lax(Net):
+        """Loads what it finds."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.strict_loading = False
+
+    half = trainer(tmp_path, callback(finalize=False), max_epochs=1)
+    half.fit(Lax(), loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=False)
+    saved["state_dict"]["final.bias"] = saved["state_dict"].pop("last.bias")
+    torch.save(saved, tmp_path / "renamed.ckpt")
+    with pytest.raises(StateError, match=r"1 of the network's 4 tensors .*\(last\.bias\)"):
+        trainer(tmp_path, callback(), max_epochs=2, enable_checkpointing=False).fit(
+            Lax(), loader(), ckpt_path=str(tmp_path / "renamed.ckpt"), weights_only=False
+        )
 
 
 def test_a_trainer_without_an_end_is_refused(tmp_path):

@@ -1,9 +1,11 @@
-"""Installing: with a compiler, without one, and from an sdist; none of them may fail."""
+"""Installing: with a compiler, without one, from an sdist and as a wheel; none of them may fail."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,8 @@ def tree(tmp_path) -> Path:
     """A copy of what is checked in, so that no build touches the checkout."""
     tree = tmp_path / "tree"
     tree.mkdir()
-    names = ["csrc", "src", "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"]
+    names = ["csrc", "src", "setup.py", "pyproject.toml", "MANIFEST.in"]
+    names += ["LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"]
     for name in names:
         source = ROOT / name
         if source.is_dir():
@@ -75,6 +78,55 @@ def test_from_an_sdist(tree, tmp_path):
     (tree / "dist").mkdir(exist_ok=True)
     name = run(sys.executable, "-c", code, cwd=tree).strip().splitlines()[-1]
     assert install(tree / "dist" / name, tmp_path / "site").count("native: True") == 1
+
+
+def wheel(tree: Path, **environment: str) -> Path:
+    code = "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))"
+    (tree / "dist").mkdir(exist_ok=True)
+    said = run(sys.executable, "-c", code, cwd=tree, **environment)
+    (name,) = (line for line in said.splitlines() if line.startswith("nmflow-") and ".whl" in line)
+    return tree / "dist" / name
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_a_wheel_is_of_its_platform_and_of_every_python(tree):
+    made = wheel(tree, NMFLOW_BUILD="required")
+    _, _, python, abi, place = made.stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    assert place.endswith(platform.machine())
+    names = zipfile.ZipFile(made).namelist()
+    assert "nmflow/_native.so" in names
+    assert "nmflow/py.typed" in names
+    configs = {name for name in names if name.startswith("nmflow/experiments/configs/")}
+    assert {"demo.yaml", "sweeps/demo.yaml", "two-cores/vit-cifar10.yaml"} <= {
+        name.removeprefix("nmflow/experiments/configs/") for name in configs
+    }
+    assert not [name for name in configs if "/study/" in name]
+
+
+def test_a_wheel_without_the_library_is_of_every_platform(tree, tmp_path):
+    made = wheel(tree, NMFLOW_BUILD="none")
+    assert made.name.endswith("-py3-none-any.whl")
+    assert not [n for n in zipfile.ZipFile(made).namelist() if "_native" in n]
+    assert "native: False the library was not built" in install(made, tmp_path / "site")
+
+
+@pytest.mark.parametrize("given", [{"CXX": "/bin/false"}, {"CXX": "/nowhere/c++"}])
+def test_a_required_library_that_fails_is_an_error(tree, given):
+    with pytest.raises(AssertionError, match=r"does not run|No such file"):
+        wheel(tree, NMFLOW_BUILD="required", **given)
+
+
+def test_an_unknown_way_to_build_is_an_error(tree):
+    with pytest.raises(AssertionError, match="must be optional, required or none"):
+        wheel(tree, NMFLOW_BUILD="maybe")
+
+
+def test_an_installed_package_knows_its_configurations(tree, tmp_path):
+    install(tree, tmp_path / "site", NMFLOW_BUILD="none")
+    code = "from nmflow.experiments import config; print(config.load('demo').name)"
+    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert said.split() == ["demo"]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

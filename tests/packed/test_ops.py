@@ -225,7 +225,7 @@ def test_weight_dtype_may_be_read_in_a_compiled_forward() -> None:
             return self.wo(x.to(self.wo.weight.dtype))
 
     model = Asks()
-    program = torch.export.export(model, (torch.randn(2, 64),))
+    program = torch.export.export(model, (torch.randn(2, 64),), strict=False)
     ops = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert "nmflow.matmul.default" in ops
     torch._dynamo.reset()

@@ -323,6 +323,6 @@ def test_bad_input():
         gradient_noise(model, square_loss, batches, targets)
 
 
-@pytest.mark.parametrize("module", [nmflow.diagnostics, nmflow.noise])
+@pytest.mark.parametrize("module", [nmflow.inspect.track, nmflow.inspect.noise])
 def test_examples(module):
     assert doctest.testmod(module).failed == 0

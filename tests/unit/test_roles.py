@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import nmflow
 import reference
 from models import BY_ID
 from nmflow.errors import NMFlowError, NMFlowWarning, PlanError
+from nmflow.inspect.record import write_record
 from nmflow.pattern import Pattern
 from nmflow.select.plan import plan
 from nmflow.select.states import layers_of_state
@@ -250,7 +252,7 @@ def test_flops_of_experts_are_those_of_the_experts_that_tokens_use(way):
     assert found.training_flops == found.dense_step - 2 * (once * 3 // 4)
 
 
-def test_pruned_experts_are_audited_costed_and_left_dense_by_compress():
+def test_pruned_experts_are_audited_costed_and_left_dense_by_compress(tmp_path):
     family = BY_ID["experts"]
     model = family.build(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -261,6 +263,14 @@ def test_pruned_experts_are_audited_costed_and_left_dense_by_compress():
     flow.finalize()
     assert nmflow.audit(model, "1:4@2").ok
     assert not nmflow.audit(model, "1:8").rows[0].holds
+    assert [(row.name, str(row.pattern)) for row in nmflow.audit(model).rows] == [
+        ("up_experts.proj", "1:4"), ("down_experts.proj", "1:4")
+    ]  # fmt: skip
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert write_record(tmp_path, flow.plan, dict(model.named_parameters())) == []
+    recorded = nmflow.audit(tmp_path)
+    assert recorded.ok
+    assert [str(row.pattern) for row in recorded.rows] == ["1:4@2", "1:4@2"]
     found = nmflow.cost(model, torch.zeros(4, 8), "1:4@2")
     weights = 3 * 16 * 8 + 3 * 16 * 4
     assert (found.targeted, found.kept) == (weights, weights // 4)

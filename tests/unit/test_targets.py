@@ -405,12 +405,12 @@ def test_what_m_does_not_divide_is_an_error_or_skipped():
 
 BAD = [
     ({"include": "*attention*"}, r"'\*attention\*' matches no weight.*ff: mlp\.fc1\.weight"),
-    ({"include": ["ff", "fc9"]}, r"'fc9' matches no weight; did you mean '\*\.fc[12]\.\*'"),
-    ({"include": "mpl"}, r"'mpl' matches no weight; did you mean '\*\.mlp\.\*'\?"),
+    ({"include": ["ff", "fc9"]}, r"'fc9' matches no weight: did you mean '\*\.fc[12]\.\*'"),
+    ({"include": "mpl"}, r"'mpl' matches no weight: did you mean '\*\.mlp\.\*'\?"),
     ({"include": "atn"}, "did you mean"),
     ({"include": "fff"}, r"did you mean 'ff'\?"),
     ({"include": "mlp.*.x"}, "matches no weight"),
-    ({"pattern": {"f": "1:4", "*": "1:4"}}, "'f' matches no weight; did you mean"),
+    ({"pattern": {"f": "1:4", "*": "1:4"}}, "'f' matches no weight: did you mean"),
     ({"pattern": {"*": "1:4", "ff": "1:2"}}, r"'ff' takes nothing.*taken by the earlier '\*'"),
     ({"pattern": {"ff": "1:4"}, "include": "attn"}, r"'ff' takes nothing.*outside of include"),
     ({"pattern": {"ff": "1:4"}, "include": ["ff", "attn"]}, "include 'attn' takes nothing"),

@@ -7,6 +7,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,6 +97,11 @@ class Bench:
             one = self.rows[0]
             lines.append(f"{one.threads} threads, {one.cpu}, {one.versions}")
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rows and the shares, as plain types for JSON."""
+        shares = [{"way": w, "dtype": d, "shares": parts} for (w, d), parts in self.shares.items()]
+        return {"rows": [asdict(row) for row in self.rows], "shares": shares}
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a row per way; raises `CompressError` where the file cannot be written."""

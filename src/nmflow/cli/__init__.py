@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from typing import NoReturn
 
 from nmflow.errors import NMFlowError
+from nmflow.text_table import printable
 
-ORDER = ("train", "sweep", "report", "plan", "audit", "cost", "compress", "bench")
+ORDER = ("train", "sweep", "report", "plan", "audit", "cost", "compress", "bench", "doctor")
 
 
 def commands() -> list[str]:
@@ -21,36 +23,45 @@ def app():
     """The typer application with every command of this folder."""
     import typer
 
+    from nmflow.cli._start import start
+
     made = typer.Typer(
         name="nmflow",
-        help=(_version.__doc__ or ""),
+        help=start.__doc__,
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
     # With a callback a lone command keeps its name.
-    made.callback()(_version)
+    made.callback()(start)
     for name in commands():
         made.command(name)(getattr(importlib.import_module(f"nmflow.cli.{name}"), name))
     return made
 
 
-def _version() -> None:
-    """Train networks to N:M structured sparsity; N is the number of weights kept of every M."""
-
-
 def main() -> None:
-    """Run a command; a mistake of the user is one sentence and exit code 1."""
+    """Run a command; a mistake of the user is one sentence and exit code 2.
+
+    A command that a signal stopped ends with the code that a shell expects: 130, or 143.
+    """
+    from nmflow.experiments.stopping import Stopped
+
     try:
         app()()
     except NMFlowError as error:
-        sys.exit(f"nmflow: {error}")
+        _end(str(error))
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("nmflow"):
             raise
-        sys.exit(
-            f"nmflow: the package {error.name!r} is missing: install the experiments with "
+        _end(
+            f"the package {error.name!r} is missing: install the experiments with "
             "pip install 'nmflow[experiments]'"
         )
-    except KeyboardInterrupt:
-        sys.exit("nmflow: stopped; the same command goes on from the last checkpoint")
+    except Stopped as stopped:
+        sys.stderr.write(f"nmflow: {stopped}\n")
+        sys.exit(stopped.exit_code)
+
+
+def _end(sentence: str) -> NoReturn:
+    # Exit code 1 is the answer "no" of a command that judges, such as audit.
+    sys.stderr.write(f"nmflow: {printable(sentence)}\n")
+    sys.exit(2)

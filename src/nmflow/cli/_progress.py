@@ -1,8 +1,10 @@
-"""Progress bars with the time left, for commands that train."""
+"""What commands that train say along the way: bars on a terminal, lines of a log elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,32 +24,126 @@ if TYPE_CHECKING:
     from nmflow.experiments.config import Run
     from nmflow.experiments.training import Progress as Step
 
+INTERVAL = 30.0
+"""Seconds between two lines of one run."""
 
-class Watcher:
-    """One bar for all runs, and one for each run at work."""
 
-    def __init__(self, runs: Sequence[Run], folder: Path, console: Console) -> None:
-        self.titles = {
-            run.id: f"{run.recipe.title} {run.pattern_text} seed {run.seed}" for run in runs
-        }
-        pending = [run for run in runs if not RunFolder(folder / run.id).finished]
+def watcher(runs: Sequence[Run], folder: Path, console: Console) -> Bars | Lines:
+    """What suits the console: one that is quiet hears nothing of either."""
+    pending = [run for run in runs if not RunFolder(folder / run.id).finished]
+    return Bars(pending, console) if console.is_terminal else Lines(pending, console)
+
+
+def stopping_soon() -> None:
+    """Say on the error output, from a signal's handler, that work goes on to its next save."""
+    os.write(2, b"\nnmflow: stopping when a checkpoint is saved; once more stops at once\n")
+
+
+def title(run: Run) -> str:
+    """A run as people read it."""
+    return f"{run.recipe.title} {run.pattern_text} seed {run.seed}"
+
+
+class Lines:
+    """A line of log where a run begins, changes its phase or ends, and every `INTERVAL` seconds.
+
+    Args:
+        runs: the runs that are not finished.
+        console: where the lines go.
+        clock: seconds of a steady clock.
+    """
+
+    def __init__(
+        self, runs: Sequence[Run], console: Console, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.titles = {run.id: title(run) for run in runs}
+        self.console, self.clock = console, clock
+        self.seen: dict[str, _Seen] = {}
+        self.done: set[str] = set()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def notify(self, now: Step) -> None:
+        """Write a line if one is due."""
+        at = self.clock()
+        run = self.seen.get(now.run)
+        begins = run is None
+        if run is None:
+            run = self.seen[now.run] = _Seen(now.step, at)
+        run.loss = run.loss if now.loss is None else now.loss
+        ends = now.step >= now.steps and now.run not in self.done
+        if ends:
+            self.done.add(now.run)
+        phase = now.phase is not None and now.phase != run.phase
+        run.phase = now.phase or run.phase
+        if begins or ends or (now.step < now.steps and (phase or at - run.said >= INTERVAL)):
+            run.said = at
+            self._say(now, run, at, ends)
+
+    def _say(self, now: Step, run: _Seen, at: float, ends: bool) -> None:
+        parts = [f"step {now.step:,}/{now.steps:,}"]
+        if run.phase:
+            parts.append(run.phase)
+        if run.loss is not None:
+            parts.append(f"loss {run.loss:.4f}")
+        done = now.step - run.first
+        if ends:
+            parts.append(f"trained, {len(self.done)} of {len(self.titles)} runs")
+        elif done > 0:
+            parts.append(f"{_span((at - run.began) / done * (now.steps - now.step))} left")
+        self.console.print(
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.titles[now.run]}: {', '.join(parts)}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+class _Seen:
+    """What was last said of a run."""
+
+    def __init__(self, first: int, at: float) -> None:
+        self.first, self.began, self.said = first, at, at
+        self.loss: float | None = None
+        self.phase: str | None = None
+
+
+def _span(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+class Bars:
+    """One bar for all runs, and one for each run at work.
+
+    Args:
+        runs: the runs that are not finished.
+        console: where the bars are drawn.
+    """
+
+    def __init__(self, runs: Sequence[Run], console: Console) -> None:
+        self.titles = {run.id: title(run) for run in runs}
         self.bars = Progress(
-            TextColumn("{task.description:<40}"),
+            TextColumn("{task.description:<40}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
         )
         # 0 where a budget decides, until the run says how many steps it buys.
-        self.expected = {run.id: run.training.steps for run in pending}
+        self.expected = {run.id: run.training.steps for run in runs}
         self.done: set[str] = set()
         self.all = self.bars.add_task("all steps", total=self._total(), note="")
         self.tasks: dict[str, Any] = {}
         self.steps: dict[str, int] = {}
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> Bars:
         self.bars.start()
         return self
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nmflow.cli._output import JSON, show
+
 
 def bench(
     model: Annotated[
@@ -32,18 +34,21 @@ def bench(
     network: Annotated[bool, typer.Option(help="Measure the whole network.")] = True,
     onnx: Annotated[bool, typer.Option(help="Measure onnxruntime too (the extra onnx).")] = False,
     seconds: Annotated[float, typer.Option(min=0.001, help="Time for each way.")] = 0.2,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for bench.csv and bench.png.")
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for bench.csv and bench.png."),
     ] = None,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Measure packed layers and the packed network against the best dense way."""
     import torch
-    from rich.console import Console
+    from rich.text import Text
 
     from nmflow.bench import networks
     from nmflow.bench.bench import bench as measure
     from nmflow.bench.plots import plot
     from nmflow.cli._errors import globs
+    from nmflow.cli._output import console
     from nmflow.errors import CompressError
 
     counts = []
@@ -51,15 +56,16 @@ def bench(
         if not text.isdigit():
             raise CompressError(f"tokens is {tokens!r}: give numbers such as 1,16,197")
         counts.append(int(text))
-    if out is not None:  # before minutes of measuring, not after
+    if output is not None:  # before minutes of measuring, not after
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CompressError(f"out is '{out}', which cannot be written: {error}") from error
-    console = Console()
+            raise CompressError(
+                f"output is '{output}', which cannot be written: {error}"
+            ) from error
     torch.set_num_threads(threads)
     built = networks.network(model)
-    with Console(stderr=True).status("building the network") as status:
+    with console(stderr=True).status("building the network") as status:
         found = measure(
             built,
             networks.example(built, batch, length),
@@ -73,10 +79,10 @@ def bench(
             onnx,
             seconds,
             Path(model).name,
-            lambda what: status.update(f"measuring {what}"),
+            lambda what: status.update(Text(f"measuring {what}")),
         )
-    console.print(str(found), soft_wrap=True, markup=False, highlight=False)
-    if out is not None:
-        found.to_csv(out / "bench.csv")
-        plot(found, out / "bench.png")
-        console.print(f"wrote {out / 'bench.csv'} and {out / 'bench.png'}", markup=False)
+    show(found, as_json)
+    if output is not None:
+        found.to_csv(output / "bench.csv")
+        plot(found, output / "bench.png")
+        typer.echo(f"wrote {output / 'bench.csv'} and {output / 'bench.png'}", err=as_json)

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from nmflow.cli._output import JSON
+
 
 def cost(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file, or a name such as demo.")],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key: pattern=1:8."),
     ] = None,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Print parameters, bytes with the index, and FLOPs of one example, for every recipe."""
-    from rich.console import Console
-
     import nmflow
     from nmflow.cli._networks import network
     from nmflow.experiments.budget import steps
     from nmflow.experiments.config import load
 
-    console = Console()
     model, run, example = network(config, config_only=True, overrides=set_)
+    costs = {}
     for spec in load(config, set_).recipes:
-        found = nmflow.cost(
+        costs[spec.title] = nmflow.cost(
             model,
             example,
             pattern=run.pattern,
@@ -35,5 +37,9 @@ def cost(
             recipe=spec.build(),
             total_steps=steps(run.model_copy(update={"recipe": spec}), model, example),
         )
-        console.print(f"{spec.title}, {run.pattern_text}", style="bold")
-        console.print(str(found), soft_wrap=True, markup=False, highlight=False)
+    if as_json:
+        typer.echo(json.dumps({title: found.to_dict() for title, found in costs.items()}, indent=1))
+        return
+    for title, found in costs.items():
+        typer.secho(f"{title}, {run.pattern_text}", bold=True)
+        typer.echo(str(found))

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from nmflow.cli._output import JSON, show
+
 
 def plan(
-    source: Annotated[Path, typer.Argument(help="A YAML file, or a model's folder.")],
+    source: Annotated[Path, typer.Argument(help="A YAML file, a name, or a model's folder.")],
     pattern: Annotated[
         str | None, typer.Option(help="N:M with N kept; a YAML file has its own.")
     ] = None,
@@ -22,10 +24,9 @@ def plan(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key: pattern=1:8."),
     ] = None,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Print the weights that SOURCE's network would have pruned, and what is left out and why."""
-    from rich.console import Console
-
     import nmflow
     from nmflow.cli._errors import globs
     from nmflow.cli._networks import network
@@ -38,4 +39,4 @@ def plan(
         globs(exclude) if exclude else (run.exclude if run else []),
         remainder=remainder or (run.remainder if run else "auto"),
     )
-    Console().print(str(chosen), soft_wrap=True, markup=False, highlight=False)
+    show(chosen, as_json)

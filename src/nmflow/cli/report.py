@@ -17,12 +17,13 @@ def report(
         str, typer.Option(help="The recipe that the others are compared with.")
     ] = "sr-ste",
     time: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--time",
-            help="Measure the inference time of each distinct saved network, on this machine.",
+            "--time/--no-time",
+            help="Measure the inference time of each distinct saved network, on this machine; by "
+            "default where that takes seconds.",
         ),
-    ] = False,
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="With --time: examples in a batch; by default 1.")
     ] = None,
@@ -31,8 +32,9 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html, report.md and CSV files over the finished runs in RUNS."""
-    from rich.console import Console
+    from rich.text import Text
 
+    from nmflow.cli._output import console
     from nmflow.errors import ConfigError
     from nmflow.experiments.report import times
     from nmflow.experiments.report.page import write_report
@@ -41,15 +43,19 @@ def report(
     for name, value in (("batch", batch), ("threads", threads)):
         if value is not None and not time:
             raise ConfigError(f"{name} is {value} without a measurement: add --time")
-    taken = None
+    taken, results = None, finished_runs(list(runs))
+    if time is None:
+        time = not times.read(results).entries and times.quick(results)
     if time:
         batch, threads = batch or 1, threads or 1
-        results = finished_runs(list(runs))
-        with Console(stderr=True).status("measuring inference time") as status:
+        with console(stderr=True).status("measuring inference time") as status:
             problems = times.measure(
-                results, batch, threads, progress=lambda what: status.update(f"measuring {what}")
+                results,
+                batch,
+                threads,
+                progress=lambda what: status.update(Text(f"measuring {what}")),
             )
         taken = times.read(results, (batch, threads))
         taken.problems = problems
     place = write_report(list(runs), output or runs[0] / "report", baseline, taken)
-    Console().print(f"report: {place}", soft_wrap=True)
+    console().print(f"report: {place}")

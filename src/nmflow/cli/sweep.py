@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from nmflow.cli._catalog import list_option
+
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A YAML file, such as configs/sweeps/demo.yaml.")],
+    file: Annotated[Path, typer.Argument(help="A YAML file, or a name such as demo.")],
     output: Annotated[Path | None, typer.Option(help="The folder of the results.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Cells at work at a time; 0 chooses.")
@@ -24,29 +27,50 @@ def sweep(
     backend: Annotated[
         str, typer.Option(help="'processes' on this machine, or 'ray' on a cluster.")
     ] = "processes",
+    list_: Annotated[bool, list_option("sweeps")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but what goes wrong.")
+    ] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print the table as JSON; all else to standard error.")
+    ] = False,
 ) -> None:
-    """Train every cell of FILE that is not finished; a killed sweep goes on where it was."""
-    from rich.console import Console
+    """Train every cell of FILE that is not finished; a killed sweep goes on where it was.
 
-    from nmflow.cli._progress import Watcher
+    Ctrl-C and SIGTERM save a checkpoint of each cell at its next step; a second one stops at once.
+    """
+    from nmflow.cli._output import console
+    from nmflow.cli._progress import stopping_soon, watcher
     from nmflow.errors import NMFlowError
+    from nmflow.experiments import stopping
     from nmflow.experiments import sweep as sweeps
 
     found = sweeps.load(file, set_ or (), output)
     # Under torchrun only the first process speaks.
-    console = Console(soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
+    first = os.environ.get("RANK", "0") == "0"
+    out = console(json_, quiet or not first)
     done = len(found.finished)
     known = f", {done} are finished" if done else ""
-    console.print(f"{len(found.cells)} cells into {found.store}{known}", soft_wrap=True)
-    with Watcher(found.runs, found.store, console) as watcher:
-        failed = sweeps.run(found, backend, workers, watcher.notify)  # type: ignore[arg-type]
+    out.print(f"{len(found.cells)} cells into {found.store}{known}")
+    watching = watcher(found.runs, found.store, out)
+    with stopping.watched(stopping_soon), watching:
+        failed = sweeps.run(found, backend, workers, watching.notify)  # type: ignore[arg-type]
+    if json_ and first:
+        typer.echo(_as_json(found, failed))
     for _, sentence in failed[1:]:
-        console.print(f"failed: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"failed: {sentence}")
     if failed:
         others = f" ({len(failed)} of {len(found.cells)} cells failed)" if len(failed) > 1 else ""
         raise NMFlowError(failed[0][1] + others)
-    console.print(
+    out.print(
         f"all {len(found.cells)} cells are finished: {found.folder / 'results.csv'} and .parquet; "
         f"now: nmflow report {found.folder}",
-        soft_wrap=True,
     )
+
+
+def _as_json(found: Any, failed: list[tuple[str, str]]) -> str:
+    """The rows of the table, and the sentences of what failed."""
+    from nmflow.experiments.sweep_table import records
+
+    said = [{"cell": cell, "error": sentence} for cell, sentence in failed]
+    return json.dumps({"cells": records(found), "failed": said}, indent=1, allow_nan=False)

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from nmflow.cli._catalog import list_option
+
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/demo.yaml.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file, or a name such as demo.")],
     output: Annotated[Path | None, typer.Option(help="The folder of the runs.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes side by side; 0 chooses.")
@@ -19,21 +21,29 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.steps=100."),
     ] = None,
+    list_: Annotated[bool, list_option("")] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Try the whole path: two steps, no network needed.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but what goes wrong.")
+    ] = False,
 ) -> None:
-    """Train every recipe and seed of CONFIG; a stopped command goes on where it was."""
-    from rich.console import Console
+    """Train every recipe and seed of CONFIG; a stopped command goes on where it was.
 
-    from nmflow.cli._progress import Watcher
+    Ctrl-C and SIGTERM save a checkpoint at the next step; a second one stops at once.
+    """
+    from nmflow.cli._output import console
+    from nmflow.cli._progress import stopping_soon, watcher
     from nmflow.errors import NMFlowError
     from nmflow.experiments import config as configs
-    from nmflow.experiments.run_folder import RunFolder, check_writable
+    from nmflow.experiments import stopping
+    from nmflow.experiments.files import check_writable
+    from nmflow.experiments.run_folder import RunFolder
 
     experiment = configs.load(config, set_)
     if smoke:
-        return _smoke(experiment, output)
+        return _smoke(experiment, output, quiet)
     runs = list(experiment.runs())
     folder = output or experiment.folder
     done = sum(RunFolder(folder / run.id).finished for run in runs)
@@ -41,40 +51,35 @@ def train(
     first = os.environ.get("RANK", "0") == "0"
     if first:
         check_writable(folder)
-    console = Console(soft_wrap=True, quiet=not first)
-    console.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
-    if done < len(runs):
+    out = console(quiet=quiet or not first)
+    out.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
+    with stopping.watched(stopping_soon):
         # Only now: importing torch and transformers takes seconds.
         from nmflow.experiments.runner import run_all
 
-        with Watcher(runs, folder, console) as watcher:
-            failed = run_all(
-                runs,
-                folder,
-                experiment.workers if workers is None else workers,
-                experiment.threads,
-                watcher.notify,
-            )
-        if failed:
-            others = f" ({len(failed)} of {len(runs)} runs failed)" if len(failed) > 1 else ""
-            raise NMFlowError(failed[0][1] + others)
-    console.print(f"all {len(runs)} runs are finished; now: nmflow report {folder}")
+        many = experiment.workers if workers is None else workers
+        with watcher(runs, folder, out) as watching:
+            failed = run_all(runs, folder, many, experiment.threads, watching.notify)
+    for _, sentence in failed[1:]:
+        out.print(f"failed: {sentence}")
+    if failed:
+        others = f" ({len(failed)} of {len(runs)} runs failed)" if len(failed) > 1 else ""
+        raise NMFlowError(failed[0][1] + others)
+    out.print(f"all {len(runs)} runs are finished; now: nmflow report {folder}")
 
 
-def _smoke(experiment: Any, output: Path | None) -> None:
-    from rich.console import Console
-
+def _smoke(experiment: Any, output: Path | None, quiet: bool) -> None:
+    from nmflow.cli._output import console
     from nmflow.experiments.smoke import folder_of, smoke
 
-    console = Console(soft_wrap=True)
+    out = console(quiet=quiet)
     folder = folder_of(experiment, output)
     result = smoke(experiment, folder)
     about, cost = result["smoke"], result["cost"]
     for sentence in about["instead"]:
-        console.print(f"instead: {sentence}", highlight=False)
-    console.print(
+        out.print(f"instead: {sentence}")
+    out.print(
         f"{experiment.name}: {cost['parameters']:,} parameters, {len(result['audit']['rows'])} "
         f"weights hold {result['pattern']} in memory and on disk; {about['seconds']} s, "
         f"{about['peak_bytes'] / 2**30:.1f} GiB at most; {folder}",
-        highlight=False,
     )

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from nmflow import disk
 from nmflow.errors import ConfigError
+from nmflow.experiments import catalog
 from nmflow.experiments.config_errors import parse
 from nmflow.experiments.specs import Count, Data, Globs, Model, RecipeSpec, Strict, Training
 from nmflow.experiments.tasks import options
@@ -120,8 +122,13 @@ class Experiment(Setting):
                 yield Run(**shared, recipe=recipe, seed=seed)
 
 
+_LARGEST_FILE = 8 << 20
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
     """Read a YAML file, set `key.path=value` overrides, and check it.
+
+    `path` may be a name of the catalog, such as `demo`.
 
     Raises:
         ConfigError: a missing file, a file that is no YAML mapping, an unknown key, a wrong type.
@@ -135,14 +142,14 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
     return parse(Experiment, raw, str(path))
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, unchecked."""
+def read(path: str | Path, kind: str = "") -> dict[str, Any]:
+    """The mapping in a YAML file, or in the catalog's of that name and `kind`, unchecked."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = disk.read_bytes(catalog.find(path, kind), _LARGEST_FILE).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(
-            f"config is {str(path)!r}: {reason}; give the path of a YAML file"
+            f"config is {str(path)!r}: {reason}; {catalog.instead(path, kind)}"
         ) from None
     raw = plain(text, f"config {str(path)!r}")
     if not isinstance(raw, dict):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from nmflow.experiments import checkpoints
+from nmflow.experiments.files import write
 from nmflow.inspect.noise import gradient_noise
 from nmflow.inspect.track import Tracker, track
 from nmflow.integrations.transformers import NMFlowCallback
@@ -25,16 +29,40 @@ class NoiseCallback(TrainerCallback):
         batches: independent batches for the noise at frozen weights, at every quarter of the run;
             0 takes none.
         draw: draws a batch of training data with a generator of its own.
+        checkpoint: where the run goes on from, if it does.
     """
 
-    def __init__(self, attached: NMFlowCallback, every: int, batches: int, draw: Any) -> None:
+    def __init__(
+        self,
+        attached: NMFlowCallback,
+        every: int,
+        batches: int,
+        draw: Any,
+        checkpoint: Path | None = None,
+    ) -> None:
         self.attached, self.every, self.batches, self.draw = attached, every, batches, draw
+        self.checkpoint = checkpoint
         self.tracker: Tracker | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Track the flow that has just been attached."""
-        if self.every and self.attached.flow is not None:
-            self.tracker = track(self.attached.flow, self.every, per_target=False)
+        """Track the flow that has just been attached, on from where the tracker was."""
+        if not self.every or self.attached.flow is None:
+            return
+        self.tracker = track(self.attached.flow, self.every, per_target=False)
+        file = None if self.checkpoint is None else self.checkpoint / _file(args)
+        if file is not None and file.is_file():
+            held = torch.load(file, map_location=args.device, weights_only=True)
+            self.tracker.load_state_dict(held["tracker"])
+            self.tracker.rows[:] = held["rows"]
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what the next row is compared with, and the rows that no entry of the log has."""
+        if self.tracker is not None:
+            held = {"tracker": self.tracker.state_dict(), "rows": self.tracker.rows}
+            sink = io.BytesIO()
+            torch.save(held, sink)
+            folder = checkpoints.place(Path(args.output_dir), state.global_step)
+            write(folder / _file(args), sink.getvalue())
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put what was tracked since the last entry into the log."""
@@ -83,6 +111,11 @@ def frozen(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for entry in log
         if "nmflow_frozen" in entry
     ]
+
+
+def _file(args: Any) -> str:
+    # Each process tracks its own part of a sharded network.
+    return f"tracker-{args.process_index}.pt"
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nmflow.errors import ConfigError, NMFlowError
 from nmflow.experiments.config import Run
+from nmflow.experiments.pool import Failure
+from nmflow.experiments.recorder import Notify, Progress
 from nmflow.experiments.run_folder import RunFolder
-from nmflow.experiments.runner import Failure, take
-from nmflow.experiments.training import Progress, train
+from nmflow.experiments.runner import take, unfinished
+from nmflow.experiments.training import train
 
 RETRIES = 2  # of a run whose machine or process is lost; it goes on from its checkpoint
 
@@ -22,7 +24,7 @@ def run_on_ray(
     folder: Path,
     workers: int = 0,
     threads: int = 0,
-    notify: Callable[[Progress], None] | None = None,
+    notify: Notify | None = None,
 ) -> list[Failure]:
     """Train what is not finished as tasks of Ray; arguments and result are those of `run_all`.
 
@@ -34,7 +36,7 @@ def run_on_ray(
     """
     ray = _ray()
     queues = importlib.import_module("ray.util.queue")
-    waiting = [run for run in runs if not RunFolder(folder / run.id).finished]
+    waiting = unfinished(runs, folder)
     ours = not ray.is_initialized()
     if ours:
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
@@ -82,7 +84,7 @@ def _ray() -> Any:
         ) from None
 
 
-def _pass_on(queue: Any, notify: Callable[[Progress], None] | None) -> None:
+def _pass_on(queue: Any, notify: Notify | None) -> None:
     for now in queue.get_nowait_batch(queue.qsize()):
         if notify is not None:
             notify(Progress(*now))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import sys
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nmflow.errors import NMFlowError
+from nmflow.experiments import stopping
 from nmflow.experiments.config import Run
+from nmflow.experiments.pool import Failure, Pool
+from nmflow.experiments.recorder import Notify
 from nmflow.experiments.run_folder import RunFolder
-from nmflow.experiments.training import Progress, train
-
-Failure = tuple[str, str]
+from nmflow.experiments.training import train
 
 
 def run_all(
@@ -24,7 +20,7 @@ def run_all(
     folder: Path,
     workers: int = 0,
     threads: int = 0,
-    notify: Callable[[Progress], None] | None = None,
+    notify: Notify | None = None,
 ) -> list[Failure]:
     """Train what is not finished; a run that fails does not keep the others from running.
 
@@ -37,12 +33,25 @@ def run_all(
 
     Returns:
         The id of every run that failed, with its sentence.
+
+    Raises:
+        Stopped: under `stopping.watched()`, a signal; runs in training have saved a checkpoint.
     """
-    pending = [run for run in runs if not RunFolder(folder / run.id).finished]
+    pending = unfinished(runs, folder)
     workers, threads = share(len(pending), workers, threads)
     if workers <= 1:
         return _here(pending, folder, threads, notify)
-    return _Pool(pending, folder, workers, threads, notify).run()
+    return Pool(pending, folder, workers, threads, take, notify).run()
+
+
+def unfinished(runs: Sequence[Run], folder: Path) -> list[Run]:
+    """The runs without a result; what kills have left of the others is removed."""
+    places = {run.id: RunFolder(folder / run.id) for run in runs}
+    done = {name for name, place in places.items() if place.finished}
+    if os.environ.get("RANK", "0") == "0":
+        for name in done:
+            places[name].tidy_if_free()
+    return [run for run in runs if run.id not in done]
 
 
 def take(waiting: list[Run], folder: Path) -> Run:
@@ -77,9 +86,7 @@ def share(runs: int, workers: int, threads: int) -> tuple[int, int]:
     return workers, threads or max(1, min(cores // workers, most))
 
 
-def _here(
-    runs: Sequence[Run], folder: Path, threads: int, notify: Callable[[Progress], None] | None
-) -> list[Failure]:
+def _here(runs: Sequence[Run], folder: Path, threads: int, notify: Notify | None) -> list[Failure]:
     import torch
 
     before, failed = torch.get_num_threads(), []
@@ -92,118 +99,7 @@ def _here(
                 train(run, RunFolder(folder / run.id), notify)
             except NMFlowError as error:
                 failed.append((run.id, str(error)))
+            stopping.check(f"after {run.id}")
     finally:
         torch.set_num_threads(before)
     return failed
-
-
-class _Pool:
-    """Worker processes that live through many runs, since importing takes longer than a small one.
-
-    Each talks over a pipe: a worker whose parent was killed finds it broken and ends.
-    """
-
-    def __init__(
-        self,
-        runs: Sequence[Run],
-        folder: Path,
-        workers: int,
-        threads: int,
-        notify: Callable[[Progress], None] | None,
-    ) -> None:
-        self.waiting, self.folder, self.notify = list(runs), folder, notify
-        self.workers, self.threads = workers, threads
-        self.failed: list[Failure] = []
-        self.live: dict[Connection, tuple[Any, Run, int]] = {}
-
-    def run(self) -> list[Failure]:
-        try:
-            for place in range(self.workers):
-                self._start(place)
-            while self.live:
-                for pipe in wait(list(self.live)):
-                    self._hear(pipe)  # type: ignore[arg-type]
-        finally:
-            for process, _, _ in self.live.values():
-                process.terminate()
-            for process, _, _ in self.live.values():
-                process.join()
-        return self.failed
-
-    def _start(self, place: int) -> None:
-        if not self.waiting:
-            return
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        work = (theirs, str(self.folder), self.threads, place, self.workers)
-        process = context.Process(target=_work, args=work, daemon=True)
-        process.start()
-        theirs.close()
-        run = take(self.waiting, self.folder)
-        ours.send(run.model_dump_json())
-        self.live[ours] = (process, run, place)
-
-    def _hear(self, pipe: Connection) -> None:
-        process, run, place = self.live[pipe]
-        try:
-            message = pipe.recv()
-        except EOFError:
-            process.join()
-            del self.live[pipe]
-            self.failed.append((run.id, f"run {run.id} {_death(process.exitcode)}"))
-            self._start(place)
-            return
-        if isinstance(message, Progress):
-            if self.notify is not None:
-                self.notify(message)
-            return
-        if message is not None:
-            self.failed.append((run.id, message))
-        if self.waiting:
-            run = take(self.waiting, self.folder)
-            pipe.send(run.model_dump_json())
-            self.live[pipe] = (process, run, place)
-        else:
-            pipe.close()
-            process.join()
-            del self.live[pipe]
-
-
-def _death(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"was killed by {name} (out of memory?): start again, and it goes on"
-    return f"ended with exit code {code} and a traceback above: start again, and it goes on"
-
-
-def cores_of(place: int, workers: int, threads: int, cores: Sequence[int]) -> list[int]:
-    """The cores of one worker: its own where the workers take all, else any of them.
-
-    Where some are left, another sweep may be at work, whose workers would take the same.
-    """
-    if workers * threads < len(cores):
-        return list(cores)
-    return [cores[(place * threads + i) % len(cores)] for i in range(threads)]
-
-
-def _work(pipe: Connection, folder: str, threads: int, place: int, workers: int) -> None:
-    """A worker: takes runs until the pipe closes; sends progress, then None or a sentence."""
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us; one traceback is enough
-    torch.set_num_threads(threads)
-    if sys.platform == "linux":
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores_of(place, workers, threads, cores))
-    while True:
-        try:
-            run = Run.model_validate_json(pipe.recv())
-        except EOFError:
-            return
-        try:
-            train(run, RunFolder(Path(folder) / run.id), pipe.send)
-            pipe.send(None)
-        except NMFlowError as error:
-            pipe.send(str(error))
-        except BrokenPipeError:
-            return

@@ -14,7 +14,8 @@ import torch
 from nmflow.errors import ConfigError, NMFlowError
 from nmflow.experiments.config import Experiment, Run, parse
 from nmflow.experiments.data import synthetic
-from nmflow.experiments.run_folder import MODEL, RESULT, RunFolder, one_sentence, write_json
+from nmflow.experiments.files import one_sentence, write_json
+from nmflow.experiments.run_folder import MODEL, RESULT, RunFolder
 from nmflow.experiments.training import Notify, train
 from nmflow.inspect.audit import audit
 

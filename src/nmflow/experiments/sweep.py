@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from nmflow.errors import ConfigError
-from nmflow.experiments import config
+from nmflow.experiments import catalog, config
 from nmflow.experiments.config import Run
 from nmflow.experiments.config_errors import near
-from nmflow.experiments.run_folder import SWEEP, RunFolder, check_writable, write_json
+from nmflow.experiments.files import check_writable, write_json
+from nmflow.experiments.run_folder import SWEEP, RunFolder
 from nmflow.experiments.specs import Count, Strict
 from nmflow.experiments.yaml_values import plain
 
 if TYPE_CHECKING:
-    from nmflow.experiments.runner import Failure
-    from nmflow.experiments.training import Progress
+    from nmflow.experiments.pool import Failure
+    from nmflow.experiments.recorder import Notify
 
 Backend = Literal["processes", "ray"]
 BACKENDS: tuple[Backend, ...] = ("processes", "ray")
@@ -37,9 +38,9 @@ LISTS = {"recipes": "recipe", "seeds": "seed"}
 class File(Strict):
     """A sweep's file.
 
-    `base` is a configuration file, relative to this one, or its keys; `overrides` replaces some of
-    them by dotted key; `axes` gives the values that each dotted key takes in turn. The results go
-    to `output`, the runs to `cells`, which several sweeps may share.
+    `base` is a configuration file, relative to this one, a name of the catalog, or its keys;
+    `overrides` replaces some of them by dotted key; `axes` gives the values that each dotted key
+    takes in turn. The results go to `output`, the runs to `cells`, which several sweeps may share.
     """
 
     name: str = "sweep"
@@ -97,7 +98,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
     """Read a sweep's file and check every cell of it.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or a name of the catalog's sweeps.
         overrides: `key=value`; a key of the sweep itself (`axes.seed`, `threads`) or of its base.
         output: the folder of the results, in place of the file's.
 
@@ -105,7 +106,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
         ConfigError: a mistake in the file or in its base, an axis of an unknown key or without a
             value, two axes of one key, or cells that are the same run.
     """
-    raw = config.read(path)
+    raw = config.read(path, catalog.SWEEPS)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -119,7 +120,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
     file: File = config.parse(File, raw, str(path))
     folder = output or Path(file.output.replace("{name}", file.name))
     store = Path(file.cells.replace("{output}", str(folder)).replace("{name}", file.name))
-    base, axes = _base(file, Path(path))
+    base, axes = _base(file, catalog.find(path, catalog.SWEEPS))
     cells = tuple(expand(base, axes, str(path)))
     return Sweep(file.name, tuple(axes), cells, folder, store, file.workers, file.threads)
 
@@ -163,7 +164,7 @@ def run(
     sweep: Sweep,
     backend: Backend = "processes",
     workers: int | None = None,
-    notify: Callable[[Progress], None] | None = None,
+    notify: Notify | None = None,
 ) -> list[Failure]:
     """Train the cells that are not finished, then write the table over all that are.
 
@@ -183,8 +184,7 @@ def run(
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}: choose from {', '.join(BACKENDS)}")
     _check_networks(sweep.runs)
-    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process writes
-    if first:
+    if first := os.environ.get("RANK", "0") == "0":  # under torchrun one process writes
         prepare(sweep)
     many = sweep.workers if workers is None else workers
     from nmflow.experiments.sweep_table import write_table
@@ -199,7 +199,8 @@ def run(
         return run_all(sweep.runs, sweep.store, many, sweep.threads, notify)
     finally:
         if first and sweep.finished:
-            write_table(sweep)
+            with RunFolder(sweep.folder).lock():
+                write_table(sweep)
 
 
 def prepare(sweep: Sweep) -> None:
@@ -208,11 +209,13 @@ def prepare(sweep: Sweep) -> None:
         check_writable(folder)
     listed = [{"id": c.run.id, "config_hash": c.run.hash, **c.place} for c in sweep.cells]
     store = os.path.relpath(sweep.store, sweep.folder)  # so that both may be moved together
-    write_json(sweep.folder / SWEEP, {"name": sweep.name, "cells_in": store, "cells": listed})
+    with (place := RunFolder(sweep.folder)).lock():
+        place.tidy()
+        write_json(sweep.folder / SWEEP, {"name": sweep.name, "cells_in": store, "cells": listed})
 
 
 def _base(file: File, path: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    raw = dict(file.base if isinstance(file.base, dict) else config.read(path.parent / file.base))
+    raw = dict(file.base) if isinstance(file.base, dict) else _read_base(file.base, path.parent)
     for key, value in file.overrides.items():
         _assign(raw, key, value)
     lists = {one: raw.pop(many) for many, one in LISTS.items() if many in raw}
@@ -228,6 +231,11 @@ def _base(file: File, path: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]
             raise ConfigError(f"{path}: the base gives {values!r} for its {key}s: write a list")
         axes = {key: values, **axes}
     return raw, axes
+
+
+def _read_base(base: str, beside: Path) -> dict[str, Any]:
+    path = beside / base
+    return config.read(base if base in catalog.names() and not path.is_file() else path)
 
 
 def _keys(name: str, value: Any) -> list[str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from nmflow.experiments.run_folder import RunFolder, write
+from nmflow.experiments.files import write
+from nmflow.experiments.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from nmflow.experiments.sweep import Sweep
@@ -62,13 +63,20 @@ def table(sweep: Sweep) -> pd.DataFrame:
 
     Columns: `cell` (the run's folder), every axis, what the run was, its figures (`test_…`,
     `validation_…`), what it cost (counted FLOPs and bytes, seconds by the clock), and where it came
-    from (hashes, versions, device). An axis whose values are of several types is text.
+    from (hashes, versions, device). `resumed_at` names the steps of the checkpoints that a stopped
+    run went on from, in one text; it is empty for most. An axis whose values are of
+    several types is text.
     """
+    return _with_axes(sweep, records(sweep))
+
+
+def records(sweep: Sweep) -> list[dict[str, Any]]:
+    """The rows of `table`, as plain values."""
     rows = []
     for cell in sweep.finished:
         result = RunFolder(sweep.store / cell.run.id).result()
         rows.append({"cell": cell.run.id, **cell.place, **row(result)})
-    return _with_axes(sweep, rows)
+    return rows
 
 
 def _with_axes(sweep: Sweep, rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -109,6 +117,7 @@ def row(result: dict[str, Any]) -> dict[str, Any]:
         "index_bytes": cost["index_bytes"],
         "dense_bytes": cost["dense_bytes"],
         "train_seconds": result["train_seconds"],
+        "resumed_at": " ".join(map(str, result["resumed_at"])),
         "config_hash": result["config_hash"],
         "setting_hash": result["setting_hash"],
         "data_sha256": result["data"]["sha256"],

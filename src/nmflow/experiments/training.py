@@ -5,48 +5,30 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
 from nmflow.errors import ConfigError
-from nmflow.experiments import budget, tasks
+from nmflow.experiments import budget, stopping, tasks
 from nmflow.experiments.config import Run
 from nmflow.experiments.costs import counted
+from nmflow.experiments.files import write_json
 from nmflow.experiments.noise_callback import NoiseCallback, frozen, tracked
 from nmflow.experiments.provenance import fingerprint, machine, versions
-from nmflow.experiments.run_folder import (
-    CONFIG,
-    MARK,
-    MODEL,
-    RESULT,
-    RunFolder,
-    read_json,
-    write_json,
-)
+from nmflow.experiments.recorder import Notify, Progress, Recorder
+from nmflow.experiments.run_folder import CONFIG, MODEL, RESULT, RunFolder
 from nmflow.experiments.trainer import trainer as make_trainer
 from nmflow.inspect.audit import audit
+from nmflow.inspect.record import write_record
 from nmflow.integrations.transformers import NMFlowCallback
-
-
-class Progress(NamedTuple):
-    """Where a run is, for whoever watches."""
-
-    run: str
-    step: int
-    steps: int
-    loss: float | None = None
-
-
-Notify = Callable[[Progress], None]
+from nmflow.select.plan import plan
 
 
 def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str, Any]:
@@ -57,6 +39,9 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
         folder: its folder; another process that holds it is waited for.
         notify: called with a `Progress` now and then.
 
+    Under `stopping.watched()` a signal ends it: in training at the next step, when a checkpoint is
+    saved, which raises `Stopped`; in the last evaluation when the result is written.
+
     Raises:
         NMFlowError: a mistake in the config, the data or the recipe; a folder that cannot be
             written.
@@ -64,7 +49,9 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
     # Under torchrun every process trains and one of them writes: a lock that the others waited for
     # would keep them from the first exchange, for which it waits in turn.
     first = int(os.environ.get("RANK", "0")) == 0
-    with folder.lock() if first else contextlib.nullcontext(), quiet():
+    with folder.lock(run.id) if first else contextlib.nullcontext(), quiet():
+        if first:
+            folder.tidy()
         if folder.finished:
             result = folder.result()
             if notify is not None:
@@ -79,7 +66,6 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
         transformers.set_seed(run.seed)
         model = problem.model()
         initial = fingerprint(model)
-        recorder = Recorder(run, notify)
         callback = NMFlowCallback(
             run.recipe.build(),
             run.pattern,
@@ -89,50 +75,26 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
             mask_interval=run.mask_interval,
             freeze_mask=run.freeze_mask,
         )
+        checkpoint = folder.last_checkpoint(clean=first)
         noise = NoiseCallback(
-            callback, run.training.track_every, run.training.noise_batches, _drawer(run, problem)
+            callback,
+            run.training.track_every,
+            run.training.noise_batches,
+            _drawer(run, problem),
+            checkpoint,
         )
+        recorder = Recorder(run, callback, notify)
         trainer = make_trainer(run, folder, problem, model, [callback, noise, recorder])
-        checkpoint = folder.last_checkpoint()
+        recorder.trainer = trainer
         recorder.start(checkpoint)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        final = {
-            split: _figures(trainer.evaluate(getattr(problem, split), metric_key_prefix=split))
-            for split in ("validation", "test")
-        }
-        _check_converged(run, final)
-        # What follows counts and saves: on a CPU the counts are the same wherever it was trained.
-        model.cpu()
-        result = {
-            "run": run.model_dump(mode="json"),
-            "id": run.id,
-            "recipe": run.recipe.title,
-            "pattern": run.pattern_text,
-            "seed": run.seed,
-            "steps": run.training.steps,
-            "config_hash": run.hash,
-            "setting_hash": run.setting_hash,
-            "headline": problem.headline,
-            "data": asdict(problem.data),
-            "initial_sha256": initial,
-            "final_sha256": fingerprint(model),
-            **final,
-            "history": _history(trainer.state.log_history),
-            "tracked": tracked(trainer.state.log_history),
-            "noise": frozen(trainer.state.log_history),
-            "audit": _audit(run, model),
-            "cost": counted(run, model, problem.example, trainer.args.world_size),
-            "versions": versions(),
-            "machine": machine(trainer.args.device),
-            "train_seconds": round(recorder.seconds, 3),
-            "resumed_at": recorder.resumed_at,
-        }
-        if not first:
-            return result
-        if run.training.save_model:
-            folder.put_folder(MODEL, lambda path: _save(model, problem, path))
-        write_json(folder.path / RESULT, result)
-        folder.clear_checkpoints()
+        with stopping.held():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            result = _result(run, problem, trainer, recorder, initial)
+            if first:
+                if run.training.save_model:
+                    folder.put_folder(MODEL, lambda path: _save(run, model, problem, path))
+                write_json(folder.path / RESULT, result)
+                folder.clear_checkpoints()
         return result
 
 
@@ -150,49 +112,42 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-class Recorder(TrainerCallback):
-    """Tells the watcher, marks checkpoints as whole, and keeps the time over resumes."""
-
-    def __init__(self, run: Run, notify: Notify | None) -> None:
-        self.run, self.notify = run, notify
-        self.seconds, self.resumed_at, self._since = 0.0, [], 0.0
-
-    def start(self, checkpoint: Path | None) -> None:
-        """Begin to count, from what the checkpoint says if there is one."""
-        if checkpoint is not None:
-            mark = read_json(checkpoint / MARK)
-            self.seconds, self.resumed_at = mark["seconds"], [*mark["resumed_at"], mark["step"]]
-        self._since = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No checkpoint at the last step: the result follows, and a resume would step on."""
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Pass on the step and the loss."""
-        if self.notify is not None:
-            loss = state.log_history[-1].get("loss")
-            self.notify(Progress(self.run.id, state.global_step, state.max_steps, loss))
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All files of the checkpoint are there: say so in one more."""
-        if state.is_world_process_zero:
-            self._count()
-            mark = {
-                "step": state.global_step,
-                "seconds": self.seconds,
-                "resumed_at": self.resumed_at,
-            }
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK, mark)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop counting."""
-        self._count()
-
-    def _count(self) -> None:
-        now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
+def _result(
+    run: Run, problem: tasks.Problem, trainer: Any, recorder: Recorder, initial: str
+) -> dict[str, Any]:
+    """Evaluate a trained network, and write down all that is known of its run."""
+    model, log = trainer.model, trainer.state.log_history
+    final = {
+        split: _figures(trainer.evaluate(getattr(problem, split), metric_key_prefix=split))
+        for split in ("validation", "test")
+    }
+    _check_converged(run, final)
+    # What follows counts and saves: on a CPU the counts are the same wherever it was trained.
+    model.cpu()
+    return {
+        "run": run.model_dump(mode="json"),
+        "id": run.id,
+        "recipe": run.recipe.title,
+        "pattern": run.pattern_text,
+        "seed": run.seed,
+        "steps": run.training.steps,
+        "config_hash": run.hash,
+        "setting_hash": run.setting_hash,
+        "headline": problem.headline,
+        "data": asdict(problem.data),
+        "initial_sha256": initial,
+        "final_sha256": fingerprint(model),
+        **final,
+        "history": _history(log),
+        "tracked": tracked(log),
+        "noise": frozen(log),
+        "audit": _audit(run, model),
+        "cost": counted(run, model, problem.example, trainer.args.world_size),
+        "versions": versions(),
+        "machine": machine(trainer.args.device),
+        "train_seconds": round(recorder.seconds, 3),
+        "resumed_at": recorder.resumed_at,
+    }
 
 
 def _drawer(run: Run, problem: tasks.Problem) -> Callable[[torch.Generator], dict[str, Any]]:
@@ -261,7 +216,10 @@ def _audit(run: Run, model: nn.Module) -> dict[str, Any]:
     return {"ok": found.ok, "rows": rows}
 
 
-def _save(model: Any, problem: tasks.Problem, path: Path) -> None:
+def _save(run: Run, model: Any, problem: tasks.Problem, path: Path) -> None:
     model.save_pretrained(path)
+    if run.recipe.name != "dense":  # what `nmflow audit` judges
+        chosen = plan(model, run.pattern, run.include, run.exclude, run.remainder)
+        write_record(path, chosen, dict(model.named_parameters()))
     if problem.save is not None:
         problem.save(path)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from nmflow.errors import FlowError
 from nmflow.select.target import Target
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+
+def sharded(x: Tensor) -> TypeIs[DTensor]:
+    """Whether `x` is a DTensor.
+
+    Whoever made one has imported its module, which takes seconds: nobody else need import it.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return isinstance(x, getattr(module, "DTensor", ()))
+
 
 def local(x: Tensor) -> Tensor:
     """The memory of `x` on this rank; `x` itself where nothing is sharded."""
-    if isinstance(x, DTensor):
+    if sharded(x):
         with torch.no_grad():
             return x.to_local()
     return x.detach()
@@ -79,7 +93,7 @@ def region(param: Tensor, target: Target, longest: int) -> Region:
 
 
 def _offsets(param: Tensor) -> tuple[int, ...]:
-    if not isinstance(param, DTensor):
+    if not sharded(param):
         return (0,) * param.ndim
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

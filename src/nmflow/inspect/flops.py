@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 from nmflow.errors import DataError
 
@@ -140,7 +139,11 @@ class _Counter(TorchDispatchMode):
     """Books every product as a weight's or as other."""
 
     def __init__(self, model: nn.Module) -> None:
+        # Not above: it imports Triton, where that is installed.
+        from torch.utils.flop_counter import flop_registry
+
         super().__init__()
+        self.formulas = flop_registry
         self.passes = Passes()
         self.is_backward = False
         self._held: dict[int, list[tuple[int, int, str]]] = {}
@@ -168,7 +171,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        counted = packet in flop_registry or packet in _OWN
+        counted = packet in self.formulas or packet in _OWN
         if not counted and func is not torch.ops.prim.device.default:
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -196,7 +199,7 @@ class _Counter(TorchDispatchMode):
         elif packet in _GROUPED:
             flops = _grouped(args[0], args[1])
         else:
-            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+            flops = int(self.formulas[packet](*args, **kwargs, out_val=out))
         found = next(filter(None, map(self._find, args)), None)
         # Of addmm's arguments the first is the bias, which is no factor of the product.
         if packet in (_ATEN.addmm, _ATEN.addmv, _ATEN.baddbmm):
@@ -206,7 +209,7 @@ class _Counter(TorchDispatchMode):
     def _book_conv_backward(self, args: Sequence[Any]) -> None:
         grad, x, weight, _, stride, padding, dilation, transposed, _, groups, wanted = args
         flops = int(
-            flop_registry[_ATEN.convolution](
+            self.formulas[_ATEN.convolution](
                 x, weight, None, stride, padding, dilation, transposed, [], groups, out_val=grad
             )
         )

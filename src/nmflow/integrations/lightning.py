@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
 
 from nmflow.errors import FlowError
 from nmflow.flow import Flow, attach
+from nmflow.integrations import checkpoints
 from nmflow.recipes import DEFAULT, Recipe
 from nmflow.select.plan import Names, Patterns
 
@@ -17,10 +19,10 @@ class NMFlowCallback(pl.Callback):
 
     It attaches when training starts, after Lightning has made the optimizers and restored a
     checkpoint, and takes the number of steps from the trainer. `trainer.fit(..., ckpt_path=...)`
-    goes on exactly, since the recipe's state travels in the optimizer's.
+    goes on exactly, since the recipe's state travels in the optimizer's. A checkpoint holds
+    checksums of the network, and is refused where it was loaded in part (`strict_loading` off).
 
-    Validation sees the final N:M network, as `flow.hard()` shows it, unless `hard_validation` is
-    off: it is then what the network computes with at that step.
+    Validation sees the final N:M network, as `flow.final_masks()` shows it.
 
     Args:
         recipe: a name or a recipe, see `nmflow.attach`.
@@ -28,12 +30,14 @@ class NMFlowCallback(pl.Callback):
         include: presets or globs of the weights.
         exclude: presets or globs to leave out.
         total_steps: K; the trainer's estimate of its optimizer steps by default.
-        hard_validation: validate the final N:M network while the mask still decays.
+        final_masks: evaluate the final N:M network while the mask still decays; False evaluates
+            what the network computes with at that step, which is better than N:M would be.
         finalize: leave a plain N:M model when training ends.
         **options: `remainder`, `mask_interval` and `freeze_mask` of `nmflow.attach`.
 
     Raises:
         FlowError: the number of steps is not known.
+        StateError: a resume, where the network does not hold what the checkpoint was saved of.
 
     Example:
         >>> from nmflow.integrations.lightning import NMFlowCallback
@@ -49,14 +53,16 @@ class NMFlowCallback(pl.Callback):
         exclude: Names = (),
         *,
         total_steps: int | None = None,
-        hard_validation: bool = True,
+        final_masks: bool = True,
         finalize: bool = True,
         **options: Any,
     ) -> None:
         self.flow: Flow | None = None
         self._live = False
         self._total_steps, self._finalize = total_steps, finalize
-        self._hard_validation, self._hard = hard_validation, None
+        self._final_masks = final_masks
+        self._shown: AbstractContextManager[None] | None = None
+        self._saved: dict[str, str] | None = None
         self._how = {
             "recipe": recipe,
             "pattern": pattern,
@@ -64,6 +70,18 @@ class NMFlowCallback(pl.Callback):
             "exclude": exclude,
             **options,
         }
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note what is saved."""
+        checkpoint[checkpoints.WITNESS] = checkpoints.sums(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what was saved until training starts."""
+        self._saved = checkpoint.get(checkpoints.WITNESS)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach, now that the optimizers are made and, on a resume, their state restored."""
@@ -73,25 +91,28 @@ class NMFlowCallback(pl.Callback):
                 "total_steps is None, and the trainer has no end to take it from: give it, or "
                 "max_steps or max_epochs to the Trainer"
             )
+        saved, self._saved = self._saved, None
+        if saved is not None and trainer.is_global_zero:
+            checkpoints.check(saved, pl_module)
         self.flow = attach(pl_module, trainer.optimizers, total_steps=int(steps), **self._how)
         self._live = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the final masks."""
-        if self.flow is not None and self._live and self._hard_validation:
-            self._hard = self.flow.hard()
-            self._hard.__enter__()
+        if self.flow is not None and self._live and self._final_masks:
+            self._shown = self.flow.final_masks()
+            self._shown.__enter__()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the masks of the step again."""
-        if self._hard is not None:
-            self._hard.__exit__(None, None, None)
-            self._hard = None
+        if self._shown is not None:
+            shown, self._shown = self._shown, None
+            shown.__exit__(None, None, None)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave `hard()` when validation was broken off."""
+        """Leave `final_masks()` when validation was broken off."""
         self.on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

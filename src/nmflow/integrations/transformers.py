@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import sys
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from nmflow.errors import FlowError
-from nmflow.flow import Flow, attach
-from nmflow.pattern import Pattern
+from nmflow.flow import Flow, View, attach
+from nmflow.integrations.checkpoints import ExactCheckpoints, Witness
 from nmflow.recipes import DEFAULT, Recipe
+from nmflow.select.plan import Names, Patterns
+
+__all__ = [
+    "ExactCheckpoints",
+    "FinalMasksEvaluation",
+    "HardEvaluation",
+    "NMFlowCallback",
+    "figures",
+]
+
+PHASES = ("dense", "decay", "sparse", "finetune", "final")
 
 
-class NMFlowCallback(TrainerCallback):
+class NMFlowCallback(Witness, TrainerCallback):
     r"""Train to N:M with an unchanged `Trainer`: `Trainer(..., callbacks=[NMFlowCallback(...)])`.
 
     It attaches when training begins, after the `Trainer` has made its optimizer and restored a
     checkpoint, and takes the number of steps from it. `trainer.train(resume_from_checkpoint=...)`
-    goes on exactly, since the recipe's state travels in the optimizer's.
+    goes on exactly, since the recipe's state travels in the optimizer's. Checksums of the network
+    travel in the `Trainer`'s: a checkpoint that it loads in part is refused.
 
-    Every log entry of `trainer.state.log_history` gains `nmflow_delta`, δ, and `nmflow_density`,
-    the share of the targets' weights that the mask keeps.
+    The evaluations that the `Trainer`'s strategy asks for see the final N:M network, as
+    `flow.final_masks()` shows it, until the next step; so does a checkpoint that is saved right
+    after one, and resumes all the same. For a `trainer.evaluate()` of your own in mid-training use
+    `FinalMasksEvaluation`.
+
+    Every log entry, of `trainer.state.log_history` and of the trackers in `report_to`, gains
+    `nmflow_delta`, δ; `nmflow_density`, the share of the targets' weights that the mask keeps;
+    `nmflow_phase` (the history) and `nmflow_phase_number`, its place in dense, decay, sparse,
+    finetune, final; and `nmflow_flip_rate`, the share of the mask that changed between the last
+    two of the steps 0, `logging_steps`, 2 · `logging_steps` …, from the second entry on.
 
     Args:
         recipe: a name or a recipe, see `nmflow.attach`.
@@ -34,11 +56,14 @@ class NMFlowCallback(TrainerCallback):
         mask_interval: steps between masks.
         freeze_mask: hold the mask through the fine-tune phase.
         total_steps: K; the `Trainer`'s number of optimizer steps as a rule.
+        final_masks: evaluate the final N:M network while the mask still decays; False evaluates
+            what the network computes with at that step, which is better than N:M would be.
         finalize: leave a plain N:M model when training ends; with False call
             `callback.flow.finalize()` yourself.
 
     Raises:
         FlowError: `load_best_model_at_end`, which would put weights of mid-decay into the network.
+        StateError: a resume, where the network does not hold what the checkpoint was saved of.
 
     Example:
         >>> from nmflow.integrations.transformers import NMFlowCallback
@@ -50,18 +75,21 @@ class NMFlowCallback(TrainerCallback):
     def __init__(
         self,
         recipe: str | Recipe = DEFAULT,
-        pattern: str | Pattern | Mapping[str, str | Pattern] = "1:16",
-        include: str | Iterable[str] | None = None,
-        exclude: str | Iterable[str] = (),
+        pattern: Patterns = "1:16",
+        include: Names = "all",
+        exclude: Names = (),
         *,
         remainder: str = "auto",
         mask_interval: int = 1,
         freeze_mask: bool = False,
         total_steps: int | None = None,
+        final_masks: bool = True,
         finalize: bool = True,
     ) -> None:
         self.flow: Flow | None = None
         self.live = False
+        self.final_masks = final_masks
+        self._shown: contextlib.AbstractContextManager[None] | None = None
         self._total_steps, self._finalize = total_steps, finalize
         self._how: dict[str, Any] = {
             "recipe": recipe,
@@ -94,48 +122,147 @@ class NMFlowCallback(TrainerCallback):
             )
         if model is None or optimizer is None:
             raise FlowError("the Trainer gave no model or no optimizer when training began")
+        self.witness_resume(state, model)
         steps = self._total_steps or state.max_steps
         self.flow = attach(model, optimizer, total_steps=steps, **self._how)
         self.live = True
+        self._flips = _Flips(self.flow, max(1, int(state.logging_steps or 1)))
+        _before_the_trackers(self)
+        if args.eval_on_start:
+            self._show()
+
+    # What a save will hold is noted when it is shown.
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the final masks, if an evaluation is next."""
+        if control.should_evaluate:
+            self._show()
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the final masks, if an evaluation is next."""
+        if control.should_evaluate:
+            self._show()
+        super().on_epoch_end(args, state, control, **kwargs)
+
+    # Not when an evaluation ends: with several data sets another one follows.
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the masks of the step again."""
+        self._hide()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the masks of the step again."""
+        super().on_save(args, state, control, **kwargs)
+        self._hide()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Put δ and the density beside the loss."""
-        if self.flow is not None and self.live and state.log_history:
-            state.log_history[-1].update(figures(self.flow))
+        """Put δ, the density, the phase and the flip rate beside the loss."""
+        if self.flow is None or not self.live or not state.log_history:
+            return
+        found = figures(self.flow)
+        phase = found.pop("nmflow_phase")
+        found["nmflow_phase_number"] = PHASES.index(phase)
+        if self._flips.rate is not None:
+            found["nmflow_flip_rate"] = self._flips.rate
+        state.log_history[-1].update(found, nmflow_phase=phase)
+        if logs is not None:
+            logs.update(found)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave an exactly N:M model, unless told to wait."""
+        self._hide()
         if self.flow is not None and self.live and self._finalize:
             self.flow.finalize()
             self.live = False
 
+    def _show(self) -> None:
+        if self.flow is not None and self.live and self.final_masks and self._shown is None:
+            self._shown = self.flow.final_masks()
+            self._shown.__enter__()
 
-class HardEvaluation:
-    """A mixin that evaluates the final N:M network, also while the mask still decays.
+    def _hide(self) -> None:
+        if self._shown is not None:
+            shown, self._shown = self._shown, None
+            shown.__exit__(None, None, None)
 
-    Without it a `Trainer` evaluates in mid-decay what the network computes with at that step,
-    which is better than what N:M would give.
+
+class FinalMasksEvaluation:
+    """A mixin whose `evaluate` and `predict` see the final N:M network, whoever calls them.
+
+    `NMFlowCallback` alone sees to the evaluations that the `Trainer`'s strategy asks for.
 
     Example:
         >>> from transformers import Trainer
-        >>> from nmflow.integrations.transformers import HardEvaluation
-        >>> class SparseTrainer(HardEvaluation, Trainer):
+        >>> from nmflow.integrations.transformers import FinalMasksEvaluation
+        >>> class SparseTrainer(FinalMasksEvaluation, Trainer):
         ...     pass
     """
 
     callback_handler: Any
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`Trainer.evaluate` under `flow.hard()`."""
-        with contextlib.ExitStack() as stack:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, NMFlowCallback) and callback.live and callback.flow:
-                    stack.enter_context(callback.flow.hard())
+        """`Trainer.evaluate` under `flow.final_masks()`."""
+        with self._final_masks():
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.predict` under `flow.final_masks()`."""
+        with self._final_masks():
+            return super().predict(*args, **kwargs)  # type: ignore[misc]
+
+    def _final_masks(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for one in self.callback_handler.callbacks:
+            if isinstance(one, NMFlowCallback) and one.live and one.flow and one.final_masks:
+                stack.enter_context(one.flow.final_masks())
+        return stack
+
+
+HardEvaluation = FinalMasksEvaluation  # its name before
+
+
+class _Flips:
+    """The share of the masks' entries that changed between the two observations before."""
+
+    def __init__(self, flow: Flow, every: int) -> None:
+        self.rate: float | None = None
+        self._masks: dict[str, Tensor] = {}
+        flow.observe(self._observe, every)
+
+    def _observe(self, step: int, views: list[View]) -> None:
+        seen = [(v.mask, self._masks.get(v.target.label)) for v in views]
+        pairs = [(now, before) for now, before in seen if before is not None]
+        if pairs:
+            # One transfer from the device for all targets.
+            changed = torch.stack([(now != before).sum() for now, before in pairs]).sum()
+            self.rate = int(changed) / sum(now.numel() for now, _ in pairs)
+        self._masks.update((v.target.label, v.mask.clone()) for v in views)
+
+
+def _before_the_trackers(callback: TrainerCallback) -> None:
+    """Move a callback in front of those that report, so that they see what it logs.
+
+    A `Trainer` puts its trackers before the callbacks that it is given, and hands none of them its
+    list: it is found where the handler calls.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            others = [c for c in handler.callbacks if c is not callback]
+            first = sum(isinstance(c, DefaultFlowCallback) for c in others[:1])
+            # A new list: the handler is walking along the old one.
+            handler.callbacks = [*others[:first], callback, *others[first:]]
+            return
+        frame = frame.f_back
 
 
 def figures(flow: Flow) -> dict[str, Any]:

@@ -163,6 +163,16 @@ def select(w: Tensor, pattern: Pattern, dim: int, stacked: bool = False) -> tupl
     return (kept.transpose(0, 1) if stacked else kept).movedim(-1, dim), finite
 
 
+def touched(places: Tensor, pattern: Pattern, dim: int, stacked: bool = False) -> Tensor:
+    """Every place whose group of M, or panel of them, has a True among `places`."""
+    some = _grouped(places, pattern, dim, stacked).any(-1)
+    if pattern.panel > 1:
+        wide = _panels(some.to(torch.uint8), pattern.panel).amax(1) != 0
+        some = wide.repeat_interleave(pattern.panel, 0)[: some.shape[0]]
+    some = some.unsqueeze(-1).expand(*some.shape, pattern.m).flatten(-2)
+    return (some.transpose(0, 1) if stacked else some).movedim(-1, dim)
+
+
 def one_pass_serves(
     w: Tensor, pattern: Pattern, dim: int, out: Tensor | None = None, stacked: bool = False
 ) -> bool:

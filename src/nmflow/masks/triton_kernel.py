@@ -1,4 +1,4 @@
-"""The mask kernel in Triton; imported by `nmflow.gpu` alone, where Triton is there."""
+"""The mask kernel in Triton; imported by `nmflow.masks.triton` alone, where Triton is there."""
 
 # Types here are of Triton's language.
 # pyright: reportArgumentType=false, reportOperatorIssue=false
@@ -50,7 +50,9 @@ def project(
     # The bits of |w| are ordered as |w| is, and those of what is not finite come last.
     key = tl.abs(w).to(tl.int32, bitcast=True)
     worst = tl.max(tl.max(key, 1), 0)
-    tl.store(fine_ptr, 0, mask=worst >= 0x7F800000)
+    # No masked store: the interpreter of Triton 3.2 heeds no mask of a scalar.
+    if worst >= 0x7F800000:
+        tl.store(fine_ptr, 0)
     key = tl.where(valid, key, -1)
     if KIND == 0:
         kept = valid

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nmflow.packed import build
 from nmflow.packed.build import Run
 from nmflow.packed.layout import as_matrix, fits, runs
-from nmflow.pattern import Pattern
+from nmflow.pattern import EVERY, Pattern
 from nmflow.select.plan import Names, Patterns, choose
 from nmflow.select.weights import Layer, layers_of
 
@@ -60,7 +60,7 @@ def survey(
     rows: dict[str, list[tuple[int, int, Pattern]]] = {}
     reasons: dict[str, str] = {}
     if everything:  # `choose` would raise where there is nothing to take
-        one = Pattern("1:1" if pattern is None else pattern)  # pyright: ignore[reportArgumentType]
+        one = EVERY if pattern is None else Pattern(pattern)  # pyright: ignore[reportArgumentType]
         for layer, why in layers:
             if why:
                 reasons[layer.name] = why
@@ -68,10 +68,10 @@ def survey(
                 rows[layer.name] = [(0, layer.out, one)]
     else:
         narrow = () if isinstance(pattern, Mapping) and include == "*" else include
-        wanted = choose(layers, pattern or "1:1", narrow, exclude, "skip")
+        wanted = choose(layers, pattern or EVERY, narrow, exclude, "skip")
         reasons = dict(wanted.left_out)
         for t in wanted:
-            span = t.rows or (0, t.shape[0 if t.dim else 1])
+            span = t.rows or (0, t.shape[t.out_dim])
             rows.setdefault(t.name, []).append((span[0], span[1], t.pattern))
     holders = _holders(model)
     modules = dict(model.named_modules())

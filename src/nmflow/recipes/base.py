@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from nmflow.errors import NMFlowWarning, RecipeError
@@ -16,7 +17,7 @@ GRADIENTS = ("straight-through", "masked")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every recipe can say of itself; all of it pure functions of its fields and the step.
+    """What every recipe answers, all of it as pure functions of its fields and the step.
 
     Attributes:
         gradient: the rule for the dense weight's gradient, from g = ∂L/∂W̃:
@@ -28,7 +29,8 @@ class Recipe:
         freezes_second_moment: whether Adam's second moment stays as it is from step d on.
     """
 
-    # Without annotations: a dataclass would otherwise order its own fields after these names.
+    # A recipe whose user chooses one of these makes it a field. They have no annotations here: a
+    # dataclass orders its own fields after the names that its base annotates.
     gradient = "straight-through"
     lam = 0.0
     pull = 0.0
@@ -98,7 +100,7 @@ class Recipe:
         return None
 
     def note(self, pattern: Pattern, length: int) -> str:
-        """What `plan` should say of this recipe on an axis of `length`; empty as a rule."""
+        """What `plan` should say of this recipe on an axis of `length`; usually empty."""
         return ""
 
 
@@ -123,9 +125,8 @@ def check_phases(recipe: Recipe) -> None:
         raise RecipeError(f"{said} sum past 1: as fractions of total_steps they share one run")
 
 
-def check_fading(recipe: Recipe) -> None:
+def check_fading(recipe: Recipe, beta: float | None) -> None:
     """Raise a `RecipeError` for a β, a gradient rule or phases that cannot be."""
-    beta = recipe.beta  # type: ignore[attr-defined]
     if beta is not None and (
         isinstance(beta, bool)
         or not isinstance(beta, int | float)
@@ -140,10 +141,10 @@ def check_fading(recipe: Recipe) -> None:
     check_phases(recipe)
 
 
-def check_choice(name: str, value: object, choices: object) -> None:
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise a `RecipeError` unless `value` is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:  # type: ignore[operator]
-        said = " or ".join(repr(c) for c in choices)  # type: ignore[attr-defined]
+    if not isinstance(value, str) or value not in choices:
+        said = " or ".join(repr(c) for c in choices)
         raise RecipeError(f"{name} is {value!r}: choose {said}")
 
 

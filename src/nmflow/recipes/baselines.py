@@ -24,7 +24,7 @@ class Dense(Recipe):
     """No sparsity: the baseline, with the same hooks and diagnostics. It is never pruned."""
 
     prunes: ClassVar[bool] = False
-    name: ClassVar[str] = "dense"  # type: ignore[assignment]
+    name: ClassVar[str] = "dense"
 
     def stage(self, k: int, total_steps: int, pattern: Pattern, length: int) -> Stage:
         """Dense at every step."""
@@ -42,7 +42,7 @@ class OneShot(Recipe):
     """
 
     dense: float = 0.5
-    name: ClassVar[str] = "one-shot"  # type: ignore[assignment]
+    name: ClassVar[str] = "one-shot"
     gradient: ClassVar[str] = "masked"
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class STE(Recipe):
 
     dense: float = 0.0
     finetune: float = 0.0
-    name: ClassVar[str] = "ste"  # type: ignore[assignment]
+    name: ClassVar[str] = "ste"
 
     def __post_init__(self) -> None:
         check_phases(self)
@@ -87,10 +87,10 @@ class SRSTE(Recipe):
         by the loss scale.
     """
 
-    lam: float = 2e-4  # type: ignore[misc]
+    lam: float = 2e-4
     dense: float = 0.0
     finetune: float = 0.0
-    name: ClassVar[str] = "sr-ste"  # type: ignore[assignment]
+    name: ClassVar[str] = "sr-ste"
 
     def __post_init__(self) -> None:
         check_strength("lam", self.lam)
@@ -115,10 +115,10 @@ class STEP(Recipe):
     """
 
     dense: float = 0.5
-    lam: float = 2e-4  # type: ignore[misc]
+    lam: float = 2e-4
     finetune: float = 0.0
-    name: ClassVar[str] = "step"  # type: ignore[assignment]
-    freezes_second_moment: ClassVar[bool] = True  # type: ignore[misc]
+    name: ClassVar[str] = "step"
+    freezes_second_moment: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_strength("lam", self.lam)
@@ -149,13 +149,14 @@ class Gradual(Decaying):
 
     References:
         arXiv 1710.01878, equation 1, from sparsity 0. Differs from it: the number kept is counted
-    in every group of M, and the mask is taken at every step, where the paper's is every so many.
+        in every group of M, and the mask is taken at every step, where the paper takes it every
+        so many.
     """
 
-    gradient: str = "masked"  # type: ignore[misc]
+    gradient: str = "masked"
     dense: float = 0.0
     finetune: float = 0.2
-    name: ClassVar[str] = "gradual"  # type: ignore[assignment]
+    name: ClassVar[str] = "gradual"
 
     def __post_init__(self) -> None:
         check_choice("gradient", self.gradient, GRADIENTS)

@@ -41,13 +41,13 @@ class MDGF(Decaying):
 
     decay: str = "exponential"
     beta: float | None = None
-    gradient: str = "masked"  # type: ignore[misc]
+    gradient: str = "masked"
     dense: float = 0.0
     finetune: float = 0.2
 
     def __post_init__(self) -> None:
         check_choice("decay", self.decay, schedules.DECAYS)
-        check_fading(self)
+        check_fading(self, self.beta)
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class SDGF(Decaying):
     """
 
     structure: str = "stepwise"
-    gradient: str = "straight-through"  # type: ignore[misc]
+    gradient: str = "straight-through"
     dense: float = 0.0
     finetune: float = 0.2
 
@@ -111,7 +111,7 @@ class SDGF(Decaying):
 
 @dataclass(frozen=True)
 class Hybrid(Decaying):
-    """SDGF's frames, in each of which the weights that the new pattern drops fade by MDGF's δ.
+    """SDGF's frames; in each, the weights that the new pattern drops fade by MDGF's δ.
 
     W̃ = W ⊙ (m + (1 - m) ⊙ m' · δ) with m of the frame's pattern and m' of the frame before it.
 
@@ -130,16 +130,16 @@ class Hybrid(Decaying):
     structure: str = "stepwise"
     decay: str = "exponential"
     beta: float | None = None
-    gradient: str = "masked"  # type: ignore[misc]
+    gradient: str = "masked"
     dense: float = 0.0
     finetune: float = 0.2
-    name: ClassVar[str] = "hybrid"  # type: ignore[assignment]
-    fades_between: ClassVar[bool] = True  # type: ignore[misc]
+    name: ClassVar[str] = "hybrid"
+    fades_between: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("structure", self.structure, schedules.FRAMES)
         check_choice("decay", self.decay, schedules.DECAYS)
-        check_fading(self)
+        check_fading(self, self.beta)
 
     def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
         """The frame's pattern, the one before it, and δ within the frame."""
@@ -165,14 +165,15 @@ class Settling(MDGF):
     W ← W + lr·μ·(W̃ - W), that is W ← W - lr·μ·(1 - δ)·(1 - m) ⊙ W, with lr·μ at most 1.
 
     Left alone, a pruned weight grows while it fades, above all under Adam, and comes back when the
-    mask turns binary. Drawn by μ, it stays as large as its updates are consistent. Apart from the
-    gradient, as in AdamW's weight decay, the strength depends on no gradient's scale.
+    mask turns binary. Under the pull it stays only as large as its updates are consistent. The
+    pull stands beside the gradient, as AdamW's weight decay does, so μ needs no tuning to the
+    gradient's scale.
 
     Args:
         decay: as for `MDGF`.
         beta: as for `MDGF`.
-        gradient: as for `MDGF`, but straight-through where it is not given: the pull does what
-            masking does for MDGF, and both together are no better.
+        gradient: as for `MDGF`, but `"straight-through"` by default: the pull does what masking
+            does for MDGF, and both together are no better.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, with the binary mask; a fraction or steps.
         pull: μ, a finite number that is 0 or more; 0 is `MDGF`.
@@ -184,8 +185,8 @@ class Settling(MDGF):
     gradient: str = "straight-through"
     dense: float = 0.05
     finetune: float = 0.2
-    pull: float = 3.0  # type: ignore[misc]
-    name: ClassVar[str] = "settling"  # type: ignore[assignment,misc]
+    pull: float = 3.0
+    name: ClassVar[str] = "settling"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,14 +14,17 @@ from nmflow.errors import NMFlowWarning, PlanError
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
 from nmflow.select.presets import NOT_IN_ALL, PRESETS
-from nmflow.select.target import Plan, Target, rows_of
+from nmflow.select.target import LeftOut, Plan, Target, rows_of
 from nmflow.select.weights import Layer, Part, layers_of
-from nmflow.select.wording import could_have, did_you_mean, falls_short, uneven, why
+from nmflow.select.wording import could_have, did_you_mean, falls_short, few, uneven, why
 
 __all__ = ["Names", "Patterns", "Plan", "Target", "choose", "plan", "rows_of"]
 
 Patterns = str | Pattern | Mapping[str, str | Pattern]
 Names = str | Sequence[str]
+
+_FROZEN = "frozen: requires_grad is False"
+_EXCLUDED = "excluded by "
 
 
 def plan(
@@ -83,8 +86,7 @@ def plan(
     if not isinstance(model, nn.Module):
         raise PlanError(f"model is of type {type(model).__name__}: give a torch.nn.Module")
     layers = layers_of(model)
-    frozen = "frozen: requires_grad is False"
-    layers = [(x, x.why_not or (frozen if x.frozen else "")) for x in layers]
+    layers = [(x, x.why_not or (_FROZEN if x.frozen else "")) for x in layers]
     chosen = choose(layers, pattern, include, exclude, remainder)
     if recipe is not None:
         known = resolve(recipe)
@@ -155,7 +157,7 @@ def choose(
         raise PlanError("include is empty: name a preset or a glob, such as 'ff' or '*.mlp.*'")
     limits = dict.fromkeys(narrow, False)
     targets: list[Target] = []
-    left_out: list[tuple[str, str]] = []
+    others: list[LeftOut] = []
     odd: list[Target] = []
     for layer, why_not in layers:
         runs: list[_Run] = []
@@ -165,8 +167,7 @@ def choose(
         for run in runs:
             rows = None if run.stop - run.start in (0, layer.out) else (run.start, run.stop)
             if isinstance(run.what, str):
-                shown = layer.name if rows is None else f"{layer.name}[{run.start}:{run.stop}]"
-                left_out.append((shown, run.what))
+                others.append(LeftOut(layer.name, run.what, rows))
                 continue
             target = Target(
                 layer.name, layer.shape, layer.dim, run.what, rows, layer.note, layer.stacked,
@@ -182,19 +183,20 @@ def choose(
             if remainder == "error" or (remainder == "auto" and by_glob):
                 odd.append(target)
                 continue
-            left_out.append((target.label, reason))
+            others.append(LeftOut(layer.name, reason, rows))
             for rule in run.rules if remainder == "auto" else ():
                 rule.lose_rows(layer, run.stop - run.start, reason)
     _check(rules, limits, layers)
     if odd:
         raise PlanError(uneven(odd))
     if not targets:
+        said = why({other.label: other.reason for other in others})
         raise PlanError(
-            f"nothing is left to prune of what include names, {why(dict(left_out))}: choose "
-            "another pattern or other weights"
+            f"nothing is left to prune of what include names, {said}: choose another pattern or "
+            "other weights"
         )
     said = [falls_short(rule.key, rule.taken, rule.lost) for rule in rules if rule.lost]
-    return Plan(targets, left_out, said)
+    return Plan(targets, others, said)
 
 
 def _decide(
@@ -228,7 +230,7 @@ def _decide(
     if limits and not within:
         meant = f"outside of include, {', '.join(map(repr, limits))}"
     if barred is not None:
-        meant = meant or f"excluded by {barred!r}"
+        meant = meant or f"{_EXCLUDED}{barred!r}"
     if why_not and not meant:
         for rule in hits:
             rule.lose(layer, part, why_not)
@@ -280,6 +282,14 @@ def _check(
 ) -> None:
     """Raise if a key took nothing: a misspelt glob must not pass in silence."""
     for rule in rules:
+        wanted = {n: why for n, why in rule.missed.items() if not why.startswith(_EXCLUDED)}
+        if rule.took == 0 and wanted and set(wanted.values()) == {_FROZEN}:
+            raise PlanError(
+                f"{rule.key!r} takes nothing, since all that it matches is frozen "
+                f"(requires_grad is False: {few(list(wanted), 3)}), so that nothing would train "
+                "it: call requires_grad_(True) and give it to the optimizer, or, where only "
+                "adapters train, merge them first and train the merged model"
+            )
         if rule.took == 0 and rule.missed:
             raise PlanError(
                 f"{rule.key!r} takes nothing of what it matches, {why(rule.missed)}: leave it "

@@ -91,7 +91,8 @@ _FF_KIND = re.compile(
 _FF_DENSE = re.compile(r"(\w+_)?(intermediate|inter|output)(_\w+)?")  # BERT's, Q-Former's, LXMERT's
 _FF = {"fc1", "fc2", "lin1", "lin2", "linear1", "linear2", "wi", "wi_0", "wi_1", "c_fc",
        "dense_h_to_4h", "dense_4h_to_h", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
-       "pwconv1", "pwconv2", "pointwise_conv1", "pointwise_conv2", "ffn", "ffn_output", "fc_in", "fc_out", "w_1", "w_2",
+       "pwconv1", "pwconv2", "ffn", "ffn_output", "fc_in", "fc_out", "w_1", "w_2",
+       "pointwise_conv1", "pointwise_conv2",
        "ff_proj", "ff_out", "linear_1", "linear_2", "w12", "w3", "dense1", "dense2",
        "proj_mlp", "linear_mlp", "ff1", "ff2"}  # fmt: skip
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from nmflow.select.presets import PRESETS
 from nmflow.select.target import Target
@@ -59,22 +59,20 @@ def falls_short(key: str, taken: int, lost: Mapping[str, tuple[int, str]]) -> st
 
 
 def did_you_mean(key: str, layers: Sequence[tuple[Layer, str]]) -> str:
-    """A preset or a glob that takes something and is spelt like `key`, as a phrase, or nothing."""
-    core = key.strip("*.?").lower()
-    parts = {part for layer, _ in layers for text in layer.paths for part in text.split(".")}
-    words = {part.lower(): f"*.{part}.*" for part in sorted(parts) if not part.isdigit()}
-    words |= {preset: preset for preset in PRESETS}
-    globs = [words[word] for word in difflib.get_close_matches(core, words, 3, 0.6)]
-    if core in words and words[core] not in PRESETS:
-        globs = [words[core]]
-    elif core:  # a part of a name
-        globs += [f"*{core}*"]
-    for glob in globs:
-        if glob != key and (glob in PRESETS or _finds(glob, layers)):
-            return f"; did you mean {glob!r}?"
-    return ""
+    """The preset or the name that was probably meant, as a phrase, or nothing.
 
-
-def _finds(glob: str, layers: Sequence[tuple[Layer, str]]) -> bool:
-    texts = (text for layer, _ in layers for text in layer.paths)
-    return any(fnmatchcase(text, glob) or fnmatchcase(f".{text}", glob) for text in texts)
+    Of a glob it is the text between its stars that is compared; a name that is only a part of a
+    path becomes a glob.
+    """
+    texts = list(dict.fromkeys(text for layer, _ in layers for text in layer.paths))
+    words = sorted({part for text in texts for part in text.split(".") if not part.isdigit()})
+    found = difflib.get_close_matches(key, PRESETS, 1, 0.5) or difflib.get_close_matches(key, texts)
+    if not found and "*" in key:
+        parts = [part for part in re.split(r"[*.?\[\]]+", key) if part and part not in words]
+        near = {p: difflib.get_close_matches(p, words, 1) for p in parts}
+        found = [key.replace(p, close[0]) for p, close in near.items() if close]
+    if not found:
+        core = key.strip("*.?")
+        found = [f"*.{word}.*" for word in difflib.get_close_matches(core, words, 1)]
+        found += [f"*{core}*"] if any(core in text for text in texts) else []
+    return next((f": did you mean {one!r}?" for one in found if one != key), "")

@@ -11,7 +11,7 @@ import numpy as np
 
 from nmflow.errors import ConfigError
 from nmflow.experiments.config import Data, Run
-from nmflow.experiments.run_folder import write
+from nmflow.experiments.files import write
 
 ROWS = {"train": 32, "validation": 4, "test": 4}
 CLASSES = 10

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from filelock import FileLock
 from pydantic import Field, model_validator
 
 from nmflow.errors import ConfigError
-from nmflow.experiments.run_folder import beside, one_sentence
+from nmflow.experiments.files import beside, left_over, one_sentence, remove
 from nmflow.experiments.specs import Strict
 
 if TYPE_CHECKING:
@@ -70,19 +70,26 @@ def learnt(tokens: Tokens, texts: Sequence[str]) -> PreTrainedTokenizerFast:
     if not (place / "tokenizer.json").is_file():
         with one_sentence(place):
             place.parent.mkdir(parents=True, exist_ok=True)
-            staging = beside(place)
-            try:
-                staging.mkdir()
-                _learn(tokens, texts).save_pretrained(staging)
-                # Two processes may learn the same one: the first in place wins.
-                if not place.exists():
-                    os.replace(staging, place)
-            except OSError:
+            # Two processes may want the same one: the second waits for the first.
+            with FileLock(str(place.with_name(f".{place.name}.lock"))):
                 if not (place / "tokenizer.json").is_file():
-                    raise
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                    _put(_learn(tokens, texts), place)
     return _loaded(str(place))
+
+
+def _put(tokenizer: PreTrainedTokenizerFast, place: Path) -> None:
+    """Save whole, in place of what is there; the lock is held."""
+    for path in left_over(place.parent):
+        if path.name.startswith(f".{place.name}."):
+            remove(path)
+    staging = beside(place)
+    try:
+        staging.mkdir()
+        tokenizer.save_pretrained(staging)
+        remove(place)
+        os.replace(staging, place)
+    finally:
+        remove(staging)
 
 
 def cache() -> Path:
@@ -97,7 +104,7 @@ def _loaded(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(

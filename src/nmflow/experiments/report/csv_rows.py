@@ -26,6 +26,7 @@ def runs(results: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             **{f"validation_{name}": value for name, value in run["validation"].items()},
             "audit_ok": run["audit"]["ok"],
             "train_seconds": run["train_seconds"],
+            "resumed_at": " ".join(map(str, run.get("resumed_at", []))),
             "config_hash": run["config_hash"],
             "data_sha256": run["data"]["sha256"],
             **{f"version_{name}": value for name, value in run["versions"].items()},

@@ -1,4 +1,4 @@
-"""Drawings over several settings: quality by setting, quality against cost, density by layer."""
+"""Drawings over several settings: quality by setting, a forest plot, density by layer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from nmflow.experiments.report.blocks import quantity
 from nmflow.experiments.report.compare import LESS_IS_BETTER, PLACEMENT, Recipe, Setting
-from nmflow.experiments.report.pareto import AXES, Point, front
 from nmflow.experiments.report.setting_plots import draw, style
 from nmflow.experiments.report.settings import Group
-from nmflow.experiments.report.statistics import interval
+from nmflow.experiments.report.statistics import Paired, interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,109 +118,25 @@ def _reach(recipe: Recipe, metric: str) -> tuple[float, float, float]:
     return (mean, mean - ends[0], ends[1] - mean) if ends else (mean, 0.0, 0.0)
 
 
-def pareto(group: Group, found: Sequence[Point], axis: str, what: str = "") -> str:
-    """Quality against one cost, logarithmic: a marker a recipe, the front as a step line."""
-    held = [p for p in found if axis in p.costs]
-    less = group.headline in LESS_IS_BETTER
-    best = front(held, axis, less)
+def forest(rows: Sequence[tuple[str, Recipe, Paired]], headline: str) -> str:
+    """Differences to the baseline as a forest plot: a row a recipe and setting."""
 
     def paint(axes: list[Axes]) -> None:
         (ax,) = axes
-        ax.set_xscale("log")
-        costs = [p.costs[axis] for p in held]
-        room = max((max(costs) / min(costs)) ** 0.08, 1.05)
-        ax.set_xlim(min(costs) / room, max(costs) * room)
-        for point in sorted(held, key=lambda p: p.cell.recipe.place):
-            recipe, mean = point.cell.recipe, point.quality.mean
-            how = {**style(recipe.place), "linestyle": "none"}
-            ends = [[0.0], [0.0]]
-            if point.low is not None and point.high is not None:
-                ends = [[mean - point.low], [point.high - mean]]
-            ax.errorbar(
-                point.costs[axis], mean, yerr=ends, label=recipe.title, ms=6, lw=1.2, capsize=2,
-                alpha=0.9, **how,
-            )  # fmt: skip
-        x = [p.costs[axis] for p in best]
-        y = [p.quality.mean for p in best]
-        right = max(costs)
-        line = {"color": "#555555", "lw": 1.0, "ls": (0, (2, 2)), "zorder": 1}
-        ax.step([*x, right], [*y, y[-1]], where="post", label="front of the means", **line)
-        ax.margins(y=0.12)
-        _ticks(ax, costs, axis)
-        ax.set_xlabel(what or AXES[axis])
-        ax.set_ylabel(f"test {group.headline}, better {'down' if less else 'up'}")
-        _labels(ax, held, axis, less)
+        for y, (_, recipe, d) in enumerate(reversed(rows)):
+            how = style(recipe.place)
+            ax.plot([d.mean], [y], marker=how["marker"], color=how["color"], ms=6, ls="")
+            if d.low is not None and d.high is not None:
+                ax.plot([d.low, d.high], [y, y], color=how["color"], lw=1.8)
+        ax.axvline(0, color="#333333", lw=1)
+        ax.xaxis.set_major_locator(MaxNLocator(7))
+        better = "left" if headline in LESS_IS_BETTER else "right"
+        ax.set_xlabel(f"test {headline}: difference, better to the {better}")
+        ax.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)], fontsize=8)
+        ax.set_ylim(-0.7, len(rows) - 0.3)
+        ax.grid(visible=False, axis="y")
 
-    return draw(paint, 1, 4.2)
-
-
-def _ticks(ax: Axes, costs: Sequence[float], axis: str) -> None:
-    low, high = ax.get_xlim()
-    if max(costs) < 5 * min(costs):
-        ax.xaxis.set_major_locator(FixedLocator(list(MaxNLocator(6).tick_values(low, high))))
-    else:
-        subs = (1.0, 2.0, 5.0) if max(costs) < 200 * min(costs) else (1.0,)
-        ax.xaxis.set_major_locator(LogLocator(10, subs))
-    ax.set_xlim(low, high)
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(lambda v, _: duration(v) if axis == "time_us" else quantity(v))
-
-
-def duration(microseconds: float) -> str:
-    """Microseconds as people read them: `1.5 ms`.
-
-    Example:
-        >>> duration(12.0), duration(1500.0), duration(2e6)
-        ('12 µs', '1.5 ms', '2 s')
-    """
-    for limit, unit in ((1e6, "s"), (1e3, "ms")):
-        if microseconds >= limit:
-            return f"{microseconds / limit:.3g} {unit}"
-    return f"{microseconds:.3g} µs"
-
-
-def _labels(ax: Axes, held: Sequence[Point], axis: str, less: bool) -> None:
-    """Name each setting once, at its best point, if there is room to read it."""
-    best: dict[str, Point] = {}
-    for p in held:
-        old = best.setdefault(p.label, p)
-        gain = p.quality.mean - old.quality.mean
-        if (gain < 0) if less else (gain > 0):
-            best[p.label] = p
-    best.pop("", None)
-    width, height = 8.6 * 72 * 0.86, 4.2 * 72 * 0.7  # about what the axes have, in points
-    (x0, x1), (y0, y1) = np.log(ax.get_xlim()), ax.get_ylim()
-
-    def spot(p: Point) -> tuple[float, float]:
-        x = (math.log(p.costs[axis]) - x0) / (x1 - x0) * width
-        return x, (p.quality.mean - y0) / (y1 - y0) * height
-
-    marks = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(spot, held)]
-    names: list[tuple[float, ...]] = []
-    for label, p in best.items():
-        x, y = spot(p)
-        wide, tall = 4.6 * len(label), 11.0
-        tries = []
-        for dx, dy in ((7, 5), (-7 - wide, 5), (7, -14), (-7 - wide, -14), (-wide / 2, 14),
-                       (-wide / 2, -24), (9, 20), (9, -30)):  # fmt: skip
-            box = (x + dx, y + dy, x + dx + wide, y + dy + tall)
-            out = box[0] < 0 or box[2] > width or box[1] < 0 or box[3] > height
-            hits = sum(_meet(box, mark) for mark in marks)
-            hits += 3 * (sum(_meet(box, name) for name in names) + out)
-            tries.append((hits, len(tries), dx, dy, box))
-        hits, _, dx, dy, box = min(tries)
-        if hits > 2:  # no room where it could be read; the tables have it
-            continue
-        names.append(box)
-        ax.annotate(
-            label, (p.costs[axis], p.quality.mean), (dx, dy), textcoords="offset points",
-            fontsize=8, color="#333333",
-            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.6, "shrinkB": 3},
-        )  # fmt: skip
-
-
-def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    return draw(paint, height=0.9 + 0.24 * len(rows))
 
 
 def densities(names: Sequence[str], columns: Mapping[str, Mapping[str, float]]) -> str:

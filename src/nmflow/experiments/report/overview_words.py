@@ -52,7 +52,6 @@ def shown(groups: Sequence[Group], contest: Sequence[Comparison], baseline: str)
             "No cell shares more than one seed with its baseline, so there is no interval and no "
             "test: the differences are single figures."
         )
-    out += [_missing(group) for group in groups if _missing(group)]
     return out
 
 
@@ -151,8 +150,8 @@ def _cell(group: Group, cell: Cell) -> str:
     return f"{cell.recipe.title}{f' at {label}' if label else ''} ({amount} in {group.headline})"
 
 
-def _missing(group: Group) -> str:
-    """Cells that lack a seed that others have."""
+def lacking(group: Group) -> list[str]:
+    """The cells that lack a seed that others have."""
     seeds = {seed for s in group.settings for r in s.sparse for seed in r.runs}
     said = []
     for cell in group.cells():
@@ -161,9 +160,7 @@ def _missing(group: Group) -> str:
             label = group.label(cell.setting, cell.dense, short=True)
             at = f" at {label}" if label else ""
             said.append(f"{cell.recipe.title}{at} (seed {some(list(map(str, lacks)))})")
-    if not said:
-        return ""
-    return f"Not every cell has every seed; missing are: {some(said, '; ')}."
+    return said
 
 
 def _names(groups: Sequence[Group], settings: Sequence[Setting]) -> list[str]:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import base64
 import datetime
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from nmflow import disk
+from nmflow.experiments.files import one_sentence, write
 from nmflow.experiments.report import csv_rows as report_rows
 from nmflow.experiments.report import overview, tradeoffs
 from nmflow.experiments.report import settings as families
-from nmflow.experiments.report.blocks import Block, Code, Figure, Section, Text
+from nmflow.experiments.report.blocks import Block, Code, Figure, Section, Text, markdown
 from nmflow.experiments.report.compare import PLACEMENT, Setting, settings
 from nmflow.experiments.report.setting import sections, title
 from nmflow.experiments.report.setting_words import Page
 from nmflow.experiments.report.settings import Group
 from nmflow.experiments.report.times import Times
 from nmflow.experiments.report.times import read as read_times
-from nmflow.experiments.run_folder import finished_runs, write
+from nmflow.experiments.report.verdict import verdict
+from nmflow.experiments.run_folder import finished_runs, unfinished_runs
 
 OWN_DATA = """\
 # your own text: one file or a folder of .txt
@@ -73,6 +78,7 @@ def write_report(
     contest = families.adjust(found)
     groups = families.groups(found)
     costs = tradeoffs.costs(groups, times)
+    first = verdict(groups, contest, unfinished_runs(list(runs)), times)
     if len(found) == 1:
         page = Page(timed=bool(times.entries))
         parts = [Part(title(found[0]), sections(found[0], page, costs))]
@@ -88,6 +94,7 @@ def write_report(
     context = {
         "title": "nmflow: " + ", ".join(dict.fromkeys(s.sample["run"]["name"] for s in found)),
         "intro": _intro(results, found),
+        "first": first,
         "parts": parts,
         "closing": Section("The same with your own data", [Text(CLOSING), Code(OWN_DATA)]),
         "date": datetime.date.today().isoformat(),
@@ -100,17 +107,23 @@ def write_report(
         undefined=jinja2.StrictUndefined,
     )
     place.filters["data_uri"] = _data_uri
-    place.filters["cell"] = lambda text: text.replace("|", "\\|")
+    place.globals["sorting"] = script = _script()
+    place.globals["sorting_sha256"] = _sha256(script)
+    place.filters["plain"] = markdown
+    place.filters["cell"] = lambda text: markdown(text).replace("|", "\\|")
     page_text = place.get_template("report.html.j2").render(context)
     plain = place.get_template("report.md.j2").render(context)
-    for number, part in enumerate(parts):
-        for figure in _figures(part.sections):
-            write(output / "figures" / f"{number}-{figure.name}.svg", figure.svg)
-    write(output / "runs.csv", report_rows.text(report_rows.runs(results)))
-    write(output / "summary.csv", report_rows.text(report_rows.summaries(groups)))
-    write(output / "pareto.csv", report_rows.text(report_rows.fronts(groups, times)))
-    write(output / "report.md", plain)
-    write(output / "report.html", page_text)
+    with one_sentence(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with disk.locked(output):  # two reports at once: all files of the last one
+            for number, part in [("verdict", Part("", [first])), *enumerate(parts)]:
+                for figure in _figures(part.sections):
+                    write(output / "figures" / f"{number}-{figure.name}.svg", figure.svg)
+            write(output / "runs.csv", report_rows.text(report_rows.runs(results)))
+            write(output / "summary.csv", report_rows.text(report_rows.summaries(groups)))
+            write(output / "pareto.csv", report_rows.text(report_rows.fronts(groups, times)))
+            write(output / "report.md", plain)
+            write(output / "report.html", page_text)
     return output / "report.html"
 
 
@@ -153,6 +166,15 @@ def _heading(group: Group, setting: Setting) -> str:
 
 def _figures(parts: Sequence[Section]) -> list[Figure]:
     return [block for part in parts for block in part.blocks if isinstance(block, Figure)]
+
+
+def _script() -> str:
+    """The page's one script, which sorts tables; the page's policy allows it by its hash alone."""
+    return (resources.files(__package__) / "templates" / "sort.js").read_text("utf-8").strip()
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _data_uri(svg: str) -> str:

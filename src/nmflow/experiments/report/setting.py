@@ -86,47 +86,39 @@ def _results(setting: Setting) -> list[Block]:
     blocks: list[Block] = [Points(said)] if (said := words.shown(setting)) else []
     if many := words.multiplicity(setting):
         blocks.append(Text(many))
-    blocks.append(Table(caption + ".", head, rows))
-    if base is not None and any(r is not base for r in setting.sparse):
-        blocks.append(
-            Figure(
-                "differences",
-                plots.differences(setting),
-                f"Differences of every recipe to {base.title} with 95 % intervals",
-                "Small marks are seeds, large marks their mean, bars its 95 % interval; a bar "
-                "across the line shows no difference.",
-            )
-        )
-    return blocks
+    return [*blocks, Table(caption + ".", head, rows)]
+
+
+def forest(setting: Setting) -> Figure | None:
+    """Every sparse recipe's differences to the baseline; None where nothing is compared."""
+    base = setting.baseline if setting.comparisons else None
+    if base is None or all(r is base for r in setting.sparse):
+        return None
+    return Figure(
+        "differences",
+        plots.differences(setting),
+        f"Differences of every recipe to {base.title} with 95 % intervals",
+        f"Differences to {base.title}. Small marks are seeds, large marks their mean, bars its "
+        "95 % interval. A bar across the line shows no difference.",
+    )
 
 
 def _curves(setting: Setting) -> list[Block]:
-    blocks: list[Block] = [
-        Figure(
-            "loss",
-            plots.curves(setting),
-            "Training and validation loss over steps, a line a recipe",
-            "Mean over seeds, the band from the least to the greatest. Left: the loss of the "
-            "network as it is at that step"
-            + (
-                ", with its fading weights. Right: the validation loss of the final N:M network "
-                "that the masks of that step would give (dense: of the dense one)."
-                if setting.sparse
-                else ". Right: its validation loss."
-            ),
-        ),
-    ]
+    caption = (
+        "Mean over seeds, the band from the least to the greatest. Left: the training loss of the "
+        "network as it is at that step"
+    )
     if setting.sparse:
-        blocks.append(
-            Figure(
-                "schedule",
-                plots.schedule(setting),
-                "δ and density over steps, a line a recipe",
-                "Left: δ, by which pruned weights are multiplied (0: gone, 1: all there). Right: "
-                "the share of the targets' weights that the current pattern keeps.",
-            )
+        caption += (
+            ", with its fading weights. Right: the validation loss of the final N:M network that "
+            "the masks of that step would give (dense: of the dense one). Below: δ multiplies the "
+            "pruned weights (0: gone, 1: all there), and the share of the targets' weights that "
+            "the current pattern keeps."
         )
-    return blocks
+    else:
+        caption += ". Right: its validation loss."
+    alt = "Losses over steps, a line a recipe" + (", and δ and density" if setting.sparse else "")
+    return [Figure("curves", plots.curves(setting), alt, caption)]
 
 
 def _noise(setting: Setting) -> list[Block]:

@@ -59,11 +59,11 @@ def raw(setting: Setting) -> list[Block]:
     for recipe in setting.recipes:
         for seed, run in sorted(recipe.runs.items()):
             figures = [number(run["test"].get(m), 4) for m in setting.metrics]
-            seconds = f"{run['train_seconds']:.1f}"
-            rows.append(
-                [recipe.title, str(seed), *figures, number(run["validation"]["loss"], 4), seconds]
-            )
-    head = ["recipe", "seed", *(f"test {m}" for m in setting.metrics), "validation loss", "seconds"]
+            loss, seconds = number(run["validation"]["loss"], 4), f"{run['train_seconds']:.1f}"
+            resumed = ", ".join(map(str, run.get("resumed_at", []))) or "–"
+            rows.append([recipe.title, str(seed), *figures, loss, seconds, resumed])
+    tests = [f"test {m}" for m in setting.metrics]
+    head = ["recipe", "seed", *tests, "validation loss", "seconds", "resumed at step"]
     return [Table("After finalize; seconds are of training, with its evaluations.", head, rows)]
 
 

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedFormatter, FuncFormatter, MaxNLocator
 
 from nmflow.experiments.report.compare import LESS_IS_BETTER, Recipe, Setting
 
@@ -50,6 +50,20 @@ def style(place: int) -> dict[str, Any]:
     }
 
 
+def _take_literally(figure: Figure) -> None:
+    """Names may hold a dollar sign, which matplotlib takes for the start of a formula."""
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    for ax in figure.axes:
+        texts += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
+        if own := ax.get_legend():
+            texts += own.get_texts()
+        for axis in (ax.xaxis, ax.yaxis):
+            if isinstance(axis.get_major_formatter(), FixedFormatter | FuncFormatter):
+                texts += axis.get_ticklabels()
+    for text in texts:
+        text.set_parse_math(False)
+
+
 def draw(
     paint: Callable[[list[Axes]], None], columns: int = 1, height: float = 3.4, rows: int = 1
 ) -> str:
@@ -69,6 +83,7 @@ def draw(
             figure.legend(
                 named.values(), named, loc="outside lower center", ncols=columns, fontsize=8
             )
+        _take_literally(figure)
         sink = io.StringIO()
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": "nmflow"})
     return sink.getvalue()
@@ -90,54 +105,53 @@ def series(recipe: Recipe, key: str, log: str = "history") -> tuple[np.ndarray, 
 
 
 def curves(setting: Setting) -> str:
-    """Training loss as the network is, and validation loss of the N:M network, over steps."""
+    """Over steps: the losses, and for sparse recipes δ and the share of weights that is kept."""
 
     def paint(axes: list[Axes]) -> None:
-        both = (
-            ("loss", "training loss, as computed"),
-            ("eval_loss", "validation loss, N:M network" if setting.sparse else "validation loss"),
-        )
-        for ax, (key, title) in zip(axes, both, strict=True):
-            top = 0.0
-            for recipe in setting.recipes:
-                steps, values = series(recipe, key)
-                if not len(steps):
-                    continue
-                mean, colour = values.mean(0), style(recipe.place)["color"]
-                ax.plot(steps, mean, label=recipe.title, **line(recipe.place))
-                ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0)
-                # The first tenth is steep for every recipe and would flatten the rest.
-                late = mean[steps > 0.1 * steps[-1]]
-                top = max(top, float(late.max()) if len(late) else 0.0)
-            if top:
-                ax.set_ylim(top=top * 1.02)
-            ax.set_title(title, fontsize=10)
-            ax.set_xlabel("optimizer step")
+        held_out = "validation loss, N:M network" if setting.sparse else "validation loss"
+        _loss(axes[0], setting, "loss", "training loss, as computed")
+        _loss(axes[1], setting, "eval_loss", held_out)
         axes[0].set_ylabel("loss")
-
-    return draw(paint, columns=2)
-
-
-def schedule(setting: Setting) -> str:
-    """δ and the share of the targets' weights that the mask keeps, over steps."""
-
-    def paint(axes: list[Axes]) -> None:
-        for ax, key in zip(axes, ("delta", "density"), strict=True):
-            for recipe in setting.recipes:
-                steps, values = series(recipe, key)
-                if not len(steps):
-                    continue
-                fades = key == "delta" and recipe.name.startswith(("mdgf", "hybrid", "settling"))
-                drawn = "default" if fades else "steps-post"
-                mean = values.mean(0)
-                ax.plot(steps, mean, label=recipe.title, drawstyle=drawn, **line(recipe.place))
+        for ax, key in zip(axes[2:], ("delta", "density"), strict=False):
+            _schedule(ax, setting, key)
+        for ax in axes[-2:]:
             ax.set_xlabel("optimizer step")
-        axes[0].set_ylabel("δ")
-        axes[1].set_ylabel("share of weights kept")
-        axes[1].set_yscale("log", base=2)
-        axes[1].yaxis.set_major_formatter(lambda v, _: f"1/{round(1 / v)}" if v < 1 else "1")
 
-    return draw(paint, columns=2)
+    return draw(paint, columns=2, height=2.9, rows=2 if setting.sparse else 1)
+
+
+def _loss(ax: Axes, setting: Setting, key: str, title: str) -> None:
+    top = 0.0
+    for recipe in setting.recipes:
+        steps, values = series(recipe, key)
+        if not len(steps):
+            continue
+        mean, colour = values.mean(0), style(recipe.place)["color"]
+        ax.plot(steps, mean, label=recipe.title, **line(recipe.place))
+        ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0)
+        # The first tenth is steep for every recipe and would flatten the rest.
+        late = mean[steps > 0.1 * steps[-1]]
+        top = max(top, float(late.max()) if len(late) else 0.0)
+    if top:
+        ax.set_ylim(top=top * 1.02)
+    ax.set_title(title, fontsize=10)
+
+
+def _schedule(ax: Axes, setting: Setting, key: str) -> None:
+    for recipe in setting.recipes:
+        steps, values = series(recipe, key)
+        if not len(steps):
+            continue
+        fades = key == "delta" and recipe.name.startswith(("mdgf", "hybrid", "settling"))
+        drawn = "default" if fades else "steps-post"
+        ax.plot(steps, values.mean(0), drawstyle=drawn, **line(recipe.place))
+    if key == "delta":
+        ax.set_title("δ, the factor of pruned weights", fontsize=10)
+        ax.set_ylabel("δ")
+        return
+    ax.set_title("share of weights kept", fontsize=10)
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter(lambda v, _: f"1/{round(1 / v)}" if v < 1 else "1")
 
 
 def differences(setting: Setting) -> str:

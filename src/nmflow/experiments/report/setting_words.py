@@ -44,8 +44,16 @@ def shown(setting: Setting) -> list[str]:
         return ["Without the baseline recipe among the runs nothing is compared."]
     if len(setting.recipes) == 1:
         return [f"{setting.baseline.title} is the only recipe here: there is nothing to compare."]
-    for metric in (m for m in setting.metrics if m in ("loss", setting.headline)):
-        out += [_sentence(setting, c) for c in setting.comparisons if _contest(c, metric)]
+    made = [
+        c
+        for metric in setting.metrics
+        if metric in ("loss", setting.headline)
+        for c in setting.comparisons
+        if _contest(c, metric)
+    ]
+    out += [_sentence(setting, c) for c in made if c.difference.differs or c.difference.low is None]
+    if null := [c for c in made if c.difference.low is not None and not c.difference.differs]:
+        out.append(_no_difference(setting, null))
     if gap := _gap(setting):
         out.append(gap)
     return out
@@ -112,17 +120,6 @@ def not_shown(setting: Setting, page: Page | None = None) -> list[str]:
         few = f"{len(runs)} seeds are few, and the interval of a mean over so few is wide"
         none = "of one seed there is no interval at all"
         out.insert(0, f"Small differences: {few if len(runs) > 1 else none}.")
-    inside = [
-        f"{c.recipe.title} in {c.metric}"
-        for c in setting.comparisons
-        if c.recipe.name != "dense" and c.difference.low is not None and not c.difference.differs
-    ]
-    if inside:
-        out.insert(
-            0,
-            f"A difference between {_baseline(setting)} and: {'; '.join(inside)}. Inside its "
-            "interval a difference is none that was shown; nor are the two shown to be equal.",
-        )
     return out
 
 
@@ -179,16 +176,25 @@ def _sentence(setting: Setting, c: Comparison) -> str:
         )
     interval = f"{number(d.low, digits, True)} to {number(d.high, digits, True)}"
     agree = f"{c.in_favour} of {d.n} seeds are in its favour"
-    if not d.differs:
-        return (
-            f"Between {c.recipe.title} and {base} no difference is shown in {name}: {amount} lies "
-            f"inside its {PERCENT} interval ({interval}; {agree})."
-        )
     verdict = "better" if c.better else "worse"
     lost = "" if _survives(c) else "; taken with all comparisons of the setting it is not shown"
     return (
         f"{c.recipe.title} is {verdict} than {base} in {name}: {amount}, {PERCENT} interval "
         f"{interval}; {agree}{lost}."
+    )
+
+
+def _no_difference(setting: Setting, null: list[Comparison]) -> str:
+    """One line for every comparison whose interval holds zero."""
+    said = []
+    for c in null:
+        d = c.difference
+        digits = 4 if abs(d.mean) < 0.01 else 3
+        ends = f"{number(d.low, digits, True)} to {number(d.high, digits, True)}"
+        said.append(f"{c.recipe.title} in test {c.metric} ({number(d.mean, digits, True)}; {ends})")
+    return (
+        f"Between {_baseline(setting)} and these no difference is shown, nor that they are equal: "
+        f"{'; '.join(said)}."
     )
 
 

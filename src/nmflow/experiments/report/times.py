@@ -17,13 +17,15 @@ from nmflow.bench import ways
 from nmflow.bench.results import cpu_name, version_text
 from nmflow.errors import CompressError, ConfigError, NMFlowError
 from nmflow.experiments.config import Model, Run, digest
+from nmflow.experiments.files import read_json, write_json
 from nmflow.experiments.report.settings import Cell
-from nmflow.experiments.run_folder import MODEL, read_json, write_json
+from nmflow.experiments.run_folder import MODEL
 from nmflow.packed import compress
 from nmflow.packed.measure import Timing, time_ways
 
 NAME = "time.json"
 DENSE, BEST, PACKED = "dense", "dense, best", "packed"
+QUICK_NETWORKS, QUICK_PARAMETERS = 4, 20_000_000  # about three seconds a network
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,19 @@ def measure(
     finally:
         torch.set_num_threads(before)
     return problems
+
+
+def quick(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether measuring takes seconds: few distinct networks, each small, all of them saved."""
+    networks = {network_key(result): result for result in results}
+    if len(networks) > QUICK_NETWORKS:
+        return False
+    for result in networks.values():
+        if "folder" not in result or not (Path(result["folder"]) / MODEL).is_dir():
+            return False
+        if result["cost"]["parameters"] > QUICK_PARAMETERS:
+            return False
+    return True
 
 
 def _measured(result: Mapping[str, Any], batch: int, seconds: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nmflow.experiments.report import overview_plots as plots
+from nmflow.experiments.report import cost_plots as plots
 from nmflow.experiments.report.blocks import Block, Figure, Section, Table, Text, number, quantity
 from nmflow.experiments.report.compare import LESS_IS_BETTER
 from nmflow.experiments.report.overview_words import some
@@ -22,17 +22,12 @@ def costs(groups: Sequence[Group], times: Times) -> list[Section]:
         known = {axis: [p.costs[axis] for p in found if axis in p.costs] for axis in AXES}
         axes = [axis for axis, costs in known.items() if len(set(costs)) > 1]
         same = [AXES[axis] for axis, costs in known.items() if len(costs) > len(set(costs)) == 1]
-        for axis in axes:
-            what = _timed_axis(times) if axis == "time_us" else ""
-            blocks.append(
-                Figure(
-                    f"{axis.replace('_', '-')}-{place}",
-                    plots.pareto(group, found, axis, what),
-                    f"Test {group.headline} against {AXES[axis]}, a marker a recipe",
-                    _caption(group, axis),
-                )
-            )
         if axes:
+            names = {a: _timed_axis(times) if a == "time_us" else AXES[a] for a in axes}
+            said = ", ".join(AXES[axis] for axis in axes)
+            alt = f"Test {group.headline} against {said}, a marker a recipe"
+            drawn = plots.pareto(group, found, names)
+            blocks.append(Figure(f"costs-{place}", drawn, alt, _caption(group, axes)))
             blocks.append(_members(group, found, axes))
         if same and len(found) > 1:
             text = f"All cost the same in {' and in '.join(same)}, so there is no plot of that."
@@ -43,13 +38,14 @@ def costs(groups: Sequence[Group], times: Times) -> list[Section]:
     return out
 
 
-def _caption(group: Group, axis: str) -> str:
-    text = {
-        "training_flops": "Training FLOPs of the whole run, counted by phase.",
-        "inference_flops": "Inference FLOPs of one example, counted for an N:M implementation.",
-        "bytes": "Bytes of the values and of the index that says where they are, counted.",
-        "time_us": "Median time of a forward pass; below, how it was measured.",
-    }[axis]
+def _caption(group: Group, axes: Sequence[str]) -> str:
+    told = {
+        "training_flops": "Training FLOPs are of the whole run, counted by phase.",
+        "inference_flops": "Inference FLOPs are of one example, for an N:M implementation.",
+        "bytes": "Bytes are of the values and of the index that says where they are.",
+        "time_us": "Time is the median of a forward pass; below, how it was measured.",
+    }
+    text = " ".join(told[axis] for axis in axes)
     usual = [f"{key.rpartition('.')[2]} {value}" for key, value in group.usual.items()]
     if usual and len(group.settings) > 1:
         text += f" Where nothing else is said: {', '.join(usual)}."

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.experiments.data.tokenization import Tokens
-from nmflow.experiments.run_folder import write_json
+from nmflow.experiments.files import write_json
 from nmflow.experiments.specs import Data, Strict
 from nmflow.experiments.tasks.glue_names import Names
 

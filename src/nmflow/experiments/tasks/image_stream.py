@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from nmflow.errors import ConfigError, DataError
-from nmflow.experiments.run_folder import write_json
+from nmflow.experiments.files import write_json
 from nmflow.experiments.specs import Strict
 
 if TYPE_CHECKING:

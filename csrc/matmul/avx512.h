@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "simd.h"
+#include "decode.h"
 
 namespace {
 

@@ -1,63 +1,12 @@
-/* Vectors by GCC's vector extension, so that one source serves every instruction set: the includer
- * sets NMF_LANES (floats in a register) before it. Plus what every kernel needs: decoding, elements
- * as fp32, the epilogue. All static, see common.h. */
-#ifndef NMFLOW_SIMD_H
-#define NMFLOW_SIMD_H
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+/* What every kernel of the matrix product needs: values and codes decoded, elements as fp32, the
+ * epilogue. All static, see common.h. */
+#ifndef NMFLOW_DECODE_H
+#define NMFLOW_DECODE_H
 
 #include "common.h"
-
-#ifndef NMF_LANES
-#error "set NMF_LANES"
-#endif
+#include "vector.h"
 
 namespace {
-
-const int LANES = NMF_LANES;
-typedef float vecf __attribute__((vector_size(4 * NMF_LANES)));
-typedef uint32_t vecu __attribute__((vector_size(4 * NMF_LANES)));
-typedef int32_t veci __attribute__((vector_size(4 * NMF_LANES)));
-typedef uint16_t vech __attribute__((vector_size(2 * NMF_LANES)));
-
-NMF_INLINE vecf load(const float *p) {
-  vecf v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-NMF_INLINE vecu load(const uint32_t *p) {
-  vecu v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-NMF_INLINE void store(float *p, vecf v) { memcpy(p, &v, sizeof v); }
-NMF_INLINE void store(uint32_t *p, vecu v) { memcpy(p, &v, sizeof v); }
-NMF_INLINE vecf splat(float value) { return value - vecf{}; }
-NMF_INLINE vecf as_float(vecu v) {
-  vecf r;
-  memcpy(&r, &v, sizeof r);
-  return r;
-}
-NMF_INLINE vecu as_bits(vecf v) {
-  vecu r;
-  memcpy(&r, &v, sizeof r);
-  return r;
-}
-NMF_INLINE vecf pick(veci condition, vecf yes, vecf no) {
-  return as_float(((vecu)condition & as_bits(yes)) | (~(vecu)condition & as_bits(no)));
-}
-
-/* IEEE half in the low 16 bits of each lane to fp32, subnormals, infinities and NaNs too. */
-NMF_INLINE vecf half_to_float(vecu h) {
-  const vecu sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-  const vecf subnormal = __builtin_convertvector((veci)rest, vecf) * 5.9604644775390625e-8f;
-  const vecu normal = (rest << 13) + 0x38000000u, special = (rest << 13) + 0x70000000u;
-  const vecu is_special = (vecu)(rest >= 0x7c00u), is_normal = (vecu)(rest >= 0x0400u) & ~is_special;
-  return as_float(sign | (is_special & special) | (is_normal & normal) |
-                  (~(is_special | is_normal) & as_bits(subnormal)));
-}
 
 /* fp32 to 16 bits, rounded to nearest even; a NaN stays a NaN. */
 NMF_INLINE vech to_bf16(vecf v) {

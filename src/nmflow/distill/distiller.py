@@ -1,0 +1,181 @@
+"""`Distiller`: a teacher beside a training step, and the loss that both make."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmflow.distill.losses import hidden_loss, logit_loss
+from nmflow.errors import DistillError
+
+IGNORED = -100
+"""The label of positions that do not count, as everywhere in transformers."""
+
+
+class Distiller:
+    r"""Train a network to do as its dense self: `loss = distiller(model, batch).loss`.
+
+    `L = task · L_task + logits · L_logits + hidden · L_hidden`, with `logit_loss` and
+    `hidden_loss`. The teacher runs without gradients, in evaluation mode, under the caller's
+    autocast and on the student's device. It costs one forward pass a step and its own memory.
+
+    Padding and labels of -100 do not count: a causal language model is compared where it predicts
+    a label that counts, a token classifier where its label counts, hidden states where the
+    attention mask is 1.
+
+    Args:
+        teacher: the dense network, which the call freezes.
+        task: weight of the network's own loss; 0 where the data have no labels.
+        logits: weight of the loss on logits.
+        hidden: weight of the loss on hidden states.
+        temperature: T of the loss on logits.
+
+    Raises:
+        DistillError: a weight below 0, all of them 0, or a temperature that is not above 0.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> shape = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=1, **shape))
+        >>> distiller = Distiller.of(model)  # a frozen copy: the dense network as it is now
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([1])}
+        >>> distiller(model, batch).loss.backward()
+
+    References:
+        arXiv 1503.02531 (logits), arXiv 2310.06927 (hidden states, and both on sparse networks).
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        task: float = 0.5,
+        logits: float = 0.5,
+        hidden: float = 1.0,
+        temperature: float = 2.0,
+    ) -> None:
+        weights = {"task": task, "logits": logits, "hidden": hidden}
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+                raise DistillError(f"{name} is {weight!r}: give a weight that is 0 or more")
+        if logits == 0 and hidden == 0:
+            raise DistillError("logits and hidden are both 0: give one of them a weight")
+        if not temperature > 0:
+            raise DistillError(f"temperature is {temperature}: give a number above 0")
+        self.task, self.logits, self.hidden = task, logits, hidden
+        self.temperature = temperature
+        self.teacher = teacher.requires_grad_(False).eval()
+
+    @classmethod
+    def of(cls, model: nn.Module, **options: float) -> Distiller:
+        """Take a frozen copy of `model` as the teacher; call it before `nmflow.attach`."""
+        return cls(copy.deepcopy(model), **options)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Run the student on a batch, and put the loss of both into its outputs.
+
+        Args:
+            model: the student, of transformers or with outputs like theirs (`logits`, and `loss`
+                and `hidden_states` where they are used), wrapped or not.
+            batch: its keyword arguments.
+
+        Returns:
+            The student's outputs; `loss` is the whole loss.
+        """
+        more = {"output_hidden_states": True} if self.hidden else {}
+        outputs = model(**batch, **more)
+        outputs["loss"] = self.loss(outputs, batch)
+        return outputs
+
+    def loss(self, outputs: Any, batch: Mapping[str, Any], share: float | Tensor = 1.0) -> Tensor:
+        """The whole loss of a student's outputs.
+
+        Args:
+            outputs: of the student on `batch`, with hidden states where `hidden` is not 0.
+            batch: the student's keyword arguments.
+            share: what the distillation terms are multiplied with, such as this micro-batch's
+                share of an accumulated batch; the task's own loss is taken as it is.
+        """
+        own = outputs.get("loss")
+        if self.task and own is None:
+            raise DistillError(
+                "the student's outputs have no loss: put labels into the batch, or set task=0"
+            )
+        more = {"output_hidden_states": True} if self.hidden else {}
+        # An encoder-decoder makes its decoder's inputs of the labels; others need none.
+        left_out = ("num_items_in_batch", *(() if self._encodes else ("labels",)))
+        given = {name: value for name, value in batch.items() if name not in left_out}
+        with torch.no_grad():
+            self._follow(outputs["logits"].device)
+            told = self.teacher(**given, **more)
+        total = outputs["logits"].new_zeros((), dtype=torch.float32)
+        if self.logits:
+            s, t, mask = _aligned(outputs["logits"], told["logits"], batch, self._causal)
+            total = total + self.logits * logit_loss(s, t, self.temperature, mask)
+        if self.hidden:
+            states = [_hidden(one, who) for one, who in ((outputs, "student"), (told, "teacher"))]
+            masks = [batch.get("attention_mask"), _counting(batch.get("labels"))]
+            for s, t, mask in zip(*states, masks, strict=False):
+                part = hidden_loss(s, t, _fitting(mask, s[0])) / len(states[0])
+                total = total + self.hidden * part
+        total = share * total
+        return total + self.task * own if self.task else total
+
+    @property
+    def _causal(self) -> bool:
+        """Whether a label belongs to the logits one position before it."""
+        kind = type(self.teacher).__name__
+        return kind.endswith(("ForCausalLM", "LMHeadModel")) and not self._encodes
+
+    @property
+    def _encodes(self) -> bool:
+        config = getattr(self.teacher, "config", None)
+        return bool(getattr(config, "is_encoder_decoder", False))
+
+    def _follow(self, device: torch.device) -> None:
+        first = next(self.teacher.parameters(), None)
+        if first is not None and first.device != device and first.device.type != "meta":
+            self.teacher.to(device)
+        if self.teacher.training:  # a callback, or `model.train()` of a network that holds it
+            self.teacher.eval()
+
+
+def _aligned(
+    student: Tensor, teacher: Tensor, batch: Mapping[str, Any], causal: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits at the positions that count, and which of them do."""
+    labels = batch.get("labels")
+    if student.ndim < 3:  # one prediction an example
+        return student, teacher, None
+    if labels is not None and labels.shape == student.shape[:-1]:
+        if causal:
+            return student[:, :-1], teacher[:, :-1], _counting(labels[:, 1:])
+        return student, teacher, _counting(labels)
+    return student, teacher, _fitting(batch.get("attention_mask"), student)
+
+
+def _hidden(outputs: Any, who: str) -> list[list[Tensor]]:
+    """The hidden states: of an encoder and a decoder, each of its own."""
+    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+    found = [list(outputs[name]) for name in names if outputs.get(name) is not None]
+    if not found:
+        raise DistillError(
+            f"the {who}'s outputs have no hidden states: pass output_hidden_states=True, or set "
+            "hidden=0"
+        )
+    return found
+
+
+def _counting(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None else labels != IGNORED
+
+
+def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The attention mask, where its positions are those of `x`."""
+    if mask is None or mask.ndim != 2 or mask.shape != x.shape[:2]:
+        return None
+    return mask

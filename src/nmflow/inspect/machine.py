@@ -1,0 +1,186 @@
+"""`doctor`: what this machine can run, what is slow here and why, and what to install."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nmflow import native
+from nmflow.text_table import table
+from nmflow.version import __version__
+
+EXTRAS = {
+    "experiments": ("transformers", "accelerate", "datasets", "typer", "matplotlib"),
+    "lightning": ("lightning",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "ray": ("ray",),
+}
+"""The optional packages, by the extra of nmflow that installs them."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        what: what it is.
+        state: `"ok"`, `"slow"`, `"missing"` or `"unused"`; the last two cost nothing here.
+        found: what was found.
+        mend: what to do about it; empty where there is nothing to do.
+    """
+
+    what: str
+    state: str
+    found: str
+    mend: str = ""
+
+
+class Doctor(list[Finding]):
+    """The findings; as `str`, a table with the advice below it.
+
+    Attributes:
+        ok: whether nothing is slow.
+    """
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is slow."""
+        return all(one.state != "slow" for one in self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return {"ok": self.ok, "findings": [asdict(one) for one in self]}
+
+    def __str__(self) -> str:
+        rows = [["what", "state", "found"], *([f.what, f.state, f.found] for f in self)]
+        advice = [f"{f.what}: {f.mend}" for f in self if f.mend]
+        return "\n".join([table(rows), *([""] if advice else []), *advice])
+
+
+def doctor() -> Doctor:
+    """Look at torch, the compiled kernels, threads, the GPU and the optional packages.
+
+    Returns:
+        The findings. Nothing is installed or changed.
+
+    Example:
+        >>> from nmflow.inspect.machine import doctor
+        >>> doctor()[0].what
+        'nmflow'
+    """
+    found = [
+        Finding("nmflow", "ok", f"{__version__}, Python {platform.python_version()}"),
+        Finding("torch", "ok", f"{torch.__version__}, {_onednn()}"),
+        *_kernels(),
+        _threads(),
+        *_gpu(),
+        *(_extra(name, packages) for name, packages in EXTRAS.items()),
+    ]
+    return Doctor(found)
+
+
+def _onednn() -> str:
+    return "with oneDNN" if torch.backends.mkldnn.is_available() else "without oneDNN"
+
+
+def _kernels() -> Iterable[Finding]:
+    if not native.available():
+        yield Finding(
+            "CPU kernels",
+            "slow",
+            f"not loaded: {native.why_not()}",
+            "plain torch serves masks and packed layers, many times slower; install a C++17 "
+            "compiler, then run pip install --force-reinstall --no-deps nmflow",
+        )
+        return
+    isa, features = native.isa(), native.features()
+    has = f"{isa}; the processor has {', '.join(features) or 'none of the extensions used'}"
+    if isa == "portable":
+        mend = "the kernels run without vector extensions: this processor or NMFLOW_ISA has none"
+        yield Finding("CPU kernels", "slow", has, mend)
+    else:
+        yield Finding("CPU kernels", "ok", has)
+    if "avx512_bf16" not in features:
+        yield Finding(
+            "bfloat16 products",
+            "unused",
+            "the processor has no bfloat16 instructions",
+            "pack in float32 on this processor: bfloat16 is converted on the way",
+        )
+    elif "amx_bf16" in features:
+        yield Finding("bfloat16 products", "ok", "AMX, for panels; AVX-512 for single rows")
+    else:
+        yield Finding("bfloat16 products", "ok", "AVX-512")
+
+
+def _threads() -> Finding:
+    used, there = torch.get_num_threads(), len(_cores())
+    found = f"torch uses {used} of {there} cores"
+    if used > there:
+        mend = f"more threads than cores slow each other down: set OMP_NUM_THREADS={there}"
+        return Finding("threads", "slow", found, mend)
+    return Finding("threads", "ok", found)
+
+
+def _cores() -> Iterable[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return range(os.cpu_count() or 1)
+
+
+def _gpu() -> Iterable[Finding]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        why = "torch finds none" if built else "this torch is built for CPUs"
+        yield Finding("GPU", "unused", why)
+        return
+    name = torch.cuda.get_device_name()
+    major, minor = torch.cuda.get_device_capability()
+    yield Finding("GPU", "ok", f"{name}, sm_{major}{minor}")
+    from nmflow.masks import triton
+
+    if why := triton.why_not():
+        mend = "masks on the GPU take plain torch; install the triton of your torch, and gcc"
+        yield Finding("Triton", "slow", why, mend)
+    else:
+        yield Finding("Triton", "ok", importlib.metadata.version("triton"))
+    nvrtc = _nvrtc()
+    yield Finding("NVRTC", "ok" if nvrtc else "missing", nvrtc or "no libnvrtc beside torch")
+
+
+def _nvrtc() -> str:
+    """Where the run-time compiler of CUDA lies, which CUDA builds of torch bring."""
+    places = [Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "nvidia"]
+    for place in places:
+        for library in sorted(place.rglob("libnvrtc.so*")) + sorted(place.rglob("nvrtc64*.dll")):
+            return library.name
+    return ctypes.util.find_library("nvrtc") or ""
+
+
+def _extra(name: str, packages: Iterable[str]) -> Finding:
+    there, absent = [], []
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            absent.append(package)
+        else:
+            there.append(f"{package} {_version(package)}".strip())
+    if absent:
+        mend = f"for what needs it: pip install 'nmflow[{name}]'"
+        return Finding(f"extra {name}", "missing", f"without {', '.join(absent)}", mend)
+    return Finding(f"extra {name}", "ok", ", ".join(there))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

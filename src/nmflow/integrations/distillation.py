@@ -1,0 +1,50 @@
+"""Hugging Face's `Trainer` with a teacher: its training loss is a distiller's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nmflow.distill.distiller import IGNORED, Distiller
+from nmflow.errors import DistillError
+
+
+class Distillation:
+    """A mixin whose training loss is a distiller's; evaluation keeps the task's own loss.
+
+    Set `distiller` before training. Where batches are accumulated, the teacher's terms of each
+    count by its share of the labels, as the task's own loss does.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> from nmflow.integrations.distillation import Distillation
+        >>> class StudentTrainer(Distillation, Trainer):
+        ...     pass
+        >>> # trainer = StudentTrainer(model, args, ...); trainer.distiller = Distiller.of(model)
+    """
+
+    distiller: Distiller | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """`Trainer.compute_loss`, with the teacher's terms while the network trains."""
+        if self.distiller is None:
+            raise DistillError("distiller is None: set trainer.distiller before training")
+        own: Any = super()
+        if not model.training:
+            return own.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        more = {"output_hidden_states": True} if self.distiller.hidden else {}
+        labels = inputs.get("labels")
+        loss, outputs = own.compute_loss(model, {**inputs, **more}, True, num_items_in_batch)
+        outputs["loss"] = loss
+        share: Any = 1.0
+        if num_items_in_batch is not None and labels is not None:
+            share = (labels != IGNORED).sum() / num_items_in_batch
+        loss = self.distiller.loss(outputs, inputs, share)
+        return (loss, outputs) if return_outputs else loss
