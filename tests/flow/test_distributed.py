@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import nmflow
 import reference
 from harness import ADAMW, Run, assert_same, attach, parameters_of, through_file
 from models import BY_ID as FAMILY
-from models import Family, HFConv1D, Spec, loss_of
+from models import Experts, Family, HFConv1D, Spec, loss_of
 from nmflow.errors import NMFlowError, StateError
 from nmflow.flow.sharding import local
 from settings import BY_ID, OPTIMIZERS, TOTAL, Case
@@ -138,11 +139,13 @@ EVEN_PANELS = Family(
     include=["0.*"],
     pattern="1:4@4",
 )
+# Two processes share three experts; of one expert the second holds nothing.
+ONE_EXPERT = replace(FAMILY["experts"], id="one expert", make=lambda: Experts(1))
 SHARDED = [ODD, EVEN_PANELS]
 SHARDED += [FAMILY[name] for name in ("fused-qkv", "hf-conv1d", "encoder-layer", "linear")]
 PAIRS = [(ODD, "one-shot"), (EVEN_PANELS, "hybrid"), (FAMILY["fused-qkv"], "mdgf-linear-masked")]
 PAIRS += [(FAMILY["hf-conv1d"], "sr-ste"), (FAMILY["encoder-layer"], "mdgf-frozen")]
-PAIRS += [(FAMILY["linear"], "gradual")]
+PAIRS += [(FAMILY["linear"], "gradual"), (FAMILY["experts"], "settling"), (ONE_EXPERT, "hybrid")]
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -229,7 +232,7 @@ def hold(weights: dict[str, torch.Tensor], family: Family) -> None:
     n, m, panel = reference.parse(family.pattern)
     for name, spec in family.targets.items():
         rows = reference.rows_of(weights[name], spec)
-        assert reference.holds(rows, n, m, spec.dim, panel), name
+        assert reference.holds(rows, n, m, spec.dim, panel, spec.stacked), name
 
 
 REFUSED: list[tuple[str, Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] = [

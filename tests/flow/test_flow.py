@@ -41,7 +41,7 @@ def test_final_masks_are_shown_and_weights_restored_bitwise(case: str, family: F
         if not (case == "one-shot" and k > 5):  # whose mask is older than its weights
             for name, spec in family.targets.items():
                 rows = reference.rows_of(dense[name], spec)
-                kept = reference.keep(rows, n, m, spec.dim, panel)
+                kept = reference.keep(rows, n, m, spec.dim, panel, spec.stacked)
                 assert torch.equal(reference.rows_of(inside[name], spec), rows * kept)
         run.step(x)
         free.step(x)

@@ -131,7 +131,9 @@ def assert_near(
 def all_hold(model: nn.Module, targets: dict[str, Spec], pattern: str) -> bool:
     n, m, panel = reference.parse(pattern)
     return all(
-        reference.holds(reference.rows_of(model.get_parameter(name), spec), n, m, spec.dim, panel)
+        reference.holds(
+            reference.rows_of(model.get_parameter(name), spec), n, m, spec.dim, panel, spec.stacked
+        )
         for name, spec in targets.items()
     )
 

@@ -6,6 +6,7 @@ that the tests do not take nmflow's own plan for granted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Spec:
-    """A target as the reference sees it: the grouped axis, and the output rows or all of them."""
+    """A target as the reference sees it: the grouped axis, and the output rows or all of them.
+
+    A stacked one has several matrices along axis 0.
+    """
 
     dim: int = 1
     rows: tuple[int, int] | None = None
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,32 @@ class FusedQKV(nn.Module):
         return self.attn.get_submodule("proj")(mixed)
 
 
+class Stack(nn.Module):
+    """The matrices of experts in one parameter, (experts, out, in) or (experts, in, out)."""
+
+    def __init__(self, reads: int, writes: int, is_transposed: bool, experts: int) -> None:
+        super().__init__()
+        self.num_experts, self.is_transposed = experts, is_transposed
+        shape = (reads, writes) if is_transposed else (writes, reads)
+        self.proj = nn.Parameter(torch.randn(experts, *shape) / math.sqrt(reads))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ebi,eio->ebo" if self.is_transposed else "ebi,eoi->ebo", x, self.proj)
+
+
+class Experts(nn.Module):
+    """Every expert on every input, their outputs added."""
+
+    def __init__(self, experts: int = 3) -> None:
+        super().__init__()
+        self.up_experts = Stack(8, 16, False, experts)
+        self.down_experts = Stack(16, 4, True, experts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.up_experts(x.expand(self.up_experts.num_experts, *x.shape)))
+        return self.down_experts(hidden).sum(0)
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
 
@@ -177,6 +208,16 @@ FAMILIES = [
             "linear1.weight": Spec(),
             "linear2.weight": Spec(),
         },
+    ),
+    Family(
+        "experts",
+        Experts,
+        (8,),
+        {
+            "up_experts.proj": Spec(2, stacked=True),
+            "down_experts.proj": Spec(1, stacked=True),
+        },
+        pattern="1:4@3",  # 16 and 4 rows: the last panel of each expert is smaller
     ),
     Family(
         "panels",

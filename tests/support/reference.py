@@ -36,8 +36,12 @@ def parse(pattern: str) -> tuple[int, int, int]:
     return int(n), int(m), int(panel or 1)
 
 
-def keep(weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1) -> torch.Tensor:
+def keep(
+    weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1, stacked: bool = False
+) -> torch.Tensor:
     """The n largest |w| of every m along `dim`, ties to the lowest index, by a stable sort."""
+    if stacked:
+        return torch.stack([keep(one, n, m, dim - 1, panel) for one in weight])
     w = np.abs(weight.detach().to(torch.float64).cpu().numpy())
     out_axis = 0 if dim % w.ndim != 0 else 1
     moved = np.moveaxis(w, (out_axis, dim % w.ndim), (0, -1))
@@ -53,8 +57,12 @@ def keep(weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1) -> 
     return torch.from_numpy(kept).to(weight.device)
 
 
-def holds(weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1) -> bool:
+def holds(
+    weight: torch.Tensor, n: int, m: int, dim: int = 1, panel: int = 1, stacked: bool = False
+) -> bool:
     """At most n non-zeros in every group; within a panel, at most n columns with a non-zero."""
+    if stacked:
+        return all(holds(one, n, m, dim - 1, panel) for one in weight)
     w = weight.detach().to(torch.float64).cpu().numpy() != 0
     out_axis = 0 if dim % w.ndim != 0 else 1
     moved = np.moveaxis(w, (out_axis, dim % w.ndim), (0, -1))
@@ -182,7 +190,7 @@ class Reference:
             kept = self.frozen.setdefault(name, kept)
         fading = torch.ones_like(kept)
         if previous is not None:
-            fading = keep(weight, *previous, spec.dim, self.panel)
+            fading = keep(weight, *previous, spec.dim, self.panel, spec.stacked)
         factor = kept.to(weight.dtype) + (~kept & fading).to(weight.dtype) * delta
         return kept, factor
 
@@ -191,7 +199,7 @@ class Reference:
         since, held, kept = self.held.get(name, (-1, (0, 0), weight))
         due = self.k % self.case.attach.get("mask_interval", 1) == 0
         if held != nm or (due and since != self.k):
-            kept = keep(weight, *nm, spec.dim, self.panel)
+            kept = keep(weight, *nm, spec.dim, self.panel, spec.stacked)
             self.held[name] = (self.k, nm, kept)
         return self.held[name][2]
 

@@ -14,10 +14,11 @@ from torch import nn
 import nmflow.select.plan
 import nmflow.select.roles
 import nmflow.text_table
-from nmflow.errors import PatternError, PlanError
+from nmflow.errors import NMFlowWarning, PatternError, PlanError
 from nmflow.pattern import Pattern
 from nmflow.select.plan import Target, plan
-from nmflow.select.weights import layers_of, layers_of_state
+from nmflow.select.states import layers_of_state
+from nmflow.select.weights import layers_of
 
 transformers = pytest.importorskip("transformers")
 BLOCK = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -201,10 +202,8 @@ def test_presets_take_exactly_the_matrices_of_their_role(case):
     assert labels(model, "qkv") == whole(qk | v)
     assert labels(model, "attn") == whole(qk | v | o)
     assert labels(model, ["ff", "qk"]) == ff | qk
-    rest = labels(model, "all", exclude=["ff", "attn"]) if build in (bert, swinv2) else set()
+    rest = labels(model, "all", exclude=["ff", "attn"]) if build is swinv2 else set()
     assert labels(model, "all") == whole(ff | qk | v | o) | rest
-    if build is bert:
-        assert rest == {"bert.pooler.dense.weight"}
     if build is swinv2:
         assert rest == {"swinv2.encoder.layers.0.downsample.reduction.weight"}
 
@@ -246,7 +245,10 @@ def test_interleaved_projections_are_taken_whole_or_not_at_all():
     fused = {f"gpt_neox.layers.{i}.attention.query_key_value.weight" for i in range(2)}
     assert labels(model, "qkv") == fused
     both = nn.ModuleDict({"neox": model, "timm": TimmBlock()})
-    made = plan(both, "1:4", "qk")
+    with pytest.warns(NMFlowWarning, match=r"'qk' leaves out 75.0%.*interleaved.*exclude"):
+        made = plan(both, "1:4", "qk")
+    assert "warning: 'qk' leaves out" in str(made)
+    assert labels(both, "qk", exclude="*query_key_value*") == {"timm.attn.qkv.weight[0:64]"}
     assert [t.label for t in made] == ["timm.attn.qkv.weight[0:64]"]
     reasons = dict(made.left_out)
     assert all("interleaved" in reasons[f"neox.{name}"] for name in fused)
@@ -334,7 +336,8 @@ def test_the_output_head_of_a_model_without_names_is_its_last_linear():
         f"blocks.0.mlp_{k}.fc{i}.weight" for k in ("tokens", "channels") for i in (1, 2)
     }
     backbone = transformers.ViTModel(vit().config)
-    assert "pooler.dense.weight" in labels(backbone, "all")
+    assert "pooler" in dict(plan(backbone, "1:4").left_out)["pooler.dense.weight"]
+    assert labels(backbone, "pooler.*") == {"pooler.dense.weight"}
 
 
 def test_wrappers_do_not_hide_names():
@@ -387,7 +390,12 @@ def test_frozen_wrongly_typed_and_lazy_parameters_are_left_out_with_the_reason()
 def test_what_m_does_not_divide_is_an_error_or_skipped():
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     with pytest.raises(PlanError, match=r"0\.weight has an axis of 12.*M=8 in 1:8.*remainder"):
-        plan(model, "1:8")
+        plan(model, "1:8", remainder="error")
+    with pytest.raises(PlanError, match=r"0\.weight has an axis of 12"):
+        plan(model, "1:8", ["0", "1"])
+    with pytest.warns(NMFlowWarning, match=r"'all' leaves out 60\.0%.*0\.weight \(its axis of 12"):
+        assert labels(model, "all", "1:8") == {"1.weight"}
+    assert labels(model, "all", "1:8", exclude="0") == {"1.weight"}
     made = plan(model, "1:8", remainder="skip")
     assert [t.name for t in made] == ["1.weight"]
     assert "12 is no multiple of M=8" in dict(made.left_out)["0.weight"]
@@ -397,7 +405,12 @@ def test_what_m_does_not_divide_is_an_error_or_skipped():
 
 BAD = [
     ({"include": "*attention*"}, r"'\*attention\*' matches no weight.*ff: mlp\.fc1\.weight"),
-    ({"include": ["ff", "fc9"]}, "'fc9' matches no weight"),
+    ({"include": ["ff", "fc9"]}, r"'fc9' matches no weight: did you mean '\*\.fc[12]\.\*'"),
+    ({"include": "mpl"}, r"'mpl' matches no weight: did you mean '\*\.mlp\.\*'\?"),
+    ({"include": "atn"}, "did you mean"),
+    ({"include": "fff"}, r"did you mean 'ff'\?"),
+    ({"include": "mlp.*.x"}, "matches no weight"),
+    ({"pattern": {"f": "1:4", "*": "1:4"}}, "'f' matches no weight: did you mean"),
     ({"pattern": {"*": "1:4", "ff": "1:2"}}, r"'ff' takes nothing.*taken by the earlier '\*'"),
     ({"pattern": {"ff": "1:4"}, "include": "attn"}, r"'ff' takes nothing.*outside of include"),
     ({"pattern": {"ff": "1:4"}, "include": ["ff", "attn"]}, "include 'attn' takes nothing"),

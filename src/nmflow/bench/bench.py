@@ -94,10 +94,8 @@ def pruned(
         for target in plan(model, pattern, include, exclude, remainder="skip"):
             w = model.get_parameter(target.name).detach()
             if target.rows is not None:
-                w = w.narrow(
-                    0 if target.dim else 1, target.rows[0], target.rows[1] - target.rows[0]
-                )
-            w.mul_(mask(w, target.pattern, target.dim))
+                w = w.narrow(target.out_dim, target.rows[0], target.rows[1] - target.rows[0])
+            w.mul_(mask(w, target.pattern, target.dim, target.stacked))
     return model
 
 

@@ -18,7 +18,7 @@ def plan(
     include: Annotated[str | None, typer.Option(help="Presets or globs, by commas.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Presets or globs to leave out.")] = None,
     remainder: Annotated[
-        str | None, typer.Option(help="error or skip, where M does not divide an axis.")
+        str | None, typer.Option(help="auto, error or skip, where M does not divide an axis.")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -37,6 +37,6 @@ def plan(
         pattern or (run.pattern if run else "1:16"),
         globs(include) if include else (run.include if run else "all"),
         globs(exclude) if exclude else (run.exclude if run else []),
-        remainder=remainder or (run.remainder if run else "error"),
+        remainder=remainder or (run.remainder if run else "auto"),
     )
     show(chosen, as_json)

@@ -46,7 +46,7 @@ class Setting(Strict):
     pattern: str | dict[str, str] = "1:16"
     include: Globs = "ff"
     exclude: list[str] = Field(default_factory=list)
-    remainder: Literal["error", "skip"] = "error"
+    remainder: Literal["auto", "error", "skip"] = "error"
     mask_interval: PositiveInt = 1
     freeze_mask: bool = False
     training: Training

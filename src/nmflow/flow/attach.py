@@ -23,7 +23,7 @@ def attach(
     exclude: Names = (),
     *,
     total_steps: int,
-    remainder: str = "error",
+    remainder: str = "auto",
     mask_interval: int = 1,
     freeze_mask: bool = False,
 ) -> Flow:
@@ -42,7 +42,7 @@ def attach(
         include: presets, globs or both, see `plan`; where `pattern` has keys, they are included.
         exclude: presets or globs to leave out.
         total_steps: K, the optimizer steps of the whole run, also those before a resume.
-        remainder: `"error"` or `"skip"` a weight whose axis is not divisible by M.
+        remainder: `"auto"`, `"error"` or `"skip"` an axis that M does not divide, see `plan`.
         mask_interval: take the mask from W every so many steps only, and hold it in between, at
             one byte a weight.
         freeze_mask: hold the mask through the fine-tune phase.

@@ -35,7 +35,7 @@ def prune(copy: Copy, model: nn.Module, plan: Plan) -> None:
             if part.count == 0:
                 continue
             w = part.of(local(weight))
-            kept, finite = select(w, target.pattern, target.dim)
+            kept, finite = select(w, target.pattern, target.dim, target.stacked)
             if not bool(finite):
                 raise WeightError(
                     f"'{target.name}' of the copy holds a NaN or an infinity, which no magnitude "

@@ -54,7 +54,7 @@ class Region:
         """View the region in a tensor that is shaped like this rank's part."""
         if self.whole:
             return part
-        return part.narrow(out_axis(self.target), self.start, self.count)
+        return part.narrow(self.target.out_dim, self.start, self.count)
 
 
 def region(param: Tensor, target: Target, longest: int) -> Region:
@@ -68,7 +68,7 @@ def region(param: Tensor, target: Target, longest: int) -> Region:
     Raises:
         FlowError: a shard cuts a group of M inputs or a panel of rows.
     """
-    out, part = out_axis(target), local(param)
+    out, part = target.out_dim, local(param)
     offsets = _offsets(param)
     held, total = part.shape[target.dim], param.shape[target.dim]
     if (offsets[target.dim] % longest or held % longest) and held != total:
@@ -87,12 +87,9 @@ def region(param: Tensor, target: Target, longest: int) -> Region:
             f"{offsets[out] + stop}, which cuts a panel of {panel} rows of the pattern "
             f"'{target.pattern}': choose a panel that divides a shard, or fewer ranks"
         )
-    return Region(target, start, stop - start, stop - start == part.shape[out])
-
-
-def out_axis(target: Target) -> int:
-    """The axis of the output rows: 0, or 1 where the inputs are axis 0."""
-    return 0 if target.dim else 1
+    # A rank may hold no expert of a stack at all, though each has its rows.
+    count = stop - start if part.numel() else 0
+    return Region(target, start, count, count == part.shape[out])
 
 
 def _offsets(param: Tensor) -> tuple[int, ...]:

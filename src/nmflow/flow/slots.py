@@ -19,7 +19,7 @@ from nmflow.flow import gradients
 from nmflow.flow.homes import Home
 from nmflow.flow.loan import Loan
 from nmflow.flow.marks import Mark, fingerprint
-from nmflow.flow.sharding import Region, local, out_axis
+from nmflow.flow.sharding import Region, local
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.pattern import EVERY
 from nmflow.recipes.schedules import Stage
@@ -57,7 +57,7 @@ class Slot:
         self._mark: Mark | None = None
         self._loading: int | None = None
         rows = sum(r.count for r in regions)
-        self._covered = rows == local(param).shape[out_axis(regions[0].target)]
+        self._covered = rows == local(param).shape[regions[0].target.out_dim]
 
     # -- where the tensors are -----------------------------------------------------------------
 
@@ -245,9 +245,9 @@ class Slot:
             kept = region.of(local(tensors[KEPT_KEY]))
             fading = region.of(local(tensors[FADING_KEY])) if previous else None
             return kept, fading, torch.ones((), dtype=torch.bool, device=kept.device)
-        w = region.of(local(self.dense))
-        kept, finite = masks.select(w, pattern, region.target.dim)
-        fading = masks.select(w, previous, region.target.dim)[0] if previous else None
+        w, target = region.of(local(self.dense)), region.target
+        kept, finite = masks.select(w, pattern, target.dim, target.stacked)
+        fading = masks.select(w, previous, target.dim, target.stacked)[0] if previous else None
         return kept, fading, finite
 
     def hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
@@ -259,10 +259,14 @@ class Slot:
 
 def _project(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> Tensor:
     """The kernel by the pattern of a stage; whether `w` was finite."""
-    return masks.one_pass(w, stage.pattern or EVERY, region.target.dim, delta, **more)
+    target = region.target
+    pattern = stage.pattern or EVERY
+    return masks.one_pass(w, pattern, target.dim, delta, stacked=target.stacked, **more)
 
 
 def _in_one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
     """Whether a kernel can go from W to W̃ in one pass over memory."""
-    pattern, previous = stage.masks
-    return previous is None and masks.one_pass_serves(w, pattern or EVERY, region.target.dim, out)
+    (pattern, previous), target = stage.masks, region.target
+    return previous is None and masks.one_pass_serves(
+        w, pattern or EVERY, target.dim, out, target.stacked
+    )

@@ -130,7 +130,7 @@ class Weights:
             for region in slot.regions:
                 stage, target = stages[region.target.label], region.target
                 if stage.pattern is None:
-                    mask, _ = select(region.of(weight), target.pattern, target.dim)
+                    mask, _ = select(region.of(weight), target.pattern, target.dim, target.stacked)
                 else:
                     mask, _ = slot.masks(region, stage, held)
                 g = None if grad is None else region.of(grad)

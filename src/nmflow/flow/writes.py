@@ -85,7 +85,7 @@ def take(slot: Slot, places: Tensor | None) -> None:
 def retake(slot: Slot, stages: Stages, places: Tensor) -> None:
     """Take masks that are held anew from W, in the groups that have one of the places."""
     for region in slot.regions:
-        stage, dim = stages[region.target.label], region.target.dim
+        stage, target = stages[region.target.label], region.target
         if region.count == 0 or stage.pattern is None:
             continue
         part = region.of(places)
@@ -95,7 +95,9 @@ def retake(slot: Slot, stages: Stages, places: Tensor) -> None:
         for i, pattern in enumerate(stage.masks):
             before, after = old[i], new[i]
             if pattern is not None and before is not None and after is not None:
-                masks[i] = torch.where(touched(part, pattern, dim), after, before)
+                masks[i] = torch.where(
+                    touched(part, pattern, target.dim, target.stacked), after, before
+                )
         kept, fading = masks
         assert kept is not None
         slot.hold(region, kept, fading)

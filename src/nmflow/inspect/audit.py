@@ -18,8 +18,9 @@ from nmflow.inspect.record import read_record
 from nmflow.masks import holds
 from nmflow.pattern import EVERY, Pattern
 from nmflow.select.plan import Names, Patterns, choose
+from nmflow.select.states import layers_of_state
 from nmflow.select.target import LeftOut, Plan, Target, rows_of
-from nmflow.select.weights import Layer, layers_of, layers_of_state
+from nmflow.select.weights import Layer, layers_of
 from nmflow.text_table import shown
 
 _PACKED = "nmflow.json"
@@ -172,7 +173,7 @@ def _recorded(
         asked = target if pattern is None else replace(target, pattern=Pattern(pattern))
         if target.name in barred:
             continue
-        out = target.shape[0 if target.dim else 1]
+        out = target.shape[target.out_dim]
         covered.setdefault(target.name, []).append(target.rows or (0, out))
         if target.length % asked.pattern.m:
             why = f"its axis of {target.length} is no multiple of M={asked.pattern.m}"
@@ -216,7 +217,17 @@ def _found(
             others.append(LeftOut(layer.name, reason))
             continue
         weight = _comparable(layer.name, read(layer.name))
-        for start, stop, pattern in runs(as_matrix(weight, layer.dim)):
+        held = list(runs(as_matrix(weight, layer.dim)))
+        if layer.stacked and held:  # a row of the matrix is a whole expert here
+            named = {Pattern.of(p.n, p.m) for _, _, p in held}
+            if len(named) == 1 and held[0][0] == 0 and held[-1][1] == layer.shape[0]:
+                targets.append(
+                    Target(layer.name, layer.shape, layer.dim, named.pop(), stacked=True)
+                )
+            else:
+                others.append(LeftOut(layer.name, "its matrices hold different patterns"))
+            continue
+        for start, stop, pattern in held:
             rows = None if (start, stop) == (0, layer.out) else (start, stop)
             targets.append(Target(layer.name, layer.shape, layer.dim, pattern, rows))
         covered = {layer.name: [t.rows or (0, layer.out) for t in targets if t.name == layer.name]}
@@ -230,7 +241,7 @@ def _compare(chosen: Plan, layers: Layers, read: Callable[[str], Tensor], judged
     rows, others = [], []
     for target in chosen:
         weight = rows_of(_comparable(target.name, read(target.name)), target)
-        held = holds(weight, target.pattern, target.dim)
+        held = holds(weight, target.pattern, target.dim, target.stacked)
         rows.append(_row(target.label, target.shape, target.pattern, held, weight))
     for other in chosen.others:
         layer = known[other.name]
@@ -238,9 +249,8 @@ def _compare(chosen: Plan, layers: Layers, read: Callable[[str], Tensor], judged
             continue
         weight = _comparable(other.name, read(other.name))
         if other.rows is not None:
-            weight = weight.narrow(
-                0 if layer.dim else 1, other.rows[0], other.rows[1] - other.rows[0]
-            )
+            start, stop = other.rows
+            weight = weight.narrow(layer.out_dim, start, stop - start)
         others.append(_row(other.label, layer.shape, None, None, weight, other.reason))
     return Audit(rows, others, judged)
 

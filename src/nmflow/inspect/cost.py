@@ -260,7 +260,7 @@ def _row(target: Target, size: int, passes: Passes, final: bool) -> CostRow:
     pattern = target.pattern if final else Pattern.of(1, 1)
     weights = target.numel
     kept = weights // pattern.m * pattern.n
-    out = target.shape[0 if target.dim else 1]
+    out = target.shape[target.out_dim]
     rows = out if target.rows is None else target.rows[1] - target.rows[0]
     lists = -(-rows // pattern.panel)
     bits = 0 if pattern.n == pattern.m else math.ceil(math.log2(pattern.m))

@@ -24,6 +24,11 @@ _ATEN = torch.ops.aten
 _CONVS = {_ATEN.convolution, _ATEN._convolution}
 # A copy in another dtype or memory layout is still the same weight.
 _COPIES = {_ATEN._to_copy, _ATEN.clone}
+# Experts that are picked out of their stack are still the same weight.
+_PICKS = {_ATEN.index, _ATEN.index_select}
+_GROUPED = {op for op in [getattr(_ATEN, "_grouped_mm", None)] if op is not None}
+# What torch's registry of formulas lacks.
+_OWN = {_ATEN.mv, _ATEN.addmv, *_GROUPED}
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        counted = packet in self.formulas or packet in (_ATEN.mv, _ATEN.addmv)
+        counted = packet in self.formulas or packet in _OWN
         if not counted and func is not torch.ops.prim.device.default:
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -179,6 +184,10 @@ class _Counter(TorchDispatchMode):
             found = self._find(args[0])
             if found is not None and found[1] == 0 and out.numel() == found[2]:
                 self._hold(out, found[0], 0, out.numel())
+        elif packet in _PICKS:
+            found = self._find(args[0])
+            if found is not None:
+                self._hold(out, found[0], 0, out.numel())
         return out
 
     def _book(self, packet: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
@@ -187,6 +196,8 @@ class _Counter(TorchDispatchMode):
             return
         if packet in (_ATEN.mv, _ATEN.addmv):
             flops = 2 * args[packet is _ATEN.addmv].numel()
+        elif packet in _GROUPED:
+            flops = _grouped(args[0], args[1])
         else:
             flops = int(self.formulas[packet](*args, **kwargs, out_val=out))
         found = next(filter(None, map(self._find, args)), None)
@@ -217,6 +228,13 @@ class _Counter(TorchDispatchMode):
             self.passes.other_backward += flops
         else:
             self.passes.other_forward += flops
+
+
+def _grouped(a: Tensor, b: Tensor) -> int:
+    """The FLOPs of experts' products at once: each row (or each column) meets one expert."""
+    if a.dim() == 2:  # (tokens, in) @ (experts, in, out), or (in, tokens) @ (tokens, out)
+        return 2 * int(a.numel()) * int(b.shape[-1])
+    return 2 * int(b.numel()) * int(a.shape[-2])
 
 
 @contextlib.contextmanager

@@ -157,7 +157,8 @@ def _rows(
 ) -> tuple[NoiseRow, ...]:  # fmt: skip
     rows: list[NoiseRow] = []
     for target in targets:
-        kept = mask(rows_of(weights[target.name].detach(), target), target.pattern, target.dim)
+        weight = rows_of(weights[target.name].detach(), target)
+        kept = mask(weight, target.pattern, target.dim, target.stacked)
         first = rows_of(mean[target.name], target).double().square()
         noise = rows_of(spread[target.name], target).double() / (count - 1)
         second = first + noise * ((count - 1) / count)

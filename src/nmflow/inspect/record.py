@@ -16,7 +16,7 @@ from nmflow import disk
 from nmflow.errors import FileFormatError, PatternError
 from nmflow.inspect.checkpoints import SavedState, open_state
 from nmflow.pattern import Pattern
-from nmflow.select.target import Target
+from nmflow.select.target import Target, out_dim
 from nmflow.text_table import shown
 
 RECORD = "nmflow_patterns.json"
@@ -69,9 +69,10 @@ def write_record(
             lost.append(target.name)
             continue
         rows = None if target.rows is None else list(target.rows)
-        entries.append(
-            {"name": name, "rows": rows, "axis": target.dim, "pattern": str(target.pattern)}
-        )
+        entry = {"name": name, "rows": rows, "axis": target.dim, "pattern": str(target.pattern)}
+        # Parameters that hold several matrices say so; the others stay as they were.
+        more = {"stacked": target.stacked, "unit": target.unit}
+        entries.append(entry | {key: value for key, value in more.items() if value})
     made = {"format": _FORMAT, "version": _VERSION, "weights": entries}
     try:
         with disk.locked(folder):
@@ -109,17 +110,22 @@ def _target(entry: Any, saved: SavedState) -> Target:
         raise ValueError(f"it names {shown(str(name))}, which is not there")
     shape = saved.shapes[name]
     pattern = Pattern(entry["pattern"])
-    if type(axis) is not int or axis not in (0, 1) or len(shape) < 2:
+    stacked, unit = entry.get("stacked", False), entry.get("unit", 0)
+    if type(axis) is not int or not 0 <= axis < min(len(shape), 3) or len(shape) < 2:
         raise ValueError(f"{shown(name)} has no such axis")
-    if not shape[axis] or shape[axis] % pattern.m:
+    if type(stacked) is not bool or (stacked and (len(shape) != 3 or axis == 0)):
+        raise ValueError(f"{shown(name)} is no stack of matrices")
+    if type(unit) is not int or unit < 0 or (unit and shape[axis] % unit):
+        raise ValueError(f"{shown(name)} has no matrices of {shown(str(unit))}")
+    if not shape[axis] or (unit or shape[axis]) % pattern.m:
         raise ValueError(f"{shown(name)} cannot be grouped by {pattern}")
     if rows is not None:
-        out = shape[0 if axis else 1]
+        out = shape[out_dim(axis, stacked)]
         start, stop = rows
         if not (type(start) is type(stop) is int and 0 <= start < stop <= out):
             raise ValueError(f"{shown(name)} has no rows {start}:{stop}")
         rows = (start, stop)
-    return Target(name, shape, axis, pattern, rows)
+    return Target(name, shape, axis, pattern, rows, stacked=stacked, unit=unit)
 
 
 def _digest(t: Tensor) -> str:

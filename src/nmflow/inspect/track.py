@@ -207,7 +207,7 @@ def _off(view: View, pruned: Tensor) -> Tensor:
         return pruned.new_zeros(())
     left = pruned * (1.0 - stage.delta)
     if stage.previous is not None and stage.delta > 0:
-        fading = mask(view.weight, stage.previous, view.target.dim)
+        fading = mask(view.weight, stage.previous, view.target.dim, view.target.stacked)
         left = torch.where(fading, left, pruned)
     return (left * left).sum()
 

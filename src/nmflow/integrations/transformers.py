@@ -52,7 +52,7 @@ class NMFlowCallback(Witness, TrainerCallback):
         pattern: N:M with N kept, or patterns by glob.
         include: presets or globs of the weights.
         exclude: presets or globs to leave out.
-        remainder: `"error"` or `"skip"` an axis that M does not divide.
+        remainder: `"auto"`, `"error"` or `"skip"` an axis that M does not divide, see `plan`.
         mask_interval: steps between masks.
         freeze_mask: hold the mask through the fine-tune phase.
         total_steps: K; the `Trainer`'s number of optimizer steps as a rule.
@@ -79,7 +79,7 @@ class NMFlowCallback(Witness, TrainerCallback):
         include: Names = "all",
         exclude: Names = (),
         *,
-        remainder: str = "error",
+        remainder: str = "auto",
         mask_interval: int = 1,
         freeze_mask: bool = False,
         total_steps: int | None = None,

@@ -17,7 +17,7 @@ from nmflow.pattern import Pattern
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def mask(w: Tensor, pattern: str | Pattern, dim: int = 1) -> Tensor:
+def mask(w: Tensor, pattern: str | Pattern, dim: int = 1, stacked: bool = False) -> Tensor:
     r"""Magnitude mask of a weight: True at the N largest `|w|` of every M along `dim`.
 
     `m = 1` for the N largest of each group `|w[M*g : M*(g+1)]|`, else 0. Ties go to the lowest
@@ -30,6 +30,8 @@ def mask(w: Tensor, pattern: str | Pattern, dim: int = 1) -> Tensor:
         pattern: `"N:M"` or `"N:M@V"`, N the number kept.
         dim: the axis that is cut into groups, as a rule the input axis. Panels run along the
             output axis: 0, or 1 where `dim` is 0.
+        stacked: whether axis 0 counts matrices, such as experts': `w` is `(experts, out, in)` with
+            `dim` 2, or `(experts, in, out)` with `dim` 1, and panels run along `out`.
 
     Returns:
         A bool tensor of the shape of `w`, on its device.
@@ -47,8 +49,8 @@ def mask(w: Tensor, pattern: str | Pattern, dim: int = 1) -> Tensor:
         arXiv 2402.04744, section 2. Differs from the released code: groups never straddle rows.
     """
     pattern = Pattern(pattern)
-    check_groups(w, pattern, dim)
-    kept, finite = select(w.detach(), pattern, dim)
+    check_groups(w, pattern, dim, stacked)
+    kept, finite = select(w.detach(), pattern, dim, stacked)
     if not bool(finite):
         raise WeightError(
             "w holds a NaN or an infinity, which no magnitude mask can order: mend the weight "
@@ -57,13 +59,14 @@ def mask(w: Tensor, pattern: str | Pattern, dim: int = 1) -> Tensor:
     return kept
 
 
-def holds(w: Tensor, pattern: str | Pattern, dim: int = 1) -> bool:
+def holds(w: Tensor, pattern: str | Pattern, dim: int = 1, stacked: bool = False) -> bool:
     """Say whether a weight keeps a pattern: at most N non-zeros in every group of M along `dim`.
 
     Args:
         w: the weight, as for `mask`.
         pattern: `"N:M"`; with a panel, at most N columns of a group are used by its V rows.
         dim: the grouped axis.
+        stacked: as for `mask`.
 
     Raises:
         PatternError: the axis is missing or is not divisible by M.
@@ -74,8 +77,8 @@ def holds(w: Tensor, pattern: str | Pattern, dim: int = 1) -> bool:
         True
     """
     pattern = Pattern(pattern)
-    check_groups(w, pattern, dim)
-    used = _grouped(w.detach() != 0, pattern, dim)
+    check_groups(w, pattern, dim, stacked)
+    used = _grouped(w.detach() != 0, pattern, dim, stacked)
     if pattern.panel > 1:
         used = _panels(used.to(torch.uint8), pattern.panel).amax(1) != 0
     return bool((used.sum(-1) <= pattern.n).all())
@@ -111,7 +114,7 @@ def project(w: Tensor, kept: Tensor, fading: Tensor | None = None, delta: float 
     return torch.where(kept, w, faded)
 
 
-def check_groups(w: Tensor, pattern: Pattern, dim: int) -> None:
+def check_groups(w: Tensor, pattern: Pattern, dim: int, stacked: bool = False) -> None:
     """Raise unless `w` is a float tensor whose axis `dim` divides into groups of M."""
     if not isinstance(w, Tensor) or w.dtype not in _DTYPES:
         kind = w.dtype if isinstance(w, Tensor) else type(w).__name__
@@ -122,6 +125,11 @@ def check_groups(w: Tensor, pattern: Pattern, dim: int) -> None:
         raise PatternError(
             f"dim is {dim}, but w has the shape {tuple(w.shape)}: name one of its axes"
         )
+    if stacked and (w.ndim != 3 or dim % 3 == 0):
+        raise PatternError(
+            f"dim is {dim} of a stack of shape {tuple(w.shape)}: a stack of matrices has three "
+            "axes, and its groups run along 1 or 2"
+        )
     if w.shape[dim] % pattern.m:
         raise PatternError(
             f"pattern is '{pattern}', but axis {dim} of the shape {tuple(w.shape)} has length "
@@ -129,17 +137,18 @@ def check_groups(w: Tensor, pattern: Pattern, dim: int) -> None:
         )
 
 
-def select(w: Tensor, pattern: Pattern, dim: int) -> tuple[Tensor, Tensor]:
+def select(w: Tensor, pattern: Pattern, dim: int, stacked: bool = False) -> tuple[Tensor, Tensor]:
     """Mask without checks, and a bool scalar that says whether all of `w` was finite.
 
     The scalar stays on the device of `w`, so that a training step need not wait for it.
     """
-    if one_pass_serves(w, pattern, dim):
+    if one_pass_serves(w, pattern, dim, stacked=stacked):
         kept = torch.empty_like(w, dtype=torch.bool)
-        return kept, one_pass(w, pattern, dim, mask=kept)
-    size = _grouped(w, pattern, dim).abs()
+        return kept, one_pass(w, pattern, dim, mask=kept, stacked=stacked)
+    size = _grouped(w, pattern, dim, stacked).abs()
     if pattern.panel > 1:
         wide = size if size.dtype == torch.float64 else size.float()
+        size_out = wide.shape[0]
         first, *rest = _panels(wide, pattern.panel).unbind(1)
         # Row by row, as the compiled kernel adds: `sum` has an order of its own, and rounds by it.
         size = functools.reduce(torch.add, rest, first)
@@ -149,27 +158,30 @@ def select(w: Tensor, pattern: Pattern, dim: int) -> tuple[Tensor, Tensor]:
         finite = torch.isfinite(size.amax()) if size.numel() else torch.tensor(True)
     kept = _largest(size, pattern.n)
     if pattern.panel > 1:
-        kept = kept.repeat_interleave(pattern.panel, 0)[: w.movedim(dim, -1).shape[0]]
-    return kept.flatten(-2).movedim(-1, dim), finite
+        kept = kept.repeat_interleave(pattern.panel, 0)[:size_out]
+    kept = kept.flatten(-2)
+    return (kept.transpose(0, 1) if stacked else kept).movedim(-1, dim), finite
 
 
-def touched(places: Tensor, pattern: Pattern, dim: int) -> Tensor:
+def touched(places: Tensor, pattern: Pattern, dim: int, stacked: bool = False) -> Tensor:
     """Every place whose group of M, or panel of them, has a True among `places`."""
-    some = _grouped(places, pattern, dim).any(-1)
+    some = _grouped(places, pattern, dim, stacked).any(-1)
     if pattern.panel > 1:
         wide = _panels(some.to(torch.uint8), pattern.panel).amax(1) != 0
         some = wide.repeat_interleave(pattern.panel, 0)[: some.shape[0]]
-    some = some.unsqueeze(-1).expand(*some.shape, pattern.m)
-    return some.flatten(-2).movedim(-1, dim)
+    some = some.unsqueeze(-1).expand(*some.shape, pattern.m).flatten(-2)
+    return (some.transpose(0, 1) if stacked else some).movedim(-1, dim)
 
 
-def one_pass_serves(w: Tensor, pattern: Pattern, dim: int, out: Tensor | None = None) -> bool:
+def one_pass_serves(
+    w: Tensor, pattern: Pattern, dim: int, out: Tensor | None = None, stacked: bool = False
+) -> bool:
     """Say whether a kernel takes this weight, and `out`, as they lie in memory."""
     if w.device.type != "cpu":
         return gpu.serves(w, pattern) and (out is None or gpu.alike(w, out))
     return (
         w.dtype != torch.float64
-        and (pattern.panel == 1 or dim % w.ndim != 0)
+        and (pattern.panel == 1 or dim % w.ndim != (1 if stacked else 0))
         and w.is_contiguous()
         and (out is None or out.is_contiguous())
         and native.available()
@@ -184,6 +196,7 @@ def one_pass(
     *,
     scale: Tensor | None = None,
     pull: float = 0.0,
+    stacked: bool = False,
     **tensors: Any,
 ) -> Tensor:
     """The kernel of the device; whether `w` was finite, as a bool scalar where `w` is.
@@ -195,20 +208,31 @@ def one_pass(
         delta: δ.
         scale: multiplies `pull`; a tensor of one number.
         pull: as for `native.project` and `gpu.project`.
+        stacked: as for `mask`.
         **tensors: `mask`, `out` and `values`, as for them.
     """
     if w.device.type != "cpu":
         return gpu.project(w, pattern, dim, delta, pull=pull, scale=scale, **tensors)
     pull *= 1.0 if scale is None else float(scale)
     n, m, panel = pattern.n, pattern.m, pattern.panel
-    return torch.tensor(
-        native_masks.project(w, n, m, delta, dim=dim, panel=panel, pull=pull, **tensors)
-    )
+    if not stacked or panel == 1:  # groups alone need not know where a matrix ends
+        return torch.tensor(
+            native_masks.project(w, n, m, delta, dim=dim, panel=panel, pull=pull, **tensors)
+        )
+    fine = [
+        native_masks.project(
+            one, n, m, delta, dim=dim % 3 - 1, panel=panel, pull=pull,
+            **{key: None if x is None else x[i] for key, x in tensors.items()},
+        )
+        for i, one in enumerate(w)
+    ]  # fmt: skip
+    return torch.tensor(all(fine))
 
 
-def _grouped(w: Tensor, pattern: Pattern, dim: int) -> Tensor:
+def _grouped(w: Tensor, pattern: Pattern, dim: int, stacked: bool) -> Tensor:
     """View `(out, ..., groups, M)`: the grouped axis last, the output axis first."""
-    return w.movedim(dim, -1).unflatten(-1, (-1, pattern.m))
+    last = w.movedim(dim, -1)
+    return (last.transpose(0, 1) if stacked else last).unflatten(-1, (-1, pattern.m))
 
 
 def _panels(x: Tensor, rows: int) -> Tensor:

@@ -55,7 +55,7 @@ def survey(
     """
     modules = dict(model.named_modules())
     layers = [
-        (layer, _batch(modules, layer) or layer.why_not or _sharded(model, layer.name))
+        (layer, _batch(modules, layer) or layer.why_not or _unread(model, layer))
         for layer in layers_of(model)
     ]
     everything = include == "*" and not exclude and not isinstance(pattern, Mapping)
@@ -73,7 +73,7 @@ def survey(
         wanted = choose(layers, pattern or EVERY, narrow, exclude, "skip")
         reasons = dict(wanted.left_out)
         for t in wanted:
-            span = t.rows or (0, t.shape[0 if t.dim else 1])
+            span = t.rows or (0, t.shape[t.out_dim])
             rows.setdefault(t.name, []).append((span[0], span[1], t.pattern))
     holders = _holders(model)
     parameters = dict(model.named_parameters())
@@ -135,14 +135,15 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
 def _batch(modules: Mapping[str, nn.Module], layer: Layer) -> str:
     """Why a parameter of three axes stays dense where it is no convolution's."""
     holder = modules.get(layer.name.rpartition(".")[0])
-    if len(layer.shape) == 3 and not isinstance(holder, nn.Conv1d | nn.ConvTranspose1d):
+    convolution = isinstance(holder, nn.Conv1d | nn.ConvTranspose1d)
+    if layer.stacked or layer.unit or (len(layer.shape) == 3 and not convolution):
         return "a batch of matrices, such as the weights of experts, stays dense"
     return ""
 
 
-def _sharded(model: nn.Module, name: str) -> str:
-    """Why a parameter's values cannot be read here."""
-    parameter = model.get_parameter(name)
+def _unread(model: nn.Module, layer: Layer) -> str:
+    """Why a parameter's values cannot be read here as a matrix."""
+    parameter = model.get_parameter(layer.name)
     if type(parameter.data) is not Tensor or parameter.is_meta:
         return f"its values are not in this process ({type(parameter.data).__name__})"
     if parameter.layout != torch.strided:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import re
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from nmflow.errors import PlanError
+from nmflow.errors import NMFlowWarning, PlanError
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
-from nmflow.select.roles import NOT_IN_ALL, PRESETS
+from nmflow.select.presets import NOT_IN_ALL, PRESETS
 from nmflow.select.target import LeftOut, Plan, Target, rows_of
 from nmflow.select.weights import Layer, Part, layers_of
+from nmflow.select.wording import could_have, did_you_mean, falls_short, few, uneven, why
 
 __all__ = ["Names", "Patterns", "Plan", "Target", "choose", "plan", "rows_of"]
 
@@ -31,7 +32,7 @@ def plan(
     pattern: Patterns,
     include: Names = "all",
     exclude: Names = (),
-    remainder: str = "error",
+    remainder: str = "auto",
     recipe: str | Recipe | None = None,
 ) -> Plan:
     """Choose the weights of a model that are cut into groups, and say why each other is not.
@@ -44,21 +45,29 @@ def plan(
             matches a weight wins, so the more specific key comes first. With a mapping the keys
             are what is included; an `include` that is given too narrows them.
         include: a preset, a glob, or a list of them. Presets: `"ff"`, the matrices of
-            feed-forward blocks; `"qk"`, `"qkv"` and `"attn"`, attention's projections (`"attn"`
-            with the output's); `"all"`, everything that can be grouped but embeddings, output
-            heads and positional tables. Globs match a parameter's name or its module's path, each
-            also with a dot in front, so that `"*.mlp.*"` finds `mlp.fc1.weight`.
+            feed-forward blocks and of experts; `"qk"`, `"qkv"` and `"attn"`, attention's
+            projections (`"attn"` with the output's); `"all"`, everything that can be grouped but
+            embeddings, stems, routers, poolers, output heads and positional tables. Globs
+            match a parameter's name or its module's path, each also with a dot in front, so that
+            `"*.mlp.*"` finds `mlp.fc1.weight`.
             Of a fused projection (`qkv`, `in_proj_weight`, GPT-2's `c_attn`) `"qk"` takes the rows
             of Q and K only.
         exclude: presets or globs that are left out of it.
-        remainder: what to do with an axis that M does not divide: `"error"` or `"skip"`.
+        remainder: what to do with an axis that M does not divide: `"error"`; `"skip"`, leave it
+            out; or `"auto"`, leave it out with a warning where a preset took it, and raise where
+            a glob named it.
         recipe: the recipe that will run; targets then note what it does differently on their axis.
 
     Returns:
         A `Plan`, a list of `Target`. Frozen parameters, dtypes that are not floating point and
         layers that nmflow does not know are in `left_out`, also when a glob names them. Where no
         module is an output head by name, the last `nn.Linear` is it, unless its name says that it
-        is part of a block.
+        is part of a block. Experts that one parameter holds are one target, with groups and
+        panels in each expert.
+
+    Warns:
+        NMFlowWarning: a preset could not take all weights of its role; the plan's `warnings` and
+            its table say the same.
 
     Raises:
         PlanError: a preset or a glob of `include` (or a key of `pattern`) that takes nothing; an
@@ -86,6 +95,8 @@ def plan(
             if note:
                 joined = "; ".join(filter(None, (target.note, note)))
                 chosen[i] = replace(target, note=joined)
+    for text in chosen.warnings:
+        warnings.warn(text, NMFlowWarning, stacklevel=2)
     return chosen
 
 
@@ -97,6 +108,30 @@ class _Rule:
     pattern: Pattern
     took: int = 0
     missed: dict[str, str] = field(default_factory=dict)
+    taken: int = 0
+    lost: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def lose(self, layer: Layer, part: Part, reason: str) -> None:
+        """Note a part that the key's role has, and that it cannot take."""
+        self.missed[layer.name] = reason
+        told = layer.is_matrix and (self.key != "all" or part.role != "other")
+        if self.key in PRESETS and told and not layer.frozen:
+            self.lose_rows(layer, part.stop - part.start, reason)
+
+    def lose_rows(self, layer: Layer, rows: int, reason: str) -> None:
+        """Note some rows of a weight."""
+        before, _ = self.lost.get(layer.name, (0, ""))
+        self.lost[layer.name] = before + _count(layer, rows), reason
+
+
+@dataclass
+class _Run:
+    """Neighbouring rows that share their fate: a pattern, or a reason why they have none."""
+
+    what: Pattern | str
+    start: int
+    stop: int
+    rules: list[_Rule]
 
 
 def choose(
@@ -104,11 +139,11 @@ def choose(
     pattern: Patterns,
     include: Names = "all",
     exclude: Names = (),
-    remainder: str = "error",
+    remainder: str = "auto",
 ) -> Plan:
     """`plan` on layers that are already listed, each with the reason why it cannot be taken."""
-    if remainder not in ("error", "skip"):
-        raise PlanError(f"remainder is {remainder!r}: choose 'error' or 'skip'")
+    if remainder not in ("auto", "error", "skip"):
+        raise PlanError(f"remainder is {remainder!r}: choose 'auto', 'error' or 'skip'")
     narrow = _names("include", include)
     out = _names("exclude", exclude)
     if isinstance(pattern, Mapping):
@@ -123,34 +158,45 @@ def choose(
     limits = dict.fromkeys(narrow, False)
     targets: list[Target] = []
     others: list[LeftOut] = []
-    uneven: list[Target] = []
+    odd: list[Target] = []
     for layer, why_not in layers:
-        parts: list[tuple[Part, Pattern | str]] = []
+        runs: list[_Run] = []
         for part in layer.parts or (Part("other", 0, 0),):
-            parts.append((part, _decide(layer, part, why_not, rules, limits, out)))
-        for what, start, stop in _merge(parts):
-            rows = None if stop - start in (0, layer.out) else (start, stop)
-            if isinstance(what, str):
-                others.append(LeftOut(layer.name, what, rows))
+            what, rule = _decide(layer, part, why_not, rules, limits, out)
+            _append(runs, what, part, rule)
+        for run in runs:
+            rows = None if run.stop - run.start in (0, layer.out) else (run.start, run.stop)
+            if isinstance(run.what, str):
+                others.append(LeftOut(layer.name, run.what, rows))
                 continue
-            target = Target(layer.name, layer.shape, layer.dim, what, rows, layer.note)
-            if target.length % what.m == 0:
+            target = Target(
+                layer.name, layer.shape, layer.dim, run.what, rows, layer.note, layer.stacked,
+                layer.unit,
+            )  # fmt: skip
+            if target.length % run.what.m == 0:
                 targets.append(target)
-            elif remainder == "skip":
-                reason = f"its axis of {target.length} is no multiple of M={what.m}"
-                others.append(LeftOut(layer.name, reason, rows))
-            else:
-                uneven.append(target)
+                for rule in run.rules:
+                    rule.taken += target.numel
+                continue
+            reason = f"its axis of {target.length} is no multiple of M={run.what.m}"
+            by_glob = any(rule.key not in PRESETS for rule in run.rules)
+            if remainder == "error" or (remainder == "auto" and by_glob):
+                odd.append(target)
+                continue
+            others.append(LeftOut(layer.name, reason, rows))
+            for rule in run.rules if remainder == "auto" else ():
+                rule.lose_rows(layer, run.stop - run.start, reason)
     _check(rules, limits, layers)
-    if uneven:
-        raise PlanError(_uneven(uneven))
+    if odd:
+        raise PlanError(uneven(odd))
     if not targets:
-        why = _why({other.label: other.reason for other in others})
+        said = why({other.label: other.reason for other in others})
         raise PlanError(
-            f"nothing is left to prune of what include names, {why}: choose another pattern or "
+            f"nothing is left to prune of what include names, {said}: choose another pattern or "
             "other weights"
         )
-    return Plan(targets, others)
+    said = [falls_short(rule.key, rule.taken, rule.lost) for rule in rules if rule.lost]
+    return Plan(targets, others, said)
 
 
 def _decide(
@@ -160,8 +206,8 @@ def _decide(
     rules: list[_Rule],
     limits: dict[str, bool],
     exclude: list[str],
-) -> Pattern | str:
-    """The pattern of one part of a weight, or the reason why it has none."""
+) -> tuple[Pattern | str, _Rule | None]:
+    """The pattern of one part of a weight and the rule that gives it, or why it has none."""
     hits = [rule for rule in rules if _matches(rule.key, layer, part)]
     keys = ", ".join(repr(rule.key) for rule in rules)
     if not hits:
@@ -170,30 +216,34 @@ def _decide(
                 "its query, key and value rows are interleaved or not of equal size, so they can "
                 "only be taken whole, with 'qkv', 'attn' or a glob"
             )
-            for rule in rules:
+            barred = any(_matches(key, layer, part) for key in exclude)
+            for rule in rules if not barred else ():
                 if rule.key == "qk":
-                    rule.missed[layer.name] = reason
-            return reason
+                    rule.lose(layer, part, why_not or reason)
+            return why_not or reason, None
         if part.role in NOT_IN_ALL and any(rule.key == "all" for rule in rules):
-            return NOT_IN_ALL[part.role]
-        return f"not chosen by {keys}"
+            return NOT_IN_ALL[part.role], None
+        return f"not chosen by {keys}", None
     within = [key for key in limits if _matches(key, layer, part)]
     barred = next((key for key in exclude if _matches(key, layer, part)), None)
-    reason = why_not
+    meant = ""
     if limits and not within:
-        reason = reason or f"outside of include, {', '.join(map(repr, limits))}"
+        meant = f"outside of include, {', '.join(map(repr, limits))}"
     if barred is not None:
-        reason = reason or f"{_EXCLUDED}{barred!r}"
-    if reason:
+        meant = meant or f"{_EXCLUDED}{barred!r}"
+    if why_not and not meant:
         for rule in hits:
-            rule.missed[layer.name] = reason
-        return reason
+            rule.lose(layer, part, why_not)
+    if why_not or meant:
+        for rule in hits:
+            rule.missed[layer.name] = why_not or meant
+        return why_not or meant, None
     for key in within:
         limits[key] = True
     hits[0].took += 1
     for rule in hits[1:]:
         rule.missed[layer.name] = f"taken by the earlier {hits[0].key!r}"
-    return hits[0].pattern
+    return hits[0].pattern, hits[0]
 
 
 def _matches(key: str, layer: Layer, part: Part) -> bool:
@@ -202,15 +252,19 @@ def _matches(key: str, layer: Layer, part: Part) -> bool:
     return any(fnmatchcase(t, key) or fnmatchcase(f".{t}", key) for t in layer.paths)
 
 
-def _merge(parts: list[tuple[Part, Pattern | str]]) -> list[tuple[Pattern | str, int, int]]:
-    """Join neighbouring parts that share their fate."""
-    merged: list[tuple[Pattern | str, int, int]] = []
-    for part, what in parts:
-        if merged and merged[-1][0] == what and merged[-1][2] == part.start:
-            merged[-1] = (what, merged[-1][1], part.stop)
-        else:
-            merged.append((what, part.start, part.stop))
-    return merged
+def _append(runs: list[_Run], what: Pattern | str, part: Part, rule: _Rule | None) -> None:
+    """Add a part, joined to the one before it where they share their fate."""
+    by = [] if rule is None else [rule]
+    if runs and runs[-1].what == what and runs[-1].stop == part.start:
+        runs[-1].stop = part.stop
+        runs[-1].rules += [one for one in by if one not in runs[-1].rules]
+    else:
+        runs.append(_Run(what, part.start, part.stop, by))
+
+
+def _count(layer: Layer, rows: int) -> int:
+    """The weights in some output rows."""
+    return math.prod(layer.shape) // max(1, layer.out) * rows
 
 
 def _names(argument: str, given: Names) -> list[str]:
@@ -232,67 +286,23 @@ def _check(
         if rule.took == 0 and wanted and set(wanted.values()) == {_FROZEN}:
             raise PlanError(
                 f"{rule.key!r} takes nothing, since all that it matches is frozen "
-                f"(requires_grad is False: {_few(list(wanted), 3)}), so that nothing would train "
+                f"(requires_grad is False: {few(list(wanted), 3)}), so that nothing would train "
                 "it: call requires_grad_(True) and give it to the optimizer, or, where only "
                 "adapters train, merge them first and train the merged model"
             )
         if rule.took == 0 and rule.missed:
             raise PlanError(
-                f"{rule.key!r} takes nothing of what it matches, {_why(rule.missed)}: leave it "
+                f"{rule.key!r} takes nothing of what it matches, {why(rule.missed)}: leave it "
                 "out, put it before the key that takes its weights, or name others"
             )
         if rule.took == 0:
             raise PlanError(
-                f"{rule.key!r} matches no weight{_near(rule.key, layers)}; {_could_have(layers)}"
+                f"{rule.key!r} matches no weight{did_you_mean(rule.key, layers)}; "
+                f"{could_have(layers)}"
             )
     for key, used in limits.items():
         if not used:
             raise PlanError(
-                f"include {key!r} takes nothing that pattern names; {_could_have(layers)}"
+                f"include {key!r} takes nothing that pattern names{did_you_mean(key, layers)}; "
+                f"{could_have(layers)}"
             )
-
-
-def _near(key: str, layers: Sequence[tuple[Layer, str]]) -> str:
-    """The preset or the name that was probably meant; of a glob, the text between its stars."""
-    texts = [text for layer, _ in layers for text in layer.paths]
-    words = {part for text in texts for part in text.split(".") if not part.isdigit()}
-    presets = difflib.get_close_matches(key, PRESETS, 1, 0.5)
-    found = presets or difflib.get_close_matches(key, texts, 1)
-    if not found and "*" in key:
-        parts = [part for part in re.split(r"[*.?\[\]]+", key) if part and part not in words]
-        near = {p: difflib.get_close_matches(p, sorted(words), 1) for p in parts}
-        found = [key.replace(p, close[0]) for p, close in near.items() if close][:1]
-    return f": did you mean {found[0]!r}?" if found else ""
-
-
-def _could_have(layers: Sequence[tuple[Layer, str]]) -> str:
-    found: dict[str, list[str]] = {}
-    for layer, why_not in layers:
-        for part in layer.parts:
-            if not why_not and layer.name not in found.setdefault(part.role, []):
-                found[part.role].append(layer.name)
-    said = [f"{role}: {_few(names, 3)}" for role, names in found.items() if names]
-    return f"what could be named, by role: {'; '.join(said) or 'nothing in this model'}"
-
-
-def _uneven(uneven: list[Target]) -> str:
-    target = uneven[0]
-    more = f" (and {len(uneven) - 1} more: {_few([t.label for t in uneven[1:]], 3)})"
-    return (
-        f"{target.label} has an axis of {target.length}, which is no multiple of "
-        f"M={target.pattern.m} in {target.pattern}{more if uneven[1:] else ''}: exclude it, give "
-        "it another pattern, or pass remainder='skip'"
-    )
-
-
-def _why(reasons: Mapping[str, str]) -> str:
-    """Names by their reason, as one phrase."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    return ", ".join(f"{_few(found, 3)} ({reason})" for reason, found in names.items())
-
-
-def _few(names: Sequence[str], count: int = 5) -> str:
-    rest = len(names) - count
-    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")

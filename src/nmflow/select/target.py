@@ -13,6 +13,13 @@ from nmflow.pattern import Pattern
 from nmflow.text_table import table
 
 
+def out_dim(dim: int, stacked: bool = False) -> int:
+    """The axis of the output rows of a weight whose groups run along `dim`."""
+    if stacked:
+        return 3 - dim
+    return 0 if dim else 1
+
+
 @dataclass(frozen=True)
 class Target:
     """A weight, or some output rows of one, that a recipe cuts into groups.
@@ -25,6 +32,10 @@ class Target:
         pattern: the final pattern N:M.
         rows: output rows (start, stop), half open, of a fused projection; None takes all.
         note: a remark for the table.
+        stacked: whether axis 0 of a three-dimensional weight counts matrices, such as experts':
+            then `dim` is 2 for (experts, out, in) and 1 for (experts, in, out).
+        unit: where matrices lie one after the other along the grouped axis itself, the length of
+            one; 0 otherwise.
     """
 
     name: str
@@ -33,6 +44,8 @@ class Target:
     pattern: Pattern
     rows: tuple[int, int] | None = None
     note: str = ""
+    stacked: bool = False
+    unit: int = 0
 
     @property
     def label(self) -> str:
@@ -41,8 +54,13 @@ class Target:
 
     @property
     def length(self) -> int:
-        """The length of the grouped axis."""
-        return self.shape[self.dim]
+        """The length of the grouped axis, of one matrix."""
+        return self.unit or self.shape[self.dim]
+
+    @property
+    def out_dim(self) -> int:
+        """The axis of the output rows, along which panels run."""
+        return out_dim(self.dim, self.stacked)
 
     @property
     def numel(self) -> int:
@@ -50,7 +68,7 @@ class Target:
         count = math.prod(self.shape)
         if self.rows is None:
             return count
-        return count // self.shape[0 if self.dim else 1] * (self.rows[1] - self.rows[0])
+        return count // self.shape[self.out_dim] * (self.rows[1] - self.rows[0])
 
 
 @dataclass(frozen=True)
@@ -83,11 +101,18 @@ class Plan(list[Target]):
 
     Attributes:
         others: every other weight of at least two dimensions, or its other rows.
+        warnings: what presets could not take of their own role, a sentence each.
     """
 
-    def __init__(self, targets: Iterable[Target] = (), others: Iterable[LeftOut] = ()) -> None:
+    def __init__(
+        self,
+        targets: Iterable[Target] = (),
+        others: Iterable[LeftOut] = (),
+        warnings: Iterable[str] = (),
+    ) -> None:
         super().__init__(targets)
         self.others: list[LeftOut] = list(others)
+        self.warnings: list[str] = list(warnings)
 
     @property
     def left_out(self) -> list[tuple[str, str]]:
@@ -117,6 +142,7 @@ class Plan(list[Target]):
         total = sum(target.numel for target in self)
         kept = sum(target.numel * target.pattern.n // target.pattern.m for target in self)
         lines.append(f"{len(self)} targets, {total:,} weights, of which {kept:,} are kept")
+        lines += [f"warning: {text}" for text in self.warnings]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left_out:
             reasons.setdefault(reason, []).append(name)
@@ -131,4 +157,4 @@ def rows_of(weight: Tensor, target: Target) -> Tensor:
     if target.rows is None:
         return weight
     start, stop = target.rows
-    return weight.narrow(0 if target.dim else 1, start, stop - start)
+    return weight.narrow(target.out_dim, start, stop - start)

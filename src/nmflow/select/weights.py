@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from nmflow.select.roles import attention_owners, clean, cut, role_of
+from nmflow.select.fused import cut
+from nmflow.select.heads import told_heads, with_head
+from nmflow.select.roles import clean, owners, role_of
+from nmflow.select.stacks import UNTOLD, Stack, experts_of, stack_of
+from nmflow.select.target import out_dim
 
-_RNN = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
-_MHA = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+RNN = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
+MHA = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Names under which a bare state holds weights of HF's Conv1D, which are stored (in, out).
-_HF_CONV1D = {"c_attn", "c_fc", "c_proj", "q_attn"}
+# timm's StdConv2d and ScaledStdConv2d, BiT's WeightStandardizedConv2d.
+_STANDARDIZED = re.compile(r"StdConv|Standardi[sz]ed")
+_NEAR = 3  # how many of the modules around a weight its role may be read from
 
 
 class Part(NamedTuple):
@@ -42,6 +46,10 @@ class Layer:
         why_not: why it cannot be grouped; empty if it can.
         frozen: whether no gradient reaches it.
         note: a remark for the plan's table.
+        stacked: whether axis 0 counts matrices, as for `Target`.
+        unit: as for `Target`.
+        is_matrix: whether it multiplies like a matrix, so that a preset which leaves it out says
+            so: not a table, and not one input channel an output.
     """
 
     name: str
@@ -52,11 +60,19 @@ class Layer:
     why_not: str = ""
     frozen: bool = False
     note: str = ""
+    stacked: bool = False
+    unit: int = 0
+    is_matrix: bool = True
+
+    @property
+    def out_dim(self) -> int:
+        """The axis of the output rows."""
+        return out_dim(self.dim, self.stacked)
 
     @property
     def out(self) -> int:
-        """The number of output rows."""
-        return self.shape[0 if self.dim else 1] if self.shape else 0
+        """The number of output rows, of one matrix."""
+        return self.shape[self.out_dim] if self.shape else 0
 
 
 @dataclass
@@ -67,7 +83,16 @@ class _Owner:
     path: str
     module: nn.Module
     holder: nn.Module | None
-    own: str = field(default="")
+    own: str = ""
+    kinds: tuple[str, ...] = ()
+    experts: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what its module owns."""
+        own = self.module.named_parameters(recurse=False)
+        return {name: () if is_lazy(p) else tuple(p.shape) for name, p in own}
 
 
 def is_hf_conv1d(module: nn.Module) -> bool:
@@ -78,141 +103,198 @@ def is_hf_conv1d(module: nn.Module) -> bool:
     )
 
 
-def axis(module: nn.Module, own: str, ndim: int) -> tuple[int, str]:
+def axis(
+    module: nn.Module,
+    own: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any],
+) -> Stack:
     """The grouped axis of the parameter `own` of a module, or why it has none.
 
     1 (inputs) for Linear, convolutions, attention, recurrent layers and embeddings; 0 for HF's
-    `Conv1D`, stored (in, out), and for transposed convolutions, stored (in, out, …).
+    `Conv1D`, stored (in, out), and for transposed convolutions, stored (in, out, …); for experts
+    that are kept as one parameter see `stack_of`.
     """
     kind = type(module).__name__
-    if isinstance(module, nn.MultiheadAttention) and own in _MHA:
-        return 1, ""
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and _RNN.fullmatch(own):
-        return 1, ""
+    if isinstance(module, nn.MultiheadAttention) and own in MHA:
+        return Stack()
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and RNN.fullmatch(own):
+        return Stack()
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return 1, "parametrized: the network computes with a function of it"
+        return Stack(why_not="parametrized: the network computes with a function of it")
     known = isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag, *_CONV, *_TRANSPOSED))
     if not known and not is_hf_conv1d(module):
-        return 1, f"a parameter of {kind}, which is no layer that nmflow can group"
+        no = f"a parameter of {kind}, which is no layer that nmflow can group"
+        return stack_of(module, own, shapes, config) or Stack(why_not=no)
     if own != "weight":
-        return 1, f"{own!r} is not the weight that {kind} multiplies with"
+        return Stack(why_not=f"{own!r} is not the weight that {kind} multiplies with")
+    if _STANDARDIZED.search(kind):
+        return Stack(why_not=f"{kind} standardizes it: the network computes with a function of it")
     if isinstance(module, _TRANSPOSED):
         if module.groups > 1:
-            return (
-                0,
-                "a grouped transposed convolution: its groups would span several inputs' groups",
-            )
-        return 0, ""
-    if isinstance(module, _CONV) and module.groups > 1 and module.groups == module.in_channels:
-        return 1, "a depthwise convolution: one input channel for each output"
-    if is_hf_conv1d(module):
-        return 0, ""
-    return 1, "" if ndim >= 2 else "fewer than two dimensions"
+            no = "a grouped transposed convolution: its groups would span several inputs' groups"
+            return Stack(0, why_not=no)
+        return Stack(0)
+    if isinstance(module, _CONV) and is_depthwise(module):
+        return Stack(why_not="a depthwise convolution: one input channel for each output")
+    return Stack(0 if is_hf_conv1d(module) else 1)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether each output of a convolution reads one input channel."""
+    return isinstance(module, _CONV) and 1 < module.groups == module.in_channels
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
     """Every parameter of at least two dimensions, tied ones once, in the order of the model.
 
-    The output head, where no module is one by name, is the last `nn.Linear` of the model, provided
-    that its name gives it no other role, or that it lies directly in a model without attention
-    (a plain `fc1`, `fc2`, `fc3`), and that it is not the only weight.
+    The output head, where neither a module is one by name nor the model names one, is the last
+    `nn.Linear` of the model, provided that its name gives it no other role, or that it lies
+    directly in a model without attention (a plain `fc1`, `fc2`, `fc3`), that it is no part of a
+    block that repeats, and that it is not the only weight.
     """
-    owners = _owners(model)
-    seen: list[tuple[Layer, list[_Owner]]] = []
-    attention = attention_owners(p for group in owners.values() for o in group for p in _paths(o))
+    held_by = _owners(model)
+    beside = owners(p for group in held_by.values() for o in group for p in _paths(o))
+    told = told_heads(model)
+    channels = _channels(model)
+    layers: list[Layer] = []
+    linear: list[bool] = []
+    found = False
     for name, parameter in model.named_parameters():
-        held = owners[id(parameter)]
+        held = held_by[id(parameter)]
         if is_lazy(parameter):
             text = "not initialized yet: run one batch through the model first"
-            seen.append((Layer(name, (), paths=_globs(held), why_not=text), held))
+            layers.append(Layer(name, (), paths=_globs(held), why_not=text))
         elif parameter.ndim >= 2:
-            seen.append((_layer(name, parameter, held, attention), held))
-    layers = [layer for layer, _ in seen]
-    linear = [isinstance(held[0].module, nn.Linear) for _, held in seen]
-    return _with_head(layers, linear, bool(attention))
+            shape = tuple(parameter.shape)
+            axes = [axis(o.module, o.own, o.shapes, o.config) for o in held]
+            roles = [_role(o, shape, a, beside) for o, a in zip(held, axes, strict=True)]
+            # A head that is tied to an embedding is one, though no preset would tell them apart.
+            found = found or "head" in roles or id(parameter) in told
+            if id(parameter) in told:
+                roles.append("head")
+            elif reads_input(held[0].module, channels):
+                roles.append("stem")
+            layers.append(_layer(name, parameter, held, axes, roles))
+        else:
+            continue
+        linear.append(isinstance(held[0].module, nn.Linear))
+    return with_head(layers, linear, "attn" in beside.values(), found)
 
 
-def layers_of_state(state: Mapping[str, torch.Size | tuple[int, ...]]) -> list[Layer]:
-    """The same of a bare state, from names and shapes alone: no module says what a weight is.
-
-    Weights called `c_attn`, `c_fc`, `c_proj` or `q_attn` are taken as HF's `Conv1D`, stored
-    (in, out), unless the shape of a fused `c_attn` or of a `c_fc` in the state says otherwise.
-    """
-    names = [n for n in state if len(state[n]) >= 2]
-    names.sort(key=lambda n: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", n)])
-    attention = attention_owners(p for n in names for p in (clean(n), clean(_path(n))))
-    stored_in_out = _stored_in_out(state)
-    layers = []
-    for name in names:
-        shape = tuple(state[name])
-        path, _, own = name.rpartition(".")
-        dim = 0 if path.rpartition(".")[2] in _HF_CONV1D and stored_in_out else 1
-        why = "" if own == "weight" or own in _MHA or _RNN.fullmatch(own) else "not called 'weight'"
-        where = clean(path if own == "weight" else name)
-        role = role_of(where, len(shape), _owner_of(where) in attention)
-        length, out = shape[dim], shape[0 if dim else 1]
-        parts = tuple(Part(*part) for part in cut(where, role, out, length))
-        paths = tuple(dict.fromkeys((name, path, clean(name), clean(path))))
-        layers.append(Layer(name, shape, dim, parts, paths, why))
-    return _with_head(layers, [len(x.shape) == 2 for x in layers], bool(attention))
+def reads_input(module: nn.Module, channels: set[int]) -> bool:
+    """Whether a convolution reads an image or a sound, by its channels."""
+    return isinstance(module, _CONV) and module.groups == 1 and module.in_channels in channels
 
 
-def _layer(name: str, parameter: nn.Parameter, held: list[_Owner], attention: set[str]) -> Layer:
-    axes = [axis(o.module, o.own, parameter.ndim) for o in held]
-    dim, why_not = axes[0]
-    if len({d for d, why in axes if not why}) > 1:
+def _channels(model: nn.Module) -> set[int]:
+    """The channels that raw inputs have: of grey and colour images, and as configs say."""
+    found = {1, 3}
+    for module in model.modules():
+        for name in ("num_channels", "in_channels"):
+            value = _config(module).get(name)
+            found |= {value} if isinstance(value, int) and value <= 16 else set()
+    return found
+
+
+def _role(owner: _Owner, shape: tuple[int, ...], at: Stack, beside: Mapping[str, str]) -> str:
+    where = _paths(owner)[0]
+    if isinstance(owner.module, nn.Embedding | nn.EmbeddingBag):
+        return "position" if role_of(where, shape) == "position" else "embedding"
+    if at.stacked or is_hf_conv1d(owner.module):
+        shape = (shape[out_dim(at.dim, at.stacked)], shape[at.dim])
+    elif not isinstance(owner.module, (*_CONV, *_TRANSPOSED)) and not at.why_not:
+        shape = shape[:2]  # attention's own, (model, heads, size)
+    around = beside.get(path_of(where), "")
+    return role_of(where, shape, around, owner.kinds, owner.experts)
+
+
+def _layer(
+    name: str, parameter: nn.Parameter, held: list[_Owner], axes: list[Stack], roles: list[str]
+) -> Layer:
+    at = axes[0]
+    why_not = next((a.why_not for a in axes if a.why_not), "")
+    if len({a.dim for a in axes if not a.why_not}) > 1:
         why_not = f"tied to {held[1].name}, which groups along another axis"
-    elif any(why for _, why in axes):
-        why_not = next(why for _, why in axes if why)
     if not parameter.is_floating_point():
         why_not = f"of dtype {parameter.dtype}, which is not floating point"
     shape = tuple(parameter.shape)
-    roles = []
-    for owner in held:
-        where = _paths(owner)[0]
-        if isinstance(owner.module, nn.Embedding | nn.EmbeddingBag):
-            spoken = role_of(where, len(shape))
-            roles.append("position" if spoken == "position" else "embedding")
-        else:
-            roles.append(role_of(where, len(shape), _owner_of(where) in attention))
     # A weight tied to an embedding or a head is one, whatever its first name is.
-    role = next((r for r in ("position", "embedding", "head") if r in roles), roles[0])
-    holder = type(held[0].holder).__name__
-    out, length = shape[0 if dim else 1], shape[dim]
-    parts = tuple(Part(*part) for part in cut(_paths(held[0])[0], role, out, length, holder))
-    note = f"tied with {', '.join(o.name for o in held[1:])}" if len(held) > 1 else ""
-    return Layer(name, shape, dim, parts, _globs(held), why_not, not parameter.requires_grad, note)
+    telling = ("position", "embedding", "head", "stem")
+    role = next((r for r in telling if r in roles), roles[0])
+    holder, out, length = held[0].holder, shape[out_dim(at.dim, at.stacked)], shape[at.dim]
+    cuts = cut(_paths(held[0])[0], role, out, length, type(holder).__name__, heads_of(holder))
+    notes = [f"tied with {', '.join(o.name for o in held[1:])}"] if len(held) > 1 else []
+    notes += [f"{shape[0]} matrices"] if at.stacked else []
+    return Layer(
+        name, shape, at.dim, tuple(Part(*part) for part in cuts), _globs(held), why_not,
+        not parameter.requires_grad, "; ".join(notes), at.stacked, at.unit,
+        _is_matrix(held[0], shape, at, role),
+    )  # fmt: skip
 
 
-def _with_head(layers: list[Layer], linear: list[bool], attention: bool) -> list[Layer]:
-    usable = [i for i, layer in enumerate(layers) if not layer.why_not]
-    if any(part.role == "head" for i in usable for part in layers[i].parts):
-        return layers
-    last = max((i for i in usable if linear[i]), default=None)
-    candidates = [i for i in usable if layers[i].parts[0].role not in ("embedding", "position")]
-    if last is None or len(candidates) < 2:
-        return layers
-    layer = layers[last]
-    flat = min(path.count(".") for path in layer.paths) == 0
-    if layer.parts[0].role == "other" or (flat and not attention and layer.parts[0].role == "ff"):
-        layers[last] = replace(layer, parts=(Part("head", 0, layer.out),))
-    return layers
+def _is_matrix(owner: _Owner, shape: tuple[int, ...], at: Stack, role: str) -> bool:
+    module = owner.module
+    if is_depthwise(module) or owner.own.endswith("bias"):
+        return False
+    layer = isinstance(module, (nn.Linear, *_CONV, *_TRANSPOSED)) or is_hf_conv1d(module)
+    stack = not layer and (not at.why_not or at.why_not == UNTOLD)
+    return layer or stack or (role != "other" and len(shape) == 2 and min(shape) > 1)
+
+
+def _config(module: nn.Module | None) -> dict[str, Any]:
+    """What a module's configuration holds, without asking for what it computes."""
+    config = getattr(module, "config", None)
+    return getattr(config, "__dict__", {})
+
+
+def heads_of(holder: nn.Module | None) -> tuple[int, int, int]:
+    """Heads of queries, heads of keys, and the size of one, as attention says; 0 where not."""
+
+    def number(*names: str) -> int:
+        values = [getattr(holder, "__dict__", {}).get(name) for name in names]
+        values += [_config(holder).get(name) for name in names]
+        return next((v for v in values if isinstance(v, int) and v > 0), 0)
+
+    queries = number("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
+    keys = number("num_key_value_heads", "num_kv_heads", "kv_n_heads") or queries
+    size = number("head_dim", "head_size", "dim_head")
+    return queries, keys, size or number("dim_out", "embed_dim") // max(1, queries)
 
 
 def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
-    owners: dict[int, list[_Owner]] = {}
+    found: dict[int, list[_Owner]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         for own, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{own}" if path else own
-            holder = modules.get(path.rpartition(".")[0])
-            owners.setdefault(id(parameter), []).append(_Owner(name, path, module, holder, own))
-    return owners
+            above = _above(path, modules)
+            around = [module, *above]
+            kinds = tuple(type(m).__name__ for m in around[: _NEAR + 1])
+            experts = next(filter(None, map(experts_of, around[:3])), 0)
+            config = next(filter(None, map(_config, around)), {})
+            holder = above[0] if above else None
+            held = _Owner(name, path, module, holder, own, kinds, experts, config)
+            found.setdefault(id(parameter), []).append(held)
+    return found
+
+
+def _above(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The modules around one, the nearest first, without lists and wrappers."""
+    above = []
+    while path:
+        path = path_of(path)
+        if not isinstance(modules[path], nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            above.append(modules[path])
+    return above
 
 
 def _paths(owner: _Owner) -> tuple[str, str]:
     """Where roles are read: the module's path, or the parameter's if the module owns several."""
-    several = isinstance(owner.module, nn.MultiheadAttention)
+    module, own = owner.module, owner.own
+    several = isinstance(module, nn.MultiheadAttention) or (
+        own != "weight" and not isinstance(module, (nn.Linear, nn.RNNBase, nn.RNNCellBase))
+    )
     return clean(owner.name if several else owner.path), clean(owner.path)
 
 
@@ -221,18 +303,6 @@ def _globs(held: Iterable[_Owner]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def _path(name: str) -> str:
+def path_of(name: str) -> str:
+    """The path of the module that owns a parameter, or of the module around a module."""
     return name.rpartition(".")[0]
-
-
-def _owner_of(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _stored_in_out(state: Mapping[str, torch.Size | tuple[int, ...]]) -> bool:
-    """Whether GPT-2's names stand for (in, out): a fused or widening weight tells by its shape."""
-    for name, shape in state.items():
-        telling = name.endswith((".c_attn.weight", ".c_fc.weight")) and len(shape) == 2
-        if telling and shape[0] != shape[1]:
-            return shape[0] < shape[1]
-    return True

@@ -17,7 +17,7 @@ from nmflow.packed.layout import as_matrix, file_bits, fits, runs
 from nmflow.packed.report import Report, Row
 from nmflow.pattern import EVERY
 from nmflow.select.plan import Names, Patterns, choose
-from nmflow.select.weights import layers_of_state
+from nmflow.select.states import layers_of_state
 
 
 def save_state(
@@ -38,7 +38,7 @@ def save_state(
     tensors = {name: t for name, t in state.items() if name not in aliases}
     weights: dict[str, Stored] = {}
     for target in wanted:
-        if target.rows is not None or target.name not in tensors:
+        if target.stacked or target.rows is not None or target.name not in tensors:
             continue
         w = state[target.name]
         matrix = as_matrix(w, target.dim)
