@@ -88,7 +88,7 @@ def contents(folder: Path) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix()
         if path.name == "result.json":
             result = json.loads(path.read_text())
-            found[name] = {k: v for k, v in result.items() if k not in APART}
+            found[name] = json.dumps({k: v for k, v in result.items() if k not in APART})
         elif path.suffix == ".csv":
             import pandas as pd
 

@@ -18,6 +18,13 @@ from nmflow.integrations.transformers import NMFlowCallback
 
 PARTS = ("kept", "pruned")
 TRACKED = ("grad_second", "grad_var", "grad_norm")
+# The log of a resumed run comes back with its keys sorted: results have an order of their own.
+TRACKED_KEYS = (
+    *("step", "phase"),
+    *(f"{name}_{part}" for name in TRACKED for part in PARTS),
+    *("flip_rate", "distance", "distance_hard"),
+)
+FROZEN_KEYS = tuple(f"{name}_{part}" for part in PARTS for name in ("snr", "noise"))
 
 
 class NoiseCallback(TrainerCallback):
@@ -101,13 +108,21 @@ class NoiseCallback(TrainerCallback):
 
 def tracked(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tracker's rows in a log."""
-    return [row for entry in log for row in entry.get("nmflow_tracked", [])]
+    rows = [row for entry in log for row in entry.get("nmflow_tracked", [])]
+    return [_short(row) for row in rows]
 
 
 def frozen(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The measurements at frozen weights in a log."""
     return [
-        {"step": entry["step"], **entry["nmflow_frozen"]}
+        {
+            "step": entry["step"],
+            **{
+                key: entry["nmflow_frozen"][key]
+                for key in FROZEN_KEYS
+                if key in entry["nmflow_frozen"]
+            },
+        }
         for entry in log
         if "nmflow_frozen" in entry
     ]
@@ -123,6 +138,4 @@ def _loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
-    keys = [f"{name}_{part}" for name in TRACKED for part in PARTS]
-    also = ("flip_rate", "distance", "distance_hard")
-    return {key: row[key] for key in ("step", "phase", *keys, *also)}
+    return {key: row[key] for key in TRACKED_KEYS}

@@ -189,7 +189,7 @@ def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for entry in log:
         row = {"step": entry["step"]}
         if "eval_loss" in entry:
-            row |= {f"eval_{k}": v for k, v in _figures(entry).items()}
+            row |= {f"eval_{k}": v for k, v in sorted(_figures(entry).items())}
         elif "loss" in entry:
             row |= {key: entry[key] for key in ("loss", "learning_rate", "grad_norm")}
         else:
