@@ -13,7 +13,7 @@ QUICK  := tests/unit/test_pattern.py tests/unit/test_schedules.py tests/unit/tes
           tests/unit/test_audit.py tests/flow/test_flow.py tests/flow/test_contract.py \
           tests/native/test_native.py tests/packed/test_compress.py tests/experiments/test_config.py
 
-.PHONY: help demo test test-quick test-slow test-kills test-versions lint format lock sanitize bench study wheel clean
+.PHONY: help demo docs test test-quick test-slow test-kills test-versions lint format lock sanitize bench figures study wheel clean
 
 help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +21,9 @@ help:  ## Show these targets
 demo: $(READY)  ## Train five recipes on four seeds (minutes) and write the report
 	$(BIN)/nmflow train demo --output $(RUNS)
 	$(BIN)/nmflow report $(RUNS)
+
+docs: $(READY)  ## The documentation as a site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test: $(READY)  ## The fast tests, under 10 minutes on 2 cores
 	$(TESTS)
@@ -58,8 +61,12 @@ bench: $(READY)  ## The benchmarks of docs/benchmarks; give them a quiet machine
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/end_to_end.py
 
+figures: $(READY)  ## Make docs/figures from the tables and the schedules
+	$(BIN)/python scripts/site_figures.py
+
 study: $(READY)  ## Make the pages of docs/study from the tables of its results
 	$(BIN)/python study/pages.py
+	$(BIN)/python scripts/site_figures.py
 
 lock: $(READY)  ## Resolve requirements.lock anew
 	$(BIN)/pip-compile --quiet --extra dev --strip-extras --allow-unsafe --upgrade \

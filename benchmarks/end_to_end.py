@@ -89,8 +89,8 @@ def measure(title: str, source: str, length: int, seconds: float, clock: Clock) 
     ceiling = base / (took[last].median * rest)
     lines += [
         "",
-        f"With {last}, {rest:.0%} of the time is no matrix product of a linear layer: it is "
-        f"attention, norms, activations and the like, so that even free products would end at "
+        f"With {last}, {rest:.0%} of the time goes to attention, norms, activations and the "
+        f"like. So even free matrix products would give "
         f"{ceiling:.1f} × here.",
         "",
     ]
@@ -119,8 +119,8 @@ def main() -> None:
         "",
         "`dense, best` runs every linear layer on the faster of `F.linear` and packed oneDNN, as "
         "measured for its token count. The 1:16 rows are `nmflow.compress(model, tokens=…, "
-        "onednn=True)`, whose dense layers get the same choice. Ways are timed turn by turn in one "
-        f"process; figures are medians of {CLOCKS[args.clock][1]}.",
+        "onednn=True)`, whose dense layers get the same choice. The ways take turns in one "
+        f"process. Figures are medians of {CLOCKS[args.clock][1]}.",
         "",
     ]
     for title, (source, length) in NETWORKS.items():

@@ -7,7 +7,7 @@ from choose import RESULTS
 from compare import family
 from matplotlib.axes import Axes
 from scipy import stats
-from tables import PAGES, main_runs, table
+from tables import PAGES, heading, main_runs, table
 from tasks import BY_NAME
 
 from nmflow.experiments.files import write
@@ -62,22 +62,22 @@ def noise() -> str:
     _figure(along, patterns, setups)
     return "\n".join(
         [
-            "# d. What explains the gain?",
-            "",
-            f"**{answer}** (Spearman, {len(sparse)} pairs of recipe and pattern); the strongest is "
-            f"{MEASURES[strongest]}, ρ {best.statistic:+.2f}, p {best.pvalue:.2g}. With so few "
-            "pairs, of one task and one seed, a correlation below 0.7 in size could not be shown, "
-            "and none would show a cause. That less noise brings the gain, as the paper says, is "
-            "not supported: the second moment of kept weights goes with it by "
-            f"{ranks['second'].statistic:+.2f}.",
+            *heading("d. What explains the gain?"),
+            f"**{answer}** (Spearman, {len(sparse)} pairs of recipe and pattern). The strongest is "
+            f"the {MEASURES[strongest]}, ρ {best.statistic:+.2f}, p {best.pvalue:.2g}. The pairs "
+            "are few and from one task and one seed: a correlation below 0.7 in size could not "
+            "show, and no correlation would show a cause. The paper says that less noise brings "
+            "the gain. These runs do not support that: their correlation of the gain with the "
+            f"second moment of kept weights is {ranks['second'].statistic:+.2f}.",
             "",
             table(["pattern", "", "gain, points", *MEASURES.values()], rows),
-            "Characters, GPT-2, the tuning seed; gains are those of the main runs over SR-STE. "
-            "Signal to noise is that of 256 independent batches at frozen weights at half of the "
-            "run, less what pure noise would show. The second moment, across kept weights, and the "
-            "share of mask entries that change from one step to the next are means over the second "
-            "half; the distance ‖W − W ⊙ m‖ / ‖W‖ is the last before the mask turns binary (of "
-            "one-shot and SR-STE: before the end of the dense phase; dense: at the end).",
+            "Characters, GPT-2, the tuning seed. Gains are those of the main runs over SR-STE. "
+            "Signal to noise is measured on 256 independent batches at frozen weights, at half of "
+            "the run, less what pure noise would show. Two columns are means over the second half: "
+            "the second moment across kept weights, and the share of mask entries that change from "
+            "one step to the next. The distance ‖W − W ⊙ m‖ / ‖W‖ is the last before the mask "
+            "turns binary. For one-shot and SR-STE it is the last of the dense phase, for dense "
+            "the last of the run.",
             "",
             "![Mask flips over steps](figures/lm-flips.svg)",
         ]

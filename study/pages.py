@@ -11,6 +11,7 @@ from collections.abc import Callable
 from choose import RESULTS
 from claims import better, claim_one
 from noise import noise
+from overview import PAGE, overview
 from pilot import pilot
 from questions import hybrid, longer, low_sparsity, panels, phases, rule
 from rivals import rivals
@@ -45,6 +46,8 @@ def main() -> None:
             continue
         (PAGES / name).write_text(build().rstrip() + "\n", encoding="utf-8")
         sys.stdout.write(f"{name}: written\n")
+    PAGE.write_text(overview(), encoding="utf-8")
+    sys.stdout.write(f"{PAGE.name} of docs/explained: tables written\n")
 
 
 if __name__ == "__main__":

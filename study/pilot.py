@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from choose import results
 from compare import by_seed, family
-from tables import gain, spread, table, there
+from tables import gain, heading, spread, table, there
 
 from nmflow.experiments.report.statistics import summary
 
@@ -17,17 +17,16 @@ def pilot() -> str:
     """A first look at our recipe, on seeds that nothing else uses."""
     return "\n".join(
         [
-            "# A first look",
+            *heading("A first look"),
+            "This is not a result of the [protocol](protocol.md): it was taken before the tuning, "
+            "on seeds that nothing else uses. SR-STE and MDGF-Exponential have what was best for "
+            "them in the [search](search.md) on characters (λ = 0.02; fine-tune 0.4). Settling has "
+            "its defaults. All have the same learning rate. The rival is a dense network of equal "
+            "inference FLOPs, its FF as narrow as the kept weights. A difference is settling minus "
+            "the other, paired by seed, with its 95 % interval. Bold: Holm's p over the table is "
+            "below 0.05.",
             "",
-            "Not a result of the [protocol](protocol.md): its tuning is not done. Seeds that "
-            "nothing else uses. SR-STE and MDGF-Exponential have what was best for them in the "
-            "[search](search.md) on characters (λ = 0.02; fine-tune 0.4), settling its defaults, "
-            "all one learning rate. The rival is a dense network whose FF is as narrow as the kept "
-            "weights, of equal inference FLOPs. Differences are settling less each of the others, "
-            "paired by seed, with 95 % intervals; bold where Holm's p over the table is below "
-            "0.05.",
-            "",
-            *_task("lm-pilot", "Characters, GPT-2: accuracy of the next one, points", RIVALS),
+            *_task("lm-pilot", "Characters, GPT-2: accuracy of the next character, points", RIVALS),
             *_task("vit-pilot", "CIFAR-10, ViT, 2,000 steps: accuracy, points", {"1:16": NARROW}),
         ]
     )
@@ -60,7 +59,7 @@ def _task(name: str, title: str, rivals: dict[str, str]) -> list[str]:
     return [
         f"## {title}",
         "",
-        f"Mean ± sd of test figures, seeds {seeds}{dense}:",
+        f"Test figures, mean ± standard deviation, seeds {seeds}{dense}:",
         "",
         table(["pattern", *RECIPES, "dense, as narrow"], rows),
         table(["pattern", *(f"− {r}" for r in RECIPES[1:]), "− dense, as narrow"], differences),

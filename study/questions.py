@@ -6,7 +6,7 @@ import pandas as pd
 from choose import means, results
 from compare import by_seed, family
 from figures import forest
-from tables import OURS, gain, in_points, main_runs, sparse_patterns, spread, table, there
+from tables import OURS, gain, heading, in_points, main_runs, sparse_patterns, spread, table, there
 from tasks import BY_NAME
 
 from nmflow.experiments.report.statistics import summary
@@ -29,20 +29,20 @@ def rule() -> str:
     won = [c.setup for c in cells if c.better]
     return "\n".join(
         [
-            "# e. Straight-through or masked gradient?",
-            "",
+            *heading("e. Straight-through or masked gradient?"),
             f"**The masked rule is better for {' and '.join(won) or 'neither decay'}** "
-            "(characters, GPT-2, 1:16; Holm over the two). Under it pruned weights receive less "
-            "and less; that the mask then comes to rest before it turns binary is the likely "
-            "reason, which these runs did not measure.",
+            "(characters, GPT-2, 1:16; Holm over the two). Under it, pruned weights receive less "
+            "and less gradient. The likely reason is that the mask then comes to rest before it "
+            "turns binary. These runs did not measure that.",
             "",
-            "Test accuracy in points, mean ± sd over seeds, each rule with its own best settings:",
+            "Test accuracy in points, mean ± standard deviation over seeds, each rule with its own "
+            "best settings:",
             "",
             table(["", *RULES, "masked − straight-through"], shown),
             forest(cells, "e-rule"),
             "",
-            "The tuning shows the same of every recipe that has the rule; least validation loss of "
-            "its settings under each:",
+            "The tuning shows the same for every recipe that has the rule. The least validation "
+            "loss of its settings under each rule:",
             "",
             table(["", *RULES], _tried()),
             *_on_images(),
@@ -96,20 +96,23 @@ def panels() -> str:
     lost = [f"{c.setup} at {c.pattern}" for c in against if c.difference.mean < 0]
     return "\n".join(
         [
-            "# j. What do panels cost?",
-            "",
+            *heading("j. What do panels cost?"),
             f"**Sharing columns among 16 or 64 rows changes accuracy by {low} to {high} "
-            f"points** (characters, GPT-2, {' and '.join(dict.fromkeys(single.values()))}); "
-            f"below the narrower dense network: {', '.join(lost) or 'none'}. A panel's FLOPs and "
-            "bytes of values are those of its pattern; it needs fewer bytes of indices, and a GPU "
-            "multiplies it densely.",
+            f"points** (characters, GPT-2, {' and '.join(dict.fromkeys(single.values()))}). "
+            + (
+                f"Below the narrower dense network: {', '.join(lost)}. "
+                if lost
+                else "No mean falls below that of the narrower dense network. "
+            )
+            + "A panel has the FLOPs of its pattern and as many bytes of values. It needs fewer "
+            "bytes of indices, and its product is a dense one over fewer inputs.",
             "",
             table(["", "pattern", "points", "− single rows", "− narrower dense"], rows),
             forest([*cells, *against], "j-panels"),
             "",
-            "Differences are paired by seed, with 95 % intervals; bold where Holm's p over the "
-            "column is below 0.05. In this network a panel of 64 rows is a quarter of the FF's "
-            "first weight and the whole of its second: the strictest case.",
+            "Differences are paired by seed, with 95 % intervals. Bold: Holm's p over the column "
+            "is below 0.05. In this network a panel of 64 rows is a quarter of the FF's first "
+            "weight and the whole of its second: the strictest case.",
         ]
     )
 
@@ -138,15 +141,19 @@ def longer() -> str:
         return spread(summary(list(by_seed(frame, name, at[name], "points").values())))
 
     first = cells[0]
-    said = "holds" if first.better else "is reversed" if first.worse else "is not shown"
+    said = (
+        "is still significant" if first.better
+        else "is reversed" if first.worse
+        else "is no longer significant"
+    )  # fmt: skip
     return "\n".join(
         [
-            "# Does it last? Four times the steps",
-            "",
-            f"**At 1:32 and {steps[1]:,} steps instead of {steps[0]:,} the gain of settling over "
-            f"SR-STE {said}: {gain(first).strip('*')} points; over the narrower dense network it "
-            f"is {gain(cells[3]).strip('*')}** (characters, GPT-2; Holm over the table's last "
-            "column). Settings and rates are those tuned at the shorter length.",
+            *heading("m. Does it last? Four times the steps"),
+            f"**At 1:32 and {steps[1]:,} steps instead of {steps[0]:,}, the gain of settling over "
+            f"SR-STE {said}: {gain(first).strip('*')} points. Its gain over the narrower dense "
+            f"network is {gain(cells[3]).strip('*')}** (characters, GPT-2; Holm over the last "
+            "column of the second table). Settings and rates are those tuned at the shorter "
+            "length.",
             "",
             table(
                 ["test accuracy, points", *(f"{n:,} steps" for n in steps)],
@@ -173,17 +180,16 @@ def phases() -> str:
     better = [c.setup for c in cells if c.better]
     return "\n".join(
         [
-            "# f. Which δ schedule, which phases?",
-            "",
-            f"**Against the tuned settings, worse: {'; '.join(worse) or 'none'}; better: "
-            f"{'; '.join(better) or 'none'}** (characters, GPT-2, 1:16; Holm over the table). "
-            "Elsewhere nothing is shown: no phase has to be set with care.",
+            *heading("f. Which δ schedule, which phases?"),
+            f"**Worse than the tuned settings: {'; '.join(worse) or 'none'}. Better: "
+            f"{'; '.join(better) or 'none'}** (characters, GPT-2, 1:16; Holm over the table). The "
+            "other differences are not significant: no phase needs care.",
             "",
             table(["setting", "against the tuned", "points", "difference"], rows),
             forest(cells, "f-phases"),
             "",
-            "Tuned: MDGF-Exponential dense for 5 % and fine-tuned for 40 % of the run, settling "
-            "with a pull of 3. MDGF-Linear has a learning rate of its own.",
+            "The tuned settings: MDGF-Exponential is dense for 5 % of the run and fine-tuned for "
+            "40 %, and settling has a pull of 3. MDGF-Linear has a learning rate of its own.",
         ]
     )
 
@@ -197,11 +203,10 @@ def hybrid() -> str:
     lost = [c.rival for c in cells if c.worse]
     return "\n".join(
         [
-            "# g. Does the hybrid beat its parts?",
-            "",
+            *heading("g. Does the hybrid beat its parts?"),
             f"**It beats {', '.join(won) or 'neither'} and loses to "
-            f"{', '.join(lost) or 'neither'}** (characters, GPT-2, 1:16; points by which it "
-            "is ahead, paired by seed, Holm over the two).",
+            f"{', '.join(lost) or 'neither'}** (characters, GPT-2, 1:16). The table has the points "
+            "by which it is ahead, paired by seed, Holm over the two.",
             "",
             table(["hybrid −", "points"], [[c.rival, gain(c)] for c in cells]),
             forest(cells, "g-hybrid"),
@@ -227,11 +232,10 @@ def low_sparsity() -> str:
     ]  # fmt: skip
     return "\n".join(
         [
-            "# h. At 50 %?",
-            "",
-            f"**Better than SR-STE: {', '.join(won) or 'none'}** (characters, GPT-2; Holm over the "
-            f"first {len(recipes)} columns). What these patterns cost beside the dense network is "
-            "in the last column.",
+            *heading("h. At low sparsity?"),
+            f"**Significantly better than SR-STE at 2:4 or 1:4: {', '.join(won) or 'none'}** "
+            f"(characters, GPT-2; Holm over the first {len(recipes)} columns). The last column is "
+            "what these patterns cost against the dense network.",
             "",
             table(["pattern", *(f"{s} − SR-STE" for s in recipes), f"{OURS} − dense"], rows),
             forest(cells, "h-low-sparsity"),

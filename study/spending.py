@@ -6,7 +6,7 @@ import pandas as pd
 from choose import ROOT, results
 from compare import by_seed, family
 from figures import forest
-from tables import DECAYING, gain, in_points, main_runs, sparse_patterns, spread, table
+from tables import DECAYING, gain, heading, in_points, main_runs, sparse_patterns, spread, table
 from tasks import BY_NAME
 
 from nmflow.experiments.report.statistics import summary
@@ -37,19 +37,20 @@ def equal_flops() -> str:
     lost = [c.setup for c in cells if c.worse]
     return "\n".join(
         [
-            "# b. At equal training FLOPs?",
-            "",
-            f"**At the training FLOPs of SR-STE's {rival['steps'].iloc[0]:,} steps, better than "
-            f"it: {', '.join(won) or 'none'}; worse: {', '.join(lost) or 'none'}** (characters, "
-            "GPT-2, 1:16; Holm over these). A recipe that stays dense for longer pays for it with "
-            "steps.",
+            *heading("b. At equal training FLOPs?"),
+            "**At the training FLOPs of SR-STE's "
+            f"{rival['steps'].iloc[0]:,} steps, {' and '.join(won) or 'no recipe'} does better "
+            f"than SR-STE, and {' and '.join(lost) or 'none'} do worse** (characters, GPT-2, 1:16; "
+            "significant after Holm's correction over these). A recipe that stays dense for longer "
+            "pays for it with steps.",
             "",
             table(["", "steps", "points", "− SR-STE", "− SR-STE at equal steps"], rows),
             forest(cells, "b-equal-flops"),
             "",
-            "FLOPs are counted by `nmflow.cost`: products with a weight count by the share of it "
-            "that is not zero, those for its gradient in full unless the rule is masked "
-            "([docs/sweeps.md](../sweeps.md)). Bold where Holm's p over the column is below 0.05.",
+            "`nmflow.cost` counts the FLOPs: products with a weight count by the share of the "
+            "weight that is not zero. Products for its gradient count in full, unless the rule is "
+            "masked ([Run sweeps](../sweeps.md#equal-cost)). Bold: Holm's p over the column is "
+            "below 0.05.",
         ]
     )
 
@@ -78,21 +79,20 @@ def sparsest() -> str:
         rows.append([p, *mine, f"{n / m:.3f}", share, *times])
     return "\n".join(
         [
-            "# c. How sparse for the quality of 2:4?",
-            "",
+            *heading("c. How sparse for the quality of 2:4?"),
             "**The sparsest pattern at which a decaying recipe comes within half a point of SR-STE "
             f"at 2:4 is {last or 'none of these'}** (characters, GPT-2, means of five seeds). The "
-            "paper has 1:16 there.",
+            "paper reports 1:16.",
             "",
             table(
                 ["pattern", *(f"{s} − SR-STE at 2:4" for s in setups), "FLOPs", "bytes",
                  *(f"time, {cpu}" for cpu in KERNELS)],
                 rows,
             ),
-            "Points, paired by seed, with 95 % intervals; bold where Holm's p over all cells is "
-            "below 0.05. FLOPs, bytes and time are of the sparse weights, dense = 1. Times are "
+            "Points, paired by seed, with 95 % intervals. Bold: Holm's p over all cells is below "
+            "0.05. FLOPs, bytes and time are those of the sparse weights, dense = 1. Times are "
             f"measured on ViT-Base's FF weights at {TOKENS} tokens, packed against the best dense "
-            "way ([the benchmark](../benchmarks/kernels.md)); the study's own network is too small "
+            "way ([the benchmark](../benchmarks/kernels.md)): the study's own network is too small "
             "for any kernel to matter.",
             "",
             forest(cells, "c-sparsest"),

@@ -17,6 +17,18 @@ NARROW = "Dense, as narrow as the FLOPs of the pattern"
 DECAYING = (*PAPERS, OURS)
 
 
+SETTING = (
+    "All figures are from small networks trained from scratch. The paper, and nearly every user, "
+    "fine-tunes a pretrained network: that setting is not yet judged."
+)
+"""What every page says first."""
+
+
+def heading(title: str) -> list[str]:
+    """A page's title, and what its figures are of."""
+    return [f"# {title}", "", f"*{SETTING}*", ""]
+
+
 def there(name: str) -> bool:
     """Whether a sweep's table has been kept."""
     return (RESULTS / name / "results.parquet").is_file()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from choose import at_an_edge, best_rates, means, results
-from tables import table, there
+from tables import heading, table, there
 from tasks import TASKS
 
 
 def tuning() -> str:
     """What the tuning chose, and everything that it tried."""
     out = [
-        "# Tuning",
-        "",
-        "Validation loss of the final N:M network at 1:16 on the tuning seed, 100; "
-        "the least was taken ([protocol](protocol.md)). The test split was not read.",
+        *heading("Tuning"),
+        "The figures are the validation loss of the final N:M network at 1:16 on the tuning seed, "
+        "100. The least was taken ([protocol](protocol.md)). The test split was not read. *Edge* "
+        "marks a recipe whose best rate is the largest or the smallest that was tried.",
         "",
     ]
     for task in TASKS:

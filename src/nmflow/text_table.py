@@ -5,6 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
+def printable(text: str) -> str:
+    """A text without what moves a terminal's cursor or breaks a line: such characters are escaped.
+
+    Example:
+        >>> print(printable("fc1\\n\\x1b[2J"))
+        fc1\\n\\x1b[2J
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str, most: int = 80) -> str:
+    """A name out of a file for a sentence: printable, and cut to `most` characters."""
+    made = printable(text)
+    return made if len(made) <= most else made[: most - 3] + "..."
+
+
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     """Lay rows out in columns.
 
@@ -18,6 +36,7 @@ def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
         ------------
         fc1        6
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     aligned = set(right)
     laid = [

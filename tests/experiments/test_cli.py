@@ -41,7 +41,7 @@ def run(*words: str | Path) -> Result:
 
 
 def refused(*words: str | Path) -> str:
-    """The sentence of the NMFlowError that `main` turns into exit code 1."""
+    """The sentence of the NMFlowError that `main` turns into exit code 2."""
     found = run(*words)
     assert isinstance(found.exception, NMFlowError), found.output
     return str(found.exception)
@@ -78,7 +78,17 @@ def test_train_then_report_then_audit(file: Path, tmp_path: Path):
     found = run("audit", sparse, "1:8", "--include", "ff")
     assert found.exit_code == 0, found.output
     assert "every weight holds" in found.output
+    found = run("audit", sparse)  # judges what the run pruned, and nothing else
+    assert found.exit_code == 0, found.output
+    assert "every weight holds its pattern, as recorded by the run" in found.output
+    assert "not pruned by the run" in found.output
+    assert run("audit", sparse, "1:8").exit_code == 0
+    assert run("audit", sparse, "1:16").exit_code == 1
+    assert json.loads(run("audit", sparse, "--json").output)["judged"] == "record"
     dense = next((tmp_path / "runs").glob("dense*seed0*")) / "model"
+    found = run("audit", dense)
+    assert found.exit_code == 0
+    assert "no weight holds an N:M pattern" in found.output
     found = run("audit", dense, "1:8", "--include", "ff")
     assert found.exit_code == 1
     assert "break the pattern" in found.output
@@ -147,12 +157,12 @@ def test_a_folder_that_cannot_be_written_is_said_before_a_run_begins(file: Path,
     assert "runs into" not in found.output
 
 
-def test_main_ends_with_one_sentence_and_exit_code_1(tmp_path: Path):
+def test_main_ends_with_one_sentence_and_exit_code_2(tmp_path: Path):
     command = [sys.executable, "-c", "import nmflow.cli; nmflow.cli.main()"]
     done = subprocess.run(
         [*command, "train", str(tmp_path / "none.yaml")], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("nmflow: config is")
     assert len(done.stderr.strip().splitlines()) == 1
 

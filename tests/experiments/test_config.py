@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ pytest.importorskip("datasets")
 from nmflow.errors import ConfigError
 from nmflow.experiments import config, models
 from nmflow.experiments.config import Experiment, Run, parse
+from nmflow.experiments.yaml_values import plain
 from small_runs import experiment, one
 
 ROOT = Path(__file__).parents[2]
@@ -95,3 +97,31 @@ def test_a_pattern_needs_no_quotes_and_a_rate_no_point() -> None:
 
     read = plain("{a: 1:16, b: [2:4, 1:16@64], c: 3e-3, d: 10, e: -1.5}", "here")
     assert read == {"a": "1:16", "b": ["2:4", "1:16@64"], "c": 0.003, "d": 10, "e": -1.5}
+
+
+STRANGE = {
+    "a key twice": "a: 1\nb: 2\na: 3",
+    "a key twice inside": "a: {b: 1, b: 2}",
+    "nested beyond reason": "[" * 5_000,
+    "a number beyond reason": "a: " + "9" * 10_000,
+    "aliases of aliases": "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+    + "\n".join(
+        f"{c}: &{c} [{', '.join(['*' + p] * 10)}]" for p, c in itertools.pairwise("abcdefgh")
+    ),
+    "a date that is none": "a: 2020-99-99",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_file_is_one_sentence(name: str, tmp_path: Path):
+    (tmp_path / "a.yaml").write_text(STRANGE[name])
+    with pytest.raises(ConfigError) as caught:
+        config.load(tmp_path / "a.yaml")
+    assert "a.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_aliases_and_merged_keys_are_read():
+    text = "base: &b {a: 1, c: 2}\nother: {<<: *b, a: 3}\nlist: [*b, *b]"
+    assert plain(text, "x")["other"] == {"a": 3, "c": 2}

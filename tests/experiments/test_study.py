@@ -148,3 +148,8 @@ def test_pages_are_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (pages.PAGES / name).read_text() == build().rstrip() + "\n", (
                 f"run: make study ({name})"
             )
+
+
+def test_the_page_for_engineers_has_the_tables_figures() -> None:
+    overview = importlib.import_module("overview")
+    assert overview.PAGE.read_text("utf-8") == overview.overview(), "run: make study"

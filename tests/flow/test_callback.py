@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 import nmflow
 from nmflow.errors import FlowError
 from nmflow.experiments import tasks
-from nmflow.integrations.transformers import HardEvaluation, NMFlowCallback
+from nmflow.integrations.transformers import FinalMasksEvaluation, NMFlowCallback
 from small_runs import one
 
 
@@ -64,10 +64,74 @@ def test_the_callback_may_leave_the_last_word_to_the_user(tmp_path: Path):
     assert nmflow.audit(trainer.model, "1:8", "ff").ok
 
 
-def test_hard_evaluation_shows_the_final_pattern_in_mid_decay(tmp_path: Path):
+class Watched(NMFlowCallback):
+    """Notes at every batch of an evaluation whether the network is N:M, and δ."""
+
+    seen: list[tuple[bool, float]]
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.flow is not None
+        ok = nmflow.audit(kwargs["model"], "1:16", "ff").ok
+        self.seen.append((ok, self.flow.stage.delta))
+
+
+def watched(**how: Any) -> Watched:
+    callback = Watched("mdgf-linear", "1:16", include="ff", **how)
+    callback.seen = []
+    return callback
+
+
+def test_the_callback_trains_with_its_defaults(tmp_path: Path):
+    callback = NMFlowCallback()
+    trainer = plain_trainer(tmp_path, callback)
+    trainer.train()
+    assert callback.flow is not None
+    assert nmflow.audit(trainer.model, "1:16").ok
+    assert (callback.flow.recipe.name, callback.flow.steps_done) == ("settling", 12)
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_plain_trainer_evaluates_the_final_masks(tmp_path: Path, sets: int):
+    """Every batch of every data set, also before the first step; False turns it off."""
+    ends = []
+    for final_masks in (True, False):
+        callback = watched(final_masks=final_masks)
+        trainer = plain_trainer(
+            tmp_path, callback, eval_strategy="steps", eval_steps=4, eval_on_start=True,
+            save_strategy="steps", save_steps=4,
+        )  # fmt: skip
+        if sets == 2:
+            trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
+        trainer.train()
+        assert len({delta for _, delta in callback.seen}) == 4
+        assert all(ok for ok, _ in callback.seen) == final_masks
+        ends.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))  # it only looks
+
+
+def test_a_trainer_prolongs_a_run(tmp_path: Path):
+    """`max_steps` of 12, then of 18 from its checkpoint in the decay."""
+    first = plain_trainer(
+        tmp_path, NMFlowCallback("mdgf-linear", "1:16", "ff", finalize=False),
+        save_strategy="steps", save_steps=6,
+    )  # fmt: skip
+    first.train()
+    callback = NMFlowCallback("mdgf-linear", "1:16", "ff")
+    again = plain_trainer(tmp_path, callback, max_steps=18)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    flow = callback.flow
+    assert flow is not None
+    assert (flow.steps_done, flow.total_steps) == (18, 18)
+    deltas = {e["step"]: e["nmflow_delta"] for e in first.state.log_history if "loss" in e}
+    later = {e["step"]: e["nmflow_delta"] for e in again.state.log_history if "loss" in e}
+    assert later[8] == deltas[8] > 0 == later[16]
+    assert nmflow.audit(again.model, "1:16", "ff").ok
+
+
+def test_final_masks_evaluation_shows_the_final_pattern_in_mid_decay(tmp_path: Path):
     seen: list[tuple[bool, float]] = []
 
-    class Watching(HardEvaluation, Trainer):
+    class Watching(FinalMasksEvaluation, Trainer):
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             assert callback.flow is not None
             ok = nmflow.audit(self.model, "1:8", "ff").ok  # type: ignore[arg-type]

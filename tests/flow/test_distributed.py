@@ -29,7 +29,8 @@ import reference
 from harness import ADAMW, Run, assert_same, attach, parameters_of, through_file
 from models import BY_ID as FAMILY
 from models import Family, HFConv1D, Spec, loss_of
-from nmflow.errors import NMFlowError
+from nmflow.errors import NMFlowError, StateError
+from nmflow.flow.sharding import local
 from settings import BY_ID, OPTIMIZERS, TOTAL, Case
 
 pytestmark = pytest.mark.skipif(
@@ -170,7 +171,7 @@ class ShardedRun:
 
 
 def _trains(rank: int, folder: Path, family: Family, case: str) -> None:
-    """Train, checkpoint on disk, look through hard(), finalize, and resume: as one process does."""
+    """Train, checkpoint, look through final_masks(), finalize, resume: as one process does."""
     i = CASES.index(case)
     optimizer = ["adamw-foreach", "sgd", "adamw-fused"][i % 3]
     want = alone(family, case, optimizer)
@@ -184,9 +185,24 @@ def _trains(rank: int, folder: Path, family: Family, case: str) -> None:
             dcp_save(run.state(), checkpoint_id=checkpoint)
         if k == 8:
             before = whole(run.model)
-            with run.flow.hard():
+            with run.flow.final_masks():
                 hold(whole(run.model), family)
-            assert_same(whole(run.model), before, f"{what} hard")
+            with run.flow.dense(), torch.no_grad():
+                for p in run.model.parameters():
+                    p.mul_(2.0).div_(2.0)
+            run.model.load_state_dict(run.model.state_dict())
+            run.flow.sync()
+            assert_same(whole(run.model), before, f"{what} final_masks, dense, sync")
+            written = next(run.model.get_parameter(name) for name in family.targets)
+            kept = written.detach().clone()
+            with torch.no_grad():
+                written.add_(1.0)
+            if local(written).numel():  # a process sees its own part
+                with pytest.raises(StateError, match="sync"), run.flow.final_masks():
+                    pass
+            load = dict(run.model.state_dict())
+            load[next(iter(family.targets))] = kept
+            run.model.load_state_dict(load)
         run.step(rank, x)
     last = whole(run.model)
     agree(last, want[TOTAL], f"{what} at the end")

@@ -1,4 +1,4 @@
-"""Beside training: hard() and finalize()."""
+"""Beside training: final_masks() and finalize()."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from settings import BY_ID, TOTAL
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
 @pytest.mark.parametrize("case", ["mdgf-exp", "one-shot", "sdgf-geometric", "hybrid"])
-def test_hard_shows_the_final_pattern_and_restores_bitwise(case: str, family: Family) -> None:
+def test_final_masks_are_shown_and_weights_restored_bitwise(case: str, family: Family) -> None:
     run, free = Run(family, BY_ID[case]), Run(family, BY_ID[case])
     batches = family.batches(TOTAL)
     n, m, panel = reference.parse(family.pattern)
     for k, x in enumerate(batches):
         before, dense = parameters_of(run.model), dense_of(run)
-        with run.flow.hard():
+        with run.flow.final_masks():
             assert all_hold(run.model, family.targets, family.pattern)
             inside = parameters_of(run.model)
             run.model(x)
@@ -48,15 +48,15 @@ def test_hard_shows_the_final_pattern_and_restores_bitwise(case: str, family: Fa
         assert_same(parameters_of(run.model), parameters_of(free.model), f"step {k}")
 
 
-def test_hard_may_be_nested_and_left_by_an_error() -> None:
+def test_final_masks_may_be_nested_and_left_by_an_error() -> None:
     run = Run(MLP, BY_ID["mdgf-linear"])
     batches = MLP.batches(TOTAL)
     run.train(batches[:5])
     before = parameters_of(run.model)
-    with run.flow.hard(), run.flow.hard():
+    with run.flow.final_masks(), run.flow.final_masks():
         assert all_hold(run.model, MLP.targets, MLP.pattern)
     assert_same(parameters_of(run.model), before)
-    with pytest.raises(KeyError), run.flow.hard():
+    with pytest.raises(KeyError), run.flow.final_masks():
         raise KeyError
     assert_same(parameters_of(run.model), before)
     other = Run(MLP, BY_ID["mdgf-linear"])
@@ -65,27 +65,27 @@ def test_hard_may_be_nested_and_left_by_an_error() -> None:
     assert_same(parameters_of(run.model), parameters_of(other.model))
 
 
-def test_a_step_inside_hard_is_refused() -> None:
+def test_a_step_inside_final_masks_is_refused() -> None:
     run = Run(MLP, BY_ID["mdgf-linear"])
     run.train(MLP.batches(5))
     before, dense = parameters_of(run.model), dense_of(run)
-    with run.flow.hard():
+    with run.flow.final_masks():
         loss_of(run.model(MLP.batches(1)[0])).backward()
-        with pytest.raises(FlowError, match="hard"):
+        with pytest.raises(FlowError, match="final_masks"):
             run.optimizer.step()
-        with pytest.raises(FlowError, match="hard"):
+        with pytest.raises(FlowError, match="final_masks"):
             run.flow.finalize()
     assert run.flow.steps_done == 5
     assert_same(parameters_of(run.model), before)
     assert_same(dense_of(run), dense)
 
 
-def test_hard_is_saved_as_what_it_is_not() -> None:
-    """A checkpoint written inside hard() must resume as if it had been written outside."""
+def test_final_masks_is_saved_as_what_it_is_not() -> None:
+    """A checkpoint written inside final_masks() must resume as if it had been written outside."""
     case, batches = BY_ID["mdgf-exp-masked"], MLP.batches(TOTAL)
     run = Run(MLP, case)
     run.train(batches[:6])
-    with run.flow.hard():
+    with run.flow.final_masks():
         saved = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
     run.train(batches[6:])
     again = Run(MLP, case, seed=99, attached=False)
@@ -144,7 +144,7 @@ def test_the_model_may_be_copied_in_mid_run() -> None:
     assert_same(parameters_of(run.model), parameters_of(free.model))
 
 
-@pytest.mark.parametrize("what", ["finalize", "hard", "sync", "dense_weights"])
+@pytest.mark.parametrize("what", ["finalize", "final_masks", "dense", "sync", "dense_weights"])
 def test_a_finalized_flow_is_over(what: str) -> None:
     run = Run(MLP, BY_ID["mdgf-linear"])
     run.train(MLP.batches(TOTAL))

@@ -43,7 +43,7 @@ def test_no_recompilation(case: str, family: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert_near(parameters_of(run.model), ref.weights())
-    with run.flow.hard():
+    with run.flow.final_masks():
         compiled(FAMILY[family].batches(1)[0])
     run.flow.finalize()
     compiled(FAMILY[family].batches(1)[0])

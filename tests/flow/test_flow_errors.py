@@ -280,6 +280,19 @@ def test_a_frozen_parameter() -> None:
         attach(model, optimizer, include=["0.*"])
 
 
+def test_a_model_of_which_only_adapters_train() -> None:
+    """What a user of LoRA sees: what was done, and what to do."""
+    model = MLP.build()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.add_module("adapter", nn.Linear(4, 4, bias=False).double())
+    optimizer = ADAMW([p for p in model.parameters() if p.requires_grad])
+    for include in (["0.*", "2.*"], "*weight"):
+        words = ("frozen", "0.weight", "requires_grad_(True)", "adapters", "merge")
+        with refused(model, optimizer, PlanError, *words):
+            attach(model, optimizer, include=include, exclude="adapter")
+
+
 def test_weights_of_a_kind_that_has_no_mask() -> None:
     model = MLP.build()
     for module in model.modules():

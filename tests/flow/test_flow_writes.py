@@ -40,7 +40,7 @@ def _write(model: nn.Module, how: str, x: float = 0.25) -> None:
 
 @pytest.mark.parametrize("how", ["add", "copy", "item", "data", "load_state_dict"])
 @pytest.mark.parametrize("case", ["ste-at-once", "mdgf-linear", "one-shot"])
-@pytest.mark.parametrize("then", ["step", "hard", "finalize"])
+@pytest.mark.parametrize("then", ["step", "final_masks", "finalize"])
 def test_a_write_between_steps_is_refused_by_name(then: str, case: str, how: str) -> None:
     run = Run(MLP, BY_ID[case])
     batches = MLP.batches(6)

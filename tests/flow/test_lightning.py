@@ -76,6 +76,32 @@ def test_fit_ends_at_the_pattern_and_validates_it(tmp_path):
     assert all(net.seen)
 
 
+def test_the_defaults_train_and_the_switch_is_the_trainers(tmp_path):
+    net, plain = Net(), Net()
+    trainer(tmp_path, NMFlowCallback(exclude="last"), max_epochs=2).fit(net, loader())
+    assert nmflow.holds(net.first.weight, "1:16")
+    trainer(
+        tmp_path, callback(final_masks=False), max_epochs=2, val_check_interval=2,
+        num_sanity_val_steps=0,
+    ).fit(plain, loader(), loader())  # fmt: skip
+    assert not all(plain.seen)
+
+
+def test_a_run_is_prolonged(tmp_path):
+    first = Net()
+    half = trainer(tmp_path, callback(finalize=False), max_epochs=1)
+    half.fit(first, loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    longer = NMFlowCallback("mdgf-linear", "1:8", include="first")
+    net = Net()
+    trainer(tmp_path, longer, max_epochs=3).fit(
+        net, loader(), ckpt_path=str(tmp_path / "half.ckpt")
+    )
+    assert longer.flow is not None
+    assert (longer.flow.steps_done, longer.flow.total_steps) == (STEPS * 3 // 2, STEPS * 3 // 2)
+    assert nmflow.holds(net.first.weight, "1:8")
+
+
 def test_resume_is_exact(tmp_path):
     whole = Net()
     trainer(tmp_path, callback(), max_epochs=2, enable_checkpointing=False).fit(whole, loader())

@@ -15,7 +15,7 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from nmflow.errors import StateError
-from nmflow.integrations.transformers import ExactCheckpoints, HardEvaluation, NMFlowCallback
+from nmflow.integrations.transformers import ExactCheckpoints, FinalMasksEvaluation, NMFlowCallback
 
 TEXT: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -96,7 +96,7 @@ class Break(TrainerCallback):
         raise self.Here
 
 
-class Exact(ExactCheckpoints, HardEvaluation, Trainer):
+class Exact(ExactCheckpoints, FinalMasksEvaluation, Trainer):
     pass
 
 

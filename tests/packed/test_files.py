@@ -21,8 +21,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nmflow import mask
 from nmflow.errors import CompressError, FileFormatError
+from nmflow.inspect.audit import audit
+from nmflow.kernels.layout import Shape
 from nmflow.packed import compress, load, load_state, save, save_state
 from nmflow.packed.files.container import checksum
+from nmflow.packed.files.stored import Stored
+from nmflow.packed.files.writing import write
 from nmflow.packed.modules import PackedLinear
 
 DOCS = Path(__file__).parents[2] / "docs" / "layout.md"
@@ -271,6 +275,12 @@ EDITS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
         ),
     ),
     "packed where it cannot be": lambda h, d: h["weights"]["4.weight"].update(run="packed"),
+    "a bias of integers": lambda h, d: d.update({"0.bias": d["0.bias"].long()}),
+    "a bias of complex numbers": lambda h, d: d.update({"0.bias": d["0.bias"].to(torch.cfloat)}),
+    "a count of floats": lambda h, d: d.update({"2.num_batches_tracked": torch.tensor(1.5)}),
+    "a count of another integer": lambda h, d: d.update(
+        {"2.num_batches_tracked": torch.tensor(1, dtype=torch.int8)}
+    ),
     "another version": lambda h, d: h.update(layout=2),
     "version true": lambda h, d: h.update(layout=True),
     "another format": lambda h, d: h.update(format="other"),
@@ -307,6 +317,9 @@ HEADERS = {
     "not a mapping": b"[1, 2]",
     "empty": b"",
     "nested beyond reason": b"[" * 200_000,
+    "nested mappings": b'{"a":' * 200_000,
+    "not a number": b'{"format": "nmflow", "layout": NaN}',
+    "an infinite number": b'{"format": "nmflow", "layout": 1e999}',
     "a key twice": b'{"format": "nmflow", "format": "nmflow"}',
     "a number beyond reason": b'{"layout": ' + b"9" * 10_000 + b"}",
     "keys missing": b'{"format": "nmflow", "layout": 1}',
@@ -327,6 +340,78 @@ def test_a_header_of_too_many_bytes_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)  # sparse: takes no room
     with pytest.raises(FileFormatError, match="above the limit"):
         load(tmp_path, network())
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A pipe would wait for a writer for ever."""
+    save(sparse(), tmp_path)
+    for name in ("nmflow.json", _weights(tmp_path).name):
+        kept = (tmp_path / name).read_bytes()
+        for make in (
+            os.mkfifo, os.mkdir, lambda path: os.symlink(path, path),
+            lambda path: os.symlink("/dev/zero", path),
+        ):  # fmt: skip
+            (tmp_path / name).unlink()
+            make(tmp_path / name)
+            for read in (load_state, lambda folder: load(folder, network())):
+                with pytest.raises(FileFormatError):
+                    read(tmp_path)
+            place = tmp_path / name
+            place.rmdir() if make is os.mkdir else place.unlink()
+            place.write_bytes(kept)
+    load_state(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path)  # a link to a whole folder is followed
+    load_state(tmp_path / "linked")
+
+
+def test_a_file_expands_within_a_bound(tmp_path: Path) -> None:
+    """A small file of 1:256 may stand for a network that no machine holds."""
+    out, groups = 4096, 4096  # 33 MB of values for 8.6 GB of weights
+    w = Stored((out, 256 * groups), 1, torch.bfloat16, "packed")
+    index = torch.zeros(out, groups, dtype=torch.uint8)
+    values = torch.ones(out, groups, dtype=torch.bfloat16)
+    w.parts.append((0, out, Shape.of(out, 256 * groups, "1:256"), values, index))
+    write(tmp_path, {"0.weight": w}, {}, {})
+    with pytest.raises(FileFormatError, match=r"8,589,934,592 bytes.*max_bytes"):
+        load_state(tmp_path)
+    with pytest.raises(FileFormatError, match="above the limit of 1,000"):
+        load_state(tmp_path, max_bytes=1000)
+    with pytest.raises(FileFormatError, match="above the limit"):
+        audit(tmp_path, "1:8")
+    # A model bounds what is loaded into it.
+    with pytest.raises(FileFormatError, match="in the file and"):
+        load(tmp_path, nn.Sequential(nn.Linear(32, 24, bias=False)))
+    save(sparse(), tmp_path)
+    assert load_state(tmp_path, max_bytes=1 << 20)
+
+
+def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
+    """As in a `.pt` file of a network with tied weights."""
+    w = sparse()[0].weight.detach()
+    whole = torch.arange(12.0)
+    state = {"a.weight": w, "b.weight": w, "first": whole[:6], "last": whole[4:], "all": whole}
+    save_state(state, tmp_path)
+    found = load_state(tmp_path)
+    same(found, state)
+    assert found["a.weight"] is found["b.weight"]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(3).to_sparse(), torch.empty(3, device="meta"),
+     torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)],
+)  # fmt: skip
+def test_what_no_file_can_hold_is_refused_before_anything_is_written(
+    tmp_path: Path, tensor: Tensor
+) -> None:
+    state = {"0.weight": sparse()[0].weight.detach(), "x": tensor}
+    with pytest.raises(CompressError, match="x is a"):
+        save_state(state, tmp_path / "new")
+    for name in ("0.weight#0.values", "__metadata__"):
+        state = {"0.weight": sparse()[0].weight.detach(), name: torch.ones(3)}
+        with pytest.raises(CompressError, match="rename it"):
+            save_state(state, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_missing_and_foreign_folders(tmp_path: Path) -> None:

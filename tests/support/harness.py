@@ -146,11 +146,11 @@ def traces(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def use(run: Run, what: str) -> None:
-    """Step the run's optimizer, or call its flow: hard, sync, finalize, dense_weights."""
+    """Step the run's optimizer, or call its flow: final_masks, dense, sync …."""
     if what == "step":
         run.optimizer.step()
-    elif what == "hard":
-        with run.flow.hard():
+    elif what in ("final_masks", "dense"):
+        with getattr(run.flow, what)():
             pass
     else:
         getattr(run.flow, what)()

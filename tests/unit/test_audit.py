@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from nmflow import packed
 from nmflow.errors import FileFormatError, PlanError
 from nmflow.inspect.audit import Audit, audit
+from nmflow.inspect.record import write_record
 from nmflow.masks import mask
 from nmflow.select.plan import plan
 
@@ -193,6 +194,147 @@ def test_a_file_of_a_plain_network_is_audited_without_its_head(tmp_path):
     assert found.ok
     assert [row.name for row in found.rows] == ["0.weight", "1.weight"]
     assert [row.name for row in found.others] == ["2.weight"]
+
+
+def test_without_a_pattern_each_weight_says_which_one_it_holds(tmp_path):
+    model = prune(gpt2(), {"ff": "1:16", "qk": "1:4"})
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    for found in (audit(model), audit(tmp_path / "a.pt")):
+        assert found.ok
+        assert found.judged == "found"
+        held = {row.name: str(row.pattern) for row in found.rows}
+        assert held.pop("transformer.h.0.attn.c_attn.weight[0:64]") == "1:4"
+        assert held["transformer.h.0.mlp.c_fc.weight"] == "1:16"
+        assert len(held) == 5
+        others = {row.name: row.reason for row in found.others}
+        assert others["transformer.wte.weight"] == "holds no N:M pattern"
+        assert others["transformer.h.0.attn.c_attn.weight[64:96]"] == "holds no N:M pattern"
+        assert "6 of " in str(found)
+        assert "NO" not in str(found)
+    found = audit(model, include="ff")
+    assert {row.name.split(".")[-2] for row in found.rows} == {"c_fc", "c_proj"}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    assert audit(model).ok
+    assert "no weight holds an N:M pattern" in str(audit(model))
+
+
+def test_a_plan_is_judged_and_nothing_else():
+    patterns = {"ff": "1:16", "qk": "1:4"}
+    model = prune(gpt2(), patterns)
+    chosen = plan(model, patterns)
+    found = audit(model, chosen)
+    assert found.ok
+    assert found.judged == "record"
+    assert [row.name for row in found.rows] == [t.label for t in chosen]
+    with torch.no_grad():
+        weight_of(model, "transformer.h.1.mlp.c_fc.weight")[:, 5] = 1.0
+    assert not audit(model, chosen).ok
+    with pytest.raises(PlanError, match="give the plan of this network"):
+        audit(nn.Linear(4, 4), chosen)
+
+
+def vit():
+    torch.manual_seed(0)
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+            image_size=8, patch_size=4,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [gpt2, bert, vit])
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_a_record_travels_with_saved_weights_whatever_they_are_called(build, size, tmp_path):
+    """Of every architecture the right network is right, and a weight that comes back is not."""
+    patterns = {"ff": "1:16", "qk": "1:4"}
+    model = prune(build(), patterns)
+    chosen = plan(model, patterns)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert write_record(tmp_path, chosen, dict(model.named_parameters())) == []
+    found = audit(tmp_path)
+    assert found.ok
+    assert found.judged == "record"
+    assert len(found.rows) == len(chosen)
+    assert sum(row.nonzero for row in found.rows) == sum(
+        row.nonzero for row in audit(model, patterns).rows
+    )
+    assert {row.reason for row in found.others} >= {"not pruned by the run"}
+    assert audit(tmp_path, include="ff").ok
+    assert len(audit(tmp_path, include="ff").rows) < len(found.rows)
+    assert len(audit(tmp_path, exclude="qk").rows) < len(found.rows)
+    assert not audit(tmp_path, "1:32").ok  # the same weights against another pattern
+    assert len(audit(tmp_path, "1:32").rows) == len(found.rows)
+    target = next(t for t in chosen if t.rows is None)
+    with torch.no_grad():
+        weight_of(model, target.name).fill_(1.0)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    again = audit(tmp_path)
+    assert not again.ok
+    assert sum(not row.holds for row in again.rows) == 1
+
+
+RECORDS = {
+    "no JSON": "{",
+    "another format": '{"format": "x", "version": 1, "weights": []}',
+    "a name that is not there": [{"name": "x", "rows": None, "axis": 1, "pattern": "1:4"}],
+    "no axis": [{"name": "0.weight", "rows": None, "axis": 7, "pattern": "1:4"}],
+    "an uneven axis": [{"name": "0.weight", "rows": None, "axis": 1, "pattern": "1:5"}],
+    "rows out of range": [{"name": "0.weight", "rows": [0, 99], "axis": 1, "pattern": "1:4"}],
+    "rows of text": [{"name": "0.weight", "rows": "ab", "axis": 1, "pattern": "1:4"}],
+    "no pattern": [{"name": "0.weight", "rows": None, "axis": 1, "pattern": 3}],
+    "a list": [["0.weight"]],
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_record_is_one_sentence(name, tmp_path):
+    content = RECORDS[name]
+    save_file({"0.weight": torch.zeros(8, 8)}, tmp_path / "model.safetensors")
+    if not isinstance(content, str):
+        content = json.dumps({"format": "nmflow patterns", "version": 1, "weights": content})
+    (tmp_path / "nmflow_patterns.json").write_text(content)
+    with pytest.raises(FileFormatError, match="is no record of these weights") as caught:
+        audit(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_packed_folder_is_its_own_record_and_a_mark_of_a_training_is_none(tmp_path):
+    model = prune(gpt2(), {"ff": "1:16"})
+    packed.save(model, tmp_path / "packed")
+    found = audit(tmp_path / "packed")
+    assert found.ok
+    assert found.judged == "record"
+    assert len(found.rows) == 4
+    model.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "nmflow.json").write_text('{"step": 3}')
+    assert len(audit(tmp_path / "checkpoint").rows) == 4
+
+
+def test_floats_of_one_byte_and_other_integers_are_counted(tmp_path):
+    state = {
+        f"{str(dtype)[6:]}.weight": torch.eye(8).to(dtype)
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.int8, torch.bool)
+    }
+    save_file(state, tmp_path / "a.safetensors")
+    found = audit(tmp_path / "a.safetensors")
+    assert {(row.name, str(row.pattern)) for row in found.rows} == {
+        ("float8_e4m3fn.weight", "1:8"), ("float8_e5m2.weight", "1:8")
+    }  # fmt: skip
+    assert {row.nonzero for row in (*found.rows, *found.others)} == {8}
+
+
+def test_a_glob_that_matches_nothing_is_answered_with_the_name_that_was_meant():
+    model = gpt2()
+    for key, meant in (
+        ("*.mpl.*", "*.mlp.*"), ("*c_fcc*", "*c_fc*"), ("atn", "attn"),
+        ("transformer.h.0.mlp.c_fc.weigth", "transformer.h.0.mlp.c_fc.weight"),
+    ):  # fmt: skip
+        with pytest.raises(PlanError) as caught:
+            audit(model, "1:4", key)
+        assert f"did you mean {meant!r}?" in str(caught.value)
 
 
 class Evil:

@@ -1,42 +1,189 @@
-"""The Python blocks of the pages run, in order, as a reader would paste them; links hold."""
+"""Pages do what they say: Python blocks run, commands exist, links hold, drawings are current."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
+import shlex
 import subprocess
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
+TEXT = {page: page.read_text("utf-8") for page in PAGES}
 LINKS = [
     pytest.param(page, link, id=f"{page.stem}-{link}")
     for page in PAGES
-    for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text("utf-8"))
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", TEXT[page])
 ]
 
 
-@pytest.mark.parametrize(
-    ("page", "least"), [("README.md", 7), ("docs/recipes.md", 1)], ids=["readme", "recipes"]
-)
-def test_blocks_run(page, least, tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    assert len(blocks) >= least
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """Blocks of a language, without the indentation of a list or a tab around them."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
+    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
+
+
+PYTHON = {page: blocks for page in PAGES if (blocks := fenced(TEXT[page], "python"))}
+SHELL = [
+    pytest.param(line, id=f"{named(page)}-{line[:60]}")
+    for page in PAGES
+    for block in fenced(TEXT[page], "sh")
+    for line in re.sub(r"\\\n\s*", "", block).splitlines()
+    if line.partition("#")[0].strip()
+]
+
+
+def run(blocks: Iterable[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A dataclass looks its module up, so the blocks run as one that is there.
-    module = types.ModuleType("readme")
-    monkeypatch.setitem(sys.modules, "readme", module)
-    for block in blocks:
-        exec(compile(block, page, "exec"), module.__dict__)
-    assert "1:16" in capsys.readouterr().out
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"{name}, block {i + 1}", "exec"), module.__dict__)
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=named)
+def test_blocks_run(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(PYTHON[page], named(page), monkeypatch)
+
+
+def test_most_pages_for_users_have_blocks_that_run():
+    shown = {named(page) for page in PYTHON}
+    assert {"README.md", "docs/packed.md", "docs/recipes.md", "docs/layout.md"} <= shown
+    assert sum(name.startswith(("docs/start/", "docs/howto/")) for name in shown) >= 9
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=named)
+def test_notebooks_run(notebook, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 6
+    assert not any(cell.get("outputs") for cell in cells), "keep the outputs out of the commit"
+    run(code, named(notebook), monkeypatch)
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_commands_are_there(line):
+    words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # OMP_NUM_THREADS=1 python …
+        words = words[1:]
+    check(words)
+
+
+def check(words: list[str]) -> None:
+    """Fail unless a command is known, with its files and flags."""
+    program, *rest = words
+    if program in ("taskset", "torchrun", "/usr/bin/time"):
+        start = next(i for i, word in enumerate(rest) if word in ("python", "nmflow"))
+        check(rest[start:])
+    elif program == "nmflow":
+        check_nmflow(rest)
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(rest) <= set(targets), f"make has no target {rest}"
+    elif program == "python":
+        check_python(rest)
+    elif program == "pip":
+        check_pip(rest)
+    else:
+        assert program in ("cd", "git"), f"unknown program {program}"
+
+
+def check_nmflow(words: list[str]) -> None:
+    import typer
+
+    from nmflow import cli
+
+    root: Any = typer.main.get_command(cli.app())
+    name, *rest = words
+    assert name in root.commands, f"nmflow has no command {name}"
+    options = {
+        flag: parameter
+        for parameter in root.commands[name].params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
+    expected = 0
+    for word in rest:
+        if word.startswith("-"):
+            flag = word.partition("=")[0]
+            assert flag in options, f"nmflow {name} has no option {flag}"
+            expected = 0 if options[flag].is_flag or "=" in word else 1
+        elif expected:
+            expected -= 1
+        elif word.startswith("configs/") and "…" not in word:
+            assert (ROOT / word).exists(), f"{word} is not there"
+
+
+def check_python(words: list[str]) -> None:
+    script = next(word for word in words if not word.startswith("-"))
+    if words[0] == "-m":
+        assert script in ("pytest", "http.server"), f"unknown module {script}"
+        return
+    source = (ROOT / script).read_text("utf-8")
+    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert f'"{flag}"' in source, f"{script} has no option {flag}"
+
+
+def check_pip(words: list[str]) -> None:
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for word in words:
+        found = re.fullmatch(r"(?:\.|nmflow)\[([\w,]+)\]", word)
+        if found:
+            assert set(found[1].split(",")) <= set(extras), f"{word} names an unknown extra"
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS)
 def test_links_lead_somewhere(page, link):
     assert (page.parent / link).exists()
+
+
+def test_every_page_is_in_the_tree_of_the_site():
+    tree = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
+    docs = ROOT / "docs"
+    shown = {file for entry in re.findall(r"[\w/*-]+\.md", tree) for file in docs.glob(entry)}
+    missing = [named(page) for page in PAGES[1:] if page not in shown]
+    assert not missing, f"in no menu of mkdocs.yml: {missing}"
+
+
+def test_every_public_name_is_in_the_reference():
+    import nmflow
+
+    reference = "".join(page.read_text("utf-8") for page in (ROOT / "docs/reference").glob("*.md"))
+    shown = set(re.findall(r"^::: (\S+)$", reference, re.MULTILINE))
+    for name in shown:
+        owner, _, last = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(owner), last), f"{name} is not there"
+    ends = {name.rpartition(".")[2] for name in shown}
+    for name in nmflow.__all__:
+        assert name in ends or name in ("kernels", "__version__"), f"no page shows {name}"
+
+
+def test_drawings_are_what_their_script_makes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    figures = importlib.import_module("site_figures")
+    assert {f"{name}.svg" for name in figures.DRAWN} == {
+        file.name for file in figures.FIGURES.iterdir()
+    }
+    for name, draw in figures.DRAWN.items():
+        drawn = (figures.FIGURES / f"{name}.svg").read_text("utf-8")
+        assert drawn == str(draw()), f"run: make figures ({name})"
 
 
 def test_importing_needs_torch_and_numpy_only():
@@ -46,3 +193,15 @@ def test_importing_needs_torch_and_numpy_only():
     ).stdout.split()
     for name in ("safetensors", "transformers", "scipy", "pydantic", "typer", "matplotlib"):
         assert name not in loaded
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr[-2000:]
+    for page in tmp_path.rglob("*.html"):
+        fetched = re.findall(r'(?:src|<link[^>]*href)="(?:https?:)?//[^"]+', page.read_text())
+        assert not fetched, f"{page.name} would fetch {fetched}"

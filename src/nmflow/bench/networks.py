@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from nmflow.errors import ConfigError
+from nmflow.inspect.pretrained import NO_CODE, from_folder
 
 # Short names for the sizes that papers speak of; any other kind of transformers has its defaults.
 KNOWN: dict[str, tuple[str, dict[str, int]]] = {
@@ -38,19 +40,19 @@ def network(source: str) -> nn.Module:
     import transformers
 
     try:
-        if Path(source).is_dir():
-            config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
-            names = [n for n in config.architectures or [] if hasattr(transformers, n)]
-            kind = getattr(transformers, names[0]) if names else transformers.AutoModel
-            model = kind.from_pretrained(source, local_files_only=True)
+        if os.path.isdir(source):
+            model = from_folder(Path(source), fallback=transformers.AutoModel)
+            config = model.config
         else:
             kind, fields = KNOWN.get(source, (source, {}))
             if kind in transformers.CONFIG_MAPPING:
                 config = transformers.AutoConfig.for_model(kind, **fields)
             else:
-                config = transformers.AutoConfig.from_pretrained(source)
-            model = transformers.AutoModel.from_config(config)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+                config = transformers.AutoConfig.from_pretrained(source, **NO_CODE)
+            model = transformers.AutoModel.from_config(config, **NO_CODE)
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"model is {source!r}: give one of {', '.join(KNOWN)}, a kind of transformers, a "

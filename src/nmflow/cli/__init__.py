@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from typing import NoReturn
 
 from nmflow.errors import NMFlowError
+from nmflow.text_table import printable
 
 ORDER = ("train", "sweep", "report", "plan", "audit", "cost", "compress", "bench", "doctor")
 
@@ -37,7 +39,7 @@ def app():
 
 
 def main() -> None:
-    """Run a command; a mistake of the user is one sentence and exit code 1.
+    """Run a command; a mistake of the user is one sentence and exit code 2.
 
     A command that a signal stopped ends with the code that a shell expects: 130, or 143.
     """
@@ -46,14 +48,20 @@ def main() -> None:
     try:
         app()()
     except NMFlowError as error:
-        sys.exit(f"nmflow: {error}")
+        _end(str(error))
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("nmflow"):
             raise
-        sys.exit(
-            f"nmflow: the package {error.name!r} is missing: install the experiments with "
+        _end(
+            f"the package {error.name!r} is missing: install the experiments with "
             "pip install 'nmflow[experiments]'"
         )
     except Stopped as stopped:
         sys.stderr.write(f"nmflow: {stopped}\n")
         sys.exit(stopped.exit_code)
+
+
+def _end(sentence: str) -> NoReturn:
+    # Exit code 1 is the answer "no" of a command that judges, such as audit.
+    sys.stderr.write(f"nmflow: {printable(sentence)}\n")
+    sys.exit(2)

@@ -33,17 +33,7 @@ def network(
 
 
 def _from_folder(folder: Path) -> Any:
-    import transformers
+    from nmflow.experiments import architectures
+    from nmflow.inspect.pretrained import from_folder
 
-    from nmflow.experiments import architectures as networks
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"source is {str(folder)!r}: it holds no model ({reason})") from None
-    for name in config.architectures or []:
-        for place in (transformers, networks):
-            if hasattr(place, name):
-                return getattr(place, name).from_pretrained(folder, local_files_only=True)
-    raise ConfigError(f"source is {str(folder)!r}: its config.json names no known architecture")
+    return from_folder(folder, (architectures,))

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 JSON: Any = typer.Option("--json", help="Print JSON instead of a table.")
+
+
+def console(stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that prints text as it is: paths hold brackets and colons that mean nothing."""
+    from rich.console import Console
+
+    return Console(
+        stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
 
 
 class Printed(Protocol):

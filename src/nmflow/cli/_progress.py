@@ -128,10 +128,10 @@ class Bars:
     def __init__(self, runs: Sequence[Run], console: Console) -> None:
         self.titles = {run.id: title(run) for run in runs}
         self.bars = Progress(
-            TextColumn("{task.description:<40}"),
+            TextColumn("{task.description:<40}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,

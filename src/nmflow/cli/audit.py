@@ -1,4 +1,4 @@
-"""`nmflow audit CHECKPOINT PATTERN`: which weights hold the pattern."""
+"""`nmflow audit CHECKPOINT [PATTERN]`: which weights hold their pattern."""
 
 from __future__ import annotations
 
@@ -7,22 +7,35 @@ from typing import Annotated
 
 import typer
 
+from nmflow.cli._output import JSON, show
+
 
 def audit(
     checkpoint: Annotated[Path, typer.Argument(help="A safetensors file or a model's folder.")],
-    pattern: Annotated[str, typer.Argument(help="N:M with N kept of every M, such as 1:16.")],
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            help="N:M with N kept of every M, such as 1:16. Without it the weights are judged that "
+            "the run recorded; where nothing is recorded, the pattern of each is shown.",
+            show_default=False,
+        ),
+    ] = "",
     include: Annotated[
-        str, typer.Option(help="Presets or globs of the weights, separated by commas.")
-    ] = "all",
+        str,
+        typer.Option(
+            help="Presets or globs of the weights, separated by commas; by default those that the "
+            "run pruned, else all.",
+            show_default=False,
+        ),
+    ] = "",
     exclude: Annotated[str, typer.Option(help="Presets or globs to leave out.")] = "",
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Print every weight of CHECKPOINT with its density; exit code 1 unless all hold PATTERN."""
-    from rich.console import Console
-
+    """Print every weight of CHECKPOINT with its density; exit code 1 if one breaks its pattern."""
     import nmflow
     from nmflow.cli._errors import globs
 
-    found = nmflow.audit(checkpoint, pattern, globs(include), globs(exclude))
-    Console().print(str(found), soft_wrap=True, markup=False, highlight=False)
+    found = nmflow.audit(checkpoint, pattern or None, globs(include) or None, globs(exclude))
+    show(found, as_json)
     if not found.ok:
         raise typer.Exit(1)

@@ -42,12 +42,13 @@ def bench(
 ) -> None:
     """Measure packed layers and the packed network against the best dense way."""
     import torch
-    from rich.console import Console
+    from rich.text import Text
 
     from nmflow.bench import networks
     from nmflow.bench.bench import bench as measure
     from nmflow.bench.plots import plot
     from nmflow.cli._errors import globs
+    from nmflow.cli._output import console
     from nmflow.errors import CompressError
 
     counts = []
@@ -64,7 +65,7 @@ def bench(
             ) from error
     torch.set_num_threads(threads)
     built = networks.network(model)
-    with Console(stderr=True).status("building the network") as status:
+    with console(stderr=True).status("building the network") as status:
         found = measure(
             built,
             networks.example(built, batch, length),
@@ -78,7 +79,7 @@ def bench(
             onnx,
             seconds,
             Path(model).name,
-            lambda what: status.update(f"measuring {what}"),
+            lambda what: status.update(Text(f"measuring {what}")),
         )
     show(found, as_json)
     if output is not None:

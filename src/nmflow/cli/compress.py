@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -29,35 +30,32 @@ def compress(
     ] = "",
 ) -> None:
     """Pack the N:M weights of CHECKPOINT into the folder OUT, and print what became of each."""
-    import shutil
-
-    from rich.console import Console
-
     from nmflow import packed
     from nmflow.cli._errors import globs
     from nmflow.cli._networks import network
+    from nmflow.cli._output import console
     from nmflow.errors import CompressError
     from nmflow.inspect.checkpoints import open_state
+    from nmflow.packed.files.container import is_packed
+    from nmflow.packed.files.folder import save_beside
 
     if not all(count.isdigit() for count in globs(tokens)):
         raise CompressError(f"tokens is {tokens!r}: give numbers such as 1,197")
-    if out.resolve() == checkpoint.resolve():
-        raise CompressError(f"out is '{out}', the checkpoint itself: give another folder")
+    if os.path.realpath(out) in (os.path.realpath(checkpoint), _folder_of(checkpoint)):
+        raise CompressError(f"out is '{out}', where the checkpoint is: give another folder")
+    if is_packed(checkpoint):
+        raise CompressError(f"checkpoint is '{checkpoint}', which is packed already: nothing to do")
     counts = [int(count) for count in globs(tokens)]
     chosen = globs(include)
     names = "*" if chosen == ["*"] else chosen
     held = pattern or None
-    if (checkpoint / "config.json").is_file():
+    if os.path.lexists(checkpoint / "config.json"):
         model, _, _ = network(checkpoint)
         made = packed.compress(
             model, held, counts or (1,), names, globs(exclude), bool(counts), inplace=True
         )
         report = made.report
-        packed.save(made, out)
-        for file in checkpoint.iterdir():  # the config and the tokenizer, so OUT stands alone
-            kept = file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja")
-            if kept and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, out / file.name)
+        save_beside(made, out, checkpoint)
     elif counts:
         raise CompressError(
             f"checkpoint is '{checkpoint}', which has no config.json to build a network from: "
@@ -67,7 +65,11 @@ def compress(
         state = open_state(checkpoint)
         tensors = {name: state.read(name) for name in state.shapes}
         report = packed.save_state(tensors, out, held, names, globs(exclude))
-    console = Console()
-    console.print(str(report), soft_wrap=True, markup=False, highlight=False)
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
-    console.print(f"wrote {out}: {size:,} bytes", markup=False, highlight=False)
+    console().print(f"{report}\nwrote {out}: {size:,} bytes")
+
+
+def _folder_of(checkpoint: Path) -> str:
+    """The folder that a checkpoint file lies in; of a folder, itself."""
+    place = os.path.realpath(checkpoint)
+    return place if os.path.isdir(place) else os.path.dirname(place)

@@ -32,8 +32,9 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html, report.md and CSV files over the finished runs in RUNS."""
-    from rich.console import Console
+    from rich.text import Text
 
+    from nmflow.cli._output import console
     from nmflow.errors import ConfigError
     from nmflow.experiments.report import times
     from nmflow.experiments.report.page import write_report
@@ -47,11 +48,14 @@ def report(
         time = not times.read(results).entries and times.quick(results)
     if time:
         batch, threads = batch or 1, threads or 1
-        with Console(stderr=True).status("measuring inference time") as status:
+        with console(stderr=True).status("measuring inference time") as status:
             problems = times.measure(
-                results, batch, threads, progress=lambda what: status.update(f"measuring {what}")
+                results,
+                batch,
+                threads,
+                progress=lambda what: status.update(Text(f"measuring {what}")),
             )
         taken = times.read(results, (batch, threads))
         taken.problems = problems
     place = write_report(list(runs), output or runs[0] / "report", baseline, taken)
-    Console().print(f"report: {place}", soft_wrap=True)
+    console().print(f"report: {place}")

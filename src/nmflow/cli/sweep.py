@@ -39,8 +39,7 @@ def sweep(
 
     Ctrl-C and SIGTERM save a checkpoint of each cell at its next step; a second one stops at once.
     """
-    from rich.console import Console
-
+    from nmflow.cli._output import console
     from nmflow.cli._progress import stopping_soon, watcher
     from nmflow.errors import NMFlowError
     from nmflow.experiments import stopping
@@ -49,24 +48,23 @@ def sweep(
     found = sweeps.load(file, set_ or (), output)
     # Under torchrun only the first process speaks.
     first = os.environ.get("RANK", "0") == "0"
-    console = Console(soft_wrap=True, quiet=quiet or not first, stderr=json_)
+    out = console(json_, quiet or not first)
     done = len(found.finished)
     known = f", {done} are finished" if done else ""
-    console.print(f"{len(found.cells)} cells into {found.store}{known}", soft_wrap=True)
-    watching = watcher(found.runs, found.store, console)
+    out.print(f"{len(found.cells)} cells into {found.store}{known}")
+    watching = watcher(found.runs, found.store, out)
     with stopping.watched(stopping_soon), watching:
         failed = sweeps.run(found, backend, workers, watching.notify)  # type: ignore[arg-type]
     if json_ and first:
         typer.echo(_as_json(found, failed))
     for _, sentence in failed[1:]:
-        console.print(f"failed: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"failed: {sentence}")
     if failed:
         others = f" ({len(failed)} of {len(found.cells)} cells failed)" if len(failed) > 1 else ""
         raise NMFlowError(failed[0][1] + others)
-    console.print(
+    out.print(
         f"all {len(found.cells)} cells are finished: {found.folder / 'results.csv'} and .parquet; "
         f"now: nmflow report {found.folder}",
-        soft_wrap=True,
     )
 
 

@@ -33,8 +33,7 @@ def train(
 
     Ctrl-C and SIGTERM save a checkpoint at the next step; a second one stops at once.
     """
-    from rich.console import Console
-
+    from nmflow.cli._output import console
     from nmflow.cli._progress import stopping_soon, watcher
     from nmflow.errors import NMFlowError
     from nmflow.experiments import config as configs
@@ -52,37 +51,35 @@ def train(
     first = os.environ.get("RANK", "0") == "0"
     if first:
         check_writable(folder)
-    console = Console(soft_wrap=True, quiet=quiet or not first)
-    console.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
+    out = console(quiet=quiet or not first)
+    out.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
     with stopping.watched(stopping_soon):
         # Only now: importing torch and transformers takes seconds.
         from nmflow.experiments.runner import run_all
 
         many = experiment.workers if workers is None else workers
-        with watcher(runs, folder, console) as watching:
+        with watcher(runs, folder, out) as watching:
             failed = run_all(runs, folder, many, experiment.threads, watching.notify)
     for _, sentence in failed[1:]:
-        console.print(f"failed: {sentence}", markup=False, highlight=False)
+        out.print(f"failed: {sentence}")
     if failed:
         others = f" ({len(failed)} of {len(runs)} runs failed)" if len(failed) > 1 else ""
         raise NMFlowError(failed[0][1] + others)
-    console.print(f"all {len(runs)} runs are finished; now: nmflow report {folder}")
+    out.print(f"all {len(runs)} runs are finished; now: nmflow report {folder}")
 
 
 def _smoke(experiment: Any, output: Path | None, quiet: bool) -> None:
-    from rich.console import Console
-
+    from nmflow.cli._output import console
     from nmflow.experiments.smoke import folder_of, smoke
 
-    console = Console(soft_wrap=True, quiet=quiet)
+    out = console(quiet=quiet)
     folder = folder_of(experiment, output)
     result = smoke(experiment, folder)
     about, cost = result["smoke"], result["cost"]
     for sentence in about["instead"]:
-        console.print(f"instead: {sentence}", highlight=False)
-    console.print(
+        out.print(f"instead: {sentence}")
+    out.print(
         f"{experiment.name}: {cost['parameters']:,} parameters, {len(result['audit']['rows'])} "
         f"weights hold {result['pattern']} in memory and on disk; {about['seconds']} s, "
         f"{about['peak_bytes'] / 2**30:.1f} GiB at most; {folder}",
-        highlight=False,
     )

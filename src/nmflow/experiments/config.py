@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from nmflow import disk
 from nmflow.errors import ConfigError
 from nmflow.experiments import catalog
 from nmflow.experiments.config_errors import parse
@@ -121,6 +122,9 @@ class Experiment(Setting):
                 yield Run(**shared, recipe=recipe, seed=seed)
 
 
+_LARGEST_FILE = 8 << 20
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
     """Read a YAML file, set `key.path=value` overrides, and check it.
 
@@ -141,7 +145,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
 def read(path: str | Path, kind: str = "") -> dict[str, Any]:
     """The mapping in a YAML file, or in the catalog's of that name and `kind`, unchecked."""
     try:
-        text = catalog.find(path, kind).read_text(encoding="utf-8")
+        text = disk.read_bytes(catalog.find(path, kind), _LARGEST_FILE).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nmflow import disk
 from nmflow.errors import ConfigError
 
 _LEFT = re.compile(r"\..+\.[0-9a-f]{32}")
@@ -89,7 +90,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a file that `write_json` wrote."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return disk.read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{str(path)!r} cannot be read ({error}): delete it and run again"

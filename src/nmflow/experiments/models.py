@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
@@ -10,6 +11,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from nmflow.errors import ConfigError
 from nmflow.experiments.config_errors import near
 from nmflow.experiments.specs import Model
+from nmflow.inspect.checkpoints import check_shards
+from nmflow.inspect.pretrained import NO_CODE
 
 
 def build(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrainedModel:
@@ -28,7 +31,7 @@ def build(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrained
         return _load(model, auto, task_fields)
     config = _config(str(model.kind), model.fields, task_fields)
     try:
-        return auto.from_config(config)
+        return auto.from_config(config, **NO_CODE)
     except (ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model is {model.kind!r}: it cannot be built ({reason[:200]})") from None
@@ -66,10 +69,19 @@ def known_fields(kind: str) -> set[str]:
 
 
 def _load(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrainedModel:
+    if "trust_remote_code" in model.fields:
+        raise ConfigError(
+            "model.fields has trust_remote_code: nmflow runs no code of a saved network; leave it "
+            "out, and give one of transformers' own kinds"
+        )
+    if Path(model.load).is_dir():
+        check_shards(Path(model.load))
     labels = {k: v for k, v in task_fields.items() if k == "num_labels"}
     try:
         return auto.from_pretrained(
-            model.load, **{**labels, **model.fields}, ignore_mismatched_sizes=bool(labels)
+            model.load,
+            **{**labels, **model.fields, **NO_CODE},
+            ignore_mismatched_sizes=bool(labels),
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())

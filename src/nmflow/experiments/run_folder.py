@@ -169,7 +169,7 @@ def _whole(path: Path) -> dict[str, Any]:
 
 def _results_in(folder: Path) -> list[Path]:
     if not (folder / SWEEP).is_file():
-        return sorted(folder.rglob(RESULT))
+        return sorted(path for path in folder.rglob(RESULT) if path.is_file())
     sweep = read_json(folder / SWEEP)
     places = [folder / sweep["cells_in"] / cell["id"] / RESULT for cell in sweep["cells"]]
     return [place for place in places if place.is_file()]

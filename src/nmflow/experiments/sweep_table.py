@@ -12,7 +12,7 @@ from nmflow.experiments.files import write
 from nmflow.experiments.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from nmflow.experiments.sweep import Sweep
+    from nmflow.experiments.cells import Sweep
 
 NAME = "results"
 ALONG = ("tracked", "noise")

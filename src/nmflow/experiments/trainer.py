@@ -19,10 +19,10 @@ from nmflow.experiments.config import Run
 from nmflow.experiments.config_errors import near
 from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.tasks import Problem
-from nmflow.integrations.transformers import ExactCheckpoints, HardEvaluation
+from nmflow.integrations.transformers import ExactCheckpoints, FinalMasksEvaluation
 
 
-class _Lean(ExactCheckpoints, HardEvaluation):
+class _Lean(ExactCheckpoints, FinalMasksEvaluation):
     """What our runs do not need of a `Trainer` is not computed; a failed save is one sentence."""
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -26,7 +26,9 @@ from nmflow.experiments.recorder import Notify, Progress, Recorder
 from nmflow.experiments.run_folder import CONFIG, MODEL, RESULT, RunFolder
 from nmflow.experiments.trainer import trainer as make_trainer
 from nmflow.inspect.audit import audit
+from nmflow.inspect.record import write_record
 from nmflow.integrations.transformers import NMFlowCallback
+from nmflow.select.plan import plan
 
 
 def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
             result = _result(run, problem, trainer, recorder, initial)
             if first:
                 if run.training.save_model:
-                    folder.put_folder(MODEL, lambda path: _save(model, problem, path))
+                    folder.put_folder(MODEL, lambda path: _save(run, model, problem, path))
                 write_json(folder.path / RESULT, result)
                 folder.clear_checkpoints()
         return result
@@ -214,7 +216,10 @@ def _audit(run: Run, model: nn.Module) -> dict[str, Any]:
     return {"ok": found.ok, "rows": rows}
 
 
-def _save(model: Any, problem: tasks.Problem, path: Path) -> None:
+def _save(run: Run, model: Any, problem: tasks.Problem, path: Path) -> None:
     model.save_pretrained(path)
+    if run.recipe.name != "dense":  # what `nmflow audit` judges
+        chosen = plan(model, run.pattern, run.include, run.exclude, run.remainder)
+        write_record(path, chosen, dict(model.named_parameters()))
     if problem.save is not None:
         problem.save(path)

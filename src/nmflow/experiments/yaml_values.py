@@ -14,6 +14,7 @@ _FLOAT = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
     r"|\.[0-9_]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
 )
+_MOST_VALUES = 1_000_000
 _NUMBERS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
 
 
@@ -21,12 +22,34 @@ class _Loader(yaml.SafeLoader):
     """YAML as its version 1.2 reads numbers: `1:16` is a pattern, not 76, and `3e-3` a number."""
 
 
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> Any:
+    keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the key {twice!r} is there twice")
+    return yaml.SafeLoader.construct_yaml_map(loader, node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if tag not in _NUMBERS]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _rule in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, _rule, list("-+.0123456789"))
+
+
+def _exceeds(value: Any, most: int) -> bool:
+    """Whether a value has more parts than `most`; an alias counts as often as it is used."""
+    waiting = [value]
+    while waiting and most > 0:
+        most -= 1
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting.extend(part.values())
+        elif isinstance(part, list | tuple | set):
+            waiting.extend(part)
+    return bool(waiting)
 
 
 def plain(text: str, where: str) -> Any:
@@ -44,7 +67,15 @@ def plain(text: str, where: str) -> Any:
         {'pattern': '1:16', 'rate': 0.003}
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        if _exceeds(value, _MOST_VALUES):
+            raise ConfigError(f"{where} stands for too many values: write them without aliases")
+        return value
+    except ConfigError:
+        raise
+    except (RecursionError, ValueError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:80]
+        raise ConfigError(f"{where} cannot be read ({what}): mend its values") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""

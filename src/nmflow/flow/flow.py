@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmflow.errors import FlowError
+from nmflow.flow import copies
+from nmflow.flow.blocks import Blocks, Dense, FinalMasks
+from nmflow.flow.copies import Copy
+from nmflow.flow.loading import Loading, watch
 from nmflow.flow.observing import Observation, Observer
-from nmflow.flow.sharding import region
-from nmflow.flow.slots import Slot
+from nmflow.flow.placing import slots_of
 from nmflow.flow.state import Run
 from nmflow.flow.stepper import Stepper
 from nmflow.pattern import Pattern
@@ -63,19 +67,23 @@ class Flow:
     ) -> None:
         self.model, self.recipe, self.plan, self.total_steps = model, recipe, chosen, total_steps
         self._observations: list[Observation] = []
-        self._hard = self._finalized = False
+        self._finalized = False
+        self._loading: list[Loading] = []
         run = Run(recipe, total_steps, mask_interval, freeze_mask)
-        slots = _slots(model, optimizers, recipe, chosen)
+        slots = slots_of(model, optimizers, recipe, chosen)
         owned = {id(o): [s for s in slots if s.optimizer is o] for o in optimizers}
         self._steppers = [
             Stepper(run, o, owned[id(o)], self._observations) for o in optimizers if owned[id(o)]
         ]
+        self._blocks = Blocks(self._steppers)
 
     def _start(self) -> None:
         for stepper in self._steppers:
             stepper.check()
         for stepper in self._steppers:
             stepper.start()
+        if self.recipe.prunes:
+            self._loading = watch([slot for stepper in self._steppers for slot in stepper.slots])
         log.info("attached %s to %d weights", self.recipe.name, len(self.plan))
 
     # -- where it is ---------------------------------------------------------------------------
@@ -92,9 +100,8 @@ class Flow:
 
     def stage_at(self, k: int) -> FlowStage:
         """The phase, the pattern of each target and δ after `k` optimizer steps."""
-        stages = {
-            t.label: self.recipe.stage(k, self.total_steps, t.pattern, t.length) for t in self.plan
-        }
+        run = min(self._steppers, key=lambda stepper: stepper.k).run
+        stages = run.stages(self.plan, k)
         return FlowStage(
             next(iter(stages.values())).phase,
             {label: stage.pattern for label, stage in stages.items()},
@@ -129,62 +136,103 @@ class Flow:
 
     # -- what one does with it -----------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def hard(self) -> Iterator[None]:
+    def final_masks(self, copy: Copy | None = None) -> contextlib.AbstractContextManager[None]:
         """Show the network with the final N:M masks, for an honest evaluation in mid-decay.
 
+        Args:
+            copy: a copy of the network, such as a moving average, which is shown as
+                `finalize_copy` would leave it, instead of the network itself.
+
+        Returns:
+            A context manager, which may be nested.
+
         Raises:
-            FlowError: the flow is finalized, or an optimizer steps inside.
+            FlowError: the flow is finalized or inside `dense()`; an optimizer steps, or loads a
+                state, inside.
+            StateError: somebody wrote a weight since the last step, or inside. What was written
+                inside stays in the network, and `sync` takes it.
 
         Example:
             >>> import nmflow, torch
             >>> model = torch.nn.Linear(8, 4)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> flow = nmflow.attach(model, optimizer, pattern="1:4", include="*", total_steps=9)
-            >>> with flow.hard():
+            >>> with flow.final_masks():
             ...     int((model.weight != 0).sum())
             8
         """
-        self._check_live("hard()")
-        if self._hard:
-            yield
-            return
-        for stepper in self._steppers:
-            stepper.check_untouched()
-        self._hard = True
-        try:
-            for stepper in self._steppers:
-                stepper.harden()
-            yield
-        finally:
-            self._hard = False
-            for stepper in self._steppers:
-                stepper.soften()
+        if copy is not None:
+            return copies.pruned(copy, self.model, self._to_prune)
+        self._check_live("final_masks()")
+        return FinalMasks(self._blocks)
+
+    hard = final_masks  # its name before
+
+    def dense(self) -> contextlib.AbstractContextManager[None]:
+        """Show the dense weights W, take what the block makes of them, and show W̃ again.
+
+        For whatever is done to weights beside the optimizer: a constraint after each step, another
+        checkpoint, new values for some units, an average of W. A block that raises takes nothing.
+        Masks that are held between steps stay, but for those that are due now and those of weights
+        that `load_state_dict` wrote.
+
+        Returns:
+            A context manager. It does not turn gradients off.
+
+        Raises:
+            FlowError: the flow is finalized or in a block; an optimizer steps, or loads a state,
+                inside; a layer was replaced.
+            StateError: somebody wrote a weight since the last step, or gave it another shape.
+            WeightError: the block left a NaN or an infinity.
+
+        Example:
+            >>> import nmflow, torch
+            >>> model = torch.nn.Linear(8, 4)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> flow = nmflow.attach(model, optimizer, "ste", "1:4", include="*", total_steps=9)
+            >>> with flow.dense(), torch.no_grad():
+            ...     _ = model.weight.clamp_(-0.25, 0.25)
+            >>> float(flow.dense_weights()["weight"].abs().max()) <= 0.25
+            True
+        """
+        self._check_live("dense()")
+        return Dense(self._blocks)
 
     def sync(self) -> None:
-        """Take what the parameters hold now as the dense weights, where somebody wrote them.
+        """Take what somebody wrote into the parameters since the last step as dense weights.
 
-        For after a `load_state_dict` of other weights in mid-run. The step does not change.
+        `W = where(param != W̃, param, W)`: a value that equals W̃ is no write, so that a pruned
+        weight that nobody wrote keeps its W. Where `load_state_dict` gave a weight, and it is
+        another than W̃, all of it is taken, zeros too. A mask that is held is taken anew in the
+        groups that were written. The step does not change.
+
+        Raises:
+            FlowError: the flow is finalized or in a block; a layer was replaced.
+            StateError: a weight has another shape.
+            WeightError: a NaN or an infinity was written; nothing is taken then.
         """
         self._check_live("sync()")
+        self._blocks.check_none("sync()")
         for stepper in self._steppers:
-            stepper.sync()
+            stepper.edits.check_writes(stepper.k)
+        with torch.no_grad():
+            for stepper in self._steppers:
+                stepper.edits.sync(stepper.k)
 
     def finalize(self) -> None:
         """Leave a plain model: exact N:M weights, no hooks, an optimizer without our state.
 
         Raises:
-            FlowError: called twice, or inside `hard()`.
+            FlowError: called twice, or inside a block; a layer was replaced.
             StateError: somebody wrote a weight since the last step.
             WeightError: a weight is not finite.
         """
         self._check_live("finalize()")
-        if self._hard:
-            raise FlowError("finalize() was called inside hard(): call it after the with block")
+        self._blocks.check_none("finalize()")
         for stepper in self._steppers:
-            stepper.check_untouched()
+            stepper.edits.check(stepper.k)
         for stepper in self._steppers:
-            stepper.check_finite()
+            stepper.edits.check_finite(stepper.k)
         if self.steps_done < self.total_steps:
             log.warning(
                 "finalized after %d of %d steps: the masks are final, the recipe is not",
@@ -192,9 +240,44 @@ class Flow:
                 self.total_steps,
             )
         for stepper in self._steppers:
-            stepper.harden()
+            with torch.no_grad():
+                stepper.edits.harden(stepper.k)
             stepper.stop()
+        for hook in self._loading:
+            hook.remove()
         self._finalized = True
+
+    def finalize_copy(self, copy: Copy) -> None:
+        """Make a copy of the network, such as a moving average of it, exactly N:M, in place.
+
+        Each target of the copy keeps the N largest of its own weights in every group of M. A copy
+        of a network in training is not N:M: the masks that it averages differ. May be called
+        before and after `finalize`.
+
+        Args:
+            copy: a module with the model's parameters, under their names or with the prefixes of
+                wrappers, or a dictionary of its tensors.
+
+        Raises:
+            FlowError: the copy lacks a weight, has it in another shape, or shares it with the
+                model; nothing is changed.
+            WeightError: a weight is not finite; nothing is changed.
+
+        Example:
+            >>> import nmflow, torch
+            >>> model = torch.nn.Linear(8, 4)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> flow = nmflow.attach(model, optimizer, pattern="1:4", include="*", total_steps=9)
+            >>> average = torch.optim.swa_utils.AveragedModel(model)
+            >>> flow.finalize_copy(average)
+            >>> nmflow.holds(average.module.weight, "1:4")
+            True
+        """
+        copies.prune(copy, self.model, self._to_prune)
+
+    @property
+    def _to_prune(self) -> Plan:
+        return self.plan if self.recipe.prunes else Plan()
 
     def __repr__(self) -> str:
         where = "finalized" if self._finalized else f"step {self.steps_done} of {self.total_steps}"
@@ -203,37 +286,3 @@ class Flow:
     def _check_live(self, what: str) -> None:
         if self._finalized:
             raise FlowError(f"{what} was called after finalize(): attach again to go on training")
-
-
-def _slots(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    recipe: Recipe,
-    chosen: Plan,
-) -> list[Slot]:
-    """One slot a parameter, with the optimizer that owns it."""
-    params = dict(model.named_parameters(remove_duplicate=False))
-    names = {id(p): name for name, p in reversed(params.items())}
-    owners: dict[int, Optimizer] = {}
-    for one in optimizers:
-        for group in one.param_groups:
-            for p in group["params"]:
-                if owners.setdefault(id(p), one) is not one:
-                    raise FlowError(
-                        f"'{names.get(id(p), 'a parameter')}' is in two of the optimizers, which "
-                        "would both step it: leave it to one of them"
-                    )
-    slots = []
-    for name in dict.fromkeys(t.name for t in chosen):
-        param = params[name]
-        if id(param) not in owners:
-            raise FlowError(
-                f"'{name}' is not in the optimizer, so nothing would train its dense weights: add "
-                "it to the optimizer's parameters, or exclude it"
-            )
-        regions = []
-        for target in (t for t in chosen if t.name == name):
-            used = recipe.patterns(target.pattern, target.length)
-            regions.append(region(param, target, max(p.m for p in used)))
-        slots.append(Slot(name, param, owners[id(param)], regions))
-    return slots

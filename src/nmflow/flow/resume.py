@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from nmflow.errors import StateError, WeightError
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
-from nmflow.flow.state import GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, differences
+from nmflow.flow.state import GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, Run
+from nmflow.select.target import Target
 
 
 def is_there(optimizer: Optimizer) -> bool:
@@ -20,8 +21,9 @@ def is_there(optimizer: Optimizer) -> bool:
     return any(key in group for key in GROUP_KEYS for group in optimizer.param_groups)
 
 
-def check_groups(groups: Sequence[dict[str, Any]], signature: str) -> None:
-    """Raise a `StateError` unless the param groups are of a run with this signature."""
+def run_of(groups: Sequence[dict[str, Any]], run: Run, targets: Sequence[Target]) -> Run:
+    """The run that goes on from param groups; a `StateError` unless they are of the same one."""
+    found = run
     for group in groups:
         if RECIPE_KEY not in group or STEP_KEY not in group:
             raise StateError(
@@ -34,12 +36,8 @@ def check_groups(groups: Sequence[dict[str, Any]], signature: str) -> None:
                 f"the optimizer state has {STEP_KEY}={k!r}, which is no number of steps done: it "
                 "is damaged, so resume from another"
             )
-        said = differences(group[RECIPE_KEY], signature)
-        if said:
-            raise StateError(
-                f"the optimizer state is of another run: {said}; attach as that run did, or "
-                "start without its state"
-            )
+        found = run.resuming(group[RECIPE_KEY], targets, k)
+    return found
 
 
 def check_slots(

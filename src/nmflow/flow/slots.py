@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nmflow import masks
 from nmflow.flow import gradients
+from nmflow.flow.homes import Home
+from nmflow.flow.marks import Mark, fingerprint
 from nmflow.flow.sharding import Region, local, out_axis, sharded
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
-from nmflow.masks import one_pass, one_pass_serves, project, select
 from nmflow.pattern import EVERY
 from nmflow.recipes.schedules import Stage
-
-_SAMPLE = 16
 
 Stages = Mapping[str, Stage]
 
@@ -34,6 +34,7 @@ class Slot:
         param: the parameter.
         optimizer: the optimizer that owns it.
         regions: its targets' rows on this rank.
+        home: its places in the model.
         pending: the slot's tensors until the optimizer has state of its own for the parameter.
             A foreign key must not be there before it: lazily built state asks whether any is, and
             Adam cannot load a state that has no step.
@@ -41,14 +42,21 @@ class Slot:
     """
 
     def __init__(
-        self, name: str, param: Tensor, optimizer: Optimizer, regions: Sequence[Region]
+        self,
+        name: str,
+        param: Tensor,
+        optimizer: Optimizer,
+        regions: Sequence[Region],
+        home: Home,
     ) -> None:
         self.name, self.param, self.optimizer, self.regions = name, param, optimizer, regions
+        self.home = home
         self.pending: dict[str, Tensor] | None = None
         self.stepping = False
         self._tensors: dict[str, Tensor] = {}
         self._resting: Tensor | None = None
-        self._mark: tuple[int, int, tuple[float, ...]] = (-1, 0, ())
+        self._mark: Mark | None = None
+        self._loading: int | None = None
         rows = sum(r.count for r in regions)
         self._covered = rows == local(param).shape[out_axis(regions[0].target)]
 
@@ -76,10 +84,6 @@ class Slot:
         self.pending = {DENSE_KEY: self.param.detach().clone()}
         for key in keys:
             self.pending[key] = torch.ones_like(self.param, dtype=torch.bool).detach()
-
-    def take(self) -> None:
-        """Take what the parameter holds now as W; masks that are held stay until the next write."""
-        self.tensors[DENSE_KEY] = self.param.detach().clone()
 
     def adopt(self, pending: dict[str, Tensor] | None) -> None:
         """Take the tensors that a loaded state brought, in the parameter's own or as pending."""
@@ -139,7 +143,7 @@ class Slot:
 
     def masks(self, region: Region, stage: Stage, held: bool) -> tuple[Tensor, Tensor | None]:
         """The masks m and m' of a region whose stage has a pattern."""
-        kept, fading, _ = self._select(region, stage, held)
+        kept, fading, _ = self.select(region, stage, held)
         return kept, fading
 
     def fade(self, region: Region, stage: Stage, held: bool, g: Tensor) -> None:
@@ -172,8 +176,15 @@ class Slot:
         Returns:
             Bool scalars, on the parameter's device: whether the weights were finite.
         """
-        source, sink = local(self.dense), local(self.param)
-        finite = []
+        finite = self.project(stages, held, hold, local(self.param))
+        # The kernel's write is unknown to autograd, which must not reuse the old weight.
+        torch.autograd.graph.increment_version(local(self.param))
+        self.seen()
+        return finite
+
+    def project(self, stages: Stages, held: bool, hold: bool, sink: Tensor) -> list[Tensor]:
+        """Write W̃ into a tensor shaped like this rank's part; see `write`."""
+        source, finite = local(self.dense), []
         if not self._covered:
             sink.copy_(source)
         for region in self.regions:
@@ -187,14 +198,11 @@ class Slot:
                 out.copy_(w)
                 finite.append(torch.isfinite(w).all())
             else:
-                kept, fading, fine = self._select(region, stage, held)
-                out.copy_(project(w, kept, fading, stage.delta))
+                kept, fading, fine = self.select(region, stage, held)
+                out.copy_(masks.project(w, kept, fading, stage.delta))
                 finite.append(fine)
                 if hold and not held:
-                    self._hold(region, kept, fading)
-        # The kernel's write is unknown to autograd, which must not reuse the old weight.
-        torch.autograd.graph.increment_version(sink)
-        self.seen()
+                    self.hold(region, kept, fading)
         return finite
 
     def rest(self) -> None:
@@ -202,44 +210,38 @@ class Slot:
         local(self.param).copy_(local(self.dense))
         self.seen()
 
+    # -- writes by others ----------------------------------------------------------------------
+
     def seen(self) -> None:
         """Remember the parameter as it is, so that a write by somebody else is noticed."""
-        self._mark = self._marks()
+        self._mark, self._loading = Mark.of(local(self.param)), None
 
-    def untouched(self) -> bool:
-        """Whether nobody has written the parameter since it was last seen.
+    def moved(self) -> bool:
+        """Whether torch's version of the parameter or its address is another since it was seen."""
+        return self._mark is None or self._mark.moved(local(self.param))
 
-        Three marks tell: torch's version of it, its address (`p.data = x` changes that alone), and
-        on a CPU a sample of its values (`p.data.copy_(x)` changes neither).
-        """
-        return self._mark == self._marks()
+    def same(self) -> Tensor:
+        """Whether the parameter's values are those that were seen: a bool scalar where it lies."""
+        assert self._mark is not None
+        return self._mark.same(local(self.param))
 
-    def _marks(self) -> tuple[int, int, tuple[float, ...]]:
-        shown = local(self.param)
-        sample: tuple[float, ...] = ()
-        if shown.device.type == "cpu" and (count := min(shown.numel(), _SAMPLE)):
-            stride = shown.numel() // count
-            spread = shown.as_strided((count,), (stride,)) if _is_dense(shown) else shown.flatten()
-            sample = tuple(spread[:count].nan_to_num().tolist())  # NaN is unequal to itself
-        return shown._version, shown.data_ptr(), sample
+    def prints(self) -> tuple[Tensor, Tensor]:
+        """The fingerprints of the parameter, as it was seen and as it is."""
+        assert self._mark is not None
+        return self._mark.prints, fingerprint(local(self.param))
 
-    def shows(self, stages: Stages, held: bool) -> bool:
-        """Whether the parameter still holds W̃, bit for bit, whoever wrote it."""
-        source, sink = local(self.dense), local(self.param)
-        if (source.dtype, source.device) != (sink.dtype, sink.device):
-            return False
-        expected = source.clone()
-        for region in self.regions:
-            stage = stages[region.target.label]
-            if region.count and stage.pattern is not None:
-                kept, fading, _ = self._select(region, stage, held)
-                part = project(region.of(source), kept, fading, stage.delta)
-                region.of(expected).copy_(part)
-        return torch.equal(expected, sink)
+    def expect_load(self) -> None:
+        """A `load_state_dict` will now write the parameter whole."""
+        self._loading = local(self.param)._version
+
+    @property
+    def loaded(self) -> bool:
+        """Whether a `load_state_dict` wrote all of the parameter since it was seen."""
+        return self._loading is not None and local(self.param)._version > self._loading
 
     # -- masks ---------------------------------------------------------------------------------
 
-    def _select(self, region: Region, stage: Stage, held: bool):
+    def select(self, region: Region, stage: Stage, held: bool):
         """m, m' and whether W is finite, for a stage that has a pattern."""
         pattern, previous = stage.masks
         assert pattern is not None
@@ -249,11 +251,12 @@ class Slot:
             fading = region.of(local(tensors[FADING_KEY])) if previous else None
             return kept, fading, torch.ones((), dtype=torch.bool, device=kept.device)
         w = region.of(local(self.dense))
-        kept, finite = select(w, pattern, region.target.dim)
-        fading = select(w, previous, region.target.dim)[0] if previous else None
+        kept, finite = masks.select(w, pattern, region.target.dim)
+        fading = masks.select(w, previous, region.target.dim)[0] if previous else None
         return kept, fading, finite
 
-    def _hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
+    def hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
+        """Put the masks of a region into the state."""
         region.of(local(self.tensors[KEPT_KEY])).copy_(kept)
         if fading is not None:
             region.of(local(self.tensors[FADING_KEY])).copy_(fading)
@@ -266,10 +269,10 @@ def _is_dense(x: Tensor) -> bool:
 
 def _project(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> Tensor:
     """The kernel by the pattern of a stage; whether `w` was finite."""
-    return one_pass(w, stage.pattern or EVERY, region.target.dim, delta, **more)
+    return masks.one_pass(w, stage.pattern or EVERY, region.target.dim, delta, **more)
 
 
 def _in_one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
     """Whether a kernel can go from W to W̃ in one pass over memory."""
     pattern, previous = stage.masks
-    return previous is None and one_pass_serves(w, pattern or EVERY, region.target.dim, out)
+    return previous is None and masks.one_pass_serves(w, pattern or EVERY, region.target.dim, out)

@@ -6,8 +6,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from nmflow.errors import StateError
+from nmflow.flow.prolonging import planned
 from nmflow.recipes import Recipe, describe
 from nmflow.recipes.schedules import Stage
 from nmflow.select.target import Target
@@ -20,35 +23,57 @@ DENSE_KEY, KEPT_KEY, FADING_KEY = SLOT_KEYS = ("nmflow_dense", "nmflow_mask", "n
 PENDING_KEY = "nmflow_pending"
 """The key in a saved state of the weights whose parameter has no state of its own yet."""
 
+_STEPS = ("total_steps", "begun")  # which a run that is resumed may have others of
+
 # What wrappers put into a parameter's name; a state may be resumed with or without them.
 _WRAPPINGS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe over a run of `total_steps`: everything but the weights and k."""
+    """A recipe over a run of `total_steps`: everything but the weights and k.
+
+    Attributes:
+        recipe: the recipe.
+        total_steps: K.
+        mask_interval: the steps between two masks.
+        freeze_mask: whether the mask is held through the fine-tune phase.
+        begun: the number of steps by which the phases count, where the run was resumed with
+            another K; None where it is K, see `prolonging`.
+    """
 
     recipe: Recipe
     total_steps: int
     mask_interval: int = 1
     freeze_mask: bool = False
+    begun: int | None = None
+
+    @property
+    def planned(self) -> int:
+        """The number of steps by which the phases count."""
+        return self.total_steps if self.begun is None else self.begun
 
     def stages(self, targets: Sequence[Target], k: int) -> dict[str, Stage]:
         """The stage of each target after `k` steps, by label."""
-        return {
-            t.label: self.recipe.stage(k, self.total_steps, t.pattern, t.length) for t in targets
-        }
+        stages = {t.label: self.recipe.stage(k, self.planned, t.pattern, t.length) for t in targets}
+        if self.begun is None or not self.recipe.prunes:
+            return stages
+        if k >= self.total_steps:
+            return {label: replace(stage, phase="final") for label, stage in stages.items()}
+        if k >= self.begun:
+            return {label: replace(stage, phase="finetune") for label, stage in stages.items()}
+        return stages
 
     @property
     def dense_steps(self) -> int:
         """d, the steps before the first mask."""
-        return self.recipe.phases(self.total_steps)[0]
+        return self.recipe.phases(self.planned)[0]
 
     def frozen_since(self) -> int | None:
         """The step at which the mask is taken for good; None if it never is."""
         if self.freeze_mask:
-            return self.total_steps - self.recipe.phases(self.total_steps)[1]
-        return self.recipe.frozen_since(self.total_steps)
+            return self.planned - self.recipe.phases(self.planned)[1]
+        return self.recipe.frozen_since(self.planned)
 
     @property
     def held_keys(self) -> tuple[str, ...]:
@@ -74,34 +99,67 @@ class Run:
 
     def signature(self, targets: Sequence[Target]) -> str:
         """Text that two runs share when one can resume the other's state."""
-        names = [[_unwrapped(t.label), list(t.shape), t.dim, str(t.pattern)] for t in targets]
+        names = [[unwrapped(t.label), list(t.shape), t.dim, str(t.pattern)] for t in targets]
         digest = hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()[:16]
         patterns = Counter(str(t.pattern) for t in targets)
-        return json.dumps(
-            {
-                "recipe": describe(self.recipe),
-                "total_steps": self.total_steps,
-                "mask_interval": self.mask_interval,
-                "freeze_mask": self.freeze_mask,
-                "patterns": dict(sorted(patterns.items())),
-                "weights": digest,
-            },
-            ensure_ascii=True,
-        )
+        signature = {
+            "recipe": describe(self.recipe),
+            "total_steps": self.total_steps,
+            "mask_interval": self.mask_interval,
+            "freeze_mask": self.freeze_mask,
+            "patterns": dict(sorted(patterns.items())),
+            "weights": digest,
+        }
+        if self.begun is not None:
+            signature["begun"] = self.begun
+        return json.dumps(signature, ensure_ascii=True)
+
+    def resuming(self, saved: object, targets: Sequence[Target], k: int) -> Run:
+        """This run, as it goes on from a state of step `k` that was saved with a signature.
+
+        Args:
+            saved: the signature in the state.
+            targets: this run's targets.
+            k: the step in the state.
+
+        Raises:
+            StateError: the state is of another run, or cannot go on for `total_steps`.
+        """
+        theirs = _read(saved)
+        said = differences(theirs, json.loads(self.signature(targets)))
+        if said:
+            raise StateError(
+                f"the optimizer state is of another run: {said}; attach as that run did, or "
+                "start without its state"
+            )
+        their_steps = theirs["total_steps"]
+        begun = theirs.get("begun", their_steps)
+        if their_steps != self.total_steps:
+            begun = planned(self.recipe, begun, self.total_steps, k)
+        return replace(self, begun=None if begun == self.total_steps else begun)
 
 
-def differences(saved: str, own: str) -> str:
-    """What two signatures differ in, in words; empty if nothing."""
+def _read(saved: object) -> dict[str, Any]:
+    """A signature's values, of which the numbers of steps are numbers."""
     try:
-        theirs = json.loads(saved)
+        read = json.loads(saved)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        return f"its {RECIPE_KEY} cannot be read"
-    if not isinstance(theirs, dict):
-        return f"its {RECIPE_KEY} cannot be read"
-    ours = json.loads(own)
+        read = None
+    steps = [read.get(key, 1) for key in _STEPS] if isinstance(read, dict) else [0]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in steps):
+        raise StateError(
+            f"the optimizer state is of another run: its {RECIPE_KEY} cannot be read; attach as "
+            "that run did, or start without its state"
+        )
+    assert isinstance(read, dict)
+    return {"total_steps": 0, **read}
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """What two signatures differ in, but for their steps, in words; empty if nothing."""
     said = []
     for key, value in ours.items():
-        if theirs.get(key) != value:
+        if key not in _STEPS and theirs.get(key) != value:
             said.append(
                 "the weights (their names, shapes, axes or patterns) differ"
                 if key == "weights"
@@ -110,7 +168,8 @@ def differences(saved: str, own: str) -> str:
     return "; ".join(said)
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPINGS)
 
 

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nmflow.errors import FlowError, WeightError
 from nmflow.flow import preconditioner, resume
+from nmflow.flow.edits import Edits
 from nmflow.flow.observing import Observation
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
@@ -33,17 +34,21 @@ class Stepper:
     Attributes:
         k: the optimizer steps done.
         slots: the parameters that it owns and a recipe targets.
+        edits: what may be done to them between two steps.
+        block: the `with` block of the flow that is open, in which nothing may step; or "".
     """
 
     def __init__(
         self, run: Run, optimizer: Optimizer, slots: Sequence[Slot], observations: list[Observation]
     ) -> None:
-        self.run, self.optimizer, self.slots, self.k = run, optimizer, slots, 0
+        self._asked, self.optimizer, self.slots, self.k = run, optimizer, slots, 0
         self._weights = Weights(run, slots)
-        self._observations = observations
+        self.edits = Edits(self._weights)
         self._signature = run.signature(self._weights.targets)
+        self._observations = observations
         self._handles: list[Any] = []
-        self._hard = self._entered = self._counts = False
+        self._entered = self._counts = False
+        self.block = ""
         self._frozen: list[preconditioner.Frozen] = []
 
     # -- from attach to finalize ---------------------------------------------------------------
@@ -66,7 +71,7 @@ class Stepper:
             preconditioner.check(self.optimizer)
         if resume.is_there(self.optimizer):
             groups = self.optimizer.param_groups
-            resume.check_groups(groups, self._signature)
+            resume.run_of(groups, self._asked, self._weights.targets)
             if self.prunes:
                 state, params = self.optimizer.state, resume.params_of(groups)
                 self._check_slots(state, params)
@@ -101,47 +106,21 @@ class Stepper:
             _owners.pop(slot.param, None)
 
     @property
+    def run(self) -> Run:
+        """The recipe over its run; another than was asked for while a state is prolonged."""
+        return self._weights.run
+
+    @property
     def prunes(self) -> bool:
         """Whether there are dense weights beside the network's own."""
         return self.run.recipe.prunes
 
-    # -- between steps -------------------------------------------------------------------------
-
-    def check_untouched(self) -> None:
-        """Raise a `StateError` if somebody wrote a parameter since the last step."""
-        self._weights.check_untouched(self.k)
-
-    def check_finite(self) -> None:
-        """Raise a `WeightError` if a dense weight is not finite."""
-        self._weights.check_finite(self.k)
-
-    @torch.no_grad()
-    def harden(self) -> None:
-        """Show the final N:M weights, and step no more until `soften`."""
-        self._weights.harden(self.k)
-        self._hard = True
-
-    @torch.no_grad()
-    def soften(self) -> None:
-        """Show the current W̃ again."""
-        self._weights.write(self.k)
-        self._hard = False
-
-    @torch.no_grad()
-    def sync(self) -> None:
-        """Take each parameter that somebody wrote as W."""
-        self._weights.sync(self.k)
-
     # -- the hooks of a step -------------------------------------------------------------------
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict) -> tuple | None:
-        if self._hard:
-            raise FlowError(
-                "optimizer.step() was called inside flow.hard(), where the network shows its final "
-                "masks: step outside the with block"
-            )
+        self._check_no_block("optimizer.step()")
         self._mend_broken_step()
-        self._weights.check_untouched(self.k)
+        self.edits.check(self.k, wait=False)
         self._weights.read_finite(self.k)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
@@ -243,6 +222,13 @@ class Stepper:
         with torch.no_grad():
             self._weights.write(self.k)
 
+    def _check_no_block(self, what: str) -> None:
+        if self.block:
+            raise FlowError(
+                f"{what} was called inside flow.{self.block}, where the network does not show "
+                "its weights of this step: call it outside the with block"
+            )
+
     # -- the state that travels ----------------------------------------------------------------
 
     def _write_groups(self) -> None:
@@ -253,8 +239,9 @@ class Stepper:
         return resume.add_pending(optimizer, self.slots, state_dict)
 
     def _check_loaded(self, optimizer: Optimizer, state_dict: dict) -> None:
+        self._check_no_block("optimizer.load_state_dict()")
         groups = state_dict["param_groups"]
-        resume.check_groups(groups, self._signature)
+        resume.run_of(groups, self._asked, self._weights.targets)
         keys = resume.params_of(groups)
         # Where the number differs, the optimizer itself refuses the state.
         if self.prunes and len(keys) == len(resume.params_of(optimizer.param_groups)):
@@ -267,7 +254,18 @@ class Stepper:
     @torch.no_grad()
     def _adopt(self, optimizer: Optimizer) -> None:
         self.k = int(optimizer.param_groups[0][STEP_KEY])
+        groups = optimizer.param_groups
+        self._weights.run = resume.run_of(groups, self._asked, self._weights.targets)
+        self._signature = self.run.signature(self._weights.targets)
+        if self.run.begun is not None:
+            log.info(
+                "%d steps of a run that was begun as one of %d: its phases go on as they were",
+                self.run.total_steps,
+                self.run.begun,
+            )
+        self._write_groups()
         self._entered = False
+        self.edits.forget()
         if self.prunes:
             resume.adopt(optimizer, self.slots)
             self._weights.write(self.k)

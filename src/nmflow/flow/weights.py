@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmflow.errors import FlowError, StateError, WeightError
+from nmflow.errors import FlowError, WeightError
 from nmflow.flow import gradients
 from nmflow.flow.flags import Flags
 from nmflow.flow.observing import View
@@ -51,6 +51,10 @@ class Weights:
             if slot.stepping:
                 slot.leave(stateless)
 
+    def stages(self, k: int) -> dict[str, Stage]:
+        """The stage of each target after `k` steps, by label."""
+        return self.run.stages(self.targets, k)
+
     # -- before a step -------------------------------------------------------------------------
 
     def apply_gradient_rule(self, k: int, scale: Tensor | None) -> None:
@@ -58,7 +62,7 @@ class Weights:
         recipe = self.run.recipe
         if not self.prunes or (recipe.gradient != "masked" and not recipe.lam):
             return
-        stages, held = self.run.stages(self.targets, k), self.has_masks(k)
+        stages, held = self.stages(k), self.has_masks(k)
         for slot in self.slots:
             if slot.param.grad is None:
                 continue
@@ -82,7 +86,7 @@ class Weights:
         if not self.prunes or not self.run.recipe.pull:
             return
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-        stages = self.run.stages(self.targets, k)
+        stages = self.stages(k)
         for slot in self.slots:
             if slot.param.grad is None:
                 continue
@@ -96,7 +100,7 @@ class Weights:
 
     def views(self, k: int, scale: Tensor | None) -> list[View]:
         """What an observer sees before step `k + 1`; `scale` as for the gradient rule."""
-        stages, held = self.run.stages(self.targets, k), self.has_masks(k)
+        stages, held = self.stages(k), self.has_masks(k)
         views = []
         for slot in self.slots:
             weight = local(slot.dense if self.prunes else slot.param)
@@ -112,22 +116,6 @@ class Weights:
                 g = None if grad is None else region.of(grad)
                 views.append(View(target, region.of(weight), g, mask, stage))
         return views
-
-    def check_untouched(self, k: int) -> None:
-        """Raise a `StateError` if somebody wrote a parameter since step `k`."""
-        if not self.prunes:
-            return
-        stages, held = self.run.stages(self.targets, k), self.has_masks(k)
-        for slot in self.slots:
-            if slot.untouched():
-                continue
-            if not slot.shows(stages, held):
-                raise StateError(
-                    f"'{slot.name}' was written since step {k}, but training goes on from the "
-                    "dense weights in the optimizer's state: call flow.sync() after the write to "
-                    "take the new weights as dense ones, or load the optimizer's state with them"
-                )
-            slot.seen()
 
     # -- W̃ from W ------------------------------------------------------------------------------
 
@@ -145,7 +133,7 @@ class Weights:
         if not self.prunes:
             return
         reuse = self.has_masks(k) if reuse is None else reuse
-        stages, hold = self.run.stages(self.targets, k), self.run.holds(k)
+        stages, hold = self.stages(k), self.run.holds(k)
         raised: list[Tensor] = []
         for slot in self.slots:
             flags = slot.write(stages, reuse, hold)
@@ -156,30 +144,6 @@ class Weights:
                     one.rest()
                 raise _not_finite(slot, k)
         self._flags.send(raised)
-
-    def harden(self, k: int) -> None:
-        """Write the final N:M weights into the parameters."""
-        if not self.prunes:
-            return
-        final = {t.label: Stage("final", t.pattern) for t in self.targets}
-        now = self.run.stages(self.targets, k)
-        # A held mask is of the current pattern; where that is the final one already, it stays.
-        reuse = self.has_masks(k) and all(now[t].pattern == final[t].pattern for t in now)
-        for slot in self.slots:
-            slot.write(final, reuse, hold=False)
-
-    def sync(self, k: int) -> None:
-        """Take each parameter that somebody wrote as W."""
-        if not self.prunes:
-            return
-        stages, held = self.run.stages(self.targets, k), self.has_masks(k)
-        changed = [s for s in self.slots if not s.untouched() and not s.shows(stages, held)]
-        for slot in changed:
-            if not bool(torch.isfinite(local(slot.param)).all()):
-                raise _not_finite(slot, k)
-        for slot in changed:
-            slot.take()
-            slot.write(stages, False, self.run.holds(k))
 
     def read_finite(self, k: int) -> None:
         """Raise a `WeightError` if the last write on a device met a weight that is not finite."""

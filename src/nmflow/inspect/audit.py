@@ -1,103 +1,52 @@
-"""`audit`: does every weight of a network, in memory or on disk, hold its pattern?"""
+"""`audit`: does every weight of a network, in memory or on disk, hold its pattern, or which one?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nmflow.inspect.checkpoints import SavedState, open_state, state_of
+from nmflow.errors import FileFormatError, PlanError
+from nmflow.inspect.checkpoints import SavedState, open_state
+from nmflow.inspect.findings import Audit, AuditRow
+from nmflow.inspect.record import read_record
 from nmflow.masks import holds
-from nmflow.pattern import Pattern
+from nmflow.pattern import EVERY, Pattern
 from nmflow.select.plan import Names, Patterns, choose
-from nmflow.select.target import Plan, rows_of
+from nmflow.select.target import LeftOut, Plan, Target, rows_of
 from nmflow.select.weights import Layer, layers_of, layers_of_state
-from nmflow.text_table import table
+from nmflow.text_table import shown
 
 _PACKED = "nmflow.json"
 """The header of a folder that `nmflow.save` wrote."""
-
-
-@dataclass(frozen=True)
-class AuditRow:
-    """One weight, or the output rows of one that share a pattern.
-
-    Attributes:
-        name: the parameter's name, with its rows where only some are meant: `qkv.weight[0:64]`.
-        shape: the parameter's shape.
-        pattern: the pattern that it is held against; None for a weight that was left out.
-        holds: whether at most N of every M are not zero; None where there is no pattern.
-        density: nonzero / total.
-        nonzero: weights that are not zero.
-        total: weights.
-        reason: why it was left out.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    pattern: Pattern | None
-    holds: bool | None
-    density: float
-    nonzero: int
-    total: int
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Audit:
-    """The findings; as `str`, a table of every weight.
-
-    Attributes:
-        rows: the weights that a pattern was asked of.
-        others: every other weight of at least two dimensions, with the reason.
-    """
-
-    rows: list[AuditRow] = field(default_factory=list)
-    others: list[AuditRow] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every weight that a pattern was asked of holds it."""
-        return all(row.holds for row in self.rows)
-
-    @property
-    def density(self) -> float:
-        """The share of weights that are not zero, over `rows`."""
-        return sum(row.nonzero for row in self.rows) / max(1, sum(row.total for row in self.rows))
-
-    def __str__(self) -> str:
-        lines = [("weight", "shape", "pattern", "held", "density", "nonzero", "of", "left out")]
-        for row in (*self.rows, *self.others):
-            lines.append((
-                row.name, "x".join(map(str, row.shape)), str(row.pattern or "-"),
-                {True: "yes", False: "NO", None: "-"}[row.holds], f"{row.density:.2%}",
-                f"{row.nonzero:,}", f"{row.total:,}", row.reason,
-            ))  # fmt: skip
-        broken = sum(not row.holds for row in self.rows)
-        verdict = f"{broken} of {len(self.rows)} weights break" if broken else "every weight holds"
-        return (
-            f"{table(lines, right=(4, 5, 6))}\n{verdict} the pattern; density {self.density:.2%} "
-            f"over {len(self.rows)} weights"
-        )
+Layers = list[tuple[Layer, str]]
 
 
 def audit(
     model_or_path: nn.Module | str | Path,
-    pattern: Patterns,
-    include: Names = "all",
+    pattern: Patterns | Plan | None = None,
+    include: Names | None = None,
     exclude: Names = (),
 ) -> Audit:
     """Check that a network holds its patterns: at most N of every M weights are not zero.
+
+    Without a pattern the weights are judged that the run pruned, by the record that
+    `nmflow train` and `write_record` leave beside them and that packed folders have. Where there
+    is none, the sparsest pattern that each weight holds is found, and no weight is wrong.
 
     Args:
         model_or_path: a model, also a packed or a frozen one; or a `.safetensors`, `.pt`, `.pth`,
             `.bin` or `.ckpt` file, a folder of Hugging Face's (sharded or not), or one that
             `nmflow.save` wrote.
-        pattern: a pattern, or a mapping from presets or globs to patterns, as in `plan`.
-        include: as in `plan`.
+        pattern: a pattern, or a mapping from presets or globs to patterns, as in `plan`; or a
+            `Plan`, such as `flow.plan`, to judge what it lists; or None.
+        include: as in `plan`; None takes what the record names, without one `"all"`, and without
+            a pattern every weight.
         exclude: as in `plan`.
 
     Returns:
@@ -107,7 +56,7 @@ def audit(
         Sharded parameters (FSDP2) are gathered, so every rank has to call it.
 
     Raises:
-        PlanError: a preset or a glob that takes nothing.
+        PlanError: a preset or a glob that takes nothing; a `Plan` of another network.
         FileFormatError: a file that is missing, damaged or of another kind.
 
     Example:
@@ -116,31 +65,74 @@ def audit(
         >>> with torch.no_grad():
         ...     _ = layer.weight.zero_()
         ...     layer.weight[:, ::4] = 1.0
-        >>> audit(layer, "1:4").ok, audit(layer, "1:8").ok
-        (True, False)
+        >>> audit(layer, "1:4").ok, audit(layer, "1:8").ok, str(audit(layer).rows[0].pattern)
+        (True, False, '1:4')
     """
+    record: list[Target] | None = None
     if isinstance(model_or_path, nn.Module):
         layers, read = _of_model(model_or_path)
     else:
-        state = _open(model_or_path)
-        layers = [
-            (layer, layer.why_not or ("" if state.floating[layer.name] else "not floating point"))
-            for layer in layers_of_state(state.shapes)
-        ]
+        state, record = _open(Path(model_or_path))
+        layers = [(layer, _why_not(layer, state)) for layer in layers_of_state(state.shapes)]
         read = state.read
-    chosen = choose(layers, pattern, include, exclude, remainder="skip")
-    return _compare(chosen, {layer.name: layer for layer, _ in layers}, read)
+    if isinstance(pattern, Plan):
+        record, pattern = _known(pattern, layers), None
+    if pattern is None and record is None:
+        return _found(layers, include, exclude, read)
+    if record is not None and include is None and not isinstance(pattern, Mapping):
+        chosen = _recorded(layers, record, pattern, exclude)
+        return _compare(chosen, layers, read, "record" if pattern is None else "pattern")
+    if pattern is not None:
+        chosen = choose(layers, pattern, include or "all", exclude, remainder="skip")
+        return _compare(chosen, layers, read, "pattern")
+    within = {t.name for t in choose(layers, EVERY, include or "*", exclude, remainder="skip")}
+    chosen = _recorded(layers, [t for t in record or () if t.name in within], None, ())
+    return _compare(chosen, layers, read, "record")
 
 
-def _open(path: str | Path) -> SavedState:
-    if not (Path(path) / _PACKED).is_file():
-        return open_state(path)
-    from nmflow.packed import load_state  # a later room, which imports this one's neighbours
+def _open(path: Path) -> tuple[SavedState, list[Target] | None]:
+    """The weights on disk, and the targets that a record beside them names."""
+    if not os.path.isdir(path):
+        return open_state(path), None
+    if not os.path.lexists(path / _PACKED):
+        state = open_state(path)
+        return state, read_record(path, state)
+    from nmflow.packed.files import container  # imported for packed folders only
 
-    return state_of(load_state(path))
+    if not container.is_packed(path):  # a training's mark of the same name
+        state = open_state(path)
+        return state, read_record(path, state)
+    weights, tensors, aliases = container.read(path)
+
+    def read(name: str) -> Tensor:
+        key = aliases.get(name, name)
+        if key in tensors:
+            return tensors[key]
+        container.check_size([weights[key]])  # one at a time is in memory
+        return weights[key].dense()
+
+    shapes = {n: w.shape for n, w in weights.items()} | {
+        n: tuple(t.shape) for n, t in tensors.items()
+    }
+    floating = dict.fromkeys(weights, True) | {n: t.is_floating_point() for n, t in tensors.items()}
+    for alias, target in aliases.items():
+        shapes[alias], floating[alias] = shapes[target], floating[target]
+    record = [
+        Target(n, w.shape, w.axis, run.pattern, None if whole else (run.start, run.stop))
+        for n, w in weights.items()
+        for run in w.runs
+        for whole in [run[:2] == (0, w.shape[0 if w.axis else 1])]
+    ]
+    return SavedState(shapes, floating, read), record
 
 
-def _of_model(model: nn.Module) -> tuple[list[tuple[Layer, str]], Callable[[str], Tensor]]:
+def _why_not(layer: Layer, state: SavedState) -> str:
+    if not math.prod(layer.shape):
+        return "empty"
+    return layer.why_not or ("" if state.floating[layer.name] else "not floating point")
+
+
+def _of_model(model: nn.Module) -> tuple[Layers, Callable[[str], Tensor]]:
     # Packed modules hold no dense weight; whoever made one has imported the room already.
     if any(type(m).__module__.startswith("nmflow.packed.") for m in model.modules()):
         from nmflow.packed import decompress
@@ -156,28 +148,118 @@ def _of_model(model: nn.Module) -> tuple[list[tuple[Layer, str]], Callable[[str]
     return [(layer, layer.why_not) for layer in layers_of(model)], read
 
 
-def _compare(chosen: Plan, layers: dict[str, Layer], read: Callable[[str], Tensor]) -> Audit:
+def _known(chosen: Plan, layers: Layers) -> list[Target]:
+    shapes = {layer.name: layer.shape for layer, _ in layers}
+    for target in chosen:
+        if shapes.get(target.name) != target.shape:
+            raise PlanError(
+                f"pattern is a plan that names {target.label} of the shape {target.shape}, which "
+                "the network does not have: give the plan of this network"
+            )
+    return list(chosen)
+
+
+def _recorded(
+    layers: Layers, record: list[Target], pattern: str | Pattern | None, exclude: Names
+) -> Plan:
+    """The recorded targets that are not excluded, against their own pattern or another one."""
+    barred: set[str] = set()
+    if exclude:
+        barred = {t.name for t in choose(layers, EVERY, exclude, remainder="skip")}
+    targets, others = [], []
+    covered: dict[str, list[tuple[int, int]]] = {}
+    for target in record:
+        asked = target if pattern is None else replace(target, pattern=Pattern(pattern))
+        if target.name in barred:
+            continue
+        out = target.shape[0 if target.dim else 1]
+        covered.setdefault(target.name, []).append(target.rows or (0, out))
+        if target.length % asked.pattern.m:
+            why = f"its axis of {target.length} is no multiple of M={asked.pattern.m}"
+            others.append(LeftOut(target.name, why, target.rows))
+        else:
+            targets.append(asked)
+    for layer, why in layers:
+        reason = "excluded" if layer.name in barred else why or "not pruned by the run"
+        others += [LeftOut(layer.name, reason, rows) for rows in _rest(layer, covered)]
+    return Plan(targets, others)
+
+
+def _rest(
+    layer: Layer, covered: Mapping[str, list[tuple[int, int]]]
+) -> list[tuple[int, int] | None]:
+    """The output rows of a weight that no target covers; None stands for all of them."""
+    if not covered.get(layer.name):
+        return [None]
+    rest: list[tuple[int, int] | None] = []
+    at = 0
+    for start, stop in [*sorted(covered[layer.name]), (layer.out, layer.out)]:
+        if at < start:
+            rest.append((at, start))
+        at = max(at, stop)
+    return rest
+
+
+def _found(
+    layers: Layers, include: Names | None, exclude: Names, read: Callable[[str], Tensor]
+) -> Audit:
+    """The sparsest pattern that each weight, or each block of rows of one, holds."""
+    from nmflow.packed.layout import as_matrix, runs
+
+    taken: Mapping[str, str] | None = None
+    if include is not None or exclude:
+        taken = {x.name: x.reason for x in choose(layers, EVERY, include or "*", exclude).others}
+    targets, others = [], []
+    for layer, why in layers:
+        reason = why or (taken or {}).get(layer.name, "")
+        if not layer.shape or reason:
+            others.append(LeftOut(layer.name, reason))
+            continue
+        weight = _comparable(layer.name, read(layer.name))
+        for start, stop, pattern in runs(as_matrix(weight, layer.dim)):
+            rows = None if (start, stop) == (0, layer.out) else (start, stop)
+            targets.append(Target(layer.name, layer.shape, layer.dim, pattern, rows))
+        covered = {layer.name: [t.rows or (0, layer.out) for t in targets if t.name == layer.name]}
+        none = "all zero" if not bool((weight != 0).any()) else "holds no N:M pattern"
+        others += [LeftOut(layer.name, none, rows) for rows in _rest(layer, covered)]
+    return _compare(Plan(targets, others), layers, read, "found")
+
+
+def _compare(chosen: Plan, layers: Layers, read: Callable[[str], Tensor], judged: str) -> Audit:
+    known = {layer.name: layer for layer, _ in layers}
     rows, others = [], []
     for target in chosen:
-        weight = rows_of(read(target.name), target)
+        weight = rows_of(_comparable(target.name, read(target.name)), target)
         held = holds(weight, target.pattern, target.dim)
         rows.append(_row(target.label, target.shape, target.pattern, held, weight))
-    for label, reason in chosen.left_out:
-        name, _, cut = label.partition("[")
-        layer = layers[name]
-        if not layer.shape:
+    for other in chosen.others:
+        layer = known[other.name]
+        if not layer.shape:  # not initialized
             continue
-        weight = read(name)
-        if cut:
-            start, stop = map(int, cut.rstrip("]").split(":"))
-            weight = weight.narrow(0 if layer.dim else 1, start, stop - start)
-        others.append(_row(label, layer.shape, None, None, weight, reason))
-    return Audit(rows, others)
+        weight = _comparable(other.name, read(other.name))
+        if other.rows is not None:
+            weight = weight.narrow(
+                0 if layer.dim else 1, other.rows[0], other.rows[1] - other.rows[0]
+            )
+        others.append(_row(other.label, layer.shape, None, None, weight, other.reason))
+    return Audit(rows, others, judged)
+
+
+def _comparable(name: str, weight: Tensor) -> Tensor:
+    """A weight in a dtype that can be compared with zero: floats of one byte become float32."""
+    if weight.dtype.itemsize > 1 or weight.dtype in (torch.uint8, torch.int8, torch.bool):
+        return weight
+    try:
+        return weight.float()
+    except (RuntimeError, NotImplementedError) as error:
+        raise FileFormatError(
+            f"{shown(name)} is {weight.dtype}, which cannot be read: audit it as float32"
+        ) from error
 
 
 def _row(
     name: str, shape: tuple[int, ...], pattern: Pattern | None, held: bool | None,
     weight: Tensor, reason: str = "",
 ) -> AuditRow:  # fmt: skip
-    nonzero, total = int(torch.count_nonzero(weight)), weight.numel()
+    nonzero, total = int((weight != 0).sum()), weight.numel()
     return AuditRow(name, shape, pattern, held, nonzero / max(1, total), nonzero, total, reason)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,23 +63,49 @@ class Tracker:
         self._masks.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks that the next row is compared with, for a tracker of the resumed run."""
-        return {"masks": {label: held.clone() for label, held in self._masks.items()}}
+        """Everything that a resumed run needs to go on with the same rows: tensors, plain values.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()` of another tracker of the same targets.
+        The rows, and the masks of the step that was observed last, a bit a weight, on the CPU.
+
+        Example:
+            >>> import nmflow, torch
+            >>> model = torch.nn.Linear(32, 8)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> flow = nmflow.attach(model, optimizer, "sr-ste", "1:16", "*", total_steps=3)
+            >>> state = track(flow).state_dict()
+            >>> sorted(state), track(flow).load_state_dict(state)
+            (['masks', 'rows', 'shapes'], None)
+        """
+        masks = {name: np.packbits(m.cpu().numpy()) for name, m in self._masks.items()}
+        return {
+            "rows": [dict(row) for row in self.rows],
+            "masks": {name: torch.from_numpy(bits) for name, bits in masks.items()},
+            "shapes": {name: list(m.shape) for name, m in self._masks.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, in place of what was recorded so far.
 
         Raises:
-            StateError: the state is of other targets.
+            StateError: it is of a tracker of other weights, or damaged; nothing is taken.
         """
-        masks = state["masks"]
+        try:
+            rows = [dict(row) for row in state["rows"]]
+            masks = {
+                name: _unpacked(m, state["shapes"][name]) for name, m in state["masks"].items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise StateError(
+                f"the tracker's state cannot be read ({type(error).__name__}: {error}): give what "
+                "Tracker.state_dict() returned"
+            ) from error
         unknown = sorted(set(masks) - self._labels)
         if unknown:
             raise StateError(
-                f"the tracker's state has a mask of {unknown[0]!r}, which is no target of this "
-                "flow: load the state of the run that is resumed"
+                f"the tracker's state has a mask of '{unknown[0]}', which is no target of this "
+                "flow: track the flow of the run that is resumed"
             )
-        self._masks = {label: held.clone() for label, held in masks.items()}
+        self.rows, self._masks, self._open = rows, masks, {}
 
     def to_csv(self, path: str | Path) -> None:
         """Write `rows` as a CSV file with a head; what is None is empty."""
@@ -105,6 +132,13 @@ class Tracker:
         """The sums of one target, in float64, on its device."""
         w, kept = view.weight.detach().double(), view.mask
         before = self._masks.get(view.target.label)
+        if before is not None and before.shape != kept.shape:
+            raise StateError(
+                f"the tracker's mask of '{view.target.label}' has the shape "
+                f"{tuple(before.shape)}, but the weight has {tuple(kept.shape)}: load the state "
+                "of this run's tracker"
+            )
+        before = None if before is None else before.to(kept.device)
         self._masks[view.target.label] = kept.clone()
         zero = w.new_zeros(())
         size = w.new_tensor(float(w.numel()))
@@ -156,6 +190,14 @@ def track(flow: Flow, every: int = 1, per_target: bool = True) -> Tracker:
         of two masks.
     """
     return Tracker(flow, every, per_target)
+
+
+def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    count = math.prod(shape)
+    if bits.numel() != -(-count // 8):
+        raise ValueError(f"{bits.numel()} bytes of bits for the shape {list(shape)}")
+    flat = np.unpackbits(bits.cpu().numpy(), count=count)
+    return torch.from_numpy(flat.astype(bool)).reshape(list(shape))
 
 
 def _off(view: View, pruned: Tensor) -> Tensor:

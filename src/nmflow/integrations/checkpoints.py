@@ -124,8 +124,8 @@ class ExactCheckpoints:
 
     Example:
         >>> from transformers import Trainer
-        >>> from nmflow.integrations.transformers import ExactCheckpoints, HardEvaluation
-        >>> class SparseTrainer(ExactCheckpoints, HardEvaluation, Trainer):
+        >>> from nmflow.integrations.transformers import ExactCheckpoints, FinalMasksEvaluation
+        >>> class SparseTrainer(ExactCheckpoints, FinalMasksEvaluation, Trainer):
         ...     pass
     """
 

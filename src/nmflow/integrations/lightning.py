@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,8 +22,7 @@ class NMFlowCallback(pl.Callback):
     goes on exactly, since the recipe's state travels in the optimizer's. A checkpoint holds
     checksums of the network, and is refused where it was loaded in part (`strict_loading` off).
 
-    Validation sees the final N:M network, as `flow.hard()` shows it, unless `hard_validation` is
-    off: it is then what the network computes with at that step.
+    Validation sees the final N:M network, as `flow.final_masks()` shows it.
 
     Args:
         recipe: a name or a recipe, see `nmflow.attach`.
@@ -30,7 +30,8 @@ class NMFlowCallback(pl.Callback):
         include: presets or globs of the weights.
         exclude: presets or globs to leave out.
         total_steps: K; the trainer's estimate of its optimizer steps by default.
-        hard_validation: validate the final N:M network while the mask still decays.
+        final_masks: evaluate the final N:M network while the mask still decays; False evaluates
+            what the network computes with at that step, which is better than N:M would be.
         finalize: leave a plain N:M model when training ends.
         **options: `remainder`, `mask_interval` and `freeze_mask` of `nmflow.attach`.
 
@@ -52,14 +53,15 @@ class NMFlowCallback(pl.Callback):
         exclude: Names = (),
         *,
         total_steps: int | None = None,
-        hard_validation: bool = True,
+        final_masks: bool = True,
         finalize: bool = True,
         **options: Any,
     ) -> None:
         self.flow: Flow | None = None
         self._live = False
         self._total_steps, self._finalize = total_steps, finalize
-        self._hard_validation, self._hard = hard_validation, None
+        self._final_masks = final_masks
+        self._shown: AbstractContextManager[None] | None = None
         self._saved: dict[str, str] | None = None
         self._how = {
             "recipe": recipe,
@@ -97,20 +99,20 @@ class NMFlowCallback(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the final masks."""
-        if self.flow is not None and self._live and self._hard_validation:
-            self._hard = self.flow.hard()
-            self._hard.__enter__()
+        if self.flow is not None and self._live and self._final_masks:
+            self._shown = self.flow.final_masks()
+            self._shown.__enter__()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the masks of the step again."""
-        if self._hard is not None:
-            self._hard.__exit__(None, None, None)
-            self._hard = None
+        if self._shown is not None:
+            shown, self._shown = self._shown, None
+            shown.__exit__(None, None, None)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave `hard()` when validation was broken off."""
+        """Leave `final_masks()` when validation was broken off."""
         self.on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

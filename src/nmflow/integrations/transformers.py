@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +14,16 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from nmflow.errors import FlowError
 from nmflow.flow import Flow, View, attach
 from nmflow.integrations.checkpoints import ExactCheckpoints, Witness
-from nmflow.pattern import Pattern
 from nmflow.recipes import DEFAULT, Recipe
+from nmflow.select.plan import Names, Patterns
 
-__all__ = ["ExactCheckpoints", "HardEvaluation", "NMFlowCallback", "figures"]
+__all__ = [
+    "ExactCheckpoints",
+    "FinalMasksEvaluation",
+    "HardEvaluation",
+    "NMFlowCallback",
+    "figures",
+]
 
 PHASES = ("dense", "decay", "sparse", "finetune", "final")
 
@@ -30,6 +35,11 @@ class NMFlowCallback(Witness, TrainerCallback):
     checkpoint, and takes the number of steps from it. `trainer.train(resume_from_checkpoint=...)`
     goes on exactly, since the recipe's state travels in the optimizer's. Checksums of the network
     travel in the `Trainer`'s: a checkpoint that it loads in part is refused.
+
+    The evaluations that the `Trainer`'s strategy asks for see the final N:M network, as
+    `flow.final_masks()` shows it, until the next step; so does a checkpoint that is saved right
+    after one, and resumes all the same. For a `trainer.evaluate()` of your own in mid-training use
+    `FinalMasksEvaluation`.
 
     Every log entry, of `trainer.state.log_history` and of the trackers in `report_to`, gains
     `nmflow_delta`, δ; `nmflow_density`, the share of the targets' weights that the mask keeps;
@@ -46,6 +56,8 @@ class NMFlowCallback(Witness, TrainerCallback):
         mask_interval: steps between masks.
         freeze_mask: hold the mask through the fine-tune phase.
         total_steps: K; the `Trainer`'s number of optimizer steps as a rule.
+        final_masks: evaluate the final N:M network while the mask still decays; False evaluates
+            what the network computes with at that step, which is better than N:M would be.
         finalize: leave a plain N:M model when training ends; with False call
             `callback.flow.finalize()` yourself.
 
@@ -63,18 +75,21 @@ class NMFlowCallback(Witness, TrainerCallback):
     def __init__(
         self,
         recipe: str | Recipe = DEFAULT,
-        pattern: str | Pattern | Mapping[str, str | Pattern] = "1:16",
-        include: str | Iterable[str] | None = None,
-        exclude: str | Iterable[str] = (),
+        pattern: Patterns = "1:16",
+        include: Names = "all",
+        exclude: Names = (),
         *,
         remainder: str = "error",
         mask_interval: int = 1,
         freeze_mask: bool = False,
         total_steps: int | None = None,
+        final_masks: bool = True,
         finalize: bool = True,
     ) -> None:
         self.flow: Flow | None = None
         self.live = False
+        self.final_masks = final_masks
+        self._shown: contextlib.AbstractContextManager[None] | None = None
         self._total_steps, self._finalize = total_steps, finalize
         self._how: dict[str, Any] = {
             "recipe": recipe,
@@ -113,6 +128,31 @@ class NMFlowCallback(Witness, TrainerCallback):
         self.live = True
         self._flips = _Flips(self.flow, max(1, int(state.logging_steps or 1)))
         _before_the_trackers(self)
+        if args.eval_on_start:
+            self._show()
+
+    # What a save will hold is noted when it is shown.
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the final masks, if an evaluation is next."""
+        if control.should_evaluate:
+            self._show()
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the final masks, if an evaluation is next."""
+        if control.should_evaluate:
+            self._show()
+        super().on_epoch_end(args, state, control, **kwargs)
+
+    # Not when an evaluation ends: with several data sets another one follows.
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the masks of the step again."""
+        self._hide()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the masks of the step again."""
+        super().on_save(args, state, control, **kwargs)
+        self._hide()
 
     def on_log(
         self,
@@ -138,33 +178,55 @@ class NMFlowCallback(Witness, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave an exactly N:M model, unless told to wait."""
+        self._hide()
         if self.flow is not None and self.live and self._finalize:
             self.flow.finalize()
             self.live = False
 
+    def _show(self) -> None:
+        if self.flow is not None and self.live and self.final_masks and self._shown is None:
+            self._shown = self.flow.final_masks()
+            self._shown.__enter__()
 
-class HardEvaluation:
-    """A mixin that evaluates the final N:M network, also while the mask still decays.
+    def _hide(self) -> None:
+        if self._shown is not None:
+            shown, self._shown = self._shown, None
+            shown.__exit__(None, None, None)
 
-    Without it a `Trainer` evaluates in mid-decay what the network computes with at that step,
-    which is better than what N:M would give.
+
+class FinalMasksEvaluation:
+    """A mixin whose `evaluate` and `predict` see the final N:M network, whoever calls them.
+
+    `NMFlowCallback` alone sees to the evaluations that the `Trainer`'s strategy asks for.
 
     Example:
         >>> from transformers import Trainer
-        >>> from nmflow.integrations.transformers import HardEvaluation
-        >>> class SparseTrainer(HardEvaluation, Trainer):
+        >>> from nmflow.integrations.transformers import FinalMasksEvaluation
+        >>> class SparseTrainer(FinalMasksEvaluation, Trainer):
         ...     pass
     """
 
     callback_handler: Any
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`Trainer.evaluate` under `flow.hard()`."""
-        with contextlib.ExitStack() as stack:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, NMFlowCallback) and callback.live and callback.flow:
-                    stack.enter_context(callback.flow.hard())
+        """`Trainer.evaluate` under `flow.final_masks()`."""
+        with self._final_masks():
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.predict` under `flow.final_masks()`."""
+        with self._final_masks():
+            return super().predict(*args, **kwargs)  # type: ignore[misc]
+
+    def _final_masks(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for one in self.callback_handler.callbacks:
+            if isinstance(one, NMFlowCallback) and one.live and one.flow and one.final_masks:
+                stack.enter_context(one.flow.final_masks())
+        return stack
+
+
+HardEvaluation = FinalMasksEvaluation  # its name before
 
 
 class _Flips:

@@ -1,5 +1,5 @@
 """Masks: one op, which of a weight to keep, with a backend each for C++, Triton and plain torch."""
 
-from nmflow.masks.magnitude import holds, mask, one_pass, one_pass_serves, project, select
+from nmflow.masks.magnitude import holds, mask, one_pass, one_pass_serves, project, select, touched
 
-__all__ = ["holds", "mask", "one_pass", "one_pass_serves", "project", "select"]
+__all__ = ["holds", "mask", "one_pass", "one_pass_serves", "project", "select", "touched"]

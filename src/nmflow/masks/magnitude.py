@@ -153,6 +153,16 @@ def select(w: Tensor, pattern: Pattern, dim: int) -> tuple[Tensor, Tensor]:
     return kept.flatten(-2).movedim(-1, dim), finite
 
 
+def touched(places: Tensor, pattern: Pattern, dim: int) -> Tensor:
+    """Every place whose group of M, or panel of them, has a True among `places`."""
+    some = _grouped(places, pattern, dim).any(-1)
+    if pattern.panel > 1:
+        wide = _panels(some.to(torch.uint8), pattern.panel).amax(1) != 0
+        some = wide.repeat_interleave(pattern.panel, 0)[: some.shape[0]]
+    some = some.unsqueeze(-1).expand(*some.shape, pattern.m)
+    return some.flatten(-2).movedim(-1, dim)
+
+
 def one_pass_serves(w: Tensor, pattern: Pattern, dim: int, out: Tensor | None = None) -> bool:
     """Say whether a kernel takes this weight, and `out`, as they lie in memory."""
     if w.device.type != "cpu":

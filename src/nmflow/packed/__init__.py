@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nmflow.packed.compress import compress, decompress
 from nmflow.packed.export import export_onnx, export_program
-from nmflow.packed.files.folder import load, load_state, save, save_state
+from nmflow.packed.files.folder import load, save
+from nmflow.packed.files.state import load_state, save_state
 from nmflow.packed.report import Report, Row
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nmflow import disk
 from nmflow.errors import CompressError
 from nmflow.packed.build import PACKED
 from nmflow.packed.compress import decompress
@@ -87,15 +87,15 @@ def export_onnx(
     assert made is not None
     try:
         # Weights above 2 GB go to a file of their own beside it, so a folder is moved, not a file.
-        with tempfile.TemporaryDirectory(prefix=".nmflow-", dir=target.parent) as folder:
-            part = Path(folder, target.name)
+        with disk.staging(target.parent) as folder:
+            part = folder / target.name
             made.save(str(part))
             if verify:
                 args, kwargs = _arguments(example)
                 with torch.no_grad():
                     want = _tensors(_plain(model, False)(*args, **kwargs))
                 _agree(want, _run_onnx(part, tree_leaves((args, kwargs))))
-            for file in sorted(Path(folder).iterdir(), key=lambda f: f == part):
+            for file in sorted(folder.iterdir(), key=lambda f: f == part):
                 os.replace(file, target.with_name(file.name))
     except OSError as error:
         raise CompressError(f"path '{target}' cannot be written: {error}") from error

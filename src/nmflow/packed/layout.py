@@ -57,11 +57,11 @@ def bytes_to_index(packed: Tensor, entries: int, m: int) -> Tensor:
         CompressError: bits are set where a row is padded.
     """
     bits = file_bits(m)
-    shift = torch.arange(0, 8, bits, device=packed.device)
-    rows = (packed.unsqueeze(-1).long() >> shift & (1 << bits) - 1).flatten(1)
+    shift = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+    rows = (packed.unsqueeze(-1) >> shift & (1 << bits) - 1).flatten(1)
     if bool(rows[:, entries:].any()):
         raise CompressError("the index has bits set in the padding of a row")
-    return rows[:, :entries].to(torch.uint8)
+    return rows[:, :entries]
 
 
 def detect(matrix: Tensor) -> Pattern | None:

@@ -17,7 +17,7 @@ GRADIENTS = ("straight-through", "masked")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every recipe can say of itself; all of it pure functions of its fields and the step.
+    """What every recipe answers, all of it as pure functions of its fields and the step.
 
     Attributes:
         gradient: the rule for the dense weight's gradient, from g = ∂L/∂W̃:
@@ -100,7 +100,7 @@ class Recipe:
         return None
 
     def note(self, pattern: Pattern, length: int) -> str:
-        """What `plan` should say of this recipe on an axis of `length`; empty as a rule."""
+        """What `plan` should say of this recipe on an axis of `length`; usually empty."""
         return ""
 
 

@@ -149,7 +149,8 @@ class Gradual(Decaying):
 
     References:
         arXiv 1710.01878, equation 1, from sparsity 0. Differs from it: the number kept is counted
-    in every group of M, and the mask is taken at every step, where the paper's is every so many.
+        in every group of M, and the mask is taken at every step, where the paper takes it every
+        so many.
     """
 
     gradient: str = "masked"

@@ -111,7 +111,7 @@ class SDGF(Decaying):
 
 @dataclass(frozen=True)
 class Hybrid(Decaying):
-    """SDGF's frames, in each of which the weights that the new pattern drops fade by MDGF's δ.
+    """SDGF's frames; in each, the weights that the new pattern drops fade by MDGF's δ.
 
     W̃ = W ⊙ (m + (1 - m) ⊙ m' · δ) with m of the frame's pattern and m' of the frame before it.
 
@@ -165,14 +165,15 @@ class Settling(MDGF):
     W ← W + lr·μ·(W̃ - W), that is W ← W - lr·μ·(1 - δ)·(1 - m) ⊙ W, with lr·μ at most 1.
 
     Left alone, a pruned weight grows while it fades, above all under Adam, and comes back when the
-    mask turns binary. Drawn by μ, it stays as large as its updates are consistent. Apart from the
-    gradient, as in AdamW's weight decay, the strength depends on no gradient's scale.
+    mask turns binary. Under the pull it stays only as large as its updates are consistent. The
+    pull stands beside the gradient, as AdamW's weight decay does, so μ needs no tuning to the
+    gradient's scale.
 
     Args:
         decay: as for `MDGF`.
         beta: as for `MDGF`.
-        gradient: as for `MDGF`, but straight-through where it is not given: the pull does what
-            masking does for MDGF, and both together are no better.
+        gradient: as for `MDGF`, but `"straight-through"` by default: the pull does what masking
+            does for MDGF, and both together are no better.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, with the binary mask; a fraction or steps.
         pull: μ, a finite number that is 0 or more; 0 is `MDGF`.

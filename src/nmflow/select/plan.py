@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -12,13 +14,16 @@ from nmflow.errors import PlanError
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
 from nmflow.select.roles import NOT_IN_ALL, PRESETS
-from nmflow.select.target import Plan, Target, rows_of
+from nmflow.select.target import LeftOut, Plan, Target, rows_of
 from nmflow.select.weights import Layer, Part, layers_of
 
 __all__ = ["Names", "Patterns", "Plan", "Target", "choose", "plan", "rows_of"]
 
 Patterns = str | Pattern | Mapping[str, str | Pattern]
 Names = str | Sequence[str]
+
+_FROZEN = "frozen: requires_grad is False"
+_EXCLUDED = "excluded by "
 
 
 def plan(
@@ -72,8 +77,7 @@ def plan(
     if not isinstance(model, nn.Module):
         raise PlanError(f"model is of type {type(model).__name__}: give a torch.nn.Module")
     layers = layers_of(model)
-    frozen = "frozen: requires_grad is False"
-    layers = [(x, x.why_not or (frozen if x.frozen else "")) for x in layers]
+    layers = [(x, x.why_not or (_FROZEN if x.frozen else "")) for x in layers]
     chosen = choose(layers, pattern, include, exclude, remainder)
     if recipe is not None:
         known = resolve(recipe)
@@ -118,7 +122,7 @@ def choose(
         raise PlanError("include is empty: name a preset or a glob, such as 'ff' or '*.mlp.*'")
     limits = dict.fromkeys(narrow, False)
     targets: list[Target] = []
-    left_out: list[tuple[str, str]] = []
+    others: list[LeftOut] = []
     uneven: list[Target] = []
     for layer, why_not in layers:
         parts: list[tuple[Part, Pattern | str]] = []
@@ -127,26 +131,26 @@ def choose(
         for what, start, stop in _merge(parts):
             rows = None if stop - start in (0, layer.out) else (start, stop)
             if isinstance(what, str):
-                shown = layer.name if rows is None else f"{layer.name}[{start}:{stop}]"
-                left_out.append((shown, what))
+                others.append(LeftOut(layer.name, what, rows))
                 continue
             target = Target(layer.name, layer.shape, layer.dim, what, rows, layer.note)
             if target.length % what.m == 0:
                 targets.append(target)
             elif remainder == "skip":
-                left_out.append((target.label, f"its axis of {target.length} is no multiple of "
-                                               f"M={what.m}"))  # fmt: skip
+                reason = f"its axis of {target.length} is no multiple of M={what.m}"
+                others.append(LeftOut(layer.name, reason, rows))
             else:
                 uneven.append(target)
     _check(rules, limits, layers)
     if uneven:
         raise PlanError(_uneven(uneven))
     if not targets:
+        why = _why({other.label: other.reason for other in others})
         raise PlanError(
-            f"nothing is left to prune of what include names, {_why(dict(left_out))}: choose "
-            "another pattern or other weights"
+            f"nothing is left to prune of what include names, {why}: choose another pattern or "
+            "other weights"
         )
-    return Plan(targets, left_out)
+    return Plan(targets, others)
 
 
 def _decide(
@@ -179,7 +183,7 @@ def _decide(
     if limits and not within:
         reason = reason or f"outside of include, {', '.join(map(repr, limits))}"
     if barred is not None:
-        reason = reason or f"excluded by {barred!r}"
+        reason = reason or f"{_EXCLUDED}{barred!r}"
     if reason:
         for rule in hits:
             rule.missed[layer.name] = reason
@@ -224,18 +228,41 @@ def _check(
 ) -> None:
     """Raise if a key took nothing: a misspelt glob must not pass in silence."""
     for rule in rules:
+        wanted = {n: why for n, why in rule.missed.items() if not why.startswith(_EXCLUDED)}
+        if rule.took == 0 and wanted and set(wanted.values()) == {_FROZEN}:
+            raise PlanError(
+                f"{rule.key!r} takes nothing, since all that it matches is frozen "
+                f"(requires_grad is False: {_few(list(wanted), 3)}), so that nothing would train "
+                "it: call requires_grad_(True) and give it to the optimizer, or, where only "
+                "adapters train, merge them first and train the merged model"
+            )
         if rule.took == 0 and rule.missed:
             raise PlanError(
                 f"{rule.key!r} takes nothing of what it matches, {_why(rule.missed)}: leave it "
                 "out, put it before the key that takes its weights, or name others"
             )
         if rule.took == 0:
-            raise PlanError(f"{rule.key!r} matches no weight; {_could_have(layers)}")
+            raise PlanError(
+                f"{rule.key!r} matches no weight{_near(rule.key, layers)}; {_could_have(layers)}"
+            )
     for key, used in limits.items():
         if not used:
             raise PlanError(
                 f"include {key!r} takes nothing that pattern names; {_could_have(layers)}"
             )
+
+
+def _near(key: str, layers: Sequence[tuple[Layer, str]]) -> str:
+    """The preset or the name that was probably meant; of a glob, the text between its stars."""
+    texts = [text for layer, _ in layers for text in layer.paths]
+    words = {part for text in texts for part in text.split(".") if not part.isdigit()}
+    presets = difflib.get_close_matches(key, PRESETS, 1, 0.5)
+    found = presets or difflib.get_close_matches(key, texts, 1)
+    if not found and "*" in key:
+        parts = [part for part in re.split(r"[*.?\[\]]+", key) if part and part not in words]
+        near = {p: difflib.get_close_matches(p, sorted(words), 1) for p in parts}
+        found = [key.replace(p, close[0]) for p, close in near.items() if close][:1]
+    return f": did you mean {found[0]!r}?" if found else ""
 
 
 def _could_have(layers: Sequence[tuple[Layer, str]]) -> str:

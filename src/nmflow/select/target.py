@@ -37,7 +37,7 @@ class Target:
     @property
     def label(self) -> str:
         """The name, with the rows where only some are taken: `qkv.weight[0:64]`."""
-        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+        return labelled(self.name, self.rows)
 
     @property
     def length(self) -> int:
@@ -53,18 +53,46 @@ class Target:
         return count // self.shape[0 if self.dim else 1] * (self.rows[1] - self.rows[0])
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight, or some output rows of one, that is no target, and why.
+
+    Attributes:
+        name: the parameter's name.
+        reason: why it is none.
+        rows: output rows (start, stop), half open; None stands for all.
+    """
+
+    name: str
+    reason: str
+    rows: tuple[int, int] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, with the rows where only some are meant."""
+        return labelled(self.name, self.rows)
+
+
+def labelled(name: str, rows: tuple[int, int] | None) -> str:
+    """A weight's name, with the rows where only some are meant: `qkv.weight[0:64]`."""
+    return name if rows is None else f"{name}[{rows[0]}:{rows[1]}]"
+
+
 class Plan(list[Target]):
     """The targets, in the model's order; as `str`, a table that also says what was left out.
 
     Attributes:
-        left_out: (name or label, reason) of every other weight of at least two dimensions.
+        others: every other weight of at least two dimensions, or its other rows.
     """
 
-    def __init__(
-        self, targets: Iterable[Target] = (), left_out: Iterable[tuple[str, str]] = ()
-    ) -> None:
+    def __init__(self, targets: Iterable[Target] = (), others: Iterable[LeftOut] = ()) -> None:
         super().__init__(targets)
-        self.left_out: list[tuple[str, str]] = list(left_out)
+        self.others: list[LeftOut] = list(others)
+
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """(name or label, reason) of `others`."""
+        return [(other.label, other.reason) for other in self.others]
 
     def to_dict(self) -> dict[str, Any]:
         """The targets and what was left out, as plain types for JSON."""

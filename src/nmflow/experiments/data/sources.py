@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmflow import disk
 from nmflow.errors import DataError
 from nmflow.experiments.specs import Data
 
@@ -133,7 +134,7 @@ def _text_files(data: Data) -> tuple[str, str, list[str]]:
     parts = []
     for file in files:
         try:
-            parts.append(file.read_text(encoding="utf-8"))
+            parts.append(disk.read_bytes(file).decode("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or f"byte {error.start} is not UTF-8"  # type: ignore[union-attr]
             raise DataError(
@@ -173,7 +174,7 @@ def _parquet(data: Data) -> tuple[dict[str, Dataset], str, str, list[str]]:
     splits, sha = {}, hashlib.sha256()
     for split, file in sorted(data.files.items()):
         try:
-            sha.update(Path(file).read_bytes())
+            sha.update(disk.read_bytes(file))
             splits[split] = Dataset(parquet.read_table(file))
         except (OSError, ArrowException) as error:
             reason = getattr(error, "strerror", None) or "not a Parquet file"
@@ -191,9 +192,9 @@ def _datasets(data: Data) -> tuple[dict[str, Dataset], str, str, list[str]]:
         if data.source == "images":
             if not Path(path).is_dir():
                 raise DataError(f"{where}: no such folder; give a folder of classes of images")
-            found = load_dataset("imagefolder", data_dir=path)
+            found = load_dataset("imagefolder", data_dir=path, trust_remote_code=False)
         else:
-            found = load_dataset(path, data.subset)
+            found = load_dataset(path, data.subset, trust_remote_code=False)
     except (DatasetsError, OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise

@@ -47,7 +47,9 @@ def source(data: Data) -> Source:
     name = path if data.source == "hub" else str(data.files["train"])
     files: Any = dict(data.files) or None
     try:
-        found: Any = load_dataset(path, data.subset, data_files=files, streaming=True)
+        found: Any = load_dataset(
+            path, data.subset, data_files=files, streaming=True, trust_remote_code=False
+        )
     except (DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"data is {name!r}: it cannot be opened ({reason[:200]})") from None

@@ -64,6 +64,22 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
 
+def markdown(text: str) -> str:
+    """A text for Markdown in which names are names: no HTML, no link, no image, no new line.
+
+    Example:
+        >>> markdown("<b> [a](http://b) & c")
+        '&lt;b&gt; [a]\\\\(http://b) &amp; c'
+    """
+    made = " ".join(text.splitlines())
+    for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        made = made.replace(mark, entity)
+    # A link or an image needs a bracket here, its definition a colon, and a code span hides both.
+    for mark in ("](", "][", "]:"):
+        made = made.replace(mark, f"]\\{mark[1]}")
+    return made.replace("`", "\\`")
+
+
 def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     """A figure with a real minus sign, or a dash where there is none.
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import jinja2
 
-from nmflow.experiments.files import write
+from nmflow import disk
+from nmflow.experiments.files import one_sentence, write
 from nmflow.experiments.report import csv_rows as report_rows
 from nmflow.experiments.report import overview, tradeoffs
 from nmflow.experiments.report import settings as families
-from nmflow.experiments.report.blocks import Block, Code, Figure, Section, Text
+from nmflow.experiments.report.blocks import Block, Code, Figure, Section, Text, markdown
 from nmflow.experiments.report.compare import PLACEMENT, Setting, settings
 from nmflow.experiments.report.setting import sections, title
 from nmflow.experiments.report.setting_words import Page
@@ -108,17 +109,21 @@ def write_report(
     place.filters["data_uri"] = _data_uri
     place.globals["sorting"] = script = _script()
     place.globals["sorting_sha256"] = _sha256(script)
-    place.filters["cell"] = lambda text: text.replace("|", "\\|")
+    place.filters["plain"] = markdown
+    place.filters["cell"] = lambda text: markdown(text).replace("|", "\\|")
     page_text = place.get_template("report.html.j2").render(context)
     plain = place.get_template("report.md.j2").render(context)
-    for number, part in [("verdict", Part("", [first])), *enumerate(parts)]:
-        for figure in _figures(part.sections):
-            write(output / "figures" / f"{number}-{figure.name}.svg", figure.svg)
-    write(output / "runs.csv", report_rows.text(report_rows.runs(results)))
-    write(output / "summary.csv", report_rows.text(report_rows.summaries(groups)))
-    write(output / "pareto.csv", report_rows.text(report_rows.fronts(groups, times)))
-    write(output / "report.md", plain)
-    write(output / "report.html", page_text)
+    with one_sentence(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with disk.locked(output):  # two reports at once: all files of the last one
+            for number, part in [("verdict", Part("", [first])), *enumerate(parts)]:
+                for figure in _figures(part.sections):
+                    write(output / "figures" / f"{number}-{figure.name}.svg", figure.svg)
+            write(output / "runs.csv", report_rows.text(report_rows.runs(results)))
+            write(output / "summary.csv", report_rows.text(report_rows.summaries(groups)))
+            write(output / "pareto.csv", report_rows.text(report_rows.fronts(groups, times)))
+            write(output / "report.md", plain)
+            write(output / "report.html", page_text)
     return output / "report.html"
 
 

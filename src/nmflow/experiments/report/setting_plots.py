@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedFormatter, FuncFormatter, MaxNLocator
 
 from nmflow.experiments.report.compare import LESS_IS_BETTER, Recipe, Setting
 
@@ -50,6 +50,20 @@ def style(place: int) -> dict[str, Any]:
     }
 
 
+def _take_literally(figure: Figure) -> None:
+    """Names may hold a dollar sign, which matplotlib takes for the start of a formula."""
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    for ax in figure.axes:
+        texts += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
+        if own := ax.get_legend():
+            texts += own.get_texts()
+        for axis in (ax.xaxis, ax.yaxis):
+            if isinstance(axis.get_major_formatter(), FixedFormatter | FuncFormatter):
+                texts += axis.get_ticklabels()
+    for text in texts:
+        text.set_parse_math(False)
+
+
 def draw(
     paint: Callable[[list[Axes]], None], columns: int = 1, height: float = 3.4, rows: int = 1
 ) -> str:
@@ -69,6 +83,7 @@ def draw(
             figure.legend(
                 named.values(), named, loc="outside lower center", ncols=columns, fontsize=8
             )
+        _take_literally(figure)
         sink = io.StringIO()
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": "nmflow"})
     return sink.getvalue()

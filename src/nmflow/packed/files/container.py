@@ -1,4 +1,4 @@
-"""The file format: a JSON header beside one safetensors file, checked whole before use.
+"""The file format, read: a JSON header beside one safetensors file, checked whole before use.
 
 `docs/layout.md` states it for readers without nmflow.
 """
@@ -6,121 +6,84 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from nmflow import disk
 from nmflow.errors import CompressError, FileFormatError, PatternError
 from nmflow.kernels.layout import DTYPES, Shape, check_canonical
 from nmflow.packed.files.stored import Stored
-from nmflow.packed.layout import (
-    LAYOUT_VERSION,
-    bytes_to_index,
-    file_bits,
-    index_to_bytes,
-)
+from nmflow.packed.layout import LAYOUT_VERSION, bytes_to_index, file_bits
 
 HEADER = "nmflow.json"
 FORMAT = "nmflow"
-_LARGEST_HEADER = 64 << 20
+LARGEST_HEADER = 64 << 20
 _LARGEST_SIZE = 1 << 48
 _LONGEST_PATTERN = 40
-_WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
+_MOST_TRIES = 1000
+# A file may stand for this many times its values, so that 1:64 always passes...
+_EXPANSION = 64
+# ...and for this much in any case.
+_ALWAYS = 1 << 30
+WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
+Contents = tuple[dict[str, Stored], dict[str, Tensor], dict[str, str]]
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
-def write(
-    folder: str | os.PathLike[str],
-    weights: Mapping[str, Stored],
-    tensors: Mapping[str, Tensor],
-    aliases: Mapping[str, str],
-) -> None:
-    """Write a folder: the new header takes the place of an old one in one step, or not at all.
-
-    Raises:
-        CompressError: the folder cannot be written, or a tensor has a dtype no file holds.
-    """
-    from nmflow.version import __version__
-
-    path = Path(folder)
-    data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    described = {}
-    for name, w in weights.items():
-        parts: list[dict[str, Any]] = []
-        for i, (start, stop, shape, values, index) in enumerate(w.parts):
-            part: dict[str, Any] = {"rows": [start, stop], "pattern": None}
-            data[f"{name}#{i}.values"] = values.cpu().contiguous()
-            if shape is not None and index is not None:
-                part["pattern"] = str(shape.pattern)
-                part["bits"] = file_bits(shape.m)
-                data[f"{name}#{i}.index"] = index_to_bytes(index, shape.m).cpu()
-            parts.append(part)
-        described[name] = {
-            "shape": list(w.shape),
-            "dtype": str(w.dtype).removeprefix("torch."),
-            "axis": w.axis,
-            "run": w.run,
-            "parts": parts,
-        }
-    sums = {
-        name: {
-            "dtype": str(t.dtype).removeprefix("torch."),
-            "shape": list(t.shape),
-            "sha256": checksum(t),
-        }
-        for name, t in data.items()
-    }
-    # Named by its content, so that the old header keeps naming the old file until it is replaced.
-    digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
-    header = {
-        "format": FORMAT,
-        "layout": LAYOUT_VERSION,
-        "nmflow": __version__,
-        "file": f"weights-{digest}.safetensors",
-        "tensors": sums,
-        "weights": described,
-        "aliases": dict(aliases),
-    }
-    temporary = path / f".nmflow-{secrets.token_hex(8)}"
+def is_packed(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder has a header of ours; a damaged one counts, another tool's does not."""
+    path = Path(folder) / HEADER
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(data, temporary, metadata={"format": "pt"})
-            _sync(temporary)
-            os.replace(temporary, path / header["file"])
-            temporary.write_text(json.dumps(header, indent=1), encoding="utf-8")
-            _sync(temporary)
-            os.replace(temporary, path / HEADER)
-        finally:
-            temporary.unlink(missing_ok=True)
-        for old in path.iterdir():
-            if _WEIGHTS.fullmatch(old.name) and old.name != header["file"]:
-                old.unlink()
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CompressError(f"folder '{path}' cannot be written: {error}") from error
+        return _says_ours(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return os.path.lexists(path)
 
 
-def read(
-    folder: str | os.PathLike[str],
-) -> tuple[dict[str, Stored], dict[str, Tensor], dict[str, str]]:
+def _says_ours(path: Path) -> bool:
+    header = disk.read_json(path, LARGEST_HEADER)
+    return isinstance(header, dict) and header.get("format") == FORMAT
+
+
+def read(folder: str | os.PathLike[str]) -> Contents:
     """Read a folder whole: packed weights, other tensors, aliases. Everything is checked.
 
     Raises:
         FileFormatError: a file is missing, damaged, hostile, or of another version.
     """
     path = Path(folder)
+    for _ in range(_MOST_TRIES):
+        version = _version(path / HEADER)
+        try:
+            return _read(path)
+        except FileFormatError:
+            # Another process may have replaced the network between the header and its tensors.
+            if version == _version(path / HEADER):
+                raise
+    raise FileFormatError(f"'{path}' is written again and again: wait until its writers are done")
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What tells one header from the next, even one of the same content."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read(path: Path) -> Contents:
     header = _header(path / HEADER)
     name = _get(header, "file", str)
-    if not _WEIGHTS.fullmatch(name):
+    if not WEIGHTS.fullmatch(name):
         raise _bad(f"the file name {name[:80]!r} is not one that nmflow writes")
     data = _tensors(path / name, _get(header, "tensors", dict))
     weights: dict[str, Stored] = {}
@@ -138,6 +101,27 @@ def read(
     return weights, data, aliases
 
 
+def check_size(weights: Iterable[Stored], max_bytes: int | None = None) -> None:
+    """Raise `FileFormatError` if weights would take more memory than their file can stand for.
+
+    Args:
+        weights: those that are rebuilt together.
+        max_bytes: the most that they may take; by default 64 times the bytes of their values, but
+            at least 1 GiB.
+    """
+    together = list(weights)
+    size = sum(w.dense_bytes for w in together)
+    limit = max_bytes
+    if limit is None:
+        limit = max(_EXPANSION * sum(w.stored_bytes for w in together), _ALWAYS)
+    if size > limit:
+        raise FileFormatError(
+            f"the saved network would take {size:,} bytes as dense weights, above the limit of "
+            f"{limit:,}: if you trust it, call load_state with a larger max_bytes, or load it into "
+            "a model"
+        )
+
+
 def checksum(t: Tensor) -> str:
     """SHA-256 of a tensor's bytes in row-major order."""
     return hashlib.sha256(t.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
@@ -148,26 +132,13 @@ def _bad(what: str) -> FileFormatError:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(items)
-        if len(made) != len(items):
-            raise ValueError("a key is there twice")
-        return made
-
     try:
-        size = path.stat().st_size
-        if size > _LARGEST_HEADER:
-            raise _bad(f"{HEADER} has {size:,} bytes, above the limit of {_LARGEST_HEADER:,}")
-        with path.open("rb") as file:
-            text = file.read(_LARGEST_HEADER + 1)
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
+        header = disk.read_json(path, LARGEST_HEADER)
     except OSError as error:
         raise FileFormatError(
             f"'{path}' cannot be read ({error.strerror}): give a folder that nmflow.save wrote"
         ) from error
-    except FileFormatError:
-        raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _bad(f"{HEADER} is not JSON that can be read ({str(error)[:100]})") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise _bad(f"{HEADER} does not say format {FORMAT!r}")
@@ -182,6 +153,7 @@ def _header(path: Path) -> dict[str, Any]:
 def _tensors(path: Path, described: dict[str, Any]) -> dict[str, Tensor]:
     data = {}
     try:
+        disk.check_regular(path)
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) != set(described):
                 raise _bad("its tensors are not those that the header lists")
@@ -272,8 +244,3 @@ def _get(mapping: Mapping[str, Any], key: str, kind: type) -> Any:
     if type(value) is not kind:
         raise _bad(f"the header has no {key!r}, or one that is no {kind.__name__}")
     return value
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -5,23 +5,22 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from nmflow import disk
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.packed import build
 from nmflow.packed.build import PACKED
 from nmflow.packed.compress import replace_modules
-from nmflow.packed.files import container
+from nmflow.packed.files import container, writing
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse as fuse_activations
-from nmflow.packed.layout import as_matrix, file_bits, fits, runs
 from nmflow.packed.packable import survey
-from nmflow.packed.report import Report, Row
-from nmflow.pattern import EVERY
-from nmflow.select.plan import Names, Patterns, choose
-from nmflow.select.weights import layers_of_state
+from nmflow.select.plan import Names, Patterns
 
 Folder = str | os.PathLike[str]
 
@@ -82,9 +81,26 @@ def save(
             "name the pattern"
         )
     aliases = {a: first for a, first in _aliases(model).items() if a in tensors}
-    container.write(
-        folder, weights, {n: t for n, t in tensors.items() if n not in aliases}, aliases
-    )
+    writing.write(folder, weights, {n: t for n, t in tensors.items() if n not in aliases}, aliases)
+
+
+def save_beside(model: nn.Module, folder: Folder, source: Folder) -> None:
+    """`save`, with the config and the tokeniser of another folder copied beside the network.
+
+    No file of weights, of code or of nmflow's own is copied.
+
+    Raises:
+        CompressError: as `save`; a file of `source` cannot be copied.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with disk.locked(folder):  # all files of one network, not some of another's
+            for file in sorted(Path(source).iterdir()):
+                if writing.is_companion(file):
+                    disk.write_whole(Path(folder, file.name), disk.read_bytes(file))
+            save(model, folder)
+    except OSError as error:
+        raise CompressError(f"folder '{folder}' cannot be written: {error}") from error
 
 
 def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
@@ -121,11 +137,14 @@ def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
         )
     modules = dict(model.named_modules())
     sites: dict[str, dict[str, list[build.Run]]] = {}
-    for name, (shape, _) in slots.items():
+    for name, (shape, places) in slots.items():
         key = source[name]
         size = weights[key].shape if key in weights else tuple(tensors[key].shape)
         if tuple(size) != shape:
             raise FileFormatError(f"{name} is {tuple(size)} in the file and {shape} in the model")
+        dtype = weights[key].dtype if key in weights else tensors[key].dtype
+        if not _alike(dtype, places[0][0], places[0][1]):
+            raise FileFormatError(f"{name} is {dtype} in the file, which the model cannot hold")
         if key in weights and weights[key].run == "packed":
             site, own = _site(name, modules)
             why = build.why_not(modules[site], own) if "." not in own else ""
@@ -156,70 +175,6 @@ def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
     return made
 
 
-def save_state(
-    state: Mapping[str, Tensor], folder: Folder, pattern: Patterns | None = None,
-    include: Names = "*", exclude: Names = (),
-) -> Report:  # fmt: skip
-    """Write a bare state dict as `save` writes a model; names and shapes say what a weight is.
-
-    Returns:
-        A row per weight, with its bytes before and in the file.
-
-    Raises:
-        CompressError: as `save`; PlanError: as `plan`.
-    """
-    layers = [(x, x.why_not) for x in layers_of_state({n: t.shape for n, t in state.items()})]
-    wanted = choose(layers, EVERY if pattern is None else pattern, include, exclude, "skip")
-    tensors = dict(state)
-    weights: dict[str, Stored] = {}
-    for target in wanted:
-        if target.rows is not None or target.name not in tensors:
-            continue
-        w = state[target.name]
-        matrix = as_matrix(w, target.dim)
-        if pattern is None:
-            found = [build.Run(*run) for run in runs(matrix)]
-        else:
-            whole = build.Run(0, matrix.shape[0], target.pattern)
-            found = [] if fits(matrix, target.pattern) else [whole]
-        if found:
-            weights[target.name] = Stored.of(w, target.dim, found, "packed")
-            del tensors[target.name]
-    if not weights:
-        raise CompressError("the state has no weight that holds an N:M pattern: prune it first")
-    container.write(folder, weights, tensors, {})
-    return Report(
-        _row(name, state[name], weights.get(name)) for name in state if state[name].ndim > 1
-    )
-
-
-def load_state(folder: Folder) -> dict[str, Tensor]:
-    """The dense state dict of a saved network, without a model.
-
-    Raises:
-        FileFormatError: as `load`.
-    """
-    weights, tensors, aliases = container.read(folder)
-    state = {**{name: w.dense() for name, w in weights.items()}, **tensors}
-    return {**state, **{alias: state[target] for alias, target in aliases.items()}}
-
-
-def _row(name: str, w: Tensor, stored: Stored | None) -> Row:
-    size = w.numel() * w.element_size()
-    if stored is None:
-        return Row(name, tuple(w.shape), "", "dense", "holds no N:M pattern", size, size)
-    small, said = 0, []
-    for start, stop, shape, values, index in stored.parts:
-        small += values.numel() * values.element_size()
-        if shape is not None and index is not None:
-            bits = file_bits(shape.m)
-            small += index.shape[0] * -(-index.shape[1] * bits // 8)
-            said.append(
-                str(shape.pattern) + (f" [{start}:{stop}]" if len(stored.parts) > 1 else "")
-            )
-    return Row(name, tuple(w.shape), ", ".join(said), "packed", "in the file", size, small)
-
-
 def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
     """Tensors of the state outside packed modules, and the outermost packed modules by path."""
     inside: dict[str, nn.Module] = {}
@@ -236,6 +191,15 @@ def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Modu
             raise CompressError(f"{name} is a {type(value).__name__}: only tensors can be saved")
         tensors[name] = value.detach()
     return tensors, inside
+
+
+def _alike(dtype: torch.dtype, module: nn.Module, own: str) -> bool:
+    """Whether a module can hold a dtype where it holds its tensor: floats for floats, no others."""
+    old = module._parameters.get(own)
+    was = (module._buffers[own] if old is None else old).dtype  # pyright: ignore
+    if was.is_floating_point or dtype.is_floating_point:
+        return was.is_floating_point and dtype.is_floating_point
+    return was == dtype
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from nmflow.errors import CompressError
 from nmflow.kernels.layout import Shape, canonical_from_dense, dense_from_canonical
 from nmflow.packed.build import Run
 from nmflow.packed.layout import as_matrix, from_matrix
@@ -51,10 +53,27 @@ class Stored:
         """The runs that are packed."""
         return [Run(a, b, shape.pattern) for a, b, shape, _, _ in self.parts if shape]
 
+    @property
+    def dense_bytes(self) -> int:
+        """The bytes that `dense` takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes of the values: files cannot say more of them than they hold."""
+        return sum(values.nbytes for _, _, _, values, _ in self.parts)
+
     def dense(self) -> Tensor:
-        """The parameter, bit by bit."""
-        rows = [
-            values if shape is None or index is None else dense_from_canonical(values, index, shape)
-            for _, _, shape, values, index in self.parts
-        ]
-        return from_matrix(torch.cat(rows), self.shape, self.axis)
+        """The parameter, bit by bit; raises `CompressError` where memory does not suffice."""
+        try:
+            rows = [
+                values
+                if shape is None or index is None
+                else dense_from_canonical(values, index, shape)
+                for _, _, shape, values, index in self.parts
+            ]
+            return from_matrix(torch.cat(rows), self.shape, self.axis)
+        except (RuntimeError, MemoryError) as error:
+            raise CompressError(
+                f"a weight of {self.dense_bytes:,} bytes cannot be rebuilt: {str(error)[:100]}"
+            ) from error

@@ -1,0 +1,112 @@
+"""Hooks of mkdocs: commands and keys of a YAML file are shown as the code has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+COMMANDS = "<!-- commands -->"
+KEYS = "<!-- keys -->"
+
+
+def on_config(config: Any) -> Any:
+    """Put the files of a pattern of the menu, such as `decisions/*.md`, in its place."""
+    config.nav = _expanded(config.nav, Path(config.docs_dir))
+    return config
+
+
+def _expanded(item: Any, docs: Path) -> Any:
+    if isinstance(item, list):
+        return [_expanded(one, docs) for one in item]
+    if isinstance(item, dict):
+        return {title: _expanded(one, docs) for title, one in item.items()}
+    if "*" in item:
+        return [str(file.relative_to(docs)) for file in sorted(docs.glob(item))]
+    return item
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the commands, or the keys of a YAML file, in the place of their marker."""
+    for marker, made in ((COMMANDS, commands), (KEYS, keys)):
+        if marker in markdown:
+            markdown = markdown.replace(marker, made())
+    return markdown
+
+
+def keys() -> str:
+    """A table for each mapping of a YAML file: its keys, what they take, their defaults."""
+    from nmflow.experiments import config
+
+    parts = (
+        ("The file", config.Experiment),
+        ("`data`", config.Data),
+        ("`model`", config.Model),
+        ("`training`", config.Training),
+    )
+    out: list[str] = []
+    for title, part in parts:
+        schema = part.model_json_schema()
+        out += [f"### {title}", "", (part.__doc__ or "").partition("\n")[0], ""]
+        out += ["| key | takes | default |", "| --- | --- | --- |"]
+        for name, field in schema["properties"].items():
+            shown = _default(field.get("default"))
+            default = "needed" if name in schema.get("required", ()) else shown
+            out.append(f"| `{name}` | {_takes(field)} | {default} |")
+        out.append("")
+    return "\n".join(out)
+
+
+def _default(value: Any) -> str:
+    """A default as YAML writes it; empty where nothing is the default."""
+    return "" if value in (None, "", {}, []) else f"`{json.dumps(value)}`"
+
+
+def _takes(field: dict[str, Any]) -> str:
+    """The type of a key in words."""
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "anyOf" in field:
+        several = [_takes(one) for one in field["anyOf"] if one.get("type") != "null"]
+        return " or ".join(dict.fromkeys(several))
+    if "$ref" in field:
+        return "a mapping, see below"
+    if field.get("type") == "array":
+        return f"a list: {_takes(field.get('items', {}))}"
+    words = {"integer": "whole number", "number": "number", "string": "text",
+             "boolean": "true or false", "object": "a mapping"}  # fmt: skip
+    said = words.get(field.get("type", ""), "anything")
+    least = field.get("minimum", field.get("exclusiveMinimum"))
+    above = "above" if "exclusiveMinimum" in field else "at least"
+    return said + (f", {above} {least}" if least is not None else "")
+
+
+def commands() -> str:
+    """A section a command: its sentence, its usage, a table of what it takes."""
+    import typer
+
+    from nmflow import cli
+
+    root: Any = typer.main.get_command(cli.app())
+    out: list[str] = []
+    for name in cli.commands():
+        command = root.commands[name]
+        taken = [p for p in command.params if p.param_type_name == "argument"]
+        usage = " ".join(f"{p.name.upper()}{'...' if p.nargs == -1 else ''}" for p in taken)
+        out += [f"## `nmflow {name}`", "", command.help or "", ""]
+        out += ["```text", f"nmflow {name} {usage} [OPTIONS]", "```", ""]
+        out += ["| | | default |", "| --- | --- | --- |"]
+        out += [_row(p) for p in command.params if p.name != "help"] + [""]
+    return "\n".join(out)
+
+
+def _row(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        said = f"`{parameter.name.upper()}`"
+    else:
+        said = ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
+    default = parameter.default
+    shown = "" if default in (None, "", False) or parameter.required else f"`{default}`"
+    return f"| {said} | {(parameter.help or '').replace('|', '/')} | {shown} |"

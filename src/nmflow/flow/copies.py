@@ -1,0 +1,96 @@
+"""Copies of a network in training, such as a moving average of it: dense, until they are pruned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nmflow.errors import FlowError, WeightError
+from nmflow.flow.sharding import local, region
+from nmflow.flow.state import unwrapped
+from nmflow.masks import project, select
+from nmflow.select.plan import Plan
+
+Copy = nn.Module | Mapping[str, Tensor]
+
+
+def prune(copy: Copy, model: nn.Module, plan: Plan) -> None:
+    """Make each target of a copy exactly N:M, by the copy's own magnitudes.
+
+    Raises:
+        FlowError: the copy lacks a weight, has it in another shape, or shares its memory with the
+            model; nothing is changed.
+        WeightError: one of its weights is not finite; nothing is changed.
+    """
+    weights = _weights(copy, model, plan)
+    with torch.no_grad():
+        wholes: dict[str, Tensor] = {}
+        for target in plan:
+            weight = weights[target.name]
+            whole = wholes.setdefault(target.name, local(weight).clone())
+            part = region(weight, target, target.pattern.m)
+            if part.count == 0:
+                continue
+            w = part.of(local(weight))
+            kept, finite = select(w, target.pattern, target.dim)
+            if not bool(finite):
+                raise WeightError(
+                    f"'{target.name}' of the copy holds a NaN or an infinity, which no magnitude "
+                    "mask can order: average finite weights"
+                )
+            part.of(whole).copy_(project(w, kept))
+        for name, whole in wholes.items():
+            _write(weights[name], whole)
+
+
+@contextlib.contextmanager
+def pruned(copy: Copy, model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Show a copy as `prune` leaves it, and as it was afterwards."""
+    weights = _weights(copy, model, plan)
+    before = {name: local(weight).clone() for name, weight in weights.items()}
+    prune(copy, model, plan)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                _write(weight, before[name])
+
+
+def _weights(copy: Copy, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The targets' weights in a copy, by the name of the target, through wrappers' prefixes."""
+    if isinstance(copy, nn.Module):
+        named: Mapping[str, Tensor] = dict(copy.named_parameters(remove_duplicate=False))
+    elif isinstance(copy, Mapping):
+        named = {n: x for n, x in copy.items() if isinstance(x, Tensor)}
+    else:
+        raise FlowError(f"copy is a {type(copy).__name__}: give a torch.nn.Module or its weights")
+    found = {unwrapped(name): weight for name, weight in named.items()}
+    own = {local(p).data_ptr() for p in model.parameters()}
+    weights = {}
+    for target in plan:
+        weight = found.get(unwrapped(target.name))
+        if weight is None:
+            raise FlowError(
+                f"the copy has no '{target.name}': give a copy of the model that the flow is "
+                "attached to, wrapped or not"
+            )
+        if tuple(weight.shape) != target.shape:
+            raise FlowError(
+                f"the copy's '{target.name}' has the shape {tuple(weight.shape)}, but the "
+                f"model's is {target.shape}: give a copy of the model"
+            )
+        if weight.numel() and local(weight).data_ptr() in own:
+            raise FlowError(
+                f"the copy's '{target.name}' is the model's own weight: give a copy of the model; "
+                "for the model itself there are finalize() and final_masks()"
+            )
+        weights[target.name] = weight
+    return weights
+
+
+def _write(weight: Tensor, value: Tensor) -> None:
+    local(weight).copy_(value)

@@ -1,0 +1,50 @@
+"""Which optimizer owns each target's parameter, and where it lives in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nmflow.errors import FlowError
+from nmflow.flow.homes import Home
+from nmflow.flow.sharding import region
+from nmflow.flow.slots import Slot
+from nmflow.recipes import Recipe
+from nmflow.select.plan import Plan
+
+
+def slots_of(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    recipe: Recipe,
+    chosen: Plan,
+) -> list[Slot]:
+    """One slot a parameter, with the optimizer that owns it."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(p): name for name, p in reversed(params.items())}
+    places = {id(p): [n for n, other in params.items() if other is p] for p in params.values()}
+    owners: dict[int, Optimizer] = {}
+    for one in optimizers:
+        for group in one.param_groups:
+            for p in group["params"]:
+                if owners.setdefault(id(p), one) is not one:
+                    raise FlowError(
+                        f"'{names.get(id(p), 'a parameter')}' is in two of the optimizers, which "
+                        "would both step it: leave it to one of them"
+                    )
+    slots = []
+    for name in dict.fromkeys(t.name for t in chosen):
+        param = params[name]
+        if id(param) not in owners:
+            raise FlowError(
+                f"'{name}' is not in the optimizer, so nothing would train its dense weights: add "
+                "it to the optimizer's parameters, or exclude it"
+            )
+        regions = []
+        for target in (t for t in chosen if t.name == name):
+            used = recipe.patterns(target.pattern, target.length)
+            regions.append(region(param, target, max(p.m for p in used)))
+        slots.append(Slot(name, param, owners[id(param)], regions, Home(model, places[id(param)])))
+    return slots

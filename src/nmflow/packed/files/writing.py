@@ -1,0 +1,164 @@
+"""The file format, written: whole or not at all, one writer at a time, the header last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nmflow import disk
+from nmflow.errors import CompressError
+from nmflow.packed.files.container import (
+    FORMAT,
+    HEADER,
+    LARGEST_HEADER,
+    WEIGHTS,
+    checksum,
+    is_packed,
+)
+from nmflow.packed.files.stored import Stored
+from nmflow.packed.layout import LAYOUT_VERSION, file_bits, index_to_bytes
+
+
+def write(
+    folder: str | os.PathLike[str],
+    weights: Mapping[str, Stored],
+    tensors: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+) -> None:
+    """Write a folder: the new header takes the place of an old one in one step, or not at all.
+
+    Raises:
+        CompressError: the folder cannot be written, or a tensor has a dtype no file holds.
+    """
+    from nmflow.version import __version__
+
+    path = Path(folder)
+    data = _plain(tensors)
+    described = {}
+    for name, w in weights.items():
+        parts: list[dict[str, Any]] = []
+        for i, (start, stop, shape, values, index) in enumerate(w.parts):
+            part: dict[str, Any] = {"rows": [start, stop], "pattern": None}
+            _add(data, f"{name}#{i}.values", values.cpu().contiguous())
+            if shape is not None and index is not None:
+                part["pattern"] = str(shape.pattern)
+                part["bits"] = file_bits(shape.m)
+                _add(data, f"{name}#{i}.index", index_to_bytes(index, shape.m).cpu())
+            parts.append(part)
+        described[name] = {
+            "shape": list(w.shape),
+            "dtype": str(w.dtype).removeprefix("torch."),
+            "axis": w.axis,
+            "run": w.run,
+            "parts": parts,
+        }
+    sums = {
+        name: {
+            "dtype": str(t.dtype).removeprefix("torch."),
+            "shape": list(t.shape),
+            "sha256": checksum(t),
+        }
+        for name, t in data.items()
+    }
+    # Named by its content, so that the old header keeps naming the old file until it is replaced.
+    digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+    header = {
+        "format": FORMAT,
+        "layout": LAYOUT_VERSION,
+        "nmflow": __version__,
+        "file": f"weights-{digest}.safetensors",
+        "tensors": sums,
+        "weights": described,
+        "aliases": dict(aliases),
+    }
+    text = json.dumps(header, indent=1)
+    if len(text) > LARGEST_HEADER:
+        raise CompressError(f"the header would have {len(text):,} bytes: shorten the names")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with disk.locked(path):
+            _check_ours(path)
+            try:
+                _put_tensors(path / header["file"], data)
+                disk.write_whole(path / HEADER, text)
+            finally:
+                _remove_old_weights(path)
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, CompressError):
+            raise
+        raise CompressError(f"folder '{path}' cannot be written: {error}") from error
+
+
+def is_companion(file: Path) -> bool:
+    """Whether a file beside weights is a config or a tokeniser, which a packed network needs too.
+
+    Not an index of shards, nor what nmflow writes itself: headers, records and marks.
+    """
+    return (
+        file.suffix in (".json", ".txt", ".model", ".jinja")
+        and not file.name.startswith(("nmflow", "."))
+        and not file.name.endswith(".index.json")
+        and file.is_file()
+    )
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, none of which shares memory with another."""
+    made: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, t in tensors.items():
+        if t.layout != torch.strided or t.is_quantized or t.is_meta or t.is_nested:
+            kind = "meta" if t.is_meta else t.dtype if t.is_quantized else t.layout
+            raise CompressError(f"{name} is a {kind} tensor: files hold plain dense tensors only")
+        plain = t.detach().cpu().contiguous()
+        if plain.numel() and plain.untyped_storage().data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        _add(made, name, plain)
+    return made
+
+
+def _add(data: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    if name in data or name == "__metadata__":
+        raise CompressError(f"a tensor is called {name!r}, which the file needs: rename it")
+    data[name] = tensor
+
+
+def _check_ours(path: Path) -> None:
+    """Refuse to write over a file of the header's name that holds something else."""
+    if not is_packed(path) and os.path.lexists(path / HEADER):
+        raise CompressError(
+            f"folder '{path}' holds a {HEADER} that is no header of a packed network: give another "
+            "folder"
+        )
+
+
+def _put_tensors(path: Path, data: Mapping[str, Tensor]) -> None:
+    temporary = disk.temporary_in(path.parent)
+    try:
+        save_file(dict(data), temporary, metadata={"format": "pt"})
+        disk.put(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_old_weights(path: Path) -> None:
+    """Remove the files of tensors that the header, the old one or the new, does not name."""
+    try:
+        named = disk.read_json(path / HEADER, LARGEST_HEADER)["file"]
+    except FileNotFoundError:
+        named = None
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a damaged header: what it named cannot be told
+    for old in path.iterdir():
+        if WEIGHTS.fullmatch(old.name) and old.name != named:
+            old.unlink()

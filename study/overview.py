@@ -1,0 +1,71 @@
+"""The tables of the page for engineers, docs/explained/study.md, from the study's own tables."""
+
+from __future__ import annotations
+
+import re
+
+from choose import ROOT
+from compare import by_seed
+from rivals import against_narrower
+from tables import NARROW, OURS, main_runs, sparse_patterns, table, with_one_rival
+from tasks import BY_NAME, TASKS
+
+from nmflow.experiments.report.statistics import summary
+
+PAGE = ROOT / "docs" / "explained" / "study.md"
+PATTERN = "1:16"
+SETUPS = {
+    "Dense": "dense",
+    OURS: "`settling`",
+    "MDGF-Exponential": "MDGF-Exponential",
+    "SR-STE": "SR-STE, λ tuned",
+    "One-shot": "one-shot",
+    NARROW: "narrower dense",
+}
+"""What the page shows, by the tables' names."""
+
+
+def overview() -> str:
+    """The page, its tables made anew between their markers."""
+    page = PAGE.read_text("utf-8")
+    for name, made in (("tasks", tasks()), ("patterns", patterns()), ("narrower", narrower())):
+        block = re.compile(rf"(<!-- {name}: make study -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        page, count = block.subn(lambda found, made=made: f"{found[1]}\n{made}\n{found[2]}", page)
+        assert count == 1, f"{PAGE} has no place for {name}"
+    return page
+
+
+def tasks() -> str:
+    """Every task at 1:16."""
+    rows = []
+    for task in TASKS:
+        frame = with_one_rival(main_runs(task), task)
+        rows.append([task.title, *(_mean(frame, setup, PATTERN) for setup in SETUPS)])
+    return table(["", *SETUPS.values()], rows).rstrip()
+
+
+def patterns() -> str:
+    """Characters at every pattern."""
+    lm = BY_NAME["lm"]
+    frame = with_one_rival(main_runs(lm), lm)
+    shown = sparse_patterns(frame)
+    rows = [[said, *(_mean(frame, setup, p) for p in shown)] for setup, said in SETUPS.items()]
+    return table(["characters, GPT-2", *shown], rows).rstrip()
+
+
+def narrower() -> str:
+    """Settling at 1:16 against the dense network of equal FLOPs."""
+    rows = []
+    for task in TASKS:
+        _, cells = against_narrower(task)
+        cell = next(c for c in cells if (c.setup, c.pattern) == (OURS, PATTERN))
+        d = cell.difference
+        said = f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]".replace("-", "−")
+        word = "sparse wins" if cell.better else "the narrower one wins" if cell.worse else ""
+        rows.append([task.title, said, word or "no significant difference"])
+    return table(["task", f"`settling` at {PATTERN} − narrower dense", "verdict"], rows).rstrip()
+
+
+def _mean(frame: object, setup: str, pattern: str) -> str:
+    found = by_seed(frame, setup, None if setup == "Dense" else pattern, "points")  # type: ignore[arg-type]
+    return f"{summary(list(found.values())).mean:.1f}" if found else "–"
