@@ -9,6 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from nmflow.errors import ConfigError
+from nmflow.experiments import architectures  # noqa: F401 - makes `mlp-mixer` and `lstm` known
 from nmflow.experiments.config_errors import near
 from nmflow.experiments.specs import Model
 from nmflow.inspect.checkpoints import check_shards
