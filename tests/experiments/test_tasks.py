@@ -89,7 +89,8 @@ def test_a_learnt_tokeniser_is_kept_and_exact(tmp_path: Path) -> None:
     back = [text.strip() for text in first.batch_decode(ids)]
     assert back == texts
     learnt(Tokens(size=300), texts)
-    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 2
+    # Beside them lie the locks, which some releases of filelock remove.
+    assert len(list((tmp_path / "cache" / "tokenizers").glob("[!.]*"))) == 2
 
 
 def test_a_loaded_tokeniser_is_taken_as_it_is() -> None:

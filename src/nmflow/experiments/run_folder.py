@@ -67,7 +67,7 @@ class RunFolder:
         Args:
             what: what is held, to be said where it has to be waited for.
         """
-        lock = FileLock(str(self.path / LOCK), poll_interval=0.5)
+        lock = FileLock(str(self.path / LOCK))
         with one_sentence(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -75,7 +75,7 @@ class RunFolder:
             except Timeout:
                 if what:
                     log.warning("%s is held by another process: waiting for it", what)
-                lock.acquire()
+                lock.acquire(poll_interval=0.5)
         try:
             yield
         finally:

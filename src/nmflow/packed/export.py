@@ -187,7 +187,9 @@ def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _first_axis(value: Any) -> Any:
-    return {0: Dim("batch", min=1)} if isinstance(value, Tensor) and value.dim() else None
+    # A bound, since torch 2.6 takes the lack of one for a size that the network might forbid.
+    batch = {0: Dim("batch", min=1, max=2**31 - 1)}
+    return batch if isinstance(value, Tensor) and value.dim() else None
 
 
 def _tensors(output: Any) -> list[Tensor]:
