@@ -5,9 +5,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nmflow.flow import Flow, attach
-from nmflow.inspect.audit import audit
-from nmflow.inspect.cost import cost
+from nmflow.errors import (
+    CompressError,
+    ConfigError,
+    DataError,
+    DistillError,
+    FileFormatError,
+    FlowError,
+    NMFlowError,
+    NMFlowWarning,
+    PatternError,
+    PlanError,
+    RecipeError,
+    StateError,
+    WeightError,
+)
+from nmflow.flow import Flow, FlowStage, attach
+from nmflow.inspect.audit import Audit, audit
+from nmflow.inspect.cost import Cost, cost
 from nmflow.masks import holds, mask
 from nmflow.pattern import Pattern
 from nmflow.recipes import (
@@ -24,13 +39,25 @@ from nmflow.recipes import (
     Settling,
 )
 from nmflow.recipes.schedules import Stage
-from nmflow.select.plan import Target, plan
+from nmflow.select.plan import Plan, Target, plan
 from nmflow.version import __version__
 
 if TYPE_CHECKING:
     from nmflow import kernels
-    from nmflow.inspect.track import track
-    from nmflow.packed import compress, decompress, load, save
+    from nmflow.distill import Distiller
+    from nmflow.inspect.machine import doctor
+    from nmflow.inspect.noise import gradient_noise
+    from nmflow.inspect.track import Tracker, track
+    from nmflow.packed import (
+        compress,
+        decompress,
+        export_onnx,
+        export_program,
+        load,
+        load_state,
+        save,
+        save_state,
+    )
 
 __all__ = [
     "MDGF",
@@ -38,38 +65,71 @@ __all__ = [
     "SRSTE",
     "STE",
     "STEP",
+    "Audit",
+    "CompressError",
+    "ConfigError",
+    "Cost",
+    "DataError",
     "Dense",
+    "DistillError",
+    "Distiller",
+    "FileFormatError",
     "Flow",
+    "FlowError",
+    "FlowStage",
     "Gradual",
     "Hybrid",
+    "NMFlowError",
+    "NMFlowWarning",
     "OneShot",
     "Pattern",
+    "PatternError",
+    "Plan",
+    "PlanError",
     "Recipe",
+    "RecipeError",
     "Settling",
     "Stage",
+    "StateError",
     "Target",
+    "Tracker",
+    "WeightError",
     "__version__",
     "attach",
     "audit",
     "compress",
     "cost",
     "decompress",
+    "doctor",
+    "export_onnx",
+    "export_program",
+    "gradient_noise",
     "holds",
     "kernels",
     "load",
+    "load_state",
     "mask",
     "plan",
     "save",
+    "save_state",
     "track",
 ]
 
 # What training does not need is imported at first use.
 _LATER = {
+    "Distiller": "nmflow.distill",
+    "Tracker": "nmflow.inspect.track",
     "compress": "nmflow.packed",
     "decompress": "nmflow.packed",
+    "doctor": "nmflow.inspect.machine",
+    "export_onnx": "nmflow.packed",
+    "export_program": "nmflow.packed",
+    "gradient_noise": "nmflow.inspect.noise",
     "kernels": "",
     "load": "nmflow.packed",
+    "load_state": "nmflow.packed",
     "save": "nmflow.packed",
+    "save_state": "nmflow.packed",
     "track": "nmflow.inspect.track",
 }
 

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
         ({"training": {}}, r"the key 'training\.steps' is missing"),
         ({"task": "language-modeling"}, "did you mean 'language-modelling'"),
         ({"options": {"lenght": 3}}, "options: unknown key 'lenght': did you mean 'length'"),
-        ({"recipes": ["srste"]}, "recipe is 'srste': choose one of"),
+        ({"recipes": ["srste"]}, "recipe is 'srste': did you mean 'sr-ste'"),
         ({"recipes": [{"name": "sr-ste", "lamm": 1}]}, "'lamm' is no option of sr-ste"),
         ({"recipes": [{"name": "mdgf-linear", "beta": -1.0}]}, "beta"),
         ({"pattern": "0:4"}, "pattern is '0:4'"),

@@ -179,7 +179,7 @@ def test_trainer_leaves_an_autocast_forward_behind() -> None:
     model.forward = MethodType(convert_outputs_to_fp32(MethodType(inner, model).__func__), model)
     x = torch.randn(3, 32)
     with torch.no_grad():
-        packed = compress(model, measure=False, example=x)
+        packed = compress(model, measure=False, example_inputs=x)
         same(packed(x), model(x))
         for layer in (model[0], model[2]):
             layer.weight.zero_()

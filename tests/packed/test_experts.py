@@ -37,7 +37,7 @@ def test_a_mixture_of_experts(whole: bool, tmp_path: Path) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         want = model(ids).logits
-        packed = compress(model, measure=False, example={"input_ids": ids})
+        packed = compress(model, measure=False, example_inputs={"input_ids": ids})
         torch.testing.assert_close(packed(ids).logits, want, atol=1e-5, rtol=1e-5)
         rows = {r.name: r for r in packed.report}
         for name, p in model.named_parameters():

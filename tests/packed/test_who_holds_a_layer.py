@@ -164,7 +164,7 @@ def test_the_packed_layers_run(name: str, inplace: bool) -> None:
     with torch.no_grad():
         want = model(x)
         state = {k: v.clone() for k, v in model.state_dict().items()}
-        packed = compress(model, measure=False, inplace=inplace, example=x)
+        packed = compress(model, measure=False, inplace=inplace, example_inputs=x)
         torch.testing.assert_close(packed(x), want, atol=1e-5, rtol=1e-5)
         assert len(packed.report.packed) == 2  # pyright: ignore
         if "compile" not in name and name != "Functional":
@@ -297,7 +297,7 @@ def test_what_is_no_plain_layer_stays_dense_with_the_reason(name: str) -> None:
     x = torch.randn(3, 32)
     with torch.no_grad():
         want = model(x)
-        packed = compress(model, measure=False, example=x)
+        packed = compress(model, measure=False, example_inputs=x)
         torch.testing.assert_close(packed(x), want, atol=1e-5, rtol=1e-5)
     rows = {r.name: r for r in packed.report if r.name.startswith("fc.")}
     assert any(said in r.why for r in rows.values()), rows
@@ -368,8 +368,8 @@ def test_an_example_shows_what_no_block_alone_does() -> None:
     model = prune(Past())
     x = torch.randn(5, 32)
     with pytest.raises(CompressError, match="fuse=False"):
-        compress(model, measure=False, example=x)
-    packed = compress(model, measure=False, example=x, fuse=False)
+        compress(model, measure=False, example_inputs=x)
+    packed = compress(model, measure=False, example_inputs=x, fuse=False)
     torch.testing.assert_close(packed(x), model(x))
 
 

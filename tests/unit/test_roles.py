@@ -276,5 +276,5 @@ def test_pruned_experts_are_audited_costed_and_left_dense_by_compress(tmp_path):
     assert (found.targeted, found.kept) == (weights, weights // 4)
     assert found.index_bytes == weights // 4 // 2 * 2 // 8  # two bits, once for two rows
     assert found.flops * 4 == found.dense_flops == 2 * 4 * weights
-    with pytest.raises(NMFlowError, match="stack of matrices"):
+    with pytest.raises(NMFlowError, match="batch of matrices"):
         nmflow.compress(model)

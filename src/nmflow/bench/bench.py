@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def bench(
     model: nn.Module,
-    example: Mapping[str, Any],
+    example_inputs: Mapping[str, Any],
     pattern: Patterns | None = "1:16",
     include: Names = "all",
     exclude: Names = (),
@@ -50,7 +50,7 @@ def bench(
 
     Args:
         model: a network; a copy is pruned by magnitude to `pattern`.
-        example: keyword arguments of its forward pass.
+        example_inputs: keyword arguments of its forward pass.
         pattern: as for `plan`; None takes the patterns that the weights hold.
         include: as for `plan`.
         exclude: as for `plan`.
@@ -79,7 +79,7 @@ def bench(
         if layers:
             found.rows += _layers(typed, tokens, dtype, seconds, progress)
         if network:
-            rows, shares = _network(typed, example, dtype, onnx, seconds, name, progress)
+            rows, shares = _network(typed, example_inputs, dtype, onnx, seconds, name, progress)
             found.rows += rows
             found.shares |= shares
     return found

@@ -48,14 +48,14 @@ class _Listen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def explain(module: nn.Module, example: Any) -> Explanation:
-    """Say which kernel serves each packed product of a module for an example, and why.
+def explain(module: nn.Module, example_inputs: Any) -> Explanation:
+    """Say which kernel serves each packed product of a module for some inputs, and why.
 
-    The module runs once, without gradients, on the example.
+    The module runs once, without gradients, on the inputs.
 
     Args:
         module: a packed layer, or a whole model.
-        example: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Returns:
         A list of `(path, Choice)`; each `Choice` names the backend and the kernel and says of every
@@ -80,10 +80,11 @@ def explain(module: nn.Module, example: Any) -> Explanation:
         handles.append(part.register_forward_hook(_leave(listen.running), always_call=True))
     try:
         with torch.no_grad(), listen:
-            if isinstance(example, Mapping):
-                module(**example)
+            if isinstance(example_inputs, Mapping):
+                module(**example_inputs)
             else:
-                module(*(example if isinstance(example, tuple) else (example,)))
+                inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+                module(*inputs)
     finally:
         for handle in handles:
             handle.remove()

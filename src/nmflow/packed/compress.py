@@ -38,7 +38,7 @@ def compress(
     onednn: bool = False,
     fuse: bool = True,
     inplace: bool = False,
-    example: Any = None,
+    example_inputs: Any = None,
 ) -> Any:
     """Replace every N:M weight by its kept values and their columns, where that is faster.
 
@@ -63,8 +63,8 @@ def compress(
             which saves a pass over it.
         inplace: True changes `model`, whose packed layers stay the same objects, so that whoever
             holds one holds it packed; the default leaves `model` alone and returns a copy.
-        example: a tensor, a tuple of positional or a mapping of keyword arguments to run once, in
-            `model` and in the result: every packed layer that runs in one must run in the other,
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, run once
+            in `model` and in the result: every packed layer that runs in one must run in the other,
             and outside of training their outputs must agree.
 
     Returns:
@@ -114,14 +114,14 @@ def compress(
             new[module] = OneDNNLinear.of(module, max(counts))
     report = Report(_row(w, model.get_parameter(w.layer.name), verdicts, counts) for w in weights)
     before = None
-    if example is not None:
-        before = run_once(model, [p for p in sites if modules[p] in new], example)
+    if example_inputs is not None:
+        before = run_once(model, [p for p in sites if modules[p] in new], example_inputs)
     if onednn:
         new |= on_onednn({m: max(counts) for m in model.modules() if m not in new}, counts)
     made = replace_modules(model, new, inplace)
     report.fused = fuse_activations(made) if fuse else []
     if before is not None:
-        check_same(before, run_once(made, before.calls, example))
+        check_same(before, run_once(made, before.calls, example_inputs))
     name = "report" if isinstance(getattr(made, "report", report), Report) else "nmflow_report"
     made.__dict__[name] = report  # a plain attribute, past nn.Module's registry
     return made

@@ -22,13 +22,13 @@ Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def export_program(
-    model: nn.Module, example: Example, dynamic_batch: bool = True, packed: bool = False
+    model: nn.Module, example_inputs: Example, dynamic_batch: bool = True, packed: bool = False
 ) -> ExportedProgram:
     """Export with `torch.export`: the masked dense network, or the packed one with nmflow's ops.
 
     Args:
         model: a dense model that holds N:M, or what `compress` returned.
-        example: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         dynamic_batch: True lets the first axis of every input tensor vary, all together; the
             example then needs at least 2 along it.
         packed: True keeps packed modules; running the program then needs `import nmflow.kernels`.
@@ -36,12 +36,12 @@ def export_program(
     Raises:
         CompressError: the model's outputs and the program's differ, or torch cannot export it.
     """
-    return _program(_plain(model, packed), example, dynamic_batch)
+    return _program(_plain(model, packed), example_inputs, dynamic_batch)
 
 
 def export_onnx(
     model: nn.Module,
-    example: Example,
+    example_inputs: Example,
     path: str | os.PathLike[str],
     dynamic_batch: bool = True,
     verify: bool = True,
@@ -53,7 +53,7 @@ def export_onnx(
 
     Args:
         model: a dense model that holds N:M, or what `compress` returned (it is decompressed).
-        example: as for `export_program`.
+        example_inputs: as for `export_program`.
         path: the file; written whole or not at all.
         dynamic_batch: as for `export_program`.
         verify: run the file with onnxruntime and compare with the model.
@@ -76,7 +76,7 @@ def export_onnx(
     dense = _plain(model, False)
     try:
         made = torch.onnx.export(
-            _program(dense, example, dynamic_batch), dynamo=True, verbose=False
+            _program(dense, example_inputs, dynamic_batch), dynamo=True, verbose=False
         )
     except torch.onnx.OnnxExporterError as error:
         # ONNX takes attention apart, and torch's fused op lays its output out otherwise than its
@@ -86,7 +86,7 @@ def export_onnx(
                 if not changed:
                     raise
                 made = torch.onnx.export(
-                    _program(dense, example, dynamic_batch), dynamo=True, verbose=False
+                    _program(dense, example_inputs, dynamic_batch), dynamo=True, verbose=False
                 )
         except torch.onnx.OnnxExporterError:
             why = _first_line(error.__cause__ or error)
@@ -98,7 +98,7 @@ def export_onnx(
             part = folder / target.name
             made.save(str(part))
             if verify:
-                args, kwargs = _arguments(example)
+                args, kwargs = _arguments(example_inputs)
                 with _without_cache(dense), torch.no_grad():
                     want = _tensors(dense(*args, **kwargs))
                 _agree(want, _run_onnx(part, tree_leaves((args, kwargs))))
