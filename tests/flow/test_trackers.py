@@ -54,7 +54,9 @@ def test_a_tracker_sees_what_the_history_keeps(
 
 def test_tensorboard_has_them(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore
+        EventAccumulator,
+    )
 
     callback = NMFlowCallback("mdgf-linear", "1:8", include="ff")
     plain_trainer(tmp_path, callback, report_to="tensorboard", logging_steps=2).train()

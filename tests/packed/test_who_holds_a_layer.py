@@ -156,6 +156,18 @@ RUN: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
+def test_a_forward_that_reads_the_network_from_a_global_is_refused() -> None:
+    model = prune(nn.Sequential(nn.Linear(32, 32)))
+    spread: dict[str, object] = {"method": model.forward}
+    exec("def forward(*args, **kwargs):\n    return method(*args, **kwargs)", spread)
+    model.forward = spread["forward"]  # pyright: ignore
+    with pytest.raises(CompressError, match=r"replaced on the instance.*inplace=True"):
+        compress(model, measure=False)
+    assert type(model[0]) is nn.Linear
+    packed = compress(model, measure=False, inplace=True)
+    assert len(explain(packed, torch.randn(2, 32))) == 1
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", RUN)
 def test_the_packed_layers_run(name: str, inplace: bool) -> None:

@@ -75,7 +75,7 @@ def _load(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrained
             "model.fields has trust_remote_code: nmflow runs no code of a saved network; leave it "
             "out, and give one of transformers' own kinds"
         )
-    if Path(model.load).is_dir():
+    if model.load and Path(model.load).is_dir():
         check_shards(Path(model.load))
     labels = {k: v for k, v in task_fields.items() if k == "num_labels"}
     try:

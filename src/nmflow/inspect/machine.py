@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def _threads() -> Finding:
     return Finding("threads", "ok", found)
 
 
-def _cores() -> Iterable[int]:
+def _cores() -> Collection[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return range(os.cpu_count() or 1)

@@ -109,13 +109,17 @@ def outside(forward: Any, modules: Collection[nn.Module]) -> str | None:
 
 
 def reaches(start: Any, modules: Collection[nn.Module]) -> bool:
-    """Whether one of the modules can be reached from an object."""
+    """Whether one of the modules can be reached from an object, by globals that code reads too."""
     left, seen = [start], {id(start)}
     while left and len(seen) < _MOST:
         one = left.pop()
         if isinstance(one, nn.Module) and one in modules:
             return True
-        parts = _parts(one) if isinstance(one, types.FunctionType) else gc.get_referents(one)
+        if isinstance(one, types.FunctionType):
+            read = [one.__globals__.get(name) for name in _globals(one.__code__)]
+            parts = [*_parts(one), *read]
+        else:
+            parts = gc.get_referents(one)
         for part in parts:
             if id(part) not in seen and not isinstance(part, _CLOSED):
                 seen.add(id(part))

@@ -170,7 +170,11 @@ def _figures(parts: Sequence[Section]) -> list[Figure]:
 
 def _script() -> str:
     """The page's one script, which sorts tables; the page's policy allows it by its hash alone."""
-    return (resources.files(__package__) / "templates" / "sort.js").read_text("utf-8").strip()
+    return (
+        (resources.files("nmflow.experiments.report") / "templates" / "sort.js")
+        .read_text("utf-8")
+        .strip()
+    )
 
 
 def _sha256(script: str) -> str:
