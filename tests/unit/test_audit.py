@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
