@@ -90,7 +90,7 @@ def test_a_load_into_meta_holds_little_more_than_the_packed_network(tmp_path: Pa
         torch.set_num_threads(1)
 
         def make():
-            return nn.Sequential(*[nn.Linear(1024, 4096, bias=False) for _ in range(24)])
+            return nn.Sequential(*[nn.Linear(1024, 4096, bias=False) for _ in range(12)])
 
         def held():
             for line in open("/proc/self/status"):
@@ -102,7 +102,7 @@ def test_a_load_into_meta_holds_little_more_than_the_packed_network(tmp_path: Pa
             model = make()
             for layer in model:
                 layer.weight.data *= nmflow.mask(layer.weight, "1:8")
-            nmflow.save(model, folder)
+            nmflow.save(model, folder, "1:8")  # told, which is faster than found
             raise SystemExit
         with torch.device("meta"):
             model = make()
@@ -116,7 +116,7 @@ def test_a_load_into_meta_holds_little_more_than_the_packed_network(tmp_path: Pa
                 most = max(most, held())
 
         thread = threading.Thread(target=watch)
-        sys.setswitchinterval(1e-4)
+        sys.setswitchinterval(1e-3)
         thread.start()
         packed = nmflow.load(folder, model)
         done = True
