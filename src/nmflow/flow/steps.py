@@ -228,9 +228,8 @@ class Steps:
             if self._entered:
                 self._leave()
             self._weights.write(self._record.k, self._reuse)
-        except (
-            NMFlowError
-        ) as error:  # beside the exception that goes on, and again at the next step
+        except NMFlowError as error:
+            # The exception that broke the step goes on; the next step raises this one again.
             log.warning("%s", error)
         self._inside = self._entered = False
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import MaxNLocator
 
-from nmflow.experiments.report.compare import LESS_IS_BETTER, PLACEMENT, Recipe, Setting
-from nmflow.experiments.report.setting_plots import draw, style
+from nmflow.experiments.report.compare import PLACEMENT, Recipe, Setting
+from nmflow.experiments.report.setting_plots import difference_axes, draw, style
 from nmflow.experiments.report.settings import Group
 from nmflow.experiments.report.statistics import Paired, interval
 
@@ -128,12 +127,8 @@ def forest(rows: Sequence[tuple[str, Recipe, Paired]], headline: str) -> str:
             ax.plot([d.mean], [y], marker=how["marker"], color=how["color"], ms=6, ls="")
             if d.low is not None and d.high is not None:
                 ax.plot([d.low, d.high], [y, y], color=how["color"], lw=1.8)
-        ax.axvline(0, color="#333333", lw=1)
-        ax.xaxis.set_major_locator(MaxNLocator(7))
-        better = "left" if headline in LESS_IS_BETTER else "right"
-        ax.set_xlabel(f"test {headline}: difference, better to the {better}")
-        ax.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)], fontsize=8)
-        ax.set_ylim(-0.7, len(rows) - 0.3)
+        difference_axes(ax, headline, [name for name, _, _ in rows], 7)
+        ax.tick_params(axis="y", labelsize=8)
         ax.grid(visible=False, axis="y")
 
     return draw(paint, height=0.9 + 0.24 * len(rows))

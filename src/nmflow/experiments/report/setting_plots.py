@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -182,16 +182,21 @@ def differences(setting: Setting) -> str:
                 ax.plot([d.mean], [y], marker=how["marker"], color=how["color"], ms=8, ls="")
                 if d.low is not None and d.high is not None:
                     ax.plot([d.low, d.high], [y, y], color=how["color"], lw=2)
-            ax.axvline(0, color="#333333", lw=1)
-            ax.xaxis.set_major_locator(MaxNLocator(5))
-            better = "left" if metric in LESS_IS_BETTER else "right"
-            ax.set_xlabel(f"test {metric}: difference, better to the {better}")
-            ax.set_yticks(range(len(rows)), [r.title for r in reversed(rows)])
-            ax.set_ylim(-0.6, len(rows) - 0.4)
+            difference_axes(ax, metric, [r.title for r in rows], 5)
         for ax in axes[1:]:
             ax.set_yticklabels([])
 
     return draw(paint, columns=len(shown), height=1.2 + 0.45 * len(setting.recipes))
+
+
+def difference_axes(ax: Axes, metric: str, names: Sequence[str], ticks: int) -> None:
+    """The axes of differences in one figure: a line at zero, and a row a name from the top."""
+    ax.axvline(0, color="#333333", lw=1)
+    ax.xaxis.set_major_locator(MaxNLocator(ticks))
+    better = "left" if metric in LESS_IS_BETTER else "right"
+    ax.set_xlabel(f"test {metric}: difference, better to the {better}")
+    ax.set_yticks(range(len(names)), names[::-1])
+    ax.set_ylim(-0.6, len(names) - 0.4)
 
 
 def tracked(setting: Setting, key: str, label: str) -> str:
