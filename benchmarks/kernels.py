@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from _timing import copies_of, facts, interleaved, rotate, write_csv
-from nmflow.kernels import cpu, ops
-from nmflow.kernels.layout import Shape
+from nmflow.kernels import Call, cpu, ops
+from nmflow.kernels.layout import Shape, canonical_from_dense, tiled_from_canonical
 from nmflow.pattern import Pattern
 
 SHAPES = ((3072, 768), (768, 3072))
@@ -59,17 +59,22 @@ def dense_calls(x: torch.Tensor, w: torch.Tensor, cache: str) -> dict:
     return calls
 
 
+def pack(w: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor, Shape]:
+    """The tiled values and codes of a sparse weight, and its shape."""
+    shape = Shape.of(w.shape[0], w.shape[1], pattern)
+    return *tiled_from_canonical(*canonical_from_dense(w, shape), shape), shape
+
+
 def packed_call(x: torch.Tensor, out: int, pattern: Pattern, cache: str) -> tuple:
-    """The packed way through its op, and the packed weight."""
-    inputs, shape = x.shape[1], Shape.of(out, x.shape[1], pattern)
-    packed = cpu.pack(sparse(out, inputs, pattern, x.dtype), pattern)
-    size, code_size = shape.tiled_sizes(x.dtype)
-    values = packed.values.view(size)
-    codes = packed.codes.view(shape.code_dtype()).view(code_size)
-    numbers = (out, inputs, pattern.n, pattern.m, pattern.panel)
-    count = copies_of(packed.nbytes, cache, x.shape[0])
+    """The packed way through its op, the kernel that serves it, and the bytes of its weight."""
+    values, codes, shape = pack(sparse(out, x.shape[1], pattern, x.dtype), pattern)
+    numbers = (out, x.shape[1], pattern.n, pattern.m, pattern.panel)
+    size = values.nbytes + codes.nbytes
+    count = copies_of(size, cache, x.shape[0])
     weights = [(values.clone(), codes.clone()) for _ in range(count)]
-    return rotate([lambda a=a, b=b: ops.matmul(x, a, b, None, numbers) for a, b in weights]), packed
+    calls = [lambda a=a, b=b: ops.matmul(x, a, b, None, numbers) for a, b in weights]
+    kernel = cpu.kernel(Call(shape, x.dtype, "cpu", x.shape[0])).split()[-1]
+    return rotate(calls), (kernel, size)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, object]]:
@@ -96,12 +101,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
                 rows.append(
                     {
                         **{"out": out, "in": inputs, "dtype": args.dtype, "tokens": tokens},
-                        **{"way": name, "kernel": cpu.choose(packed, tokens) if packed else ""},
+                        **{"way": name, "kernel": packed[0] if packed else ""},
                         **{"median_ms": round(found.median * 1e3, 5)},
                         **{"q10_ms": round(found.low * 1e3, 5)},
                         **{"q90_ms": round(found.high * 1e3, 5), "samples": found.samples},
                         "gflops": round(2e-9 * tokens * out * inputs * share / found.median, 1),
-                        "bytes_share": round(packed.nbytes / (out * inputs * dtype.itemsize), 4)
+                        "bytes_share": round(packed[1] / (out * inputs * dtype.itemsize), 4)
                         if packed
                         else 1.0,
                         **{"times_best_dense": round(ratio, 2), "goal": goal if goal else ""},

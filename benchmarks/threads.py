@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 
 import torch
 
 from _timing import facts, interleaved, write_csv
-from kernels import PATTERNS, SHAPES, sparse
-from nmflow.kernels import cpu
+from kernels import PATTERNS, SHAPES, pack, sparse
+from nmflow.kernels import ops
 from nmflow.pattern import Pattern
 
 GOAL = 1.8  # from 197 tokens on
+
+
+def on_threads(count: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Run a call on this many threads of torch's."""
+    torch.set_num_threads(count)
+    return call()
 
 
 def main() -> None:
@@ -31,10 +38,11 @@ def main() -> None:
         for tokens in args.tokens:
             x = torch.randn(tokens, inputs)
             for spec in PATTERNS:
-                packed = cpu.pack(sparse(out, inputs, Pattern(spec), x.dtype), Pattern(spec))
-                calls = {
-                    str(n): functools.partial(cpu.matmul, x, packed, threads=n) for n in (1, 2)
-                }
+                p = Pattern(spec)
+                values, codes, _ = pack(sparse(out, inputs, p, x.dtype), p)
+                numbers = (out, inputs, p.n, p.m, p.panel)
+                call = functools.partial(ops.matmul, x, values, codes, None, numbers)
+                calls = {str(n): functools.partial(on_threads, n, call) for n in (1, 2)}
                 times = interleaved(calls, args.seconds)
                 ratio = times["1"].median / times["2"].median
                 goal = GOAL if tokens >= 197 else ""

@@ -98,9 +98,8 @@ struct nmf_geometry {
   int64_t tiles;         /* ceil(out / 16) */
   int64_t span, span_entries, spans;
   int64_t bits, per, words; /* codes: bits each, per in a uint32, words per lane */
-  int64_t lists;            /* canonical: lists of indices (rows, or panels) */
   int64_t panels;           /* shared codes: number of panels, else 0 */
-  int64_t values_bytes, codes_bytes, canonical_values_bytes, canonical_index_bytes;
+  int64_t values_bytes, codes_bytes;
 };
 int nmf_geometry_of(const nmflow_shape *shape, nmf_geometry *geometry);
 

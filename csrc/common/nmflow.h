@@ -8,13 +8,8 @@
  * multiple of M. With panel = V > 1, V consecutive output rows share their kept columns.
  *
  * ---------------------------------------------------------------------------------------------
- * Canonical form (what files store; independent of the machine and of this library):
- *   values  [out][S]  of the weight's dtype, S = in / M * N, a row's kept values in column order
- *   index   [lists][S] uint8, the column inside its group of M, strictly increasing in each run
- *           of N; lists = out, or ceil(out / panel) when panel > 1 (a panel shares one list)
- *   entry s belongs to group s / N; its column is (s / N) * M + index.
- *
  * Kernel layout, version 1 (what a module holds in memory; one layout serves every kernel):
+ *   S       = in / M * N, the kept values of a row in column order; entry s is of group s / N
  *   tiles   = ceil(out / 16)            16 output rows are the 16 lanes of a tile
  *   values  fp32:   [tiles][S][16]
  *           16-bit: [tiles][ceil(S / 2)][16][2]: entries 2p and 2p + 1 of a row side by side, as
@@ -26,8 +21,7 @@
  *           uint8  [ceil(out / panel)][S]: the column inside its span, one per byte  (shared)
  *   Shared codes are used when panel is a multiple of 16: then every tile lies in one panel.
  *   Other panels are stored as if each row had a pattern of its own.
- *   All buffers are little-endian. Kept values keep their exact bits (also -0.0 and NaN payloads);
- *   unpacking writes +0.0 to every place that is not kept.
+ *   All buffers are little-endian.
  * ---------------------------------------------------------------------------------------------
  */
 #ifndef NMFLOW_H
@@ -45,7 +39,7 @@ extern "C" {
 #define NMFLOW_API __attribute__((visibility("default")))
 #endif
 
-#define NMFLOW_ABI_VERSION 4
+#define NMFLOW_ABI_VERSION 5
 #define NMFLOW_LAYOUT_VERSION 1
 
 enum nmflow_dtype { NMFLOW_F32 = 0, NMFLOW_BF16 = 1, NMFLOW_F16 = 2 };
@@ -56,7 +50,6 @@ enum nmflow_isa { NMFLOW_PORTABLE = 0, NMFLOW_AVX2 = 1, NMFLOW_AVX512 = 2 };
 enum nmflow_status {
   NMFLOW_OK = 0,
   NMFLOW_NOT_FINITE = 1,    /* nmflow_project: w holds a NaN or an infinity */
-  NMFLOW_NOT_SPARSE = 2,    /* nmflow_canonical_from_dense: a group holds more than N (or a panel more columns) */
   NMFLOW_BAD_PATTERN = -1,  /* not 1 <= N <= M, M out of range, in not a multiple of M, panel < 1 */
   NMFLOW_BAD_SHAPE = -2,    /* a size is negative, zero where it may not be, or overflows */
   NMFLOW_BAD_DTYPE = -3,    /* unknown dtype or epilogue */
@@ -67,7 +60,7 @@ enum nmflow_status {
   NMFLOW_NO_KERNEL = -8     /* the kernel asked for does not serve this case on this machine */
 };
 
-/* What a packed weight is. Plain numbers: nothing in it is trusted before nmflow_sizes says OK. */
+/* What a packed weight is. Plain numbers: every function checks it. */
 typedef struct nmflow_shape {
   int64_t out, in;
   int32_t n, m, panel, dtype;
@@ -112,34 +105,6 @@ NMFLOW_API int32_t nmflow_project(const void *w, int32_t dtype, int64_t outer, i
                                   int64_t inner, int64_t n, int64_t m, int64_t panel,
                                   double delta, const void *values, double pull, void *dense,
                                   uint8_t *mask, void *out, int32_t threads);
-
-/* The sizes in bytes of a packed weight's two buffers, and of the canonical form's two. Any
- * pointer may be null. Refuses a shape or pattern the layout cannot hold (M > 256, overflow). */
-NMFLOW_API int32_t nmflow_sizes(const nmflow_shape *shape, int64_t *values_bytes,
-                                int64_t *codes_bytes, int64_t *canonical_values_bytes,
-                                int64_t *canonical_index_bytes);
-
-/* Dense W (out, in), row-major with a row stride in elements, to the canonical form. Kept are the
- * non-zero elements (for a panel: the columns with any), filled up to N with the lowest free
- * columns of the group, whose bits (+0.0 or -0.0) are kept too. NMFLOW_NOT_SPARSE: a group holds
- * more than N. */
-NMFLOW_API int32_t nmflow_canonical_from_dense(const nmflow_shape *shape, const void *dense,
-                                               int64_t dense_stride, void *values, uint8_t *index);
-/* Canonical to dense; refuses an index that is out of range or out of order. */
-NMFLOW_API int32_t nmflow_dense_from_canonical(const nmflow_shape *shape, const void *values,
-                                               int64_t values_bytes, const uint8_t *index,
-                                               int64_t index_bytes, void *dense,
-                                               int64_t dense_stride);
-/* Canonical to kernel layout; refuses an index that is out of range or out of order. */
-NMFLOW_API int32_t nmflow_packed_from_canonical(const nmflow_shape *shape, const void *values,
-                                                int64_t values_bytes, const uint8_t *index,
-                                                int64_t index_bytes, void *packed_values,
-                                                int64_t packed_values_bytes, void *codes,
-                                                int64_t codes_bytes);
-/* Kernel layout back to canonical (checks it first, as nmflow_validate does). */
-NMFLOW_API int32_t nmflow_canonical_from_packed(const nmflow_packed *packed, void *values,
-                                                int64_t values_bytes, uint8_t *index,
-                                                int64_t index_bytes);
 
 /* Checks a kernel-layout weight whole: sizes, every code in its group, strictly increasing, no bits
  * in padding. The kernels stay inside their buffers even for codes that would not pass (decoding

@@ -1,6 +1,6 @@
 """The optional compiled library, loaded with ctypes: is it there, and what can it do here.
 
-The library (`csrc/`, a plain C ABI described in `csrc/nmflow.h`) is built when the package is
+The library (`csrc/`, its C ABI in `csrc/common/nmflow.h`) is built when the package is
 installed and a C++ compiler is at hand. Without it `available()` is False, `why_not()` says why,
 and the rest of nmflow works in pure torch, slower. Setting `NMFLOW_NATIVE=0` leaves it unloaded;
 `NMFLOW_ISA=portable|avx2|avx512` caps the instruction set.
@@ -17,15 +17,14 @@ import torch
 
 from nmflow.errors import NMFlowError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("portable", "avx2", "avx512")
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16")
-NOT_FINITE, NOT_SPARSE = 1, 2
+NOT_FINITE = 1
 # What `nmflow_status` says, in words; the caller adds the parameter's name and its value.
 REASONS = {
     NOT_FINITE: "holds a NaN or an infinity",
-    NOT_SPARSE: "has more non-zeros in a group than the pattern keeps",
     -1: "has a pattern that does not fit it (1 <= N <= M <= 256, inputs a multiple of M)",
     -2: "has a size that is negative or overflows",
     -3: "has a dtype or an epilogue that the kernels do not know",

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from nmflow import mask
 from nmflow.errors import CompressError
 from nmflow.kernels import cpu, matmul
+from nmflow.kernels.layout import Shape
 from nmflow.packed.modules import PackedLinear
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.pattern import Pattern
@@ -294,8 +295,9 @@ def test_buffers_of_another_shape_dtype_or_device_are_one_sentence() -> None:
     p.layer.bias = nn.Parameter(torch.empty(32, device="meta"))
     with pytest.raises(CompressError, match="on meta"):
         p.layer(x)
+    values, codes = torch.zeros(1, 16, 32)[..., ::2], torch.zeros(1, 2, 16, dtype=torch.int32)
     with pytest.raises(CompressError, match="contiguous"):
-        cpu.Packed(torch.zeros(64)[::2], torch.zeros(4, dtype=torch.uint8), 1, 32, Pattern("1:2"))
+        cpu.bind(values, codes, Shape.of(1, 32, "1:2"))
 
 
 def test_a_state_of_another_dtype_is_converted_as_in_a_dense_layer() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nmflow import Pattern, mask, native
+from nmflow import mask, native
 from nmflow.errors import CompressError
 from nmflow.kernels import Call, choose, cpu, explain, matmul, reference, unpack
 from nmflow.kernels.layout import (
@@ -140,16 +140,42 @@ def test_layouts_round_trip(case: tuple[Tensor, str]) -> None:
     assert torch.equal(again[1], index)
 
 
-@pytest.mark.skipif(not native.available(), reason="the native library is not built")
+def tiled_by_the_letter(w: Tensor, index: Tensor, s: Shape) -> tuple[list[int], list[int]]:
+    """The bits of both buffers as csrc/common/nmflow.h states them, entry by entry."""
+    bits = w.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[w.itemsize]).tolist()
+    pairs = w.itemsize == 2
+    held = s.entries + s.entries % 2 if pairs else s.entries
+    span = 16 // s.m * s.m if s.m <= 16 else s.m
+    width, per = (4, 8) if s.m <= 16 else (8, 4)
+    words = -(-s.entries // per)
+    values, codes = [0] * (s.tiles * held * 16), [0] * (s.tiles * words * 16)
+    shared = s.panel > 1 and s.panel % 16 == 0
+    if shared:
+        codes = [0] * (s.lists * s.entries)
+    for row in range(s.out):
+        for e in range(s.entries):
+            column = e // s.n * s.m + int(index[row // s.panel, e])
+            lane = e // 2 * 32 + row % 16 * 2 + e % 2 if pairs else e * 16 + row % 16
+            values[row // 16 * held * 16 + lane] = bits[row][column]
+            code = column - e // (span // s.m * s.n) * span
+            if shared:
+                codes[row // s.panel * s.entries + e] = code
+            else:
+                codes[(row // 16 * words + e // per) * 16 + row % 16] |= code << e % per * width
+    return values, codes
+
+
 @given(_weights())
-def test_layouts_are_the_compiled_ones(case: tuple[Tensor, str]) -> None:
+def test_the_tiled_layout_is_the_stated_one(case: tuple[Tensor, str]) -> None:
     w, pattern = case
-    if w.dtype == torch.float64:
-        return
-    packed = cpu.pack(w, Pattern(pattern))
-    values, codes, _ = tiled(w, pattern)
-    assert torch.equal(packed.values.view(torch.uint8), values.view(-1).view(torch.uint8))
-    assert torch.equal(packed.codes.view(torch.uint8), codes.view(-1).view(torch.uint8))
+    values, codes, shape = tiled(w, pattern)
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[w.itemsize]
+    stated = tiled_by_the_letter(w, canonical_from_dense(w, shape)[1], shape)
+    assert values.view(kind).flatten().tolist() == stated[0]
+    mask32 = 0xFF if shape.shared else 0xFFFFFFFF
+    assert [code & mask32 for code in codes.flatten().tolist()] == stated[1]
+    if w.dtype in native.DTYPES and native.available():
+        cpu.validate(values, codes, shape)
 
 
 def test_minus_zero_and_nan_payloads_survive() -> None:
@@ -312,6 +338,14 @@ def test_choose_says_why() -> None:
     assert choice.refused[0][0] == "cpu"
     assert "float64" in str(choice) or "native" in str(choice)
     assert choose(Call(shape, torch.float32, "cuda", 3)).backend == "reference"
+
+
+@pytest.mark.parametrize("size", [(4, 2**25, "1:16"), (4, 32, f"1:16@{2**32 + 16}")], ids=str)
+def test_what_the_kernels_cannot_hold_goes_to_the_reference(size: tuple[int, int, str]) -> None:
+    call = Call(Shape.of(*size), torch.float32, "cpu", 1)
+    assert choose(call).backend == "reference"
+    if native.available():
+        assert "bits" in str(choose(call)) or "overflows" in str(choose(call))
 
 
 def test_explain_names_module_and_kernel() -> None:

@@ -1,12 +1,9 @@
-"""The compiled CPU kernels on torch tensors: multiply with a packed weight.
-
-What a packed weight is, and the ways to and from one, are in `cpu_layout`; the C ABI beneath both
-is documented in `csrc/nmflow.h`.
-"""
+"""The compiled CPU kernels: `nmflow_matmul` of the C ABI that `csrc/common/nmflow.h` documents."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,114 +11,73 @@ import torch
 from torch import Tensor
 
 from nmflow import native
-from nmflow.errors import CompressError
-from nmflow.kernels.cpu_layout import (
-    Packed,
-    canonical,
-    check,
-    dense,
-    from_canonical,
-    lib,
-    name_of,
-    pack,
-    packed_struct,
-    shape_struct,
-    sizes,
-    struct_of,
-    supports,
-    to_canonical,
-    unpack,
-    validate,
-)
+from nmflow.errors import CompressError, FileFormatError
 
 if TYPE_CHECKING:
     from nmflow.kernels.backend import Call
     from nmflow.kernels.layout import Shape
 
-__all__ = [
-    "EPILOGUES",
-    "KERNELS",
-    "Packed",
-    "bind",
-    "canonical",
-    "choose",
-    "dense",
-    "from_canonical",
-    "kernel",
-    "matmul",
-    "pack",
-    "sizes",
-    "struct_of",
-    "supports",
-    "to_canonical",
-    "unpack",
-    "validate",
-    "why_not",
-]
-
-EPILOGUES = ("none", "gelu", "relu")
 KERNELS = ("auto", "gather", "tokens", "permute", "tiles", "panel")
 
 
-def choose(packed: Packed, tokens: int) -> str:
-    """Name of the kernel that `matmul` takes for this many tokens."""
-    struct = packed_struct(packed)
-    number = lib().nmflow_choose(struct, tokens)
-    if number < 0:
-        check(number, name_of(packed))
-    return KERNELS[number]
+class ShapeStruct(ctypes.Structure):
+    """`nmflow_shape` of the C ABI."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("out", "in")),
+        *((name, ctypes.c_int32) for name in ("n", "m", "panel", "dtype")),
+    ]
+
+    @classmethod
+    def of(cls, shape: Shape, dtype: torch.dtype) -> ShapeStruct:
+        """The numbers of a shape."""
+        return cls(shape.out, shape.inputs, shape.n, shape.m, shape.panel, native.DTYPES[dtype])
 
 
-def matmul(
-    x: Tensor,
-    packed: Packed,
-    bias: Tensor | None = None,
-    epilogue: str = "none",
-    kernel: str = "auto",
-    threads: int | None = None,
-) -> Tensor:
-    r"""Multiply with a packed weight: `y = epilogue(x @ W.T + bias)`.
+class PackedStruct(ctypes.Structure):
+    """`nmflow_packed` of the C ABI."""
 
-    Accumulates in fp32 and rounds once to the dtype.
+    _fields_ = [
+        ("shape", ShapeStruct),
+        *(("values", ctypes.c_void_p), ("values_bytes", ctypes.c_int64)),
+        *(("codes", ctypes.c_void_p), ("codes_bytes", ctypes.c_int64)),
+    ]
 
-    Args:
-        x: CPU tensor (..., in) of the weight's dtype.
-        packed: the weight, (out, in).
-        bias: (out,) of the weight's dtype, or None.
-        epilogue: "none", "gelu" (erf) or "relu".
-        kernel: one of `KERNELS`; "auto" lets the library choose.
-        threads: at most this many; `torch.get_num_threads()` by default.
+    @classmethod
+    def of(cls, values: Tensor, codes: Tensor, shape: Shape) -> PackedStruct:
+        """The addresses of two buffers, which must outlive it; raises `CompressError`."""
+        for buffer in (values, codes):
+            if not buffer.is_contiguous() or buffer.data_ptr() % buffer.element_size():
+                raise CompressError(
+                    "buffers of a packed weight are read by address: pass contiguous, aligned "
+                    "tensors, such as buffer.contiguous().clone()"
+                )
+        numbers = ShapeStruct.of(shape, values.dtype)
+        return cls(numbers, values.data_ptr(), values.nbytes, codes.data_ptr(), codes.nbytes)
 
-    Returns:
-        y, (..., out), contiguous.
+
+@functools.cache
+def lib() -> ctypes.CDLL:
+    """The native library, its functions for packed weights declared."""
+    library = native.library()
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    library.nmflow_validate.argtypes = [pointer]
+    library.nmflow_matmul.argtypes = [
+        *(pointer, pointer, i64, pointer, pointer, i64, i64, i32, i32, i32),
+    ]
+    library.nmflow_choose.argtypes = [pointer, i64]
+    return library
+
+
+def validate(values: Tensor, codes: Tensor, shape: Shape) -> None:
+    """Check a tiled weight whole: sizes, every code, nothing in the padding.
 
     Raises:
-        CompressError: a shape, dtype or device that does not fit, or a kernel that does not serve
-            this case on this machine.
+        FileFormatError: it is not a weight of this shape and pattern.
     """
-    if x.dtype != packed.values.dtype or x.device.type != "cpu" or x.shape[-1] != packed.inputs:
-        raise CompressError(
-            f"x is {x.dtype} {tuple(x.shape)} on {x.device}: the weight needs "
-            f"{packed.values.dtype} (..., {packed.inputs}) on the CPU"
-        )
-    if bias is not None:
-        if bias.dtype != x.dtype or bias.shape != (packed.out,) or bias.device.type != "cpu":
-            raise CompressError(
-                f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}: it must be {x.dtype} "
-                f"({packed.out},) on the CPU"
-            )
-        bias = bias.contiguous()
-    x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], packed.out, dtype=x.dtype)
-    status = lib().nmflow_matmul(
-        *(packed_struct(packed), x.data_ptr(), packed.inputs),
-        None if bias is None else bias.data_ptr(),
-        *(y.data_ptr(), packed.out, x.numel() // packed.inputs),
-        *(EPILOGUES.index(epilogue), threads or torch.get_num_threads(), KERNELS.index(kernel)),
-    )
+    status = lib().nmflow_validate(ctypes.byref(PackedStruct.of(values, codes, shape)))
     if status:
-        check(status, f"{name_of(packed)} with kernel {kernel!r}")
-    return y
+        raise FileFormatError(f"{_name(shape)} {native.REASONS[status]}")
 
 
 # What the registry asks of a backend (`backend` states the contract).
@@ -131,27 +87,34 @@ def why_not(call: Call) -> str | None:
     """None if these kernels serve the call, else the reason in words."""
     if call.device != "cpu":
         return f"x is on {call.device} and the compiled kernels run on the CPU"
-    return supports(call.dtype, call.shape.pattern) or None
+    if not native.available():
+        return f"the native library is not available: {native.why_not()}"
+    if call.dtype not in native.DTYPES:
+        return f"dtype {call.dtype} is not float32, bfloat16 or float16"
+    if call.shape.panel >= 2**31:
+        return f"its panels of {call.shape.panel} rows do not fit 32 bits"
+    number = _choose(call)
+    return None if number >= 0 else f"the weight {native.REASONS[number]}"
 
 
 def kernel(call: Call) -> str:
     """The instruction set and the kernel that would run, such as "avx512 tokens"."""
-    s = call.shape
-    shape = shape_struct(s.out, s.inputs, s.pattern, call.dtype)
-    number = lib().nmflow_choose(ctypes.byref(shape), max(call.tokens, 1))
-    if number < 0:
-        check(number, f"weight of shape ({s.out}, {s.inputs}) at {s.pattern}")
-    return f"{native.isa()} {KERNELS[number]}"
+    return f"{native.isa()} {KERNELS[_choose(call)]}"
+
+
+def _choose(call: Call) -> int:
+    """The number of the kernel of `KERNELS`, or a negative status."""
+    shape = ShapeStruct.of(call.shape, call.dtype)
+    return lib().nmflow_choose(ctypes.byref(shape), max(call.tokens, 1))
 
 
 def bind(
     values: Tensor, codes: Tensor, shape: Shape
 ) -> Callable[[Tensor, Tensor | None, Tensor, int, int], None]:
-    """Prepare one weight in kernel layout, checked here once; the result runs it."""
-    pattern = shape.pattern
-    packed = Packed(values.view(-1), codes.view(-1), shape.out, shape.inputs, pattern)
-    validate(packed)
-    struct, call = packed_struct(packed), lib().nmflow_matmul
+    """Prepare one tiled weight, checked here once; the result runs it."""
+    validate(values, codes, shape)
+    weight = PackedStruct.of(values, codes, shape)
+    address, call = ctypes.byref(weight), lib().nmflow_matmul
     inputs, out = shape.inputs, shape.out
     get_threads = torch.get_num_threads
 
@@ -159,7 +122,7 @@ def bind(
         # A single row may carry any stride; only between rows does it mean something.
         many = tokens > 1
         status = call(
-            struct,
+            address,
             x.data_ptr(),
             x.stride(0) if many else inputs,
             None if bias is None else bias.data_ptr(),
@@ -171,6 +134,11 @@ def bind(
             0,
         )
         if status:
-            check(status, f"packed weight of shape ({out}, {inputs}) at {pattern}")
+            raise CompressError(f"{_name(shape)} {native.REASONS[status]}")
 
     return run
+
+
+def _name(shape: Shape) -> str:
+    """How errors call the weight."""
+    return f"packed weight of shape ({shape.out}, {shape.inputs}) at {shape.pattern}"

@@ -1,7 +1,7 @@
 """The two layouts of a packed weight, and the way between them, in plain torch on any device.
 
 Canonical: what files hold, row by row, independent of the machine. Tiled: what modules hold and
-kernels read, sixteen output rows side by side (version 1; `csrc/nmflow.h` states it bit by bit).
+kernels read, sixteen output rows side by side (version 1, as `csrc/common/nmflow.h` states it).
 """
 
 from __future__ import annotations
