@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,3 +316,17 @@ def test_wrong_dtype_at_run_time_says_the_mend() -> None:
     packed = compress(prune(nn.Sequential(nn.Linear(32, 32))), measure=False)
     with pytest.raises(CompressError, match=r"packed\.to\(dtype\)"):
         packed(torch.randn(2, 32).bfloat16())
+
+
+def test_a_model_that_cannot_be_copied_is_compressed_in_place() -> None:
+    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 4))
+    model[0].weight.data *= mask(model[0].weight, "1:16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's old weight_norm is deprecated
+        torch.nn.utils.weight_norm(model[1])
+    model(torch.randn(2, 32))
+    with pytest.raises(CompressError, match=r"model cannot be copied .*inplace=True"):
+        compress(model, measure=False)
+    x = torch.randn(2, 32)
+    y = model(x)
+    torch.testing.assert_close(compress(model, measure=False, inplace=True)(x), y)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.fx
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -211,6 +212,53 @@ def test_gradients_of_input_and_bias() -> None:
     only.backward()
     assert bias.grad is not None
     assert torch.equal(bias.grad, torch.full((12,), 10.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("epilogue", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("x_dim", "bias_dim"), [(0, None), (1, None), (-1, None), (None, 0), (1, 1), (0, 0)]
+)
+def test_vmap(epilogue: int, x_dim: int | None, bias_dim: int | None) -> None:
+    w = sparse("1:4", 12, 16)
+    values, codes, shape = tiled(w, "1:4")
+    x, bias = torch.randn(3, 5, 16), torch.randn(3, 12)
+    xs = x[0] if x_dim is None else x.movedim(0, x_dim)
+    biases = bias[0] if bias_dim is None else bias.movedim(0, bias_dim)
+    expected = [
+        matmul(x[0 if x_dim is None else i], values, codes, bias[0 if bias_dim is None else i],
+               dims(shape), epilogue) for i in range(3)
+    ]  # fmt: skip
+    for grad in (False, True):  # as the op itself, and as a function with gradients
+        got = torch.vmap(
+            lambda x, b: matmul(x, values, codes, b, dims(shape), epilogue),
+            in_dims=(x_dim, bias_dim),
+        )(xs.clone().requires_grad_(grad), biases)
+        torch.testing.assert_close(got, torch.stack(expected))
+    with pytest.raises(CompressError, match="in_dims"):
+        torch.vmap(lambda v: matmul(x[0], v, codes, None, dims(shape)))(
+            values.expand(2, *values.shape)
+        )
+
+
+def test_function_transforms() -> None:
+    model = _network()
+    packed = compress(model, measure=False)
+    x = torch.randn(4, 64)
+
+    def loss(network: Any) -> Any:
+        return lambda row: network(row).square().sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        got = torch.vmap(transform(loss(packed)))(x)
+        torch.testing.assert_close(got, torch.vmap(transform(loss(model)))(x))
+
+
+def test_a_graph_of_fx_holds_one_call_a_layer() -> None:
+    packed = compress(_network(), measure=False)
+    graph = torch.fx.symbolic_trace(packed)
+    assert sum(node.target is matmul for node in graph.graph.nodes) == 2
+    x = torch.randn(4, 64)
+    assert torch.equal(graph(x), packed(x))
 
 
 def _network() -> Any:

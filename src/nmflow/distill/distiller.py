@@ -72,8 +72,19 @@ class Distiller:
 
     @classmethod
     def of(cls, model: nn.Module, **options: float) -> Distiller:
-        """Take a frozen copy of `model` as the teacher; call it before `nmflow.attach`."""
-        return cls(copy.deepcopy(model), **options)
+        """Take a frozen copy of `model` as the teacher; call it before `nmflow.attach`.
+
+        Raises:
+            DistillError: the model cannot be copied.
+        """
+        try:
+            teacher = copy.deepcopy(model)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise DistillError(
+                f"model cannot be copied ({error}): build the teacher anew, load the model's state "
+                "into it, and pass that to Distiller"
+            ) from error
+        return cls(teacher, **options)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
         """Run the student on a batch, and put the loss of both into its outputs.

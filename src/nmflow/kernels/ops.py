@@ -184,6 +184,26 @@ def _unpack_fake(values, codes, out, inputs, n, m, panel):
     return values.new_empty((out, inputs))
 
 
+@torch.library.register_vmap("nmflow::matmul", lib=_LIBRARY)
+def _matmul_vmap(info, in_dims, x, values, codes, bias, *rest):
+    if in_dims[1] is not None or in_dims[2] is not None:
+        raise CompressError(
+            "torch.vmap runs over a packed weight: the kernels take one weight a call, so keep the "
+            "weight out of in_dims"
+        )
+    # x has any number of leading axes, so a batch is one more of them.
+    if in_dims[0] is not None:
+        x = x.movedim(in_dims[0], 0)
+    if bias is None or in_dims[3] is None:
+        return _matmul(x, values, codes, bias, *rest), None if in_dims[0] is None else 0
+    y = _matmul(x, values, codes, None, *rest[:-1], 0)
+    bias = bias.movedim(in_dims[3], 0)
+    if in_dims[0] is None:
+        y = y.unsqueeze(0)
+    y = y + bias.reshape(bias.shape[0], *[1] * (y.dim() - 2), bias.shape[1])
+    return reference.apply_epilogue(y, rest[-1]), 0
+
+
 _matmul = torch.ops.nmflow.matmul.default
 _unpack_op = torch.ops.nmflow.unpack.default
 
@@ -191,12 +211,17 @@ _unpack_op = torch.ops.nmflow.unpack.default
 class _Differentiable(torch.autograd.Function):
     """`x Wᵀ + bias` with gradients for x and bias; the packed weight is a constant."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None,
+    def forward(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None,
                 shape: tuple[int, ...]) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(values, codes)
-        ctx.shape = shape
         return _matmul(x, values, codes, bias, *shape, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.shape = inputs[4]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +28,9 @@ from nmflow.kernels.layout import (
 from nmflow.packed.layout import from_matrix
 from nmflow.packed.stands_for import LazyWeight, StandsFor
 from nmflow.pattern import Pattern
+
+# A graph of `torch.fx` holds the product as one call.
+torch.fx.wrap("matmul")
 
 
 class PackedLinear(StandsFor):

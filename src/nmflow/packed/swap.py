@@ -57,7 +57,13 @@ def _copied(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
     for old, made in new.items():
         memo[id(old)] = copy.deepcopy(made, memo)
     references.renew(references.inside(model), memo)
-    made = copy.deepcopy(model, memo)
+    try:
+        made = copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        # A tensor that the forward pass computes and keeps (the old weight_norm), a lock, a handle.
+        raise CompressError(
+            f"model cannot be copied ({_first(error)}): pass inplace=True"
+        ) from error
     was = set(model.modules())
     for name, module in made.named_modules():
         own = module.__dict__.get("forward")
@@ -68,6 +74,11 @@ def _copied(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
                 "away first (del model.forward)"
             )
     return made
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of what another package says."""
+    return str(error).partition(". ")[0].strip().rstrip(".")
 
 
 def _set_fast_path(module: nn.Module) -> None:
