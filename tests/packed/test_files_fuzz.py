@@ -19,7 +19,7 @@ MUTATE = Path(__file__).parents[1] / "support" / "mutate.py"
 def fuzz(first: int, count: int) -> dict[str, int]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(MUTATE), str(first), str(count)],
-        capture_output=True, text=True, timeout=60 + count,
+        capture_output=True, text=True, timeout=60 + 4 * count,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)

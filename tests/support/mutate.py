@@ -425,7 +425,8 @@ def run(first: int, count: int, cases: tuple[Callable[..., str], ...] = ()) -> d
     torch.set_num_threads(1)
     said: dict[str, int] = {}
     broken: list[str] = []
-    signal.signal(signal.SIGALRM, _stop)
+    for limit in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(limit, _stop)
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         make_base(base)
@@ -436,14 +437,17 @@ def run(first: int, count: int, cases: tuple[Callable[..., str], ...] = ()) -> d
             r = random.Random(seed)
             case = r.choice(cases or (packed_case, packed_case, packed_case, audit_case))
             folder = base / "case"
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            # Of the process's own time, since a machine may be busy; a hang takes none of that.
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, 20 * SECONDS)
             try:
                 outcome = case(r, base, folder)
             except (Exception, TooLong, SystemExit):  # noqa: BLE001 - what the law forbids
                 outcome = "broken"
                 broken.append(f"seed {seed}: {traceback.format_exc()[-1500:]}")
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+                    signal.setitimer(timer, 0)
                 shutil.rmtree(folder, ignore_errors=True)
             key = f"{case.__name__} {outcome}"
             said[key] = said.get(key, 0) + 1
