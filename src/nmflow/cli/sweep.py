@@ -42,7 +42,7 @@ def sweep(
     from nmflow.cli._output import console
     from nmflow.cli._progress import stopping_soon, watcher
     from nmflow.errors import NMFlowError
-    from nmflow.experiments import stopping
+    from nmflow.experiments import origins, stopping
     from nmflow.experiments import sweep as sweeps
 
     found = sweeps.load(file, set_ or (), output)
@@ -52,6 +52,8 @@ def sweep(
     done = len(found.finished)
     known = f", {done} are finished" if done else ""
     out.print(f"{len(found.cells)} cells into {found.store}{known}")
+    for line in origins.told(found.runs):
+        out.print(line)
     watching = watcher(found.runs, found.store, out)
     with stopping.watched(stopping_soon), watching:
         failed = sweeps.run(found, backend, workers, watching.notify)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ def train(
     from nmflow.cli._progress import stopping_soon, watcher
     from nmflow.errors import NMFlowError
     from nmflow.experiments import config as configs
-    from nmflow.experiments import stopping
+    from nmflow.experiments import origins, stopping
     from nmflow.experiments.files import check_writable
     from nmflow.experiments.run_folder import RunFolder
 
@@ -53,6 +53,8 @@ def train(
         check_writable(folder)
     out = console(quiet=quiet or not first)
     out.print(f"{len(runs)} runs into {folder}" + (f", {done} are finished" if done else ""))
+    for line in origins.told(runs):
+        out.print(line)
     with stopping.watched(stopping_soon):
         # Only now: importing torch and transformers takes seconds.
         from nmflow.experiments.runner import run_all

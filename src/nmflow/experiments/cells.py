@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 KEYS = frozenset(Run.model_fields)
 # Keys whose own value may be a mapping; at any other key a mapping sets several keys together.
-MAPPINGS = frozenset(("recipe", "pattern", "data", "model", "options", "training"))
+MAPPINGS = frozenset(("recipe", "pattern", "data", "model", "options", "training", "distill"))
 # What a base of `nmflow train` says about its own list of runs, which is the sweep's to say.
 NOT_OF_A_RUN = frozenset(("output", "workers", "threads"))
 LISTS = {"recipes": "recipe", "seeds": "seed"}

@@ -14,13 +14,23 @@ from nmflow import disk
 from nmflow.errors import ConfigError
 from nmflow.experiments import catalog
 from nmflow.experiments.config_errors import parse
-from nmflow.experiments.specs import Count, Data, Globs, Model, RecipeSpec, Strict, Training
+from nmflow.experiments.specs import (
+    Count,
+    Data,
+    Distill,
+    Globs,
+    Model,
+    RecipeSpec,
+    Strict,
+    Training,
+)
 from nmflow.experiments.tasks import options
 from nmflow.experiments.yaml_values import plain
 from nmflow.pattern import Pattern
 
 __all__ = [
     "Data",
+    "Distill",
     "Experiment",
     "Model",
     "RecipeSpec",
@@ -49,6 +59,7 @@ class Setting(Strict):
     remainder: Literal["auto", "error", "skip"] = "error"
     mask_interval: PositiveInt = 1
     freeze_mask: bool = False
+    distill: Distill | None = None
     training: Training
 
     @field_validator("pattern")
@@ -91,6 +102,8 @@ class Run(Setting):
         values = self.model_dump(mode="json", exclude=exclude)
         if self.training.budget is not None:
             values["training"].pop("steps", None)  # solved, so a consequence
+        if self.distill is None:  # a run keeps the hash that it had before there were teachers
+            del values["distill"]
         return values
 
     @property

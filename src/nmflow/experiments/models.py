@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from nmflow.errors import ConfigError
-from nmflow.experiments import architectures  # noqa: F401 - makes `mlp-mixer` and `lstm` known
+from nmflow.experiments import (
+    architectures,  # noqa: F401 - makes `mlp-mixer` and `lstm` known
+    origins,
+)
 from nmflow.experiments.config_errors import near
 from nmflow.experiments.specs import Model
-from nmflow.inspect.checkpoints import check_shards
 from nmflow.inspect.pretrained import NO_CODE
 
 
@@ -29,7 +31,11 @@ def build(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrained
         ConfigError: an unknown kind or field, or values that the network refuses.
     """
     if model.load is not None:
-        return _load(model, auto, task_fields)
+        return _frozen(model, load(model.load, "model.load", auto, model.fields, task_fields))
+    return _frozen(model, _made(model, auto, task_fields))
+
+
+def _made(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrainedModel:
     config = _config(str(model.kind), model.fields, task_fields)
     try:
         return auto.from_config(config, **NO_CODE)
@@ -69,21 +75,59 @@ def known_fields(kind: str) -> set[str]:
     return set(config().to_dict()) | set(aliases) | {"num_labels"}
 
 
-def _load(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrainedModel:
-    if "trust_remote_code" in model.fields:
+def load(
+    text: str, key: str, auto: Any, fields: Mapping[str, Any], task_fields: Mapping[str, Any]
+) -> PreTrainedModel:
+    """A saved network in float32; a head or a pooler that it lacks is new.
+
+    Args:
+        text: where it is, as `origins.locate` takes it.
+        key: the key of the configuration.
+        auto: the `AutoModelFor...` class that the task needs.
+        fields: of its config, as the file gives them; a `dtype` among them is kept.
+        task_fields: what the task knows; a saved network takes the number of labels alone.
+
+    Raises:
+        ConfigError: there is no such network, it cannot be loaded, it needs code of its own, or it
+            lacks weights of its body.
+    """
+    if "trust_remote_code" in fields:
         raise ConfigError(
             "model.fields has trust_remote_code: nmflow runs no code of a saved network; leave it "
             "out, and give one of transformers' own kinds"
         )
-    if model.load and Path(model.load).is_dir():
-        check_shards(Path(model.load))
+    origin = origins.locate(text, key)
     labels = {k: v for k, v in task_fields.items() if k == "num_labels"}
     try:
-        return auto.from_pretrained(
-            model.load,
-            **{**labels, **model.fields, **NO_CODE},
+        made, told = auto.from_pretrained(
+            origin.place,
+            **{**labels, **fields, **origin.options, **NO_CODE},
             ignore_mismatched_sizes=bool(labels),
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model.load is {model.load!r}: {reason[:200]}") from None
+        raise ConfigError(origins.reason(text, key, error)) from None
+    if not {"dtype", "torch_dtype"} & set(fields):
+        made = made.float()  # a saved bfloat16 is too coarse for the steps of an optimizer
+    fresh = sorted({*told["missing_keys"], *(row[0] for row in told["mismatched_keys"])})
+    lacks = [n for n in fresh if n.startswith(f"{made.base_model_prefix}.") and "pooler" not in n]
+    if lacks:
+        raise ConfigError(
+            f"{key} is {text!r}: it lacks {len(lacks)} weights of {type(made).__name__}, such as "
+            f"{lacks[0]!r}; give a network of that kind"
+        )
+    return made
+
+
+def _frozen(model: Model, made: PreTrainedModel) -> PreTrainedModel:
+    names = dict(made.named_parameters())
+    for glob in model.freeze:
+        matched = [name for name in names if fnmatchcase(name, glob)]
+        if not matched:
+            raise ConfigError(
+                f"model.freeze is {glob!r}: no parameter matches it, of names such as "
+                f"{next(iter(names))!r}"
+            )
+        for name in matched:
+            names[name].requires_grad_(False)
+    return made

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from nmflow.errors import ConfigError, NMFlowError
+from nmflow.experiments import teachers
 from nmflow.experiments.config import Experiment, Run, parse
 from nmflow.experiments.data import synthetic
 from nmflow.experiments.files import one_sentence, write_json
+from nmflow.experiments.origins import is_local
 from nmflow.experiments.run_folder import MODEL, RESULT, RunFolder
 from nmflow.experiments.training import Notify, train
 from nmflow.inspect.audit import audit
@@ -102,6 +104,9 @@ def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
             said.append("fp32 instead of fp16, which needs a GPU")
     raw["recipe"]["options"] = _fractions(run.recipe.options, t.steps)
     raw["model"], raw["options"] = _model(run, said), _options(run, said)
+    if run.distill is not None and run.distill.teacher != teachers.SELF:
+        raw["distill"]["teacher"] = teachers.SELF
+        said.append(f"its own first weights instead of the teacher {run.distill.teacher}")
     if run.data.source == "hub":
         data, what = synthetic.make(run, folder / "data")
         said.append(f"{what} instead of {run.data.path} on the hub")
@@ -134,7 +139,7 @@ def _length(run: Run) -> str:
 
 def _model(run: Run, said: list[str]) -> dict[str, Any]:
     model = run.model
-    if model.load is None or Path(model.load).is_dir():
+    if model.load is None or is_local(model.load):
         return model.model_dump()
     if model.kind is None:
         raise ConfigError(
@@ -149,7 +154,7 @@ def _options(run: Run, said: list[str]) -> dict[str, Any]:
     options = dict(run.options)
     tokens = dict(options.get("tokens") or {})
     name = tokens.get("load")
-    if name is not None and not Path(name).is_dir():
+    if name is not None and not is_local(name):
         said.append(f"a tokeniser of the synthetic text instead of {name}")
         tokens = {"size": 400}
     if options.get("stream"):

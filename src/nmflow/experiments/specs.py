@@ -25,12 +25,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _without(values: dict[str, Any], **usual: Any) -> dict[str, Any]:
+    """What is not given is not written: a run keeps the hash that it had before there was a key."""
+    return {k: v for k, v in values.items() if k not in usual or v != usual[k]}
+
+
 class Data(Strict):
     """Where the examples come from.
 
     `pydoc` and `digits` need no file. `text` takes a file or a folder of `.txt` in `path`,
     `parquet` one file a split in `files`, `images` a folder of classes (or of splits of classes) in
     `path`, `hub` a data set's name in `path`. Paths are relative to the working folder.
+    `held_out` is how many training rows stand for a split that the source lacks, a tenth of them
+    as a rule.
     """
 
     source: Literal["pydoc", "digits", "text", "parquet", "images", "hub"]
@@ -40,6 +47,11 @@ class Data(Strict):
     splits: dict[Literal["train", "validation", "test"], str] = {}
     columns: dict[str, str] = {}
     limit: Positive | None = None
+    held_out: dict[Literal["validation", "test"], Positive] = {}
+
+    @model_serializer(mode="wrap")
+    def _given(self, usual: Any) -> dict[str, Any]:
+        return _without(usual(self), held_out={})
 
     @model_validator(mode="after")
     def _complete(self) -> Data:
@@ -47,23 +59,55 @@ class Data(Strict):
             raise ValueError(f"source '{self.source}' needs the key 'path'")
         if self.source == "parquet" and "train" not in self.files:
             raise ValueError("source 'parquet' needs the key 'files' with at least 'train'")
+        if self.held_out and self.source not in ("parquet", "images", "hub"):
+            raise ValueError(f"source '{self.source}' has splits of its own: leave out 'held_out'")
         return self
 
 
 class Model(Strict):
     """A network of `transformers`: by `kind` and the fields of its config, or `load`ed.
 
-    With `load`, `kind` may say what is loaded: `--smoke` builds it where the hub is out of reach.
+    `load` takes a folder, a GGUF file, `package:NAME` for the network in an installed package, a
+    name that the hub's cache holds, or `hub:NAME` to download it. With `load`, `kind` may say what
+    is loaded: `--smoke` builds it where the hub is out of reach. Parameters whose names match a
+    glob of `freeze` are not trained.
     """
 
     kind: str | None = None
     load: str | None = None
     fields: dict[str, Any] = {}
+    freeze: list[str] = []
+
+    @model_serializer(mode="wrap")
+    def _given(self, usual: Any) -> dict[str, Any]:
+        return _without(usual(self), freeze=[])
 
     @model_validator(mode="after")
     def _one(self) -> Model:
         if self.kind is None and self.load is None:
-            raise ValueError("give either 'kind' (such as gpt2) or 'load' (a folder or a hub name)")
+            raise ValueError(
+                "give either 'kind' (such as gpt2) or 'load' (a folder, package:NAME or hub:NAME)"
+            )
+        return self
+
+
+class Distill(Strict):
+    """A teacher beside the training: see `nmflow.Distiller`.
+
+    `teacher` is a network as `model.load` takes it, a folder of one finished run, or `self`, a
+    frozen copy of the network before its first step. The others are weights of the losses.
+    """
+
+    teacher: str
+    task: Annotated[float, Field(ge=0)] = 0.5
+    logits: Annotated[float, Field(ge=0)] = 0.5
+    hidden: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+
+    @model_validator(mode="after")
+    def _teaches(self) -> Distill:
+        if self.logits == 0 and self.hidden == 0:
+            raise ValueError("'logits' and 'hidden' are both 0: give one of them a weight")
         return self
 
 
@@ -109,8 +153,7 @@ class Training(Strict):
 
     @model_serializer(mode="wrap")
     def _given(self, usual: Any) -> dict[str, Any]:
-        # What is not given is not written: a run without a budget keeps the hash that it had
-        # before there were budgets.
+        # As in `_without`.
         absent = {"steps": not self.steps, "budget": self.budget is None}
         return {key: value for key, value in usual(self).items() if not absent.get(key)}
 

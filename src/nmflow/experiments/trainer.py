@@ -14,11 +14,13 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from nmflow.distill import Distiller
 from nmflow.errors import ConfigError
 from nmflow.experiments.config import Run
 from nmflow.experiments.config_errors import near
 from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.tasks import Problem
+from nmflow.integrations.distillation import Distillation
 from nmflow.integrations.transformers import ExactCheckpoints, FinalMasksEvaluation
 
 
@@ -49,11 +51,17 @@ class _Lean(ExactCheckpoints, FinalMasksEvaluation):
 
 
 def trainer(
-    run: Run, folder: RunFolder, problem: Problem, model: nn.Module, callbacks: list[Any]
+    run: Run,
+    folder: RunFolder,
+    problem: Problem,
+    model: nn.Module,
+    callbacks: list[Any],
+    distiller: Distiller | None = None,
 ) -> Trainer:
-    """The `Trainer` of a run, or the subclass that its task asks for."""
+    """The `Trainer` of a run, or the subclass that its task asks for, with its teacher."""
     few = _few(problem.validation, run.training.eval_rows)
-    kind: Any = type("Trainer", (_Lean, problem.trainer or Trainer), {})
+    taught = () if distiller is None else (Distillation,)
+    kind: Any = type("Trainer", (_Lean, *taught, problem.trainer or Trainer), {})
     made = kind(
         model=model,
         args=_arguments(run, folder, problem),
@@ -64,6 +72,8 @@ def trainer(
         preprocess_logits_for_metrics=problem.reduce,
         callbacks=callbacks,
     )
+    if distiller is not None:
+        made.distiller = distiller
     made.remove_callback(PrinterCallback)  # a library does not print
     return made
 

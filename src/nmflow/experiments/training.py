@@ -15,8 +15,9 @@ import transformers
 from torch import nn
 from transformers.utils import logging as hf_logging
 
+from nmflow.distill import Distiller
 from nmflow.errors import ConfigError
-from nmflow.experiments import budget, stopping, tasks
+from nmflow.experiments import budget, origins, stopping, tasks, teachers
 from nmflow.experiments.config import Run
 from nmflow.experiments.costs import counted
 from nmflow.experiments.files import write_json
@@ -66,6 +67,8 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
         transformers.set_seed(run.seed)
         model = problem.model()
         initial = fingerprint(model)
+        # Copied or loaded before anything is trained, and before a checkpoint is.
+        distiller = teachers.distiller(run.distill, model) if run.distill else None
         callback = NMFlowCallback(
             run.recipe.build(),
             run.pattern,
@@ -84,12 +87,13 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
             checkpoint,
         )
         recorder = Recorder(run, callback, notify)
-        trainer = make_trainer(run, folder, problem, model, [callback, noise, recorder])
+        trainer = make_trainer(run, folder, problem, model, [callback, noise, recorder], distiller)
         recorder.trainer = trainer
         recorder.start(checkpoint)
         with stopping.held():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             result = _result(run, problem, trainer, recorder, initial)
+            result |= _origins(run, distiller)
             if first:
                 if run.training.save_model:
                     folder.put_folder(MODEL, lambda path: _save(run, model, problem, path))
@@ -148,6 +152,19 @@ def _result(
         "train_seconds": round(recorder.seconds, 3),
         "resumed_at": recorder.resumed_at,
     }
+
+
+def _origins(run: Run, distiller: Distiller | None) -> dict[str, Any]:
+    """Where saved weights came from: the network's, and its teacher's."""
+    found: dict[str, Any] = {}
+    if run.model.load is not None:
+        found["source"] = asdict(origins.locate(run.model.load, "model.load"))
+    if run.distill is not None and distiller is not None:
+        found["teacher"] = {
+            "text": run.distill.teacher,
+            "sha256": fingerprint(distiller.teacher),
+        }
+    return found
 
 
 def _drawer(run: Run, problem: tasks.Problem) -> Callable[[torch.Generator], dict[str, Any]]:

@@ -1,5 +1,15 @@
 """Masks: one op, which of a weight to keep, with a backend each for C++, Triton and plain torch."""
 
+from nmflow.masks.activations import wanda_score
 from nmflow.masks.magnitude import holds, mask, one_pass, one_pass_serves, project, select, touched
 
-__all__ = ["holds", "mask", "one_pass", "one_pass_serves", "project", "select", "touched"]
+__all__ = [
+    "holds",
+    "mask",
+    "one_pass",
+    "one_pass_serves",
+    "project",
+    "select",
+    "touched",
+    "wanda_score",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,7 @@ def rows(data: Data) -> Table:
     if data.source == "digits":
         return _digits(data)
     splits, name, sha, notes = _parquet(data) if data.source == "parquet" else _datasets(data)
-    splits, how = _complete(splits)
+    splits, how = _complete(splits, data.held_out)
     if data.limit:
         splits = {k: part.select(range(min(data.limit, len(part)))) for k, part in splits.items()}
         notes.append(f"only the first {data.limit:,} rows of each split are used")
@@ -157,7 +158,8 @@ def _digits(data: Data) -> Table:
         {"image": Pixels((1, 8, 8), "uint8"), "label": ClassLabel(names=list("0123456789"))}
     )
     part = Dataset.from_dict({"image": pixels, "label": digits.target.tolist()}, features=features)
-    splits = _cut({"train": part.with_format("numpy")}, 0.15, ("validation", "test"))
+    size = int(len(part) * 0.15)
+    splits = _cut({"train": part.with_format("numpy")}, {"validation": size, "test": size})
     sha = _sha(pixels.tobytes() + digits.target.astype(np.int64).tobytes())
     notes = [f"only the first {data.limit} rows of each split are used"] if data.limit else []
     if data.limit:
@@ -217,19 +219,32 @@ def _datasets(data: Data) -> tuple[dict[str, Dataset], str, str, list[str]]:
     return splits, path, _sha(prints.encode()), [note]
 
 
-def _complete(splits: dict[str, Dataset]) -> tuple[dict[str, Dataset], str]:
-    missing = tuple(name for name in SPLITS[1:] if name not in splits)
+def _complete(
+    splits: dict[str, Dataset], wanted: Mapping[str, int]
+) -> tuple[dict[str, Dataset], str]:
+    missing = [name for name in SPLITS[1:] if name not in splits]
+    for name in wanted:
+        if name not in missing:
+            raise DataError(f"data.held_out.{name} is given, but the source has that split")
     if not missing:
         return splits, "the splits of the source"
-    how = f"{' and '.join(missing)}: 10 % each of the training rows, by a fixed permutation"
-    return _cut(splits, 0.1, missing), how
+    total = len(splits["train"])
+    sizes = {name: wanted.get(name, int(total * 0.1)) for name in missing}
+    if sum(sizes.values()) >= total:
+        raise DataError(
+            f"data.held_out is {dict(wanted)}: the source has {total} training rows, and none "
+            "would be left; hold out fewer"
+        )
+    each = ", ".join(f"{wanted[n]:,}" if n in wanted else "10 %" for n in missing)
+    how = f"{' and '.join(missing)}: {each} of the training rows, by a fixed permutation"
+    return _cut(splits, sizes), how
 
 
-def _cut(splits: dict[str, Dataset], share: float, names: tuple[str, ...]) -> dict[str, Dataset]:
+def _cut(splits: dict[str, Dataset], sizes: Mapping[str, int]) -> dict[str, Dataset]:
     train = splits["train"]
     order = np.random.default_rng(0).permutation(len(train))
-    out, size = dict(splits), int(len(train) * share)
-    for name in names:
+    out = dict(splits)
+    for name, size in sizes.items():
         out[name], order = train.select(np.sort(order[:size])), order[size:]
     out["train"] = train.select(np.sort(order))
     return out

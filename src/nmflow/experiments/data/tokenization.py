@@ -13,6 +13,7 @@ from filelock import FileLock
 from pydantic import Field, model_validator
 
 from nmflow.errors import ConfigError
+from nmflow.experiments import origins
 from nmflow.experiments.files import beside, left_over, one_sentence, remove
 from nmflow.experiments.specs import Strict
 
@@ -29,7 +30,7 @@ Vocabulary = Annotated[int, Field(strict=True, ge=len(SPECIAL) + 1)]
 
 
 class Tokens(Strict):
-    """`load` a tokeniser from a folder or the hub, or learn one of `size` tokens.
+    """`load` a tokeniser from where `model.load` finds a network, or learn one of `size` tokens.
 
     `kind`: `bpe` joins the bytes of UTF-8 and knows every text; `word` takes the most frequent
     words and punctuation marks, lower-cased. `rows`: how many texts it is learnt from; 0 takes all.
@@ -103,13 +104,16 @@ def cache() -> Path:
 def _loaded(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
+    key = "options.tokens.load"
+    origin = origins.locate(name, key)
     try:
-        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(
+            origin.place, **origin.options, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"options.tokens.load is {name!r}: no tokeniser can be loaded ({reason[:160]}); give a "
-            "folder or a name on the hub, or leave it out to learn one from the training text"
+            f"{origins.reason(name, key, error)}, or leave it out to learn one from the training "
+            "text"
         ) from None
     if found.pad_token_id is None:
         found.pad_token = found.eos_token  # GPT-2's has none; its labels are masked instead

@@ -95,6 +95,7 @@ def made(setting: Setting) -> list[Block]:
         *data["notes"],
         f"Network: {run['model']['kind'] or run['model']['load']} of transformers, "
         f"{_fields(run['model']['fields'])}.",
+        *_origins(sample),
         f"Training: {_length(t)} of {t['batch_size']} examples, {t['optimizer']}, learning "
         f"rate {t['learning_rate']:g}, weight decay {t['weight_decay']:g}, {t['schedule']} "
         f"schedule, clipped at {t['clip']:g}, {t['precision']}.",
@@ -107,6 +108,20 @@ def made(setting: Setting) -> list[Block]:
         f"Training time: {sum(r['train_seconds'] for r in setting.runs):,.0f} s in all.",
     ]
     return [Points(points)]
+
+
+def _origins(sample: dict[str, Any]) -> list[str]:
+    """Where saved weights came from, with their licence, and the teacher."""
+    out = []
+    if (source := sample.get("source")) is not None:
+        out.append(f"Weights at first: {source['text']}, licence {source['licence']}.")
+    if (teacher := sample.get("teacher")) is not None:
+        weights = {k: v for k, v in sample["run"]["distill"].items() if k != "teacher"}
+        out.append(
+            f"Distilled from {teacher['text']} (SHA-256 {teacher['sha256'][:16]}), "
+            f"{_fields(weights)}."
+        )
+    return out
 
 
 def _options(run: dict[str, Any]) -> str:
