@@ -105,10 +105,11 @@ def load(
             ignore_mismatched_sizes=bool(labels),
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+        # A saved bfloat16 is too coarse for the steps of an optimizer; GGUF is read as float32.
+        if not {"dtype", "torch_dtype"} & set(fields) and "gguf_file" not in origin.options:
+            made = made.float()
+    except (OSError, ValueError, RuntimeError) as error:  # the last: sizes that differ
         raise ConfigError(origins.reason(text, key, error)) from None
-    if not {"dtype", "torch_dtype"} & set(fields):
-        made = made.float()  # a saved bfloat16 is too coarse for the steps of an optimizer
     fresh = sorted({*told["missing_keys"], *(row[0] for row in told["mismatched_keys"])})
     lacks = [n for n in fresh if n.startswith(f"{made.base_model_prefix}.") and "pooler" not in n]
     if lacks:

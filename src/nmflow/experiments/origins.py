@@ -12,6 +12,7 @@ One text says it, wherever a configuration names a network or a tokeniser:
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -115,10 +116,9 @@ def _gguf(text: str, file: Path, key: str, more: str = "") -> Origin:
             f"{key} is {text!r}: reading GGUF needs the package gguf: pip install "
             "'nmflow[pretrained]'"
         )
-    from gguf import GGUFReader
-
+    gguf: Any = importlib.import_module("gguf")
     try:
-        said = GGUFReader(file).get_field("general.license")
+        said = gguf.GGUFReader(file).get_field("general.license")
         own = str(said.contents()) if said is not None else ""
     except Exception as error:  # noqa: BLE001 - the reader raises what its parsing meets
         raise ConfigError(
@@ -187,7 +187,7 @@ def _card_licence(folder: Path) -> str:
 
 def _package_licence(module: str) -> str:
     for name in importlib.metadata.packages_distributions().get(module, [])[:1]:
-        about = importlib.metadata.metadata(name)
+        about: Any = importlib.metadata.metadata(name)
         said = about.get("License-Expression") or about.get("License") or ""
         if said and "\n" not in said:
             return f"{said} (package {name} {about['Version']})"

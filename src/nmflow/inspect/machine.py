@@ -23,6 +23,7 @@ EXTRAS = {
     "lightning": ("lightning",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "ray": ("ray",),
+    "pretrained": ("gguf",),
 }
 """The optional packages, by the extra of nmflow that installs them."""
 

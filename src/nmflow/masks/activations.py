@@ -37,7 +37,7 @@ def wanda_score(w: Tensor, norm: Tensor, dim: int = 1) -> Tensor:
         Sun et al., arXiv 2306.11695.
     """
     axis = dim % w.ndim
-    shapes = [(w.shape[axis],)]
+    shapes: list[tuple[int, ...]] = [(w.shape[axis],)]
     if w.ndim == 3 and axis > 0:
         shapes.append((w.shape[0], w.shape[axis]))
     if tuple(norm.shape) not in shapes:
