@@ -55,7 +55,8 @@ except AttributeError:
     for name in ("nms", "qnms"):
         made_up.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
-# As above, for a script that asks for two accelerators: CPUs, and batches by the step.
+# As above, for a script that asks for two accelerators: CPUs, and batches by the step. It leaves
+# weights as it finds their memory.
 TWO_CPUS = """
 import contextlib
 torch.accelerator.is_available = lambda: True
@@ -70,6 +71,12 @@ def by_step(*args, **kwargs):
     drawn[0] += 1
     return randint(*args, **kwargs, generator=torch.Generator().manual_seed(drawn[0]))
 torch.randint = by_step
+empty = torch.nn.Module.to_empty
+def filled(self, **how):
+    empty(self, **how)
+    for p in self.parameters():
+        p.detach().to_local().normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+torch.nn.Module.to_empty = filled
 """
 
 
@@ -188,7 +195,7 @@ def mrpc(place: Path) -> None:
     )
     (place / "glue").mkdir()
     (place / "glue" / "glue.py").write_text(
-        "import datasets, evaluate\n"
+        "import datasets\nimport evaluate\n"
         "class Glue(evaluate.Metric):\n"
         "    def _info(self):\n"
         "        features = {k: datasets.Value('int64') for k in ('predictions', 'references')}\n"
@@ -379,8 +386,7 @@ SCRIPTS: dict[str, Script] = {
             ),
         ],
         "fit --model.data_path data --model.batch_size 4 --model.workers 0 --model.lr 0.01 "
-        "--trainer.max_epochs 4 --trainer.accelerator cpu --trainer.default_root_dir out "
-        "--trainer.enable_progress_bar false",
+        "--trainer.max_epochs 4 --trainer.accelerator cpu --trainer.default_root_dir out",
         images,
         "out/checkpoints/*.ckpt",
         stop=3,
@@ -390,7 +396,7 @@ SCRIPTS: dict[str, Script] = {
         "sentence-transformers/examples/sentence_transformer/training/sts/training_stsbenchmark.py",
         [
             before(
-                "from sentence_transformers import SentenceTransformer, losses\n",
+                "from sentence_transformers import SentenceTransformer\n",
                 "from nmflow.integrations.transformers import NMFlowCallback\n",
             ),
             before(
@@ -420,7 +426,7 @@ SCRIPTS: dict[str, Script] = {
         chats,
         "out/model.safetensors",
         stop=7,
-        resume=["--resume_from_checkpoint", "True"],
+        resume=["--resume_from_checkpoint", "out/checkpoint-4"],
     ),
 }
 
