@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
@@ -154,17 +153,13 @@ def _gpu() -> Iterable[Finding]:
         yield Finding("Triton", "slow", why, mend)
     else:
         yield Finding("Triton", "ok", importlib.metadata.version("triton"))
-    nvrtc = _nvrtc()
-    yield Finding("NVRTC", "ok" if nvrtc else "missing", nvrtc or "no libnvrtc beside torch")
+    from nmflow.kernels import gpu_driver
 
-
-def _nvrtc() -> str:
-    """Where the run-time compiler of CUDA lies, which CUDA builds of torch bring."""
-    places = [Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "nvidia"]
-    for place in places:
-        for library in sorted(place.rglob("libnvrtc.so*")) + sorted(place.rglob("nvrtc64*.dll")):
-            return library.name
-    return ctypes.util.find_library("nvrtc") or ""
+    nvrtc = Path(gpu_driver.nvrtc_path()).name
+    if why := gpu_driver.why_not():
+        yield Finding("packed layers on the GPU", "slow", why, "they run on a dense weight")
+    else:
+        yield Finding("packed layers on the GPU", "ok", f"compiled by {nvrtc}")
 
 
 def _extra(name: str, packages: Iterable[str]) -> Finding:

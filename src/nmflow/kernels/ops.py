@@ -7,6 +7,7 @@ pass where one is wanted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from nmflow.errors import CompressError, FileFormatError
-from nmflow.kernels import reference, registry
+from nmflow.kernels import gpu, reference, registry
+from nmflow.kernels.backend import Call
 from nmflow.kernels.layout import Shape, check_tiled
 
 _LIBRARY = torch.library.Library("nmflow", "DEF")
@@ -67,11 +69,7 @@ def _matmul_cpu(
             or bias.dim() != 1
             or bias.numel() != out
         ):
-            raise CompressError(
-                f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}: the packed weight "
-                f"takes {values.dtype} ({out},) on the CPU, so convert the model whole, for "
-                "instance packed.to(dtype)"
-            )
+            _refuse_bias(bias, values, out)
         bias = _aligned(bias.contiguous())
     y = x.new_empty((*size[:-1], out))
     x = _aligned(x)
@@ -146,26 +144,68 @@ def _matmul_any(
     epilogue: int,
 ) -> Tensor:
     """Every device but the CPU: the reference, which is what the registry would say."""
-    shape = Shape.of(out, inputs, f"{n}:{m}@{panel}")
-    check_tiled(values, codes, shape)
-    if not x.shape or x.shape[-1] != inputs or x.dtype is not values.dtype:
-        _refuse(x, values, inputs)
-    if not x.device == values.device == codes.device:
-        _refuse(x, values, inputs)
+    shape = _shape(out, inputs, n, m, panel)
+    _check(x, values, codes, bias, shape)
     return reference.matmul(x, values, codes, bias, shape, epilogue)
+
+
+def _matmul_cuda(
+    x: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    out: int,
+    inputs: int,
+    n: int,
+    m: int,
+    panel: int,
+    epilogue: int,
+) -> Tensor:
+    """A GPU: nothing here waits for it, so that calls can be captured in a CUDA graph."""
+    shape = _shape(out, inputs, n, m, panel)
+    _check(x, values, codes, bias, shape)
+    way = gpu if gpu.why_not(Call(shape, values.dtype, "cuda", 1)) is None else reference
+    return way.matmul(x, values, codes, bias, shape, epilogue)
+
+
+def _check(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: Shape) -> None:
+    check_tiled(values, codes, shape)
+    if not x.shape or x.shape[-1] != shape.inputs or x.dtype is not values.dtype:
+        _refuse(x, values, shape.inputs)
+    if not x.device == values.device == codes.device:
+        _refuse(x, values, shape.inputs)
+    if bias is not None and (
+        bias.device != values.device or bias.dtype is not values.dtype or bias.shape != (shape.out,)
+    ):
+        _refuse_bias(bias, values, shape.out)
+
+
+def _refuse_bias(bias: Tensor, values: Tensor, out: int) -> None:
+    raise CompressError(
+        f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}: the packed weight takes "
+        f"{values.dtype} ({out},) on {'the CPU' if values.is_cpu else values.device}, so convert "
+        "the model whole, for instance packed.to(dtype)"
+    )
+
+
+@functools.lru_cache(4096)
+def _shape(out: int, inputs: int, n: int, m: int, panel: int) -> Shape:
+    return Shape.of(out, inputs, f"{n}:{m}@{panel}")
 
 
 def _unpack(
     values: Tensor, codes: Tensor, out: int, inputs: int, n: int, m: int, panel: int
 ) -> Tensor:
-    shape = Shape.of(out, inputs, f"{n}:{m}@{panel}")
+    shape = _shape(out, inputs, n, m, panel)
     check_tiled(values, codes, shape)
+    if values.is_cuda and codes.device == values.device and gpu.expands(values.dtype):
+        return gpu.expand(values, codes, shape)
     return reference.dense(values, codes, shape)
 
 
 _LIBRARY.impl("matmul", _matmul_cpu, "CPU")
 for _key in ("CUDA", "MPS", "XPU"):
-    _LIBRARY.impl("matmul", _matmul_any, _key)
+    _LIBRARY.impl("matmul", _matmul_cuda if _key == "CUDA" else _matmul_any, _key)
     _LIBRARY.impl("unpack", _unpack, _key)
 _LIBRARY.impl("unpack", _unpack, "CPU")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nmflow import native
-from nmflow.kernels import cpu, reference
+from nmflow.kernels import cpu, gpu, reference
 from nmflow.kernels.backend import Backend, Call
 from nmflow.kernels.layout import Shape
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("nmflow")
 _told = False
 
 # The first that serves a call runs it; the reference serves all.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": gpu, "reference": reference}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,283 @@
+// y = epilogue(x Wᵀ + bias) for few tokens, W packed as `nmflow.kernels.layout` tiles it.
+//
+// A block of threads holds x for its share of the inputs in shared memory. A warp takes RT tiles of
+// sixteen rows, and every SLICES-th chunk of CHUNK inputs, which it copies to shared memory STAGES
+// - 1 chunks ahead.
+//
+// Per row, the kept weights become fragments of `mma.m16n8k16` in registers. The order of the
+// sixteen columns of a fragment is free as long as W and x agree, so lane q of a quad owns the
+// columns 4q ... 4q + 3 of a block: a weight at column i of it is `v << 16 (i ^ 4q)` in 64 bits,
+// which is 0 by itself in the three lanes that do not own it.
+//
+// In a panel of rows nothing is expanded: the kept weights are the fragment, and x is gathered.
+//
+// Compiled for N, M, PANEL (1 if sixteen rows share their columns), HALF (1: float16, 0: bfloat16),
+// NT (tiles of eight tokens), RT, WARPS, SLICES, CHUNK, STAGES; `gpu_plan` chooses them.
+#include "device.h"
+
+constexpr int SPAN = M > 16 ? M : 16;        // inputs that one code reaches over
+constexpr int PER_SPAN = SPAN / M * N;       // kept in it
+constexpr int PER_WORD = M > 16 ? 4 : 8;     // codes in a word
+constexpr int BLOCKS = M > 16 ? M / 16 : 1;  // blocks of sixteen inputs in a group
+constexpr int ENTRIES = CHUNK / M * N;
+constexpr int VALUE_BYTES = ENTRIES * 32;
+constexpr int CODE_BYTES = PANEL ? ENTRIES : ENTRIES / PER_WORD * 64;
+constexpr int TILE_BYTES = VALUE_BYTES + CODE_BYTES;
+constexpr int UNIT = M > 16 ? 4 * M : 128;  // inputs after which words of codes start anew
+constexpr int TOKENS = NT * 8;
+constexpr int TILES = WARPS / SLICES * RT;  // of a block
+static_assert(16 % M == 0 || M % 16 == 0, "a group is a share of a block, or whole blocks");
+static_assert(CHUNK % (PANEL ? SPAN : UNIT) == 0, "whole words of codes");
+static_assert(!PANEL || ENTRIES % 16 == 0, "whole fragments");
+
+struct Packed {
+  const u8* values;
+  const u8* codes;
+  int entries, tiles, panel;
+};
+
+// Start the copies of one tile's chunk; beyond the tile's end zeros are written.
+DEVICE void fetch(u8* to, const Packed& w, int tile, int chunk, int lane) {
+  const int left = w.entries - chunk * ENTRIES;
+  const bool live = tile < w.tiles && left > 0;
+  const i64 pairs = (w.entries + 1) / 2;
+  const u8* values = w.values + ((live ? tile : 0) * pairs + (live ? chunk * (ENTRIES / 2) : 0)) * 64;
+#pragma unroll
+  for (int i = lane; i < VALUE_BYTES / 16; i += 32)
+    copy16(to + i * 16, live && i / 4 * 2 < left ? values + i * 16 : w.values, live && i / 4 * 2 < left);
+  if (PANEL) {
+    const u8* codes = w.codes + (live ? (i64)(tile * 16 / w.panel) * w.entries + chunk * ENTRIES : 0);
+#pragma unroll
+    for (int i = lane; i < ENTRIES / 4; i += 32)
+      copy4(to + VALUE_BYTES + i * 4, live && i * 4 < left ? codes + i * 4 : w.codes,
+            live && i * 4 < left);
+  } else {
+    const i64 words = (w.entries + PER_WORD - 1) / PER_WORD;
+    const u8* codes =
+        w.codes + ((live ? tile : 0) * words + (live ? chunk * (ENTRIES / PER_WORD) : 0)) * 64;
+#pragma unroll
+    for (int i = lane; i < CODE_BYTES / 16; i += 32)
+      copy16(to + VALUE_BYTES + i * 16, live && i / 4 * PER_WORD < left ? codes + i * 16 : w.codes,
+             live && i / 4 * PER_WORD < left);
+  }
+}
+
+// The sixteen columns of block b of a unit, of one row: lane q's four of them, first in low bits.
+DEVICE u64 fragment(const u32* values, const u32* codes, int b, u32 q) {
+  u64 four = 0;
+  if (M >= 16) {  // every lane tries every weight of the group
+#pragma unroll
+    for (int p = 0; p < N; p++) {
+      const int e = b / BLOCKS * N + p;
+      const u32 value = bytes_of(values[e / 2 * 16], 0, e % 2 ? 0x4432 : 0x4410);
+      const u32 word = codes[e / PER_WORD * 16];
+      u32 shift;
+      if (M == 16) {  // nibbles as bytes of 16 times their value, eight of them by three operations
+        const u32 flip = q * 0x40404040u;
+        const u32 wide = ((e % 2 ? word : word << 4) & 0xf0f0f0f0u) ^ flip;
+        shift = bytes_of(wide, 0, 0x4440 + e % 8 / 2);
+      } else {
+        const u32 code = bytes_of(word, 0, 0x4440 + e % 4) * 16;
+        shift = code ^ (b % BLOCKS * 256 + q * 64);
+      }
+      four |= shl64(value, shift);
+    }
+    return four;
+  }
+  // Lane q owns whole groups, or its half of the lanes shares one.
+  constexpr int EACH = M >= 4 ? N : 4 / M * N, BLOCK = 16 / M * N;
+  const u32 first = 4 * q / M * N;
+#pragma unroll
+  for (int p = 0; p < EACH; p++) {
+    const u32 at = first + p;
+    const u32 odd = N % 2 ? at % 2 : p % 2;
+    const u32 value = bytes_of(values[b * BLOCK / 2 * 16 + at / 2 * 16], 0, odd ? 0x4432 : 0x4410);
+    u32 shift;
+    if (8 % BLOCK == 0) {  // the block's codes are in one word
+      const u32 word = codes[b * BLOCK / 8 * 16] >> 4 * first;
+      constexpr int last = BLOCK == 8;
+      const int i = b * BLOCK % 8 + p;
+      const u32 flip = q * 0x40404040u;
+      if (last) {
+        shift = ((i ? word >> 4 * i - 4 : word << 4) & 0xf0) ^ flip % 256;
+      } else {
+        const u32 wide = ((i % 2 ? word : word << 4) & 0xf0f0f0f0u) ^ flip;
+        shift = bytes_of(wide, 0, 0x4440 + i / 2);
+      }
+    } else {
+      const u32 e = b * BLOCK + at;
+      shift = ((codes[e / 8 * 16] >> e % 8 * 4 & 15) ^ 4 * q) * 16;
+    }
+    four |= shl64(value, shift);
+  }
+  return four;
+}
+
+// One chunk of one warp; x points at the chunk's first input of token `r`.
+DEVICE void multiply(float (*sums)[NT][4], const u8* stage, const u16* x, int stride, int lane) {
+  const int r = lane / 4, q = lane % 4;
+  if (PANEL) {
+#pragma unroll 2
+    for (int s = 0; s < ENTRIES / 16; s++) {
+#pragma unroll
+      for (int t = 0; t < RT; t++) {
+        const u32* values = (const u32*)(stage + t * TILE_BYTES) + (8 * s + q) * 16 + r;
+        const u8* codes = stage + t * TILE_BYTES + VALUE_BYTES + 16 * s + 2 * q;
+        int column[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int e = 16 * s + 2 * q + (i / 2 * 8 + i % 2);
+          column[i] = e / PER_SPAN * SPAN + codes[i / 2 * 8 + i % 2];
+        }
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+          const u16* row = x + n * 8 * stride;
+          mma(sums[t][n], values[0], values[8], values[64], values[72],
+              row[column[0]] | (u32)row[column[1]] << 16, row[column[2]] | (u32)row[column[3]] << 16);
+        }
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int u = 0; u < CHUNK / UNIT; u++) {
+    constexpr int WIDE = UNIT / M * N;  // entries of a unit
+#pragma unroll
+    for (int b = 0; b < UNIT / 16; b++) {
+      u64 a[RT][2];
+#pragma unroll
+      for (int t = 0; t < RT; t++)
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+          const u32* values = (const u32*)(stage + t * TILE_BYTES) + u * (WIDE / 2 * 16) + r + 8 * s;
+          const u32* codes = (const u32*)(stage + t * TILE_BYTES + VALUE_BYTES) +
+                             u * (WIDE / PER_WORD * 16) + r + 8 * s;
+          a[t][s] = fragment(values, codes, b, q);
+        }
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        const u64 four = *(const u64*)(x + n * 8 * stride + u * UNIT + b * 16 + 4 * q);
+#pragma unroll
+        for (int t = 0; t < RT; t++)
+          mma(sums[t][n], (u32)a[t][0], (u32)a[t][1], a[t][0] >> 32, a[t][1] >> 32, (u32)four,
+              four >> 32);
+      }
+    }
+  }
+}
+
+DEVICE float finish(float v, const u16* bias, int o, int epilogue) {
+  if (bias) v += to_float(bias[o]);
+  if (epilogue == 1) return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
+  return epilogue == 2 && v < 0.0f ? 0.0f : v;  // a NaN stays one
+}
+
+// Grid: (tiles / TILES, shares of the inputs, tokens / TOKENS). x (tokens, inputs) of row stride
+// `ldx`, y (tokens, out) of `ldy`. Where the inputs are shared out, `partial` (shares, tokens, out)
+// takes the sums, and `gather` below the rest. `whole`: rows of x are aligned to 16 bytes.
+KERNEL(WARPS * 32)
+decode(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y, float* partial,
+       i64 ldx, i64 ldy, int out, int inputs, int tokens, int entries, int panel, int chunks,
+       int epilogue, int whole) {
+  SHARED(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = warp % SLICES;
+  const int r = lane / 4, q = lane % 4;
+  const int wide = chunks * CHUNK, stride = (wide + 63) / 64 * 64 + 16;
+  const int first = blockIdx.y * chunks, all = (inputs + CHUNK - 1) / CHUNK;
+  const int mine = all - first < chunks ? all - first : chunks;
+  const int token0 = blockIdx.z * TOKENS;
+  const int here = tokens - token0 < TOKENS ? tokens - token0 : TOKENS;
+  const int tile = blockIdx.x * TILES + warp / SLICES * RT;
+  const Packed w = {values, codes, entries, (out + 15) / 16, panel};
+  u16* xs = (u16*)shared;
+  u8* stages = shared + TOKENS * stride * 2 + warp * (STAGES * RT * TILE_BYTES);
+
+  // Chunks of this warp: slice, slice + SLICES, ...; the i-th lies in stage i % STAGES.
+  auto fetch_all = [&](int i) {
+    const int c = i * SLICES + slice;
+    if (c < mine)
+#pragma unroll
+      for (int t = 0; t < RT; t++)
+        fetch(stages + (i % STAGES * RT + t) * TILE_BYTES, w, tile + t, first + c, lane);
+    copies_end_group();
+  };
+#pragma unroll 1
+  for (int i = 0; i < STAGES - 1; i++) fetch_all(i);
+  for (int i = threadIdx.x; i < TOKENS * (wide / 8); i += WARPS * 32) {
+    const int n = i / (wide / 8), c = i % (wide / 8) * 8, k = first * CHUNK + c;
+    const u16* from = x + (token0 + n) * ldx + k;
+    u16* to = xs + n * stride + c;
+    if (whole) {
+      const bool keep = n < here && k < inputs;
+      copy16(to, keep ? from : x, keep);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; j++) to[j] = n < here && k + j < inputs ? from[j] : 0;
+    }
+  }
+  copies_end_group();
+  copies_wait<0>();
+  __syncthreads();
+
+  float sums[RT][NT][4];
+#pragma unroll
+  for (int t = 0; t < RT; t++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums[t][n][e] = 0.0f;
+  const u16* row = xs + r * stride;
+#pragma unroll 1
+  for (int i = 0; i * SLICES + slice < mine; i++) {
+    copies_wait<STAGES - 2>();
+    __syncwarp();  // what others copied is here, and all are done with the stage that is next filled
+    fetch_all(i + STAGES - 1);
+    multiply(sums, stages + i % STAGES * RT * TILE_BYTES, row + (i * SLICES + slice) * CHUNK, stride,
+             lane);
+  }
+  copies_wait<0>();
+
+  if (SLICES > 1) {  // the first slice adds the others' sums, in their order
+    __syncthreads();
+    float* others = (float*)shared;
+    const int group = warp / SLICES;
+    auto place = [&](int s, int i) {
+      return ((i64)(s - 1) * (WARPS / SLICES) + group) * (RT * NT * 4 * 32) + i * 32 + lane;
+    };
+    if (slice)
+#pragma unroll
+      for (int i = 0; i < RT * NT * 4; i++) others[place(slice, i)] = sums[i / (NT * 4)][i / 4 % NT][i % 4];
+    __syncthreads();
+    if (!slice)
+#pragma unroll 1
+      for (int s = 1; s < SLICES; s++)
+#pragma unroll
+        for (int i = 0; i < RT * NT * 4; i++)
+          sums[i / (NT * 4)][i / 4 % NT][i % 4] += others[place(s, i)];
+  }
+  if (slice) return;
+#pragma unroll
+  for (int t = 0; t < RT; t++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int token = n * 8 + 2 * q + e % 2, o = (tile + t) * 16 + r + e / 2 * 8;
+        if (token >= here || o >= out) continue;
+        if (gridDim.y > 1)
+          partial[((i64)blockIdx.y * tokens + token0 + token) * out + o] = sums[t][n][e];
+        else
+          y[(token0 + token) * ldy + o] = from_float(finish(sums[t][n][e], bias, o, epilogue));
+      }
+}
+
+// y from the sums of `shares` shares of the inputs, added in their order.
+KERNEL(256)
+gather(const float* partial, const u16* bias, u16* y, i64 ldy, int out, int tokens, int shares,
+       int epilogue) {
+  const int o = blockIdx.x * 256 + threadIdx.x, token = blockIdx.y;
+  if (o >= out) return;
+  float sum = 0.0f;
+  for (int s = 0; s < shares; s++) sum += partial[((i64)s * tokens + token) * out + o];
+  y[token * ldy + o] = from_float(finish(sum, bias, o, epilogue));
+}

@@ -1,0 +1,140 @@
+"""The backend of NVIDIA GPUs: few tokens by fragments, many by a dense matrix that is rebuilt.
+
+Nothing waits for the device or allocates outside of torch's allocator, so calls can be captured in
+a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmflow.kernels import gpu_driver, gpu_plan
+from nmflow.kernels.backend import Call
+from nmflow.kernels.gpu_driver import Launcher
+from nmflow.kernels.gpu_plan import DTYPES, Kernel
+from nmflow.kernels.layout import LANES, Shape
+from nmflow.kernels.reference import apply_epilogue
+
+_EXPAND, _GATHER = Kernel("expand.cu", "expand"), "gather"
+_SPANS = 4  # blocks of `expand` write at least that many spans of codes
+
+
+def why_not(call: Call) -> str | None:
+    """None if these kernels serve the call, else the reason in words."""
+    if call.device != "cuda":
+        return f"x is on {call.device} and these kernels run on NVIDIA GPUs"
+    if call.dtype not in DTYPES:
+        return f"tensor cores multiply bfloat16 and float16, and the weight is {call.dtype}"
+    return gpu_driver.why_not()
+
+
+def kernel(call: Call) -> str:
+    """The name of the kernel that would run, such as "panel fragments"."""
+    if call.tokens <= gpu_plan.most_tokens(call.shape):
+        return "panel fragments" if call.shape.shared else "row fragments"
+    why = gpu_plan.why_no_fragments(call.shape)
+    return "rebuild the dense weight in one pass, cuBLAS" + (f": {why}" if why else "")
+
+
+def bind(values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]:
+    """Prepare one weight; nothing is made of it, so nothing can grow old."""
+
+    def run(x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int) -> None:
+        y.copy_(matmul(x, values, codes, bias, shape, epilogue))
+
+    return run
+
+
+def matmul(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: Shape, epilogue: int = 0,
+    launcher: Launcher | None = None,
+) -> Tensor:  # fmt: skip
+    """`epilogue(x Wᵀ + bias)` of a call that `why_not` lets pass; sums are float32, rounded once.
+
+    Args:
+        x: `(..., inputs)`.
+        values: tiled values.
+        codes: tiled codes.
+        bias: `(out,)` or None.
+        shape: sizes and pattern.
+        epilogue: 0 none, 1 GELU (erf), 2 ReLU.
+        launcher: what runs kernels; None is the driver of the GPU that `x` is on.
+    """
+    launcher = launcher or gpu_driver.driver(x.device.index)
+    rows = x.reshape(-1, shape.inputs)
+    tokens = rows.shape[0]
+    y = x.new_empty(*x.shape[:-1], shape.out)
+    if tokens == 0:
+        return y
+    half = x.dtype == torch.float16
+    plan = _planned(shape, half, tokens, launcher.card)
+    if plan is None:
+        dense = expand(values, codes, shape, launcher)
+        return apply_epilogue(F.linear(x, dense, bias), epilogue)
+    if rows.stride(1) != 1 or (tokens > 1 and rows.stride(0) < shape.inputs):
+        rows = rows.contiguous()
+    values, codes = _aligned(values), _aligned(codes)
+    bias = None if bias is None else bias.contiguous()
+    stride = rows.stride(0) if tokens > 1 else shape.inputs
+    whole = not (stride % 8 or shape.inputs % 8 or rows.data_ptr() % 16)
+    partial = None
+    if plan.shares > 1:
+        partial = torch.empty(
+            (plan.shares, tokens, shape.out), dtype=torch.float32, device=x.device
+        )
+    args = [
+        *(_address(t) for t in (values, codes, rows, bias, y, partial)),
+        *(ctypes.c_longlong(stride), ctypes.c_longlong(shape.out)),
+        *map(ctypes.c_int, (shape.out, shape.inputs, tokens, shape.entries, shape.panel)),
+        *map(ctypes.c_int, (plan.chunks, epilogue, whole)),
+    ]
+    launcher.launch(plan.kernel, plan.grid, plan.threads, plan.shared, args)
+    if partial is not None:
+        args = [
+            *(_address(t) for t in (partial, bias, y)),
+            ctypes.c_longlong(shape.out),
+            *map(ctypes.c_int, (shape.out, tokens, plan.shares, epilogue)),
+        ]
+        last = Kernel(plan.kernel.file, _GATHER, plan.kernel.constants)
+        launcher.launch(last, (-(-shape.out // 256), tokens, 1), 256, 0, args)
+    return y
+
+
+def expand(values: Tensor, codes: Tensor, shape: Shape, launcher: Launcher | None = None) -> Tensor:
+    """The dense matrix `(out, inputs)` of a weight of two bytes, bit by bit."""
+    launcher = launcher or gpu_driver.driver(values.device.index)
+    dense = values.new_empty(shape.out, shape.inputs)
+    span = shape.m if shape.m > LANES else LANES // shape.m * shape.m
+    columns = span * max(_SPANS, 512 // span)
+    args = [
+        *(_address(t) for t in (values.contiguous(), codes.contiguous(), dense)),
+        *map(ctypes.c_int, (shape.out, shape.inputs, shape.n, shape.m, shape.entries)),
+        *map(ctypes.c_int, (shape.panel if shape.shared else 0, columns)),
+    ]
+    grid = (shape.tiles, -(-shape.inputs // columns), 1)
+    launcher.launch(_EXPAND, grid, 256, 2 * LANES * columns, args)
+    return dense
+
+
+def expands(dtype: torch.dtype) -> bool:
+    """Whether `expand` takes weights of a dtype on the current GPU."""
+    return dtype in DTYPES and gpu_driver.why_not() is None
+
+
+_planned = functools.lru_cache(4096)(gpu_plan.plan)
+
+
+def _address(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor in order, at an address that copies of sixteen bytes take."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t
