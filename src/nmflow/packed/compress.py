@@ -44,7 +44,9 @@ def compress(
 
     A module is packed if the geometric mean over `tokens` of (best dense time / packed time) is
     above 1. Dense are `F.linear`, oneDNN and packed oneDNN, or for a convolution the convolution
-    itself, channels last, and oneDNN packed, on about that many output positions. Modules of the
+    itself, channels last, and oneDNN packed, on about that many output positions. On an NVIDIA GPU
+    they are cuBLAS and, for 2:4, cuSPARSELt; calls are timed in CUDA graphs, on copies of the
+    weights that do not fit into the L2 (twice its bytes for each way, at a time). Modules of the
     same kind, sizes and patterns are measured once, with as many threads as torch has. Where a
     linear layer loses to packed oneDNN, it runs on that (`OneDNNLinear`, which holds the weight
     twice); everything else that loses stays as it is.

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from nmflow.kernels import Call, choose
 from nmflow.packed.build import Run
 from nmflow.packed.layout import as_matrix
 from nmflow.packed.measure import (
     Timing,
     Way,
     conv_ways,
+    copies_past_cache,
     dense_ways,
+    gpu_ways,
+    time_on_gpu,
     time_ways,
 )
-from nmflow.packed.modules import FusedLinear, PackedConv
+from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
 from nmflow.packed.onednn import OneDNNLinear, onednn_takes
 from nmflow.packed.report import Times
 from nmflow.select.weights import is_hf_conv1d
@@ -44,8 +49,8 @@ def kind_of(module: nn.Module, found: Runs) -> tuple[object, ...]:
 def judge(module: nn.Module, packed: nn.Module, counts: tuple[int, ...]) -> Verdict:
     """Race the packed module against the dense ways at every token count."""
     some = next(module.parameters())
-    if some.device.type != "cpu":
-        return Verdict(f"there is no fast packed kernel on {some.device.type}")
+    if some.device.type != "cpu" and (why := _why_slow(packed, some)):
+        return Verdict(f"there is no fast packed kernel on {some.device.type}: {why}")
     times: Times = {}
     gain = onednn = 1.0
     with torch.no_grad():
@@ -57,7 +62,10 @@ def judge(module: nn.Module, packed: nn.Module, counts: tuple[int, ...]) -> Verd
             else:
                 races = []
                 for matrix, bias, parts in _products(module, packed):
-                    x = torch.randn(t, matrix.shape[1]).to(matrix.dtype)
+                    x = torch.randn(t, matrix.shape[1]).to(matrix.device, matrix.dtype)
+                    if matrix.is_cuda:
+                        races.append(_race_on_gpu(matrix, bias, parts, x))
+                        continue
                     ways = dense_ways(matrix, bias, x)
                     if is_hf_conv1d(module):
                         ways["addmm"] = lambda x=x: module(x)
@@ -106,7 +114,30 @@ def on_onednn(
     return new
 
 
+def _why_slow(packed: nn.Module, some: Tensor) -> str:
+    """Why a device has no kernel for a packed module; empty where it has."""
+    for part in packed.modules():
+        if isinstance(part, PackedLinear):
+            call = Call(part.shape, part.values.dtype, some.device.type, 1)
+            if (found := choose(call)).backend == "reference":
+                return dict(found.refused).get(some.device.type, f"none is for {some.device.type}")
+    return ""
+
+
+def _race_on_gpu(
+    matrix: Tensor, bias: Tensor | None, packed: nn.Module, x: Tensor
+) -> dict[str, Timing]:
+    """cuBLAS and cuSPARSELt against a packed product, all on weights that are not in the L2."""
+    size = sum(t.nbytes for t in (*packed.buffers(), *packed.parameters()))
+    copies = [copy.deepcopy(packed) for _ in range(copies_past_cache(size, matrix.device))]
+    mine: list[Way] = [lambda one=one: one(x) for one in copies]
+    return time_on_gpu({**gpu_ways(matrix, bias, x), "packed": mine})
+
+
 def _race(ways: dict[str, Way], packed: nn.Module, x: Tensor) -> dict[str, Timing]:
+    if x.is_cuda:
+        calls = {**ways, "packed": lambda: packed(x)}
+        return time_on_gpu({name: [way] for name, way in calls.items()})
     return time_ways({**ways, "packed": lambda: packed(x)})
 
 
@@ -138,4 +169,4 @@ def _conv_input(conv: PackedConv, tokens: int, like: Tensor) -> Tensor:
         max((side - 1) * s + d * (k - 1) + 1 - pad, 1)
         for k, s, d, pad in zip(conv.kernel_size, conv.stride, conv.dilation, pads, strict=True)
     ]
-    return torch.randn(1, conv.in_channels, *sizes).to(like.dtype)
+    return torch.randn(1, conv.in_channels, *sizes).to(like.device, like.dtype)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nmflow.masks import holds
 from nmflow.packed.onednn import onednn_takes
 
 Way = Callable[[], object]
@@ -64,6 +65,68 @@ def time_ways(
 def _timing(times: list[float]) -> Timing:
     cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
     return Timing(statistics.median(times), cuts[0], cuts[-1], len(times))
+
+
+def time_on_gpu(ways: Mapping[str, Sequence[Way]], rounds: int = 20) -> dict[str, Timing]:
+    """Time ways on a GPU: each a CUDA graph of its calls, replayed turn by turn.
+
+    Args:
+        ways: name to calls that do the same on copies of a weight, so that the copies do not stay
+            in the L2 between two replays, as a network's own weights do not.
+        rounds: replays of each graph.
+
+    Returns:
+        Microseconds of one call.
+    """
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, calls in ways.items():
+        # A first run compiles kernels, which a capture must not.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in calls:
+                call()
+        graphs[name].replay()
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            took[name].append(start.elapsed_time(end) * 1e3 / len(ways[name]))
+    return {name: _timing(times) for name, times in took.items()}
+
+
+def copies_past_cache(nbytes: int, device: torch.device, most: int = 64) -> int:
+    """How many copies of a weight are twice the L2 of a GPU, at most `most`."""
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 << 20)
+    return max(2, min(most, -(-2 * cache // max(nbytes, 1))))
+
+
+def gpu_ways(weight: Tensor, bias: Tensor | None, x: Tensor) -> dict[str, list[Way]]:
+    """The dense ways on a GPU: cuBLAS, and cuSPARSELt where it takes a weight of 2:4."""
+    count = copies_past_cache(weight.nbytes, weight.device)
+
+    def way(w: Tensor) -> Way:
+        return lambda: F.linear(x, w, bias)
+
+    ways: dict[str, list[Way]] = {"cuBLAS": [way(weight.clone()) for _ in range(count)]}
+    if holds(weight, "2:4"):
+        try:
+            ways["cuSPARSELt"] = [
+                way(torch.sparse.to_sparse_semi_structured(weight)) for _ in range(count)
+            ]
+            ways["cuSPARSELt"][0]()
+        except (RuntimeError, ValueError, NotImplementedError):  # its sizes, its cards
+            ways.pop("cuSPARSELt", None)
+    return ways
 
 
 def dense_ways(weight: Tensor, bias: Tensor | None, x: Tensor) -> dict[str, Way]:
