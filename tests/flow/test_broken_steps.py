@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -239,17 +240,38 @@ def test_a_step_without_hooks_is_dropped_and_said() -> None:
     assert_same(dense_of(run), dense)
 
 
+_copies: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+}
+
+
+@pytest.mark.parametrize("how", _copies)
+def test_a_copy_after_the_run_is_an_optimizer_like_others(how: str) -> None:
+    run = Run(MLP, BY_ID["settling"])
+    run.train(MLP.batches(TOTAL))
+    run.flow.finalize()
+    assert "__reduce_ex__" not in vars(run.optimizer)
+    other = Run(MLP, BY_ID["settling"], attached=False)
+    other.model, other.optimizer = _copies[how]((run.model, run.optimizer))
+    backward(other, MLP.batches(1)[0])
+    other.optimizer.step()
+
+
 @pytest.mark.parametrize("steps", [0, 1, STOP])
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", _copies)
 def test_a_copied_pair_is_attached_to_anew(how: str, steps: int) -> None:
     """A copy has no hooks, but the state: it goes on from there, and never touches the original."""
     run, batches = Run(MLP, BY_ID["settling"]), MLP.batches(TOTAL)
     run.train(batches[:steps])
     pair = (run.model, run.optimizer)
     other = Run(MLP, BY_ID["settling"], attached=False)
-    other.model, other.optimizer = (
-        copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
-    )
+    other.model, other.optimizer = _copies[how](_copies[how](pair))
+    torch.optim.lr_scheduler.LambdaLR(other.optimizer, lambda _: 1.0)
+    before = parameters_of(other.model)
+    with pytest.raises(FlowError, match=r"copy of one with a recipe.*nmflow\.attach"):
+        other.optimizer.step()
+    assert_same(parameters_of(other.model), before)
     if not steps:
         with pytest.raises(FlowError, match=r"copy of the optimizer.*state_dict\(\)"):
             other.attach()

@@ -33,6 +33,7 @@ class Snapshot:
     modules: list[tuple[str, type, int]]
     state: Any
     hooks: list[int] = field(default_factory=list)
+    attributes: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, optimizer: Any) -> Snapshot:
@@ -54,6 +55,7 @@ class Snapshot:
             ],
             (None if state is None else list(state.values()), groups),
             [len(getattr(optimizer, name, ())) for name in HOOKS],
+            frozenset(getattr(optimizer, "__dict__", ())),
         )
 
     def assert_unchanged(self, model: nn.Module, optimizer: Any) -> None:

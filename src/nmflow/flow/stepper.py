@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from nmflow.errors import FlowError, WeightError
 from nmflow.flow import hosts, owners, preconditioner
+from nmflow.flow.clones import Clones
 from nmflow.flow.edits import Edits
 from nmflow.flow.guard import Guard, overrides
 from nmflow.flow.observing import Observation
@@ -125,6 +126,7 @@ class Stepper:
         # What hooks of others do after a step meets the sparse weights, and a step that is counted.
         hooks = one._optimizer_step_post_hooks
         hooks.move_to_end(self._handles[1].id, last=False)
+        self._handles.append(Clones(one))
         self._guard("step", steps.begins, steps.ends, steps.fails)
         for name in ("train", "eval"):
             if callable(getattr(one, name, None)):

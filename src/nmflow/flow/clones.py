@@ -1,0 +1,70 @@
+"""Copies of an optimizer that has a recipe: `copy.deepcopy` and pickle leave its hooks behind.
+
+A copy without hooks would train the sparse weights as if they were dense. So it says on its first
+step that `attach` is missing; its state is all there, and `attach` goes on from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from nmflow.errors import FlowError
+from nmflow.flow import owners
+from nmflow.flow.state import GROUP_KEYS
+
+
+class Clones:
+    """Watches an optimizer for copies of it, until `remove`."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._own = vars(optimizer).get("__reduce_ex__")  # of an optimizer that is a copy itself
+        _watch(optimizer)
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was."""
+        vars(self._optimizer).pop("__reduce_ex__", None)
+        if self._own is not None:
+            vars(self._optimizer)["__reduce_ex__"] = self._own
+
+
+def _watch(optimizer: Optimizer) -> None:
+    # `copy.deepcopy` and pickle both ask the object, before its class.
+    vars(optimizer)["__reduce_ex__"] = functools.partial(_reduce, optimizer)
+
+
+def _reduce(optimizer: Optimizer, protocol: int) -> tuple[Any, ...] | str:
+    told = type(optimizer).__reduce_ex__(optimizer, protocol)
+    if isinstance(told, str) or not (owners.owns(optimizer) or _without(optimizer)):
+        return told
+    make, args, *rest = told
+    return _made, (make, args), *rest
+
+
+def _made(make: Callable[..., Optimizer], args: tuple[Any, ...]) -> Optimizer:
+    copied = make(*args)
+    vars(copied)["step"] = types.MethodType(_step, copied)
+    _watch(copied)
+    return copied
+
+
+def _step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    if _without(optimizer):
+        raise FlowError(
+            "optimizer is a copy of one with a recipe, and a copy has none: call nmflow.attach() "
+            "with it and its model, which goes on from its state, or build a new optimizer"
+        )
+    return type(optimizer).step(optimizer, *args, **kwargs)
+
+
+def _without(optimizer: Optimizer) -> bool:
+    """Whether the state is of a recipe, and no recipe is attached."""
+    groups = optimizer.param_groups
+    return any(key in group for group in groups for key in GROUP_KEYS) and not owners.owns(
+        optimizer
+    )
