@@ -109,6 +109,14 @@ typedef void (*nmf_task)(void *context, int64_t task);
 void nmf_parallel(int64_t tasks, int threads, nmf_task run, void *context);
 int nmf_isa(void);
 
+/* Threads of whoever calls: while one is borrowed, the calling thread's regions run on it. `run`
+ * calls task(data, i) for every i below total, in any order; false if it could not start. */
+struct nmf_pool {
+  bool (*run)(void *pool, void (*task)(void *, size_t), size_t total, void *data);
+  void *pool;
+};
+void nmf_borrow(const nmf_pool *pool);
+
 /* One matrix product, its sizes checked, and the part of it that a task does. */
 struct nmf_job {
   nmf_geometry g;

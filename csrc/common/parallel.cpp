@@ -1,4 +1,5 @@
-/* Threads: torch's OpenMP runtime when the caller hands it over, else a small pool of our own.
+/* Threads: those that the caller lends (onnxruntime's), else torch's OpenMP runtime where it was
+ * handed over, else a small pool of our own.
  *
  * Two OpenMP runtimes (or a pool beside one) oversubscribe the cores, because an OpenMP worker
  * spins for a while after its last region. So native.py passes the address of GOMP_parallel in the
@@ -37,6 +38,12 @@ void drain(void *data) {
 
 typedef void (*Runner)(void (*)(void *), void *, unsigned, unsigned);
 std::atomic<Runner> g_runner{nullptr};
+thread_local const nmf_pool *t_borrowed = nullptr;
+
+void one_task(void *data, size_t task) {
+  const Work *work = static_cast<const Work *>(data);
+  work->run(work->context, static_cast<int64_t>(task));
+}
 
 int64_t process_id() {
 #if defined(_WIN32)
@@ -120,7 +127,10 @@ void nmf_parallel(int64_t tasks, int threads, nmf_task run, void *context) {
   work.next.store(0, std::memory_order_relaxed);
   if (threads > tasks) threads = static_cast<int>(tasks);
   if (threads > 256) threads = 256;
-  if (threads > 1) {
+  if (threads > 1 && t_borrowed != nullptr) {
+    const nmf_pool *borrowed = t_borrowed;
+    if (borrowed->run(borrowed->pool, one_task, static_cast<size_t>(tasks), &work)) return;
+  } else if (threads > 1) {
     const Runner runner = g_runner.load(std::memory_order_acquire);
     if (runner != nullptr) {
       runner(drain, &work, static_cast<unsigned>(threads), 0);
@@ -131,6 +141,8 @@ void nmf_parallel(int64_t tasks, int threads, nmf_task run, void *context) {
   }
   drain(&work);
 }
+
+void nmf_borrow(const nmf_pool *pool) { t_borrowed = pool; }
 
 void nmflow_set_runner(Runner gomp_parallel) {
   g_runner.store(gomp_parallel, std::memory_order_release);

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         export_program,
         load,
         load_state,
+        onnxruntime_session_options,
         save,
         save_state,
     )
@@ -109,6 +110,7 @@ __all__ = [
     "load",
     "load_state",
     "mask",
+    "onnxruntime_session_options",
     "plan",
     "save",
     "save_state",
@@ -128,6 +130,7 @@ _LATER = {
     "kernels": "",
     "load": "nmflow.packed",
     "load_state": "nmflow.packed",
+    "onnxruntime_session_options": "nmflow.packed",
     "save": "nmflow.packed",
     "save_state": "nmflow.packed",
     "track": "nmflow.inspect.track",

@@ -36,28 +36,33 @@ REASONS = {
 }
 
 
+def path() -> Path | None:
+    """The compiled library's file, whether or not it can be loaded; None where there is none."""
+    # NMFLOW_LIBRARY names another build of the same sources, such as one with sanitizers.
+    named = os.environ.get("NMFLOW_LIBRARY")
+    found = [Path(named)] if named else sorted(Path(__file__).parent.glob("_native.*"))
+    return next((file for file in found if file.suffix in (".so", ".dll", ".dylib")), None)
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and "", or None and the reason in one clause."""
     if os.environ.get("NMFLOW_NATIVE", "1") == "0":
         return None, "NMFLOW_NATIVE=0 is set"
-    # NMFLOW_LIBRARY names another build of the same sources, such as one with sanitizers.
-    named = os.environ.get("NMFLOW_LIBRARY")
-    found = [Path(named)] if named else sorted(Path(__file__).parent.glob("_native.*"))
-    found = [path for path in found if path.suffix in (".so", ".dll", ".dylib")]
-    if not found:
+    found = path()
+    if found is None:
         return None, (
             "the library was not built when nmflow was installed; install a C++17 compiler and "
             "run `pip install --force-reinstall --no-deps --no-cache-dir nmflow`"
         )
     try:
-        lib = ctypes.CDLL(str(found[0]))
+        lib = ctypes.CDLL(str(found))
         version = lib.nmflow_abi_version()
     except (OSError, AttributeError) as error:
-        return None, f"{found[0].name} cannot be loaded ({error})"
+        return None, f"{found.name} cannot be loaded ({error})"
     if version != ABI_VERSION:
         return None, (
-            f"{found[0].name} has ABI version {version} and this code needs {ABI_VERSION}; "
+            f"{found.name} has ABI version {version} and this code needs {ABI_VERSION}; "
             "reinstall nmflow"
         )
     _declare(lib)

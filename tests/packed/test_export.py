@@ -109,13 +109,14 @@ def test_the_page_on_packed_networks_runs(
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "packed.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     for block in blocks:
         exec(block, scope)
     assert "1:16" in capsys.readouterr().out
     assert (tmp_path / "dense.onnx").exists()
+    assert (tmp_path / "packed.onnx").exists()
 
 
 CACHES = ("gpt2", "llama", "qwen2", "t5", "bert", "vit")

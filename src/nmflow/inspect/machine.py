@@ -21,6 +21,7 @@ EXTRAS = {
     "experiments": ("transformers", "accelerate", "datasets", "typer", "matplotlib"),
     "lightning": ("lightning",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "onnxruntime": ("onnxruntime",),
     "ray": ("ray",),
     "pretrained": ("gguf",),
 }

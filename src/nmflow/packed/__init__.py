@@ -6,6 +6,7 @@ from nmflow.packed.compress import compress, decompress
 from nmflow.packed.export import export_onnx, export_program
 from nmflow.packed.files.folder import load, save
 from nmflow.packed.files.state import load_state, save_state
+from nmflow.packed.onnx_operators import onnxruntime_session_options
 from nmflow.packed.report import Report, Row
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "export_program",
     "load",
     "load_state",
+    "onnxruntime_session_options",
     "save",
     "save_state",
 ]

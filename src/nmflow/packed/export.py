@@ -1,4 +1,4 @@
-"""Export of the masked dense network: ONNX and `torch.export`, checked against the model."""
+"""Export to ONNX and `torch.export`, masked dense or packed, checked against the model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nmflow import disk
 from nmflow.errors import CompressError
+from nmflow.packed import onnx_operators
 from nmflow.packed.build import PACKED
 from nmflow.packed.compress import decompress
+from nmflow.packed.modules import PackedLinear
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -45,11 +47,14 @@ def export_onnx(
     path: str | os.PathLike[str],
     dynamic_batch: bool = True,
     verify: bool = True,
+    packed: bool = False,
 ) -> Path:
-    """Write the masked dense network as ONNX, and check with onnxruntime that it agrees.
+    """Write a network as ONNX, and check with onnxruntime that it agrees.
 
-    ONNX knows no N:M op, so the weights are written dense, with their zeros; onnxruntime and most
-    compilers run them as dense ones.
+    ONNX knows no N:M op, so the masked dense network has its weights with their zeros, and every
+    runtime multiplies by them. With `packed=True` the packed layers are nmflow's own operator,
+    `nmflow::packed_linear`, on their kept weights: onnxruntime runs it under
+    `nmflow.onnxruntime_session_options()`, and other runtimes refuse the file.
 
     Args:
         model: a dense model that holds N:M, or what `compress` returned (it is decompressed).
@@ -57,12 +62,14 @@ def export_onnx(
         path: the file; written whole or not at all.
         dynamic_batch: as for `export_program`.
         verify: run the file with onnxruntime and compare with the model.
+        packed: True writes the packed layers of what `compress` returned, in float32.
 
     Returns:
         The path.
 
     Raises:
-        CompressError: packages are missing (`pip install 'nmflow[onnx]'`), the export fails, the
+        CompressError: `packed` and there is no packed layer, or one that is not float32; packages
+            are missing (`pip install 'nmflow[onnx]'`), the export fails, the
             file cannot be written, or its outputs differ from the model's.
     """
     try:
@@ -73,21 +80,27 @@ def export_onnx(
             f"export to ONNX needs the package {error.name!r}: pip install 'nmflow[onnx]'"
         ) from error
     target = Path(path)
-    dense = _plain(model, False)
-    try:
-        made = torch.onnx.export(
-            _program(dense, example_inputs, dynamic_batch), dynamo=True, verbose=False
+    if packed:
+        _check_packed(model)
+    network = _plain(model, packed)
+    table = onnx_operators.translation() if packed else None
+
+    def exported() -> Any:
+        program = _program(network, example_inputs, dynamic_batch)
+        return torch.onnx.export(
+            program, dynamo=True, verbose=False, custom_translation_table=table
         )
+
+    try:
+        made = exported()
     except torch.onnx.OnnxExporterError as error:
         # ONNX takes attention apart, and torch's fused op lays its output out otherwise than its
         # parts do, so transformers' attention is asked for its parts.
         try:
-            with _attention_in_parts(dense) as changed:
+            with _attention_in_parts(network) as changed:
                 if not changed:
                     raise
-                made = torch.onnx.export(
-                    _program(dense, example_inputs, dynamic_batch), dynamo=True, verbose=False
-                )
+                made = exported()
         except torch.onnx.OnnxExporterError:
             why = _first_line(error.__cause__ or error)
             raise CompressError(f"model cannot be written as ONNX: {why}") from error
@@ -99,9 +112,9 @@ def export_onnx(
             made.save(str(part))
             if verify:
                 args, kwargs = _arguments(example_inputs)
-                with _without_cache(dense), torch.no_grad():
-                    want = _tensors(dense(*args, **kwargs))
-                _agree(want, _run_onnx(part, tree_leaves((args, kwargs))))
+                with _without_cache(network), torch.no_grad():
+                    want = _tensors(network(*args, **kwargs))
+                _agree(want, _run_onnx(part, tree_leaves((args, kwargs)), packed))
             for file in sorted(folder.iterdir(), key=lambda f: f == part):
                 os.replace(file, target.with_name(file.name))
     except OSError as error:
@@ -128,14 +141,31 @@ def _program(model: nn.Module, example: Example, dynamic_batch: bool) -> Exporte
     return program
 
 
-def _run_onnx(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
+def _check_packed(model: nn.Module) -> None:
+    """Raise unless the network has packed layers, all of which onnxruntime's CPU kernels run."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedLinear)}
+    if not layers:
+        raise CompressError(
+            "packed is True and model holds no packed layer: give what nmflow.compress returned, "
+            "or leave packed=False"
+        )
+    for path, layer in layers.items():
+        if layer.values.dtype != torch.float32:
+            raise CompressError(
+                f"packed is True and {path or 'the model'} is {layer.values.dtype}: onnxruntime "
+                "runs packed layers in float32, so export packed.float()"
+            )
+
+
+def _run_onnx(path: Path, inputs: Sequence[Any], packed: bool) -> list[Tensor]:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise CompressError(
             "verify needs the package 'onnxruntime': pip install 'nmflow[onnx]', or verify=False"
         ) from error
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnx_operators.onnxruntime_session_options() if packed else None
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     tensors = [t for t in inputs if isinstance(t, Tensor)]
     feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
     return [torch.from_numpy(y) for y in session.run(None, feed)]

@@ -1,0 +1,100 @@
+"""Packed layers in onnxruntime: `nmflow::packed_linear`, how it is written and what runs it.
+
+The operator is in the compiled library (`csrc/onnxruntime`), which exports what onnxruntime looks
+up in a library of operators. Its inputs are x `(..., in)`, values and codes in kernel layout, and
+optionally a bias `(out,)`; its attributes are `ATTRIBUTES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nmflow import native
+from nmflow.errors import CompressError
+
+DOMAIN, NAME, VERSION = "nmflow", "packed_linear", 1
+ATTRIBUTES = ("out_features", "in_features", "n", "m", "panel", "epilogue")
+# The session's entry that says for how many threads a product is cut.
+THREADS = f"custom_op.{NAME}.threads"
+
+
+def onnxruntime_session_options(threads: int | None = None, options: Any = None) -> Any:
+    """Session options under which onnxruntime runs packed networks, on its own threads.
+
+    Args:
+        threads: onnxruntime's threads inside an operator; `torch.get_num_threads()` by default.
+        options: `onnxruntime.SessionOptions` to extend; new ones by default.
+
+    Returns:
+        `onnxruntime.SessionOptions` with nmflow's operators, for
+        `onnxruntime.InferenceSession(path, options)`.
+
+    Raises:
+        CompressError: `threads` is not positive, onnxruntime is missing or older than 1.17, or
+            the compiled library is missing.
+
+    Example:
+        >>> import pytest
+        >>> runtime = pytest.importorskip("onnxruntime")
+        >>> options = onnxruntime_session_options(threads=2)
+        >>> options.intra_op_num_threads
+        2
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        raise CompressError(f"threads is {threads}: give a positive number of threads")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise CompressError(
+            "packed networks in onnxruntime need the package 'onnxruntime': "
+            "pip install 'nmflow[onnxruntime]'"
+        ) from error
+    if not native.available():
+        raise CompressError(
+            f"packed networks in onnxruntime need the compiled library: {native.why_not()}"
+        )
+    options = onnxruntime.SessionOptions() if options is None else options
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry(THREADS, str(threads))
+    try:
+        options.register_custom_ops_library(str(native.path()))
+    except RuntimeError as error:  # onnxruntime's own errors derive from it
+        raise CompressError(f"onnxruntime refuses nmflow's operators: {error}") from error
+    return options
+
+
+def translation() -> dict[Any, Callable[..., Any]]:
+    """The table by which torch's exporter writes `nmflow::matmul` as `nmflow::packed_linear`."""
+    import onnx
+    from onnxscript import values
+
+    schema, kind = onnx.defs.OpSchema, onnx.defs.OpSchema.AttrType.INT
+    given = schema.FormalParameter
+    described = schema(
+        NAME,
+        DOMAIN,
+        VERSION,
+        inputs=[
+            given("x", "T"),
+            given("values", "V"),
+            given("codes", "C"),
+            given("bias", "T", param_option=schema.FormalParameterOption.Optional),
+        ],
+        outputs=[given("y", "T")],
+        type_constraints=[
+            ("T", ["tensor(float)"], ""),
+            ("V", ["tensor(float)"], ""),
+            ("C", ["tensor(int32)", "tensor(uint8)"], ""),
+        ],
+        attributes=[schema.Attribute(name, kind) for name in ATTRIBUTES],
+    )
+    write = values.Op(values.Opset(DOMAIN, VERSION), NAME, described)
+
+    def packed_linear(x: Any, held: Any, codes: Any, bias: Any, *numbers: int) -> Any:
+        return write(x, held, codes, bias, **dict(zip(ATTRIBUTES, numbers, strict=True)))
+
+    return {torch.ops.nmflow.matmul.default: packed_linear}
