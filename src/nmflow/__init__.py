@@ -49,8 +49,10 @@ if TYPE_CHECKING:
     from nmflow.inspect.noise import gradient_noise
     from nmflow.inspect.track import Tracker, track
     from nmflow.packed import (
+        OnnxDecoder,
         compress,
         decompress,
+        export_decoder,
         export_onnx,
         export_program,
         load,
@@ -83,6 +85,7 @@ __all__ = [
     "NMFlowError",
     "NMFlowWarning",
     "OneShot",
+    "OnnxDecoder",
     "Pattern",
     "PatternError",
     "Plan",
@@ -102,6 +105,7 @@ __all__ = [
     "cost",
     "decompress",
     "doctor",
+    "export_decoder",
     "export_onnx",
     "export_program",
     "gradient_noise",
@@ -120,10 +124,12 @@ __all__ = [
 # What training does not need is imported at first use.
 _LATER = {
     "Distiller": "nmflow.distill",
+    "OnnxDecoder": "nmflow.packed",
     "Tracker": "nmflow.inspect.track",
     "compress": "nmflow.packed",
     "decompress": "nmflow.packed",
     "doctor": "nmflow.inspect.machine",
+    "export_decoder": "nmflow.packed",
     "export_onnx": "nmflow.packed",
     "export_program": "nmflow.packed",
     "gradient_noise": "nmflow.inspect.noise",

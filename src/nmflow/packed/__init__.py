@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nmflow.packed.compress import compress, decompress
+from nmflow.packed.decoder import OnnxDecoder, export_decoder
 from nmflow.packed.export import export_onnx, export_program
 from nmflow.packed.files.folder import load, save
 from nmflow.packed.files.state import load_state, save_state
@@ -10,10 +11,12 @@ from nmflow.packed.onnx_operators import onnxruntime_session_options
 from nmflow.packed.report import Report, Row
 
 __all__ = [
+    "OnnxDecoder",
     "Report",
     "Row",
     "compress",
     "decompress",
+    "export_decoder",
     "export_onnx",
     "export_program",
     "load",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nmflow import disk
 from nmflow.errors import CompressError
-from nmflow.packed import onnx_operators
+from nmflow.packed import onnx_files, onnx_operators
 from nmflow.packed.build import PACKED
 from nmflow.packed.compress import decompress
-from nmflow.packed.modules import PackedLinear
+from nmflow.packed.onnx_files import agree, first_line
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -38,7 +37,7 @@ def export_program(
     Raises:
         CompressError: the model's outputs and the program's differ, or torch cannot export it.
     """
-    return _program(_plain(model, packed), example_inputs, dynamic_batch)
+    return _program(plain(model, packed), example_inputs, dynamic_batch)
 
 
 def export_onnx(
@@ -72,54 +71,21 @@ def export_onnx(
             are missing (`pip install 'nmflow[onnx]'`), the export fails, the
             file cannot be written, or its outputs differ from the model's.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise CompressError(
-            f"export to ONNX needs the package {error.name!r}: pip install 'nmflow[onnx]'"
-        ) from error
-    target = Path(path)
+    onnx_files.check_packages()
     if packed:
-        _check_packed(model)
-    network = _plain(model, packed)
-    table = onnx_operators.translation() if packed else None
+        onnx_operators.check_packed(model)
+    network = plain(model, packed)
+    made = onnx_files.translated(
+        network, lambda: _program(network, example_inputs, dynamic_batch), packed
+    )
 
-    def exported() -> Any:
-        program = _program(network, example_inputs, dynamic_batch)
-        return torch.onnx.export(
-            program, dynamo=True, verbose=False, custom_translation_table=table
-        )
+    def check(file: Path) -> None:
+        args, kwargs = _arguments(example_inputs)
+        with _without_cache(network), torch.no_grad():
+            want = _tensors(network(*args, **kwargs))
+        agree(want, onnx_files.run(file, tree_leaves((args, kwargs)), packed))
 
-    try:
-        made = exported()
-    except torch.onnx.OnnxExporterError as error:
-        # ONNX takes attention apart, and torch's fused op lays its output out otherwise than its
-        # parts do, so transformers' attention is asked for its parts.
-        try:
-            with _attention_in_parts(network) as changed:
-                if not changed:
-                    raise
-                made = exported()
-        except torch.onnx.OnnxExporterError:
-            why = _first_line(error.__cause__ or error)
-            raise CompressError(f"model cannot be written as ONNX: {why}") from error
-    assert made is not None
-    try:
-        # Weights above 2 GB go to a file of their own beside it, so a folder is moved, not a file.
-        with disk.staging(target.parent) as folder:
-            part = folder / target.name
-            made.save(str(part))
-            if verify:
-                args, kwargs = _arguments(example_inputs)
-                with _without_cache(network), torch.no_grad():
-                    want = _tensors(network(*args, **kwargs))
-                _agree(want, _run_onnx(part, tree_leaves((args, kwargs)), packed))
-            for file in sorted(folder.iterdir(), key=lambda f: f == part):
-                os.replace(file, target.with_name(file.name))
-    except OSError as error:
-        raise CompressError(f"path '{target}' cannot be written: {error}") from error
-    return target
+    return onnx_files.write(made, Path(path), check if verify else None)
 
 
 def _program(model: nn.Module, example: Example, dynamic_batch: bool) -> ExportedProgram:
@@ -135,40 +101,10 @@ def _program(model: nn.Module, example: Example, dynamic_batch: bool) -> Exporte
                     model, args, kwargs, dynamic_shapes=shapes, strict=False
                 )
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            raise CompressError(f"model cannot be exported: {_first_line(error)}") from error
+            raise CompressError(f"model cannot be exported: {first_line(error)}") from error
         with torch.no_grad():
-            _agree(_tensors(model(*args, **kwargs)), _tensors(program.module()(*args, **kwargs)))
+            agree(_tensors(model(*args, **kwargs)), _tensors(program.module()(*args, **kwargs)))
     return program
-
-
-def _check_packed(model: nn.Module) -> None:
-    """Raise unless the network has packed layers, all of which onnxruntime's CPU kernels run."""
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedLinear)}
-    if not layers:
-        raise CompressError(
-            "packed is True and model holds no packed layer: give what nmflow.compress returned, "
-            "or leave packed=False"
-        )
-    for path, layer in layers.items():
-        if layer.values.dtype != torch.float32:
-            raise CompressError(
-                f"packed is True and {path or 'the model'} is {layer.values.dtype}: onnxruntime "
-                "runs packed layers in float32, so export packed.float()"
-            )
-
-
-def _run_onnx(path: Path, inputs: Sequence[Any], packed: bool) -> list[Tensor]:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise CompressError(
-            "verify needs the package 'onnxruntime': pip install 'nmflow[onnx]', or verify=False"
-        ) from error
-    options = onnx_operators.onnxruntime_session_options() if packed else None
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
-    return [torch.from_numpy(y) for y in session.run(None, feed)]
 
 
 @contextlib.contextmanager
@@ -185,25 +121,7 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-@contextlib.contextmanager
-def _attention_in_parts(model: nn.Module) -> Iterator[bool]:
-    """Networks of transformers that compute attention by plain products; whether there are any."""
-    was = {
-        m: implementation
-        for m in model.modules()
-        if hasattr(type(m), "set_attn_implementation")
-        and (implementation := getattr(m.config, "_attn_implementation", "eager")) != "eager"
-    }
-    try:
-        for module in was:
-            module.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
-        yield bool(was)
-    finally:
-        for module, implementation in was.items():
-            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
-
-
-def _plain(model: nn.Module, packed: bool) -> nn.Module:
+def plain(model: nn.Module, packed: bool) -> nn.Module:
     """The model itself, or decompressed; in evaluation mode as the caller set it."""
     if packed or not any(isinstance(m, PACKED) for m in model.modules()):
         return model
@@ -224,20 +142,3 @@ def _first_axis(value: Any) -> Any:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-
-
-def _agree(want: list[Tensor], got: list[Tensor]) -> None:
-    if len(want) != len(got):
-        raise CompressError(f"the export has {len(got)} outputs and the model {len(want)}")
-    for i, (a, b) in enumerate(zip(want, got, strict=True)):
-        a, b = a.double(), b.double()
-        scale = max(float(a.abs().max()), 1e-6) if a.numel() else 1.0
-        if a.shape != b.shape or (a.numel() and float((a - b).abs().max()) > 1e-3 * scale):
-            raise CompressError(
-                f"output {i} of the export differs from the model's by more than 0.1 % of its "
-                "largest value: export in evaluation mode (model.eval())"
-            )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

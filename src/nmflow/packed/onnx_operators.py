@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from nmflow import native
 from nmflow.errors import CompressError
+from nmflow.packed.modules import PackedLinear
 
 DOMAIN, NAME, VERSION = "nmflow", "packed_linear", 1
 ATTRIBUTES = ("out_features", "in_features", "n", "m", "panel", "epilogue")
@@ -65,6 +67,22 @@ def onnxruntime_session_options(threads: int | None = None, options: Any = None)
     except RuntimeError as error:  # onnxruntime's own errors derive from it
         raise CompressError(f"onnxruntime refuses nmflow's operators: {error}") from error
     return options
+
+
+def check_packed(model: nn.Module) -> None:
+    """Raise unless the network has packed layers, all of which onnxruntime's CPU kernels run."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedLinear)}
+    if not layers:
+        raise CompressError(
+            "packed is True and model holds no packed layer: give what nmflow.compress returned, "
+            "or leave packed=False"
+        )
+    for path, layer in layers.items():
+        if layer.values.dtype != torch.float32:
+            raise CompressError(
+                f"packed is True and {path or 'the model'} is {layer.values.dtype}: onnxruntime "
+                "runs packed layers in float32, so export packed.float()"
+            )
 
 
 def translation() -> dict[Any, Callable[..., Any]]:

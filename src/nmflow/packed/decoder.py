@@ -1,0 +1,240 @@
+"""Language models that decode in onnxruntime: the export of a step, and the loop around it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from nmflow.errors import CompressError
+from nmflow.packed import onnx_files, onnx_operators
+from nmflow.packed.export import plain
+
+Past = list[tuple[Tensor, Tensor]]
+
+
+def export_decoder(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    packed: bool = True,
+    head: str = "float32",
+) -> Path:
+    """Write one decoding step of a causal language model as ONNX, keys and values in and out.
+
+    Inputs are `input_ids (batch, new)` and, of each layer, `past.I.key` and `past.I.value`
+    `(batch, heads, past, size)`. Outputs are `logits (batch, 1, vocabulary)` of the last new token
+    and, of each layer, `present.I.key` and `present.I.value` `(batch, heads, past + new, size)`.
+    `batch`, `new` and `past` may all vary; `past` is 0 at the start. The file is run and compared
+    with the model before you get it.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode, whose layers all keep
+            keys and values of every token (GPT-2, Llama, Qwen and the like).
+        path: the file; written whole or not at all.
+        packed: True writes the packed layers of what `compress` returned as nmflow's operator.
+        head: `"float32"`, or `"int8"`: onnxruntime then quantizes the products that are still
+            dense, the head above all, to 8-bit weights and activations.
+
+    Returns:
+        The path.
+
+    Raises:
+        CompressError: `head` is unknown; the model is no such language model, or has no packed
+            layer; packages are missing (`pip install 'nmflow[onnx]'`); the export fails or differs.
+    """
+    if head not in ("float32", "int8"):
+        raise CompressError(f"head is {head!r}: choose float32 or int8")
+    onnx_files.check_packages()
+    if packed:
+        onnx_operators.check_packed(model)
+    step = _Step(plain(model, packed))
+    example = _example(step.model, 2, 3, 5)
+    layers = range(len(example[1]))
+    made = onnx_files.translated(
+        step,
+        lambda: _program(step, example),
+        packed,
+        input_names=["input_ids", *_names("past", layers)],
+        output_names=["logits", *_names("present", layers)],
+    )
+
+    def finish(file: Path) -> None:
+        _verify(step, file, packed)
+        if head == "int8":
+            _quantize(file)
+
+    return onnx_files.write(made, Path(path), finish)
+
+
+class OnnxDecoder:
+    """Runs what `export_decoder` wrote, and holds the keys and values of the text so far.
+
+    Args:
+        path: the file.
+        threads: as for `onnxruntime_session_options`.
+
+    Raises:
+        CompressError: as `onnxruntime_session_options`; or the file is no such step.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+        options = onnx_operators.onnxruntime_session_options(threads)
+        import onnxruntime
+
+        self._values = onnxruntime.OrtValue
+        self.session: Any = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+        inputs = {i.name: i.shape for i in self.session.get_inputs()}
+        self._outputs = [o.name for o in self.session.get_outputs()]
+        if "input_ids" not in inputs or "logits" not in self._outputs:
+            raise CompressError(
+                f"path is '{os.fspath(path)}', which takes {', '.join(inputs)}: give a file that "
+                "nmflow.export_decoder wrote"
+            )
+        self._sizes = {name: shape for name, shape in inputs.items() if name != "input_ids"}
+        self._past: dict[str, Any] = {}
+
+    def reset(self) -> None:
+        """Forget the text so far."""
+        self._past = {}
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        """The logits `(batch, vocabulary)` after `input_ids (batch, new)`, added to the text."""
+        make = self._values.ortvalue_from_numpy
+        if not self._past:
+            batch = input_ids.shape[0]
+            for name, (_, heads, _, size) in self._sizes.items():
+                empty = torch.zeros(batch, int(heads), 0, int(size))
+                self._past[name] = make(empty.numpy())
+        feed = {"input_ids": make(input_ids.contiguous().numpy()), **self._past}
+        found = self.session.run_with_ort_values(self._outputs, feed)
+        held = dict(zip(self._outputs, found, strict=True))
+        logits = torch.from_numpy(held.pop("logits").numpy())
+        self._past = {name.replace("present", "past", 1): v for name, v in held.items()}
+        return logits[:, -1]
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
+        stop: int | None = None,
+    ) -> Tensor:
+        """Continue a text, from its start.
+
+        Args:
+            input_ids: `(batch, new)`, texts of one length.
+            max_new_tokens: tokens to add at most.
+            choose: logits `(batch, vocabulary)` to the next tokens `(batch,)`; the largest by
+                default. Sampling is a function of yours, such as
+                `lambda z: torch.multinomial(z.softmax(-1), 1, generator=g)[:, 0]`.
+            stop: a token after which no more are added, once every text has it.
+
+        Returns:
+            `(batch, new + added)`.
+        """
+        self.reset()
+        text, new = input_ids, input_ids
+        ended = torch.zeros(len(input_ids), dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            new = choose(self.step(new))[:, None]
+            text = torch.cat([text, new], 1)
+            ended |= new[:, 0] == stop if stop is not None else False
+            if bool(ended.all()):
+                break
+        return text
+
+
+class _Step(nn.Module):
+    """A language model as a function of new tokens and of past keys and values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        takes = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"
+
+    def forward(self, input_ids: Tensor, past: Past) -> tuple[Tensor, Past]:
+        """`(logits, present)`."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for i, (key, value) in enumerate(past):
+            cache.update(key, value, i)
+        new, before = input_ids.shape[1], past[0][0].shape[2]
+        query, key = torch.arange(new) + before, torch.arange(new + before)
+        mask = torch.where(key[None] <= query[:, None], 0.0, float("-inf"))[None, None]
+        found = self.model(
+            input_ids=input_ids,
+            position_ids=query[None],
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.cache_name: cache},
+        )
+        return found.logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _program(step: _Step, example: tuple[Tensor, Past]) -> ExportedProgram:
+    batch, new, before = (Dim(n, min=low) for n, low in (("batch", 1), ("new", 1), ("past", 0)))
+    pair = ({0: batch, 2: before}, {0: batch, 2: before})
+    sizes = ({0: batch, 1: new}, [pair for _ in example[1]])
+    try:
+        with torch.no_grad():
+            return torch.export.export(step, example, dynamic_shapes=sizes, strict=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise CompressError(
+            f"model ({type(step.model).__name__}) cannot be exported as a decoding step: "
+            f"{onnx_files.first_line(error)}"
+        ) from error
+
+
+def _example(model: nn.Module, batch: int, new: int, past: int) -> tuple[Tensor, Past]:
+    """Random tokens, keys and values of the sizes that the model's config names."""
+    config = getattr(model, "config", None)
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    sizes = [getattr(config, name, None) for name in names]
+    if not all(isinstance(n, int) for n in sizes) or not hasattr(model, "lm_head"):
+        raise CompressError(
+            f"model is {type(model).__name__}: give a causal language model of transformers, such "
+            "as LlamaForCausalLM"
+        )
+    layers, heads, width, vocabulary = sizes
+    held = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or width // heads
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (batch, new), generator=draw)
+    many = [torch.randn(batch, held, past, size, generator=draw) for _ in range(2 * layers)]
+    return ids, list(zip(many[::2], many[1::2], strict=True))
+
+
+def _names(what: str, layers: range) -> list[str]:
+    return [f"{what}.{i}.{half}" for i in layers for half in ("key", "value")]
+
+
+def _verify(step: _Step, path: Path, packed: bool) -> None:
+    """Compare the file with the model at sizes that the export did not see."""
+    for batch, new, past in ((1, 4, 0), (2, 1, 6)):
+        ids, held = _example(step.model, batch, new, past)
+        with torch.no_grad():
+            logits, present = step(ids, held)
+        given = [ids, *(half for pair in held for half in pair)]
+        want = [logits, *(half for pair in present for half in pair)]
+        onnx_files.agree(want, onnx_files.run(path, given, packed))
+
+
+def _quantize(path: Path) -> None:
+    """Let onnxruntime quantize the dense products of a file, in place."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    whole = path.with_name(path.name + ".float32")
+    os.replace(path, whole)
+    quantize_dynamic(whole, path, weight_type=QuantType.QInt8)
+    whole.unlink()

@@ -1,0 +1,122 @@
+"""ONNX files: written by torch's exporter, whole or not at all, and run to see that they agree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from nmflow import disk
+from nmflow.errors import CompressError
+from nmflow.packed import onnx_operators
+
+
+def check_packages() -> None:
+    """Raise unless the packages that write ONNX are there."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise CompressError(
+            f"export to ONNX needs the package {error.name!r}: pip install 'nmflow[onnx]'"
+        ) from error
+
+
+def translated(
+    network: nn.Module, program: Callable[[], ExportedProgram], packed: bool, **names: list[str]
+) -> Any:
+    """The `ONNXProgram` of an exported network; `names` are torch's names of inputs and outputs."""
+    table = onnx_operators.translation() if packed else None
+
+    def exported() -> Any:
+        return torch.onnx.export(
+            program(), dynamo=True, verbose=False, custom_translation_table=table, **names
+        )
+
+    try:
+        return exported()
+    except torch.onnx.OnnxExporterError as error:
+        # ONNX takes attention apart, and torch's fused op lays its output out otherwise than its
+        # parts do, so transformers' attention is asked for its parts.
+        try:
+            with _attention_in_parts(network) as changed:
+                if not changed:
+                    raise
+                return exported()
+        except torch.onnx.OnnxExporterError:
+            why = first_line(error.__cause__ or error)
+            raise CompressError(f"model cannot be written as ONNX: {why}") from error
+
+
+def write(made: Any, target: Path, finish: Callable[[Path], None] | None) -> Path:
+    """Save beside the target, let `finish` check or change the file, then move it there."""
+    try:
+        # Weights above 2 GB go to a file of their own beside it, so a folder is moved, not a file.
+        with disk.staging(target.parent) as folder:
+            part = folder / target.name
+            made.save(str(part))
+            if finish is not None:
+                finish(part)
+            for file in sorted(folder.iterdir(), key=lambda f: f == part):
+                os.replace(file, target.with_name(file.name))
+    except OSError as error:
+        raise CompressError(f"path '{target}' cannot be written: {error}") from error
+    return target
+
+
+def run(path: Path, inputs: Sequence[Any], packed: bool) -> list[Tensor]:
+    """The outputs that onnxruntime gives for some inputs."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise CompressError(
+            "verify needs the package 'onnxruntime': pip install 'nmflow[onnx]', or verify=False"
+        ) from error
+    options = onnx_operators.onnxruntime_session_options() if packed else None
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
+    return [torch.from_numpy(y) for y in session.run(None, feed)]
+
+
+def agree(want: list[Tensor], got: list[Tensor]) -> None:
+    """Raise unless an export's outputs are the model's, to 0.1 % of their largest value."""
+    if len(want) != len(got):
+        raise CompressError(f"the export has {len(got)} outputs and the model {len(want)}")
+    for i, (a, b) in enumerate(zip(want, got, strict=True)):
+        a, b = a.double(), b.double()
+        scale = max(float(a.abs().max()), 1e-6) if a.numel() else 1.0
+        if a.shape != b.shape or (a.numel() and float((a - b).abs().max()) > 1e-3 * scale):
+            raise CompressError(
+                f"output {i} of the export differs from the model's by more than 0.1 % of its "
+                "largest value: export in evaluation mode (model.eval())"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, short."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def _attention_in_parts(model: nn.Module) -> Iterator[bool]:
+    """Networks of transformers that compute attention by plain products; whether there are any."""
+    was = {
+        m: implementation
+        for m in model.modules()
+        if hasattr(type(m), "set_attn_implementation")
+        and (implementation := getattr(m.config, "_attn_implementation", "eager")) != "eager"
+    }
+    try:
+        for module in was:
+            module.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
+        yield bool(was)
+    finally:
+        for module, implementation in was.items():
+            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
