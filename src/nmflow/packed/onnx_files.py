@@ -29,7 +29,7 @@ def check_packages() -> None:
 
 
 def translated(
-    network: nn.Module, program: Callable[[], ExportedProgram], packed: bool, **names: list[str]
+    network: nn.Module, program: Callable[[], ExportedProgram], packed: bool, **names: Any
 ) -> Any:
     """The `ONNXProgram` of an exported network; `names` are torch's names of inputs and outputs."""
     table = onnx_operators.translation() if packed else None
