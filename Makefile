@@ -14,7 +14,7 @@ QUICK  := tests/unit/test_pattern.py tests/unit/test_schedules.py tests/unit/tes
           tests/native/test_native.py tests/packed/test_compress.py \
           tests/experiments/test_config.py tests/experiments/test_catalog.py
 
-.PHONY: help demo docs test test-quick test-slow test-kills test-versions lint format lock sanitize bench figures study wheel clean
+.PHONY: help demo docs test test-quick test-slow test-gpu test-kills test-versions lint format lock sanitize bench figures study wheel clean
 
 help:  ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ test-kills: $(READY)  ## Kill train and sweep 25 times on each two-core config (
 
 test-slow: $(READY)  ## The slow tests, too
 	$(TESTS) -m slow
+
+test-gpu: $(READY)  ## All that needs a GPU, in eight minutes; results in build/gpu
+	$(BIN)/python scripts/test_gpu.py
 
 test-versions: $(READY)  ## Oldest and newest Python, torch and transformers; writes docs/versions.md
 	$(BIN)/python scripts/test_versions.py

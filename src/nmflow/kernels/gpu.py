@@ -1,4 +1,4 @@
-"""The backend of NVIDIA GPUs: few tokens by fragments, many by a dense matrix that is rebuilt.
+"""The backend of NVIDIA GPUs: few tokens by fragments, many by panels or a dense matrix.
 
 Nothing waits for the device or allocates outside of torch's allocator, so calls can be captured in
 a CUDA graph.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmflow.kernels import gpu_driver, gpu_plan
+from nmflow.kernels import gpu_driver, gpu_panels, gpu_plan
 from nmflow.kernels.backend import Call
 from nmflow.kernels.gpu_driver import Launcher
 from nmflow.kernels.gpu_plan import DTYPES, Kernel
@@ -38,6 +38,8 @@ def kernel(call: Call) -> str:
     """The name of the kernel that would run, such as "panel fragments"."""
     if call.tokens <= gpu_plan.most_tokens(call.shape):
         return "panel fragments" if call.shape.shared else "row fragments"
+    if gpu_panels.serves(call.shape):
+        return "panels on gathered columns, Triton"
     why = gpu_plan.why_no_fragments(call.shape)
     return "rebuild the dense weight in one pass, cuBLAS" + (f": {why}" if why else "")
 
@@ -74,6 +76,8 @@ def matmul(
         return y
     half = x.dtype == torch.float16
     plan = _planned(shape, half, tokens, launcher.card)
+    if plan is None and gpu_panels.serves(shape):
+        return gpu_panels.matmul(rows, values, codes, bias, shape, epilogue).view_as(y)
     if plan is None:
         dense = expand(values, codes, shape, launcher)
         return apply_epilogue(F.linear(x, dense, bias), epilogue)

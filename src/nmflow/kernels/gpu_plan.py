@@ -127,6 +127,8 @@ def plans(shape: Shape, half: bool, tokens: int, card: Card) -> Iterator[Plan]:
     cuts = sorted({*(2**i for i in range(most.bit_length())), most})
     seen: set[Plan] = set()
     for warps, rows, stages in itertools.product((4, 8, 16), (1, 2), (2, 3, 4)):
+        if warps * rows * min(tokens, 64) > 1024:
+            continue  # 16 warps have 128 registers a thread, and the sums alone would take 64
         for slices in (s for s in (1, 2, 4, 8, 16) if s <= warps):
             for shares in (cut for cut in cuts if cut * slices <= max(most, slices)):
                 made = make(shape, half, tokens, card, warps, slices, rows, shares, stages)

@@ -1,0 +1,175 @@
+"""Packed layers on a real GPU; where there is none these tests are skipped and say so.
+
+What a CPU can show of the same kernels is in `test_gpu_decode.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_gpu_decode import MORE, QUICK, TOLERANCE, packed
+from torch import Tensor, nn
+
+import nmflow
+from nmflow.kernels import explain, gpu, gpu_plan
+from nmflow.kernels.reference import apply_epilogue
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def check(spec: str, out: int, inputs: int, tokens: int, dtype: torch.dtype, epilogue: int) -> None:
+    shape, w, values, codes = packed(spec, out, inputs, dtype)
+    x, b = torch.randn(tokens, inputs).to(dtype), torch.randn(out).to(dtype)
+    y = gpu.matmul(x.cuda(), values.cuda(), codes.cuda(), b.cuda(), shape, epilogue).cpu()
+    want = apply_epilogue(x.double() @ w.double().t() + b.double(), epilogue)
+    size = x.double().abs() @ w.double().abs().t() + b.double().abs()
+    assert ((y.double() - want).abs() <= TOLERANCE[dtype] * size).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "out", "inputs", "tokens"), QUICK + MORE)
+def test_products(spec: str, out: int, inputs: int, tokens: int, dtype: torch.dtype) -> None:
+    for epilogue in (0, 1, 2):
+        check(spec, out, inputs, tokens, dtype, epilogue)
+
+
+@pytest.mark.parametrize("spec", ["1:16", "2:4", "1:16@16", "1:16@64", "1:8@128", "1:32@64"])
+@pytest.mark.parametrize(("out", "inputs"), [(4096, 4096), (1000, 1152)])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 65, 300])
+def test_layers_of_networks(spec: str, out: int, inputs: int, tokens: int) -> None:
+    check(spec, out, inputs, tokens, torch.bfloat16, 1)
+
+
+def test_plans_that_are_not_taken_are_right_too() -> None:
+    """A few of them; a benchmark may find one of them to be the fastest."""
+    shape, w, values, codes = packed("1:8", 1024, 2048)
+    x = torch.randn(12, 2048).bfloat16()
+    want = x.double() @ w.double().t()
+    before = gpu._planned
+    every = list(gpu_plan.plans(shape, False, 12, gpu_plan.Card()))
+    try:
+        for plan in every[:: max(1, len(every) // 12)]:
+            gpu._planned = lambda *args, plan=plan: plan  # pyright: ignore
+            y = gpu.matmul(x.cuda(), values.cuda(), codes.cuda(), None, shape)
+            torch.testing.assert_close(y.cpu().double(), want, rtol=2**-6, atol=1.0)
+    finally:
+        gpu._planned = before
+
+
+def _network(dtype: torch.dtype = torch.bfloat16) -> Any:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512)).to(dtype)
+    for layer in (model[0], model[2]):
+        layer.weight.data *= nmflow.mask(layer.weight, "1:16")
+    return model.eval()
+
+
+def _near(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a.float().cpu(), b.float().cpu(), rtol=2e-2, atol=2e-2)
+
+
+def test_moved_saved_and_unpacked(tmp_path: Path) -> None:
+    model = _network()
+    on_cpu = nmflow.compress(model, measure=False)
+    moved = copy.deepcopy(on_cpu).cuda()
+    x = torch.randn(5, 512).bfloat16()
+    _near(moved(x.cuda()), model(x))
+    assert {choice.backend for _, choice in explain(moved, x.cuda())} == {"cuda"}
+    nmflow.save(moved, tmp_path / "packed")
+    again = nmflow.load(tmp_path / "packed", _network().cuda())
+    assert torch.equal(again(x.cuda()), moved(x.cuda()))
+    back = nmflow.decompress(moved)
+    assert torch.equal(back[0].weight.cpu(), model[0].weight)
+    moved.load_state_dict({k: v.cuda() for k, v in on_cpu.state_dict().items()})
+
+
+def test_compress_measures_on_the_gpu() -> None:
+    model = _network().cuda()
+    packed = nmflow.compress(model, tokens=(1, 16))
+    for row in packed.report:
+        assert set(row.times) == {1, 16}
+        assert all(took > 0 for took, best, _ in row.times.values() for took in (took, best))
+    big: Any = nn.Sequential(nn.Linear(4096, 11008, dtype=torch.bfloat16, device="cuda"))
+    big[0].weight.data *= nmflow.mask(big[0].weight, "1:16")
+    (row,) = nmflow.compress(big, tokens=(1,)).report
+    print(row)
+    assert row.kept == "packed"
+
+
+def test_gradients_and_autocast() -> None:
+    model = _network()
+    packed = nmflow.compress(model, measure=False).cuda()
+    x = torch.randn(3, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    packed(x).float().square().sum().backward()
+    assert x.grad is not None
+    other = x.detach().clone().requires_grad_()
+    model.cuda()(other).float().square().sum().backward()
+    _near(x.grad, other.grad)  # pyright: ignore
+    with torch.autocast("cuda", dtype=torch.float16):
+        assert packed(x).dtype == torch.float16
+
+
+def test_cuda_graphs_and_streams() -> None:
+    packed = nmflow.compress(_network(), measure=False).cuda()
+    still = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            packed(still)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = packed(still)
+        for _ in range(3):
+            still.copy_(torch.randn_like(still))
+            graph.replay()
+            assert torch.equal(y, packed(still))
+
+
+def test_a_first_call_may_be_in_a_capture() -> None:
+    packed = nmflow.compress(_network(torch.float16), measure=False).cuda()
+    x = torch.randn(31, 512, device="cuda", dtype=torch.float16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = packed(x)
+    graph.replay()
+    with torch.no_grad():
+        assert torch.equal(y, packed(x))
+
+
+def test_compiled_with_graphs() -> None:
+    packed = nmflow.compress(_network(), measure=False).cuda()
+    compiled = torch.compile(packed, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+            _near(compiled(x).clone(), packed(x))
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "Qwen2ForCausalLM", "GPT2LMHeadModel"])
+def test_generate(kind: str) -> None:
+    transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = getattr(transformers, kind).config_class(
+        vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_embd=256, n_layer=2, n_head=4,
+    )  # fmt: skip
+    model = getattr(transformers, kind)(config).bfloat16().eval()
+    linear = [p for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n]
+    for weight in linear:
+        dim = 0 if kind.startswith("GPT2") else 1
+        if weight.shape[dim] % 16 == 0 and weight.shape[0] != 128:
+            weight.data *= nmflow.mask(weight, "1:16", dim=dim)
+    packed = nmflow.compress(model, measure=False).cuda()
+    dense = nmflow.decompress(packed)
+    prompt = torch.randint(0, 128, (1, 9), device="cuda")
+    with torch.no_grad():
+        _near(packed(prompt).logits, dense(prompt).logits)
+        made = packed.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert made.shape == (1, 17)
