@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from nmflow.bench import networks
-from nmflow.bench.bench import INT8, pruned, where_the_time_goes
+from nmflow.bench.bench import pruned, where_the_time_goes
 from nmflow.bench.results import cpu_name, version_text
+from nmflow.bench.rivals import INT8
 from nmflow.bench.ways import best_dense, int8_dynamic, tokens_of
 from nmflow.packed import compress
 from nmflow.packed.measure import time_ways

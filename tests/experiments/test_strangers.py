@@ -115,7 +115,7 @@ def commands(folder: Path, tmp: Path) -> dict[str, list[str]]:
     return {
         "plan": ["plan", str(folder)],
         "compress": ["compress", str(folder), "-o", str(tmp / "out")],
-        "bench": ["bench", str(folder), "--no-layers", "--seconds", "0.001"],
+        "bench": ["bench", str(folder), "--no-layers", "--rivals", "", "--seconds", "0.001"],
         "audit": ["audit", str(folder)],
         "cost": ["cost", str(tmp / "model.yaml")],
         "train": ["train", str(tmp / "model.yaml"), "--workers", "1"],

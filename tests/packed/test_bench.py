@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +29,11 @@ from nmflow.bench import networks
 from nmflow.bench.bench import bench, pruned, where_the_time_goes
 from nmflow.bench.plots import plot
 from nmflow.bench.results import Bench, cpu_name
+from nmflow.bench.rivals import RIVALS, race
 from nmflow.bench.ways import as_linears, best_dense, int8_dynamic, tokens_of
 from nmflow.cli import app
 from nmflow.errors import CompressError, ConfigError, FileFormatError, PlanError
-from nmflow.packed import load, load_state
+from nmflow.packed import compress, load, load_state
 from nmflow.packed.measure import time_ways
 
 
@@ -47,7 +49,9 @@ def vit() -> Any:
 def found() -> Bench:
     model = vit()
     example = networks.example(model, 2, 8)
-    return bench(model, example, "1:16", "ff", tokens=(1, 5), seconds=0.002, name="small")
+    rivals = ("int8", "bfloat16")
+    return bench(model, example, "1:16", "ff", (), (1, 5), rivals=rivals, seconds=0.002,
+                 name="small")  # fmt: skip
 
 
 def test_rows_say_what_was_measured_against_what(found: Bench) -> None:
@@ -100,11 +104,37 @@ def test_table_csv_and_plot(found: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_onnxruntime_beside_it() -> None:
+def test_every_rival_gives_the_network_s_answer(tmp_path: Path) -> None:
+    model = pruned(vit(), "1:16")
+    example = networks.example(model, 1, 8)
+    packed = compress(model, measure=False)
+    runs, skipped = race(tuple(RIVALS), model, packed, example, tmp_path)
+    assert not skipped
+    assert runs.keys() == {
+        "int8 dynamic (torch)", "bfloat16 (torch)", "torch.compile", "torch.compile, packed",
+        "onnxruntime float32", "onnxruntime int8 dynamic", "onnxruntime packed",
+    }  # fmt: skip
+    with torch.inference_mode():
+        want = model(**example).logits
+        for name, run in runs.items():
+            output = cast(Any, run())  # of transformers, or a list of arrays
+            found = torch.as_tensor(output[0])
+            off = 0.05 if "int8" in name or "bfloat16" in name else 1e-5
+            torch.testing.assert_close(found.float(), want, atol=off, rtol=0)
+
+
+def test_rivals_without_their_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = vit()
-    found = bench(model, networks.example(model, 1, 8), dtypes=("float32",), layers=False,
-                  onnx=True, seconds=0.002)  # fmt: skip
-    assert {"onnxruntime fp32", "onnxruntime int8 dynamic"} <= {r.way for r in found.rows}
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    found = bench(
+        model, networks.example(model, 1, 8), dtypes=("float32",), layers=False,
+        rivals=("onnxruntime", "bfloat16"), seconds=0.002,
+    )  # fmt: skip
+    assert list(found.skipped) == ["onnxruntime"]
+    assert "pip install 'nmflow[onnx]'" in found.skipped["onnxruntime"]
+    assert "not measured, onnxruntime: " in str(found)
+    assert found.to_dict()["skipped"] == found.skipped
+    assert {r.way for r in found.rows} == {"dense", "dense, best", "packed", "bfloat16 (torch)"}
 
 
 def test_clock_takes_turns_and_gives_quantiles() -> None:
@@ -173,6 +203,7 @@ def test_shares_are_of_the_profile() -> None:
 BAD = {
     "dtype": ({"dtypes": ("int8",)}, CompressError, "int8"),
     "tokens": ({"tokens": (0,)}, CompressError, "tokens"),
+    "rivals": ({"rivals": ("onnx",)}, CompressError, "onnxruntime"),
     "include": ({"include": "nothing"}, PlanError, "nothing"),
 }
 
@@ -206,7 +237,7 @@ def run(*args: object) -> Any:
 def test_nmflow_bench_of_a_folder(tmp_path: Path) -> None:
     pruned(vit(), "1:16").save_pretrained(tmp_path / "net")  # pyright: ignore
     out = run("bench", tmp_path / "net", "--pattern", "held", "--tokens", "3", "--dtype", "float32",
-              "--seconds", "0.001", "-o", tmp_path / "out")  # fmt: skip
+              "--rivals", "", "--seconds", "0.001", "-o", tmp_path / "out")  # fmt: skip
     assert out.exit_code == 0, out.output
     assert "packed" in out.output
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"bench.csv", "bench.png"}

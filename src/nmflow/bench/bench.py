@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nmflow.bench import ways
 from nmflow.bench.results import Bench, Measured, rows_of
+from nmflow.bench.rivals import INT8, RIVALS, check_names, race
 from nmflow.errors import CompressError
 from nmflow.kernels import explain
 from nmflow.masks import mask
@@ -22,7 +23,6 @@ from nmflow.packed.modules import PackedLinear
 from nmflow.packed.packable import survey
 from nmflow.select.plan import Names, Patterns, plan
 
-INT8 = "int8 dynamic (torch)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,7 +36,7 @@ def bench(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     layers: bool = True,
     network: bool = True,
-    onnx: bool = False,
+    rivals: Sequence[str] = tuple(RIVALS),
     seconds: float = 0.2,
     name: str = "",
     progress: Callable[[str], None] = lambda what: None,
@@ -45,8 +45,10 @@ def bench(
 
     Layers are those of the chosen weights, one of each shape and pattern: `F.linear`, oneDNN,
     packed oneDNN, packed, and torch's int8 dynamic quantization, turn by turn. The network runs as
-    it is, with packed oneDNN in every linear layer where that is faster (`"dense, best"`),
-    compressed, in int8, and on request on onnxruntime.
+    it is, with packed oneDNN in every linear layer where that is faster (`"dense, best"`), and
+    compressed. In float32 it also runs in the ways that people deploy: torch's int8 dynamic
+    quantization, bfloat16, `torch.compile` (dense and packed), and onnxruntime (float32, its int8
+    dynamic quantization, and packed). `skipped` says of the rivals that cannot run here why.
 
     Args:
         model: a network; a copy is pruned by magnitude to `pattern`.
@@ -58,13 +60,14 @@ def bench(
         dtypes: of `"float32"`, `"bfloat16"`, `"float16"`.
         layers: measure layers.
         network: measure the network.
-        onnx: measure onnxruntime too (the extra `onnx`).
+        rivals: of `"int8"`, `"bfloat16"`, `"compile"` (which takes a minute to compile) and
+            `"onnxruntime"` (the extra `onnx`).
         seconds: time for each way, about; five times as long for networks.
         name: what to call the network.
         progress: called with a few words before each part.
 
     Raises:
-        CompressError: an unknown dtype or token count, or nothing to pack.
+        CompressError: an unknown dtype, rival or token count, or nothing to pack.
         PlanError, PatternError: as for `plan`.
     """
     for dtype in dtypes:
@@ -72,6 +75,7 @@ def bench(
             raise CompressError(f"dtypes has {dtype!r}: choose of {', '.join(DTYPES)}")
     if not all(isinstance(t, int) and t > 0 for t in tokens):
         raise CompressError(f"tokens is {tokens!r}: give positive numbers of tokens")
+    check_names(rivals)
     model = pruned(model, pattern, include, exclude)
     found = Bench()
     for dtype in dtypes:
@@ -79,9 +83,11 @@ def bench(
         if layers:
             found.rows += _layers(typed, tokens, dtype, seconds, progress)
         if network:
-            rows, shares = _network(typed, example_inputs, dtype, onnx, seconds, name, progress)
-            found.rows += rows
-            found.shares |= shares
+            others = tuple(rivals) if dtype == "float32" else ()
+            part = _network(typed, example_inputs, dtype, others, seconds, name, progress)
+            found.rows += part.rows
+            found.shares |= part.shares
+            found.skipped |= part.skipped
     return found
 
 
@@ -133,9 +139,9 @@ def _layers(
 
 
 def _network(
-    model: nn.Module, example: Mapping[str, Any], dtype: str, onnx: bool, seconds: float,
-    name: str, progress: Callable,
-) -> tuple[list[Measured], dict[tuple[str, str], dict[str, float]]]:  # fmt: skip
+    model: nn.Module, example: Mapping[str, Any], dtype: str, rivals: Sequence[str],
+    seconds: float, name: str, progress: Callable,
+) -> Bench:  # fmt: skip
     floats = {
         k: v.to(DTYPES[dtype]) if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in example.items()
@@ -145,25 +151,22 @@ def _network(
     packed = compress(model, tokens=(met,), onednn=True)
     best = ways.best_dense(model, floats)
     held: dict[str, nn.Module] = {"dense": model, "dense, best": best, "packed": packed}
-    if dtype == "float32" and (eight := ways.int8_dynamic(model)) is not None:
-        held[INT8] = eight
-    race: dict[str, Callable[[], object]] = {
+    runs: dict[str, Callable[[], object]] = {
         way: lambda one=one: one(**floats) for way, one in held.items()
     }
-    with ways.scratch() as folder, torch.inference_mode():
-        if onnx and dtype == "float32":
-            progress("the network: exporting to ONNX")
-            with torch.inference_mode(False):
-                race |= ways.onnxruntime_ways(model, floats, Path(folder), torch.get_num_threads())
-        progress(f"the network, {dtype}: measuring {len(race)} ways")
-        took = time_ways(race, 5 * seconds)
-        shares = {(way, dtype): where_the_time_goes(race[way]) for way in ("dense, best", "packed")}
+    with ways.scratch() as folder:
+        others, skipped = race(rivals, model, packed, floats, Path(folder), progress)
+        runs |= others
+        progress(f"the network, {dtype}: measuring {len(runs)} ways")
+        with torch.inference_mode():
+            took = time_ways(runs, 5 * seconds)
+            shares = {(w, dtype): where_the_time_goes(runs[w]) for w in ("dense, best", "packed")}
     patterns = dict.fromkeys(row.pattern for row in packed.report.packed)
     kernels = dict.fromkeys(row.why.removeprefix("by ") for row in packed.report.packed)
     label = name or type(model).__name__
     rows = rows_of(took, "network", label, "", ", ".join(patterns), dtype, met,
-                 {"packed": ", ".join(kernels)})  # fmt: skip
-    return rows, shares
+                   {"packed": ", ".join(kernels)})  # fmt: skip
+    return Bench(rows, shares, skipped)
 
 
 _PARTS = {

@@ -19,7 +19,11 @@ _LOOKS = {
     "oneDNN packed": ("#E69F00", "//"),
     "dense, best": ("#E69F00", "//"),
     "int8 dynamic (torch)": ("#009E73", ".."),
-    "onnxruntime fp32": ("#56B4E9", "\\\\"),
+    "bfloat16 (torch)": ("#F0E442", "oo"),
+    "torch.compile": ("#BBBBBB", "++"),
+    "torch.compile, packed": ("#5AA9D6", "++"),
+    "onnxruntime float32": ("#56B4E9", "\\\\"),
+    "onnxruntime packed": ("#D55E00", "\\\\"),
     "onnxruntime int8 dynamic": ("#CC79A7", "xx"),
 }
 

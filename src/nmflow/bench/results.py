@@ -37,7 +37,7 @@ class Measured:
         q90_us: the ninth decile.
         runs: how many.
         speedup: median of the best dense way of the same dtype in the same run, over this one's
-            (for int8 of float32).
+            (for rivals of a float32 network: of its best dense way in torch).
         threads: torch's number of threads.
         cpu: the processor and the instruction set of the kernels.
         versions: nmflow, torch and Python.
@@ -68,10 +68,12 @@ class Bench:
     Attributes:
         rows: one per way.
         shares: (way, dtype) of a network to parts and their share of its time.
+        skipped: rivals that did not run, and why.
     """
 
     rows: list[Measured] = field(default_factory=list)
     shares: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         head = ["what", "pattern", "dtype", "T", "way", "median µs", "10 %", "90 %", "speedup"]
@@ -93,15 +95,20 @@ class Bench:
         for (way, dtype), parts in self.shares.items():
             said = ", ".join(f"{part} {share:.0%}" for part, share in parts.items())
             lines.append(f"time of the network, {way}, {dtype}: {said}")
+        lines += [f"not measured, {rival}: {why}" for rival, why in self.skipped.items()]
         if self.rows:
             one = self.rows[0]
             lines.append(f"{one.threads} threads, {one.cpu}, {one.versions}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The rows and the shares, as plain types for JSON."""
+        """The rows, the shares and what was skipped, as plain types for JSON."""
         shares = [{"way": w, "dtype": d, "shares": parts} for (w, d), parts in self.shares.items()]
-        return {"rows": [asdict(row) for row in self.rows], "shares": shares}
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "shares": shares,
+            "skipped": self.skipped,
+        }
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a row per way; raises `CompressError` where the file cannot be written."""

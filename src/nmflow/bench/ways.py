@@ -1,4 +1,4 @@
-"""Whole networks run in other ways, for `bench`: the best dense one, int8, onnxruntime."""
+"""A dense network in the ways that torch has: on oneDNN's packed weights, and in int8."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nmflow.errors import CompressError
 from nmflow.packed.compress import replace_modules
-from nmflow.packed.export import export_onnx
 from nmflow.packed.faster import on_onednn
 from nmflow.packed.modules import PackedLinear
 from nmflow.select.weights import is_hf_conv1d
@@ -71,38 +68,6 @@ def int8_dynamic(model: nn.Module) -> nn.Module | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated in favour of torchao, and still what runs
         return quantize(copy.deepcopy(as_linears(model)), {nn.Linear}, dtype=torch.qint8)
-
-
-def onnxruntime_ways(
-    model: nn.Module, example: Mapping[str, Any], folder: Path, threads: int
-) -> dict[str, Callable[[], object]]:
-    """The dense network on onnxruntime, in fp32 and with its int8 dynamic quantization.
-
-    Raises:
-        CompressError: the packages of the extra `onnx` are missing, or the export fails.
-    """
-    try:
-        import onnxruntime
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ModuleNotFoundError as error:
-        raise CompressError(
-            f"onnxruntime's figures need the package {error.name!r}: pip install 'nmflow[onnx]'"
-        ) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain = export_onnx(model, example, folder / "dense.onnx", dynamic_batch=False)
-        small = folder / "int8.onnx"
-        quantize_dynamic(plain, small, weight_type=QuantType.QInt8)
-    ways: dict[str, Callable[[], object]] = {}
-    for name, path in (("onnxruntime fp32", plain), ("onnxruntime int8 dynamic", small)):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        wanted = session.get_inputs()
-        given = [t.numpy() for t in example.values() if isinstance(t, Tensor)]
-        feed = {i.name: t for i, t in zip(wanted, given, strict=True)}
-        ways[name] = lambda session=session, feed=feed: session.run(None, feed)
-    return ways
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:

@@ -32,7 +32,13 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
     layers: Annotated[bool, typer.Option(help="Measure single layers.")] = True,
     network: Annotated[bool, typer.Option(help="Measure the whole network.")] = True,
-    onnx: Annotated[bool, typer.Option(help="Measure onnxruntime too (the extra onnx).")] = False,
+    rivals: Annotated[
+        str,
+        typer.Option(
+            help="What to run beside: int8, bfloat16, compile (takes a minute), onnxruntime (the "
+            "extra onnx); '' for nothing."
+        ),
+    ] = "int8,bfloat16,compile,onnxruntime",
     seconds: Annotated[float, typer.Option(min=0.001, help="Time for each way.")] = 0.2,
     output: Annotated[
         Path | None,
@@ -40,7 +46,7 @@ def bench(
     ] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Measure packed layers and the packed network against the best dense way."""
+    """Measure packed layers and networks against the best dense way and what people deploy."""
     import torch
     from rich.text import Text
 
@@ -76,7 +82,7 @@ def bench(
             globs(dtype),
             layers,
             network,
-            onnx,
+            globs(rivals),
             seconds,
             Path(model).name,
             lambda what: status.update(Text(f"measuring {what}")),
