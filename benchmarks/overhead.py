@@ -1,6 +1,7 @@
 """What a recipe adds to one training step, beside the dense step and the in-forward way.
 
     python benchmarks/overhead.py [--tokens 1600 256 128] [--threads 1] [--rounds 15] [--csv FILE]
+    python benchmarks/overhead.py --held --fused [--rounds 41] [--csv FILE]
     python benchmarks/overhead.py --device cuda --layers 12 --tokens 25216 3152 --amp --fused
 
 The network is the feed-forward pair of ViT-Base (768 → 3072 → 768), every weight of which is a
@@ -8,6 +9,9 @@ target: the hardest case, since nothing else dilutes the cost. A step is zero_gr
 backward and `AdamW.step`. The ways take turns, step by step, in one process, and each figure is the
 median of the ratios to the dense step of the same round, so that a drift of the machine cancels.
 On a GPU a step lasts until the device is done with it.
+
+`--held` takes `optimizer.step()` alone instead of the whole step, with masks that are taken anew
+and with masks that are held.
 
 `in-forward` is how the released code of arXiv 2402.04744 does it: an argsort, a mask and a product
 in every forward pass.
@@ -34,6 +38,20 @@ RECIPES = {
     "mdgf, straight-through": nmflow.MDGF(gradient="straight-through", finetune=0.0),
     "sr-ste": nmflow.SRSTE(),
     "settling": nmflow.Settling(dense=0.0, finetune=0.0),
+}
+
+
+LONG = 1_000_000
+HELD = {
+    "ste": (nmflow.STE(), {}),
+    "ste, held": (nmflow.STE(), {"mask_interval": LONG}),
+    "sr-ste": (nmflow.SRSTE(), {}),
+    "sr-ste, held": (nmflow.SRSTE(), {"mask_interval": LONG}),
+    "settling": (nmflow.Settling(dense=0.0, finetune=LONG - 1), {}),
+    "settling, held": (nmflow.Settling(dense=0.0, finetune=LONG - 1), {"freeze_mask": True}),
+    "mdgf, masked": (nmflow.MDGF(finetune=LONG - 1), {}),
+    "mdgf, masked, held": (nmflow.MDGF(finetune=LONG - 1), {"freeze_mask": True}),
+    "one-shot (held)": (nmflow.OneShot(dense=0), {}),
 }
 
 
@@ -98,20 +116,43 @@ def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, object]]:
     for _ in range(args.rounds):
         for way in ways:
             seconds[way.name].append(way.step(x))
-    rows = []
-    for way in ways:
-        ratios = sorted(s / d for s, d in zip(seconds[way.name], seconds["dense"], strict=True))
-        rows.append(
-            {
-                "tokens": tokens,
-                "way": way.name,
-                "ms": statistics.median(seconds[way.name]) * 1e3,
-                "ratio": statistics.median(ratios),
-                "ratio_q25": ratios[len(ratios) // 4],
-                "ratio_q75": ratios[3 * len(ratios) // 4],
-            }
-        )
-    return rows
+    return [row(tokens, way.name, seconds[way.name], seconds["dense"]) for way in ways]
+
+
+def measure_held(args: argparse.Namespace) -> list[dict[str, object]]:
+    """A row for each way of `HELD`: `optimizer.step()` alone, in turns with the plain one."""
+    optimizers = {}
+    for name in ("plain", *HELD):
+        model = network(nn.Linear, args.layers)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.fused)
+        if name in HELD:
+            recipe, options = HELD[name]
+            nmflow.attach(model, optimizer, recipe, args.pattern, "*", total_steps=LONG, **options)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for _ in range(3):
+            optimizer.step()
+        optimizers[name] = optimizer
+    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
+    for _ in range(args.rounds):
+        for name, optimizer in optimizers.items():
+            begin = time.perf_counter()
+            optimizer.step()
+            seconds[name].append(time.perf_counter() - begin)
+    return [row("", name, seconds[name], seconds["plain"]) for name in optimizers]
+
+
+def row(tokens: object, name: str, own: list[float], base: list[float]) -> dict[str, object]:
+    """Medians and quartiles of a way beside those that it took turns with."""
+    ratios = sorted(s / d for s, d in zip(own, base, strict=True))
+    return {
+        "tokens": tokens,
+        "way": name,
+        "ms": statistics.median(own) * 1e3,
+        "ratio": statistics.median(ratios),
+        "ratio_q25": ratios[len(ratios) // 4],
+        "ratio_q75": ratios[3 * len(ratios) // 4],
+    }
 
 
 def memory(args: argparse.Namespace) -> str:
@@ -137,6 +178,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1600, 256, 128])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--held", action="store_true", help="optimizer.step() alone, masks held")
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True)")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--device", default="cpu")
@@ -150,23 +192,25 @@ def main() -> None:
     where["device"] = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     rows = []
-    for tokens in args.tokens:
+    for tokens in () if args.held else args.tokens:
         rows += measure(tokens, args)
+    if args.held:
+        rows += measure_held(args)
     print(f"{'tokens':>7} {'way':<18} {'ms':>8} {'× dense':>8} {'quartiles':>14}  goal")
-    for row in rows:
+    for one in rows:
         goal = ""
-        if row["way"] in RECIPES and args.device == "cpu":
-            goal = f"≤ {GOALS.get(row['tokens'], '-')}"
+        if one["way"] in RECIPES and args.device == "cpu":
+            goal = f"≤ {GOALS.get(one['tokens'], '-')}"
         print(
-            f"{row['tokens']:>7} {row['way']:<18} {row['ms']:>8.2f} {row['ratio']:>8.3f} "
-            f"{row['ratio_q25']:>6.3f}–{row['ratio_q75']:<6.3f}  {goal}"
+            f"{one['tokens']:>7} {one['way']:<18} {one['ms']:>8.2f} {one['ratio']:>8.3f} "
+            f"{one['ratio_q25']:>6.3f}–{one['ratio_q75']:<6.3f}  {goal}"
         )
     print(memory(args))
     print(
         f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MB"
     )
     if args.csv:
-        write_csv(args.csv, [{**row, **where} for row in rows])
+        write_csv(args.csv, [{**one, **where} for one in rows])
 
 
 if __name__ == "__main__":

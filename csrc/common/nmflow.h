@@ -39,7 +39,7 @@ extern "C" {
 #define NMFLOW_API __attribute__((visibility("default")))
 #endif
 
-#define NMFLOW_ABI_VERSION 5
+#define NMFLOW_ABI_VERSION 6
 #define NMFLOW_LAYOUT_VERSION 1
 
 enum nmflow_dtype { NMFLOW_F32 = 0, NMFLOW_BF16 = 1, NMFLOW_F16 = 2 };
@@ -105,6 +105,19 @@ NMFLOW_API int32_t nmflow_project(const void *w, int32_t dtype, int64_t outer, i
                                   int64_t inner, int64_t n, int64_t m, int64_t panel,
                                   double delta, const void *values, double pull, void *dense,
                                   uint8_t *mask, void *out, int32_t threads);
+
+/* The same outputs by a mask that is there already, in one pass over w, [rows][cols], contiguous:
+ *   out[i] = mask[i] ? v[i] : delta == 0 ? +0.0 : v[i] * delta
+ * with values and pull as above. out may be w or v. prints (may be null, then odd is too) gets for
+ * each row of out the sum of odd[j] * word[j] modulo 2^64, over the row's words of 8 bytes, of 4
+ * where 8 do not divide it, or of 2: signed, as they lie in memory. NMFLOW_NOT_FINITE: w holds a
+ * NaN or an infinity; the outputs are as said all the same. */
+NMFLOW_API int32_t nmflow_hold(const void *w, int32_t dtype, int64_t rows, int64_t cols,
+                               const uint8_t *mask, double delta, const void *values, double pull,
+                               void *out, const int64_t *odd, int64_t *prints, int32_t threads);
+/* The same sums of rows of bytes that are there already; row_bytes is even. */
+NMFLOW_API int32_t nmflow_prints(const void *data, int64_t rows, int64_t row_bytes,
+                                 const int64_t *odd, int64_t *prints, int32_t threads);
 
 /* Checks a kernel-layout weight whole: sizes, every code in its group, strictly increasing, no bits
  * in padding. The kernels stay inside their buffers even for codes that would not pass (decoding

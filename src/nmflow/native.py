@@ -17,7 +17,7 @@ import torch
 
 from nmflow.errors import NMFlowError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("portable", "avx2", "avx512")
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16")
@@ -76,6 +76,11 @@ def _declare(lib: ctypes.CDLL) -> None:
         *(pointer, i32, i64, i64, i64, i64, i64, i64, ctypes.c_double),
         *(pointer, ctypes.c_double, pointer, pointer, pointer, i32),
     ]
+    lib.nmflow_hold.argtypes = [
+        *(pointer, i32, i64, i64, pointer, ctypes.c_double, pointer, ctypes.c_double),
+        *(pointer, pointer, pointer, i32),
+    ]
+    lib.nmflow_prints.argtypes = [pointer, i64, i64, pointer, pointer, i32]
     lib.nmflow_set_isa.argtypes = [i32]
     lib.nmflow_set_runner.argtypes = [pointer]
     lib.nmflow_set_runner.restype = None

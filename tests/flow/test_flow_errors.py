@@ -81,6 +81,11 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[NMFlowError], tuple[str, ...]]] 
     "a preset that matches nothing": ({"include": "qkv"}, PlanError, ("qkv", "0.weight")),
     "everything is excluded": ({"exclude": ["*"]}, PlanError, ()),
     "mask_interval 0": ({"mask_interval": 0}, NMFlowError, ("mask_interval", "0")),
+    "mask_interval beside stairs": (
+        {"recipe": nmflow.MDGF("linear", stairs=16), "mask_interval": 2},
+        NMFlowError,
+        ("mask_interval", "2", "stairs", "16"),
+    ),
     "mask_interval 1.5": ({"mask_interval": 1.5}, NMFlowError, ("mask_interval", "1.5")),
     "remainder": ({"remainder": "pad"}, NMFlowError, ("remainder", "pad", "skip")),
 }

@@ -109,6 +109,11 @@ def cubic(final: Fraction, done: Fraction) -> Fraction:
     return final + (1 - final) * (1 - done) ** 3
 
 
+def treads(stairs: int, span: int) -> list[int]:
+    """The steps of a decay phase at which stairs begin, the first step after the phase too."""
+    return sorted({math.ceil(Fraction(i * span, stairs)) for i in range(stairs + 1)})
+
+
 def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Frame | None:
     """What the network computes with after k steps; None is the dense weight."""
     options = case.kwargs
@@ -119,6 +124,8 @@ def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Fra
     if case.kind in ("OneShot", "STE", "SRSTE", "STEP") or k >= end:
         return (n, m), None, 0.0
     j, span = k - dense, end - dense
+    if stairs := options.get("stairs"):
+        j = max(tread for tread in treads(stairs, span) if tread <= j)
     if case.kind == "Gradual":
         kept = math.ceil(m * cubic(Fraction(n, m), Fraction(j, span)))
         return (max(n, min(kept, m - 1)), m), None, 0.0
@@ -198,6 +205,9 @@ class Reference:
         """The mask, held since the last step that `mask_interval` divides."""
         since, held, kept = self.held.get(name, (-1, (0, 0), weight))
         due = self.k % self.case.attach.get("mask_interval", 1) == 0
+        if stairs := self.case.kwargs.get("stairs"):
+            dense, finetune = (self.case.kwargs.get(x, 0) for x in ("dense", "finetune"))
+            due = self.k - dense in treads(stairs, self.total - dense - finetune)
         if held != nm or (due and since != self.k):
             kept = keep(weight, *nm, spec.dim, self.panel, spec.stacked)
             self.held[name] = (self.k, nm, kept)

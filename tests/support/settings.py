@@ -72,6 +72,16 @@ MORE_CASES = [
         "SDGF",
         {"structure": "geometric", "gradient": "masked", "dense": 2, "finetune": 4},
     ),
+    Case("mdgf-stairs", "MDGF", _mdgf("linear", "masked", stairs=3)),
+    Case("mdgf-exp-stairs", "MDGF", _mdgf("exponential", "straight-through", stairs=5)),
+    Case("mdgf-stairs-many", "MDGF", _mdgf("linear", "masked", stairs=16)),
+    Case("settling-stairs", "Settling", _mdgf("linear", "masked", pull=2.0, stairs=4)),
+    Case(
+        "sdgf-stairs",
+        "SDGF",
+        {"structure": "stepwise", "gradient": "masked", "dense": 2, "finetune": 4, "stairs": 2},
+    ),
+    Case("sdgf-stairs-odd", "SDGF", {"structure": "geometric", "finetune": 3, "stairs": 5}),
     Case("mdgf-frozen", "MDGF", _mdgf("linear", "masked"), {"freeze_mask": True}),
     Case(
         "sdgf-frozen",

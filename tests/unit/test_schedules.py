@@ -393,3 +393,35 @@ def test_recipes_that_cannot_be_carried_out(build: Any, said: str) -> None:
 def test_total_steps_that_do_not_hold_the_phases(total: Any) -> None:
     with pytest.raises(RecipeError, match="total_steps"):
         nmflow.MDGF(dense=7, finetune=8).check(total)
+
+
+@pytest.mark.parametrize("stairs", [1, 3, 16, 40])
+@pytest.mark.parametrize("recipe", ["linear", "exponential", "stepwise", "geometric"])
+def test_on_a_stair_all_is_as_at_its_first_step(recipe: str, stairs: int) -> None:
+    """δ and the pattern change at no more than `stairs` steps, to what they are without stairs."""
+    kind = nmflow.MDGF if recipe in ("linear", "exponential") else nmflow.SDGF
+    smooth, stepped = kind(recipe, dense=3), kind(recipe, dense=3, stairs=stairs)
+    total, pattern, end = 40, nmflow.Pattern("1:16"), 32
+    stages = [stepped.stage(k, total, pattern, 128) for k in range(total + 2)]
+    treads = {3 + math.ceil(i * (end - 3) / stairs) for i in range(stairs + 1)}
+    for k in range(3, end):
+        first = max(t for t in treads if t <= k)
+        assert stages[k] == smooth.stage(first, total, pattern, 128)
+        assert stepped.same_stair(k, total) == (k not in treads)
+    assert stages[:3] == [smooth.stage(k, total, pattern, 128) for k in range(3)]
+    assert stages[end:] == [smooth.stage(k, total, pattern, 128) for k in range(end, total + 2)]
+    assert not stepped.same_stair(end, total)
+    assert stepped.frozen_since(total) == end
+    assert len({(s.delta, s.pattern) for s in stages[3:end]}) <= stairs
+
+
+@pytest.mark.parametrize("stairs", [-1, 1.5, True, None])
+def test_stairs_are_a_whole_number(stairs: object) -> None:
+    for kind in (nmflow.MDGF, nmflow.SDGF, nmflow.Settling):
+        with pytest.raises(RecipeError, match="stairs"):
+            kind(stairs=stairs)  # type: ignore[arg-type]
+
+
+def test_a_recipe_without_stairs_is_described_as_before_there_were_any() -> None:
+    assert "stairs" not in nmflow.recipes.describe(nmflow.MDGF())
+    assert nmflow.recipes.describe(nmflow.MDGF(stairs=4))["stairs"] == 4

@@ -73,7 +73,7 @@ def attach(
     """
     recipe = resolve(recipe)
     recipe.check(total_steps)
-    _check_options(mask_interval, freeze_mask)
+    _check_options(recipe, mask_interval, freeze_mask)
     check_model(model)
     optimizers = optimizers_of(optimizer)
     chosen = plan(model, pattern, include, exclude, remainder=remainder, recipe=recipe)
@@ -82,8 +82,13 @@ def attach(
     return flow
 
 
-def _check_options(mask_interval: int, freeze_mask: bool) -> None:
+def _check_options(recipe: Recipe, mask_interval: int, freeze_mask: bool) -> None:
     if isinstance(mask_interval, bool) or not isinstance(mask_interval, int) or mask_interval < 1:
         raise RecipeError(f"mask_interval is {mask_interval!r}: give a number of steps, at least 1")
+    if recipe.stairs and mask_interval > 1:
+        raise RecipeError(
+            f"mask_interval is {mask_interval}, but under stairs={recipe.stairs} the mask changes "
+            "at the stairs only: leave one of them out"
+        )
     if not isinstance(freeze_mask, bool):
         raise RecipeError(f"freeze_mask is {freeze_mask!r}: give True or False")

@@ -7,12 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nmflow import masks
+from nmflow.masks import native as native_masks
+
 _BLOCK = 1 << 15
 """Weights that a rule works on at a time on a CPU: what it makes on the way stays in the cache."""
 
 
 def masked(g: Tensor, kept: Tensor, fading: Tensor | None, delta: float) -> None:
     r"""The masked (chain) rule, in place: `g ⊙ (m + (1 - m) ⊙ m' · δ)`."""
+    if fading is None and masks.one_pass_holds(g, kept):
+        native_masks.hold(g, kept, delta, g)
+        return
     factor = torch.full((), delta, dtype=g.dtype, device=g.device)
     one, zero = torch.ones_like(factor), torch.zeros_like(factor)
     if fading is None:
@@ -23,23 +29,34 @@ def masked(g: Tensor, kept: Tensor, fading: Tensor | None, delta: float) -> None
             part.mul_(torch.where(m, one, torch.where(other, factor, zero)))
 
 
-def refined(g: Tensor, dense: Tensor, shown: Tensor, lam: float, scale: Tensor | None) -> None:
-    r"""SR-STE's term, in place: `g + λ·(1 - m) ⊙ W`, with `(1 - m) ⊙ W = W - W̃` where δ is 0.
+def refined(g: Tensor, dense: Tensor, kept: Tensor, lam: float, scale: Tensor | None) -> None:
+    r"""SR-STE's term, in place: `g + λ·(1 - m) ⊙ W`.
 
     Args:
         g: the gradient, multiplied by `scale` where there is one.
         dense: W.
-        shown: W̃.
+        kept: m.
         lam: λ.
         scale: the loss scale that a fused optimizer divides by inside its step; the term is
             scaled alike, so that λ is what it says.
     """
-    for part, w, sparse in _blocks(g, dense, shown):
-        pull = w - sparse
+    if masks.one_pass_holds(dense, kept, g):
+        lam *= 1.0 if scale is None else float(scale)
+        native_masks.hold(dense, kept, 1.0, g, values=g, pull=lam)
+        return
+    for part, w, m in _blocks(g, dense, kept):
+        pull = w.masked_fill(m, 0.0)
         part.add_(pull if scale is None else pull.mul_(scale.to(pull.device)), alpha=lam)
 
 
-def drawn(dense: Tensor, shown: Tensor, lr: float | Tensor, pull: float) -> None:
+def drawn(
+    dense: Tensor,
+    shown: Tensor,
+    lr: float | Tensor,
+    pull: float,
+    kept: Tensor | None = None,
+    delta: float = 0.0,
+) -> None:
     r"""The pull of W to W̃, in place: `W + min(1, lr·μ)·(W̃ - W)`.
 
     Args:
@@ -47,7 +64,13 @@ def drawn(dense: Tensor, shown: Tensor, lr: float | Tensor, pull: float) -> None
         shown: W̃.
         lr: the learning rate of W, a number or a tensor of one.
         pull: μ.
+        kept: m, where it is at hand: then W̃ need not be read, which is W ⊙ (m + (1 - m)·δ).
+        delta: δ.
     """
+    if kept is not None and masks.one_pass_holds(dense, kept):
+        amount = min(1.0, float(lr) * pull) * (1.0 - delta)
+        native_masks.hold(dense, kept, 1.0, dense, pull=-amount)
+        return
     if isinstance(lr, Tensor):  # no `float`, which would wait for the device
         amount = (lr.to(dense.device, dense.dtype) * pull).clamp(max=1.0)
     else:

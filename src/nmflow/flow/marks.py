@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nmflow import native
+from nmflow.masks import native as native_masks
+
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
@@ -26,9 +29,9 @@ class Mark:
     prints: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Mark:
-        """The mark of a tensor now."""
-        return cls(x._version, x.data_ptr(), fingerprint(x))
+    def of(cls, x: Tensor, prints: Tensor | None = None) -> Mark:
+        """The mark of a tensor now, whose fingerprint may be at hand."""
+        return cls(x._version, x.data_ptr(), fingerprint(x) if prints is None else prints)
 
     def moved(self, x: Tensor) -> bool:
         """Whether torch's version or the address of `x` is another; no value is read."""
@@ -63,12 +66,26 @@ def fingerprint(x: Tensor) -> Tensor:
         # The order does not matter, only that it is the same each time.
         x = x.permute(_by_stride(x)).contiguous()
     rows = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
-    size = next(s for s in _WORDS if (rows.shape[1] * x.element_size()) % s == 0)
+    size = _word(rows)
+    odd = _odd(rows.shape[1] * x.element_size() // size, x.device)
+    if x.device.type == "cpu" and size > 1 and native.available():
+        return native_masks.prints(rows, odd)
     words = rows.view(_WORDS[size]).to(torch.int64)
-    odd = _odd(words.shape[1], x.device)
     if x.device.type == "cpu":
         return torch.mv(words, odd)
     return (words * odd).sum(1)
+
+
+def blank(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors for a row's words, and room for the fingerprint, of a contiguous tensor."""
+    rows = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
+    words = rows.shape[1] * x.element_size() // _word(rows)
+    return _odd(words, x.device), torch.empty(len(rows), dtype=torch.int64, device=x.device)
+
+
+def _word(rows: Tensor) -> int:
+    """The bytes of the largest words that a row is made of."""
+    return next(s for s in _WORDS if (rows.shape[1] * rows.element_size()) % s == 0)
 
 
 @functools.lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ from nmflow import masks
 from nmflow.flow import gradients
 from nmflow.flow.homes import Home
 from nmflow.flow.loan import Loan
-from nmflow.flow.marks import Mark, fingerprint
+from nmflow.flow.marks import Mark, blank, fingerprint
 from nmflow.flow.sharding import Region, local
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.pattern import EVERY
@@ -136,11 +136,6 @@ class Slot:
 
     # -- what the network sees -----------------------------------------------------------------
 
-    def masks(self, region: Region, stage: Stage, held: bool) -> tuple[Tensor, Tensor | None]:
-        """The masks m and m' of a region whose stage has a pattern."""
-        kept, fading, _ = self.select(region, stage, held)
-        return kept, fading
-
     def fade(self, region: Region, stage: Stage, held: bool, g: Tensor) -> None:
         """The masked rule on `g`, the gradient of a region whose stage has a pattern, in place."""
         w = region.of(local(self.dense))
@@ -158,7 +153,7 @@ class Slot:
             pull = lam * (1.0 - stage.delta)
             _project(region, stage, w, 1.0, out=g, values=g, pull=pull, scale=scale)
         else:
-            gradients.refined(g, w, region.of(local(self.param)), lam, scale)
+            gradients.refined(g, w, self.masks(region, stage, held)[0], lam, scale)
 
     def write(self, stages: Stages, held: bool, hold: bool) -> list[Tensor]:
         """Write W̃ into the parameter.
@@ -171,13 +166,23 @@ class Slot:
         Returns:
             Bool scalars, on the parameter's device: whether the weights were finite.
         """
-        finite = self.project(stages, held, hold, local(self.param))
+        param = local(self.param)
+        # A kernel that masks by what is held takes the fingerprint on its way.
+        prints = blank(param) if self._in_one_pass_held(stages, held, param) else None
+        finite = self.project(stages, held, hold, param, prints)
         # The kernel's write is unknown to autograd, which must not reuse the old weight.
-        torch.autograd.graph.increment_version(local(self.param))
-        self.seen()
+        torch.autograd.graph.increment_version(param)
+        self.seen(prints)
         return finite
 
-    def project(self, stages: Stages, held: bool, hold: bool, sink: Tensor) -> list[Tensor]:
+    def project(
+        self,
+        stages: Stages,
+        held: bool,
+        hold: bool,
+        sink: Tensor,
+        prints: tuple[Tensor, Tensor] | None = None,
+    ) -> list[Tensor]:
         """Write W̃ into a tensor shaped like this rank's part; see `write`."""
         source, finite = local(self.dense), []
         if not self._covered:
@@ -193,9 +198,10 @@ class Slot:
                 out.copy_(w)
                 finite.append(torch.isfinite(w).all())
             else:
-                kept, fading, fine = self.select(region, stage, held)
-                out.copy_(masks.project(w, kept, fading, stage.delta))
-                finite.append(fine)
+                kept, fading = self.masks(region, stage, held)
+                finite.append(
+                    masks.hold(w, kept, out, fading=fading, delta=stage.delta, prints=prints)
+                )
                 if hold and not held:
                     self.hold(region, kept, fading)
         return finite
@@ -207,9 +213,14 @@ class Slot:
 
     # -- writes by others ----------------------------------------------------------------------
 
-    def seen(self) -> None:
-        """Remember the parameter as it is, so that a write by somebody else is noticed."""
-        self._mark, self._loading = Mark.of(local(self.param)), None
+    def seen(self, prints: tuple[Tensor, Tensor] | None = None) -> None:
+        """Remember the parameter as it is, so that a write by somebody else is noticed.
+
+        Args:
+            prints: its fingerprint, the second of them, where whoever wrote it took it.
+        """
+        mine = prints and prints[1]
+        self._mark, self._loading = Mark.of(local(self.param), mine), None
 
     def moved(self) -> bool:
         """Whether torch's version of the parameter or its address is another since it was seen."""
@@ -236,19 +247,28 @@ class Slot:
 
     # -- masks ---------------------------------------------------------------------------------
 
-    def select(self, region: Region, stage: Stage, held: bool):
-        """m, m' and whether W is finite, for a stage that has a pattern."""
+    def masks(self, region: Region, stage: Stage, held: bool) -> tuple[Tensor, Tensor | None]:
+        """The masks m and m' of a region whose stage has a pattern."""
         pattern, previous = stage.masks
         assert pattern is not None
         if held:
             tensors = self.tensors
             kept = region.of(local(tensors[KEPT_KEY]))
             fading = region.of(local(tensors[FADING_KEY])) if previous else None
-            return kept, fading, torch.ones((), dtype=torch.bool, device=kept.device)
+            return kept, fading
         w, target = region.of(local(self.dense)), region.target
-        kept, finite = masks.select(w, pattern, target.dim, target.stacked)
+        kept = masks.select(w, pattern, target.dim, target.stacked)[0]
         fading = masks.select(w, previous, target.dim, target.stacked)[0] if previous else None
-        return kept, fading, finite
+        return kept, fading
+
+    def _in_one_pass_held(self, stages: Stages, held: bool, out: Tensor) -> bool:
+        """Whether a kernel goes from W to all of W̃ by one mask that is held."""
+        if not (held and self._covered and len(self.regions) == 1):
+            return False
+        stage = stages[self.regions[0].target.label]
+        kept = local(self.tensors[KEPT_KEY])
+        fits = stage.pattern is not None and stage.masks[1] is None
+        return fits and masks.one_pass_holds(local(self.dense), kept, out)
 
     def hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
         """Put the masks of a region into the state."""

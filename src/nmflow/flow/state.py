@@ -85,14 +85,18 @@ class Run:
     def holds(self, k: int) -> bool:
         """Whether the masks of step `k` are to be held, since a later step needs them."""
         since = self.frozen_since()
-        return self.mask_interval > 1 or (since is not None and k >= since)
+        often = self.mask_interval > 1 or self.recipe.stairs > 0
+        return often or (since is not None and k >= since)
 
     def reuses(self, targets: Sequence[Target], k: int) -> bool:
         """Whether the masks of step `k` are those of step `k - 1`, rather than taken from W."""
         since = self.frozen_since()
         if since is not None and k > since:
             return True
-        if k == 0 or k % self.mask_interval == 0:
+        due = k % self.mask_interval == 0
+        if self.recipe.stairs:
+            due = not self.recipe.same_stair(k, self.planned)
+        if k == 0 or due:
             return False
         now, before = self.stages(targets, k), self.stages(targets, k - 1)
         return all(now[label].masks == before[label].masks for label in now)

@@ -103,7 +103,7 @@ class Weights:
         """Draw W to W̃ by the recipe's pull, where the optimizer will step, at rates by id."""
         if not self.prunes or not self.run.recipe.pull:
             return
-        stages = self.stages(k)
+        stages, held = self.stages(k), self.has_masks(k)
         for slot in self.slots:
             if slot.param.grad is None:
                 continue
@@ -115,7 +115,8 @@ class Weights:
                 if self.prepared.drawn(region.target.label):
                     continue
                 part, sparse = region.of(dense), region.of(shown)
-                gradients.drawn(part, sparse, lr, self.run.recipe.pull)
+                kept = slot.masks(region, stage, held)[0] if held and not stage.previous else None
+                gradients.drawn(part, sparse, lr, self.run.recipe.pull, kept, stage.delta)
                 self.prepared.draw(region.target.label)
 
     def views(self, k: int, scale: Tensor | None) -> list[View]:

@@ -89,8 +89,7 @@ def retake(slot: Slot, stages: Stages, places: Tensor) -> None:
         if region.count == 0 or stage.pattern is None:
             continue
         part = region.of(places)
-        *old, _ = slot.select(region, stage, True)
-        *new, _ = slot.select(region, stage, False)
+        old, new = slot.masks(region, stage, True), slot.masks(region, stage, False)
         masks: list[Tensor | None] = [None, None]
         for i, pattern in enumerate(stage.masks):
             before, after = old[i], new[i]

@@ -1,12 +1,15 @@
 """Masks: one op, which of a weight to keep, with a backend each for C++, Triton and plain torch."""
 
 from nmflow.masks.activations import wanda_score
+from nmflow.masks.held import hold, one_pass_holds
 from nmflow.masks.magnitude import holds, mask, one_pass, one_pass_serves, project, select, touched
 
 __all__ = [
+    "hold",
     "holds",
     "mask",
     "one_pass",
+    "one_pass_holds",
     "one_pass_serves",
     "project",
     "select",

@@ -111,3 +111,76 @@ def project(
     if status < 0:
         raise WeightError(f"w of shape {tuple(shape)} {REASONS[status]}")
     return status != NOT_FINITE
+
+
+def hold(
+    w: torch.Tensor,
+    mask: torch.Tensor,
+    delta: float,
+    out: torch.Tensor,
+    *,
+    values: torch.Tensor | None = None,
+    pull: float = 0.0,
+    odd: torch.Tensor | None = None,
+    prints: torch.Tensor | None = None,
+) -> bool:
+    r"""Project a weight by a mask that is there already, in one pass over memory.
+
+    Writes `out = v * (mask + (1 - mask) * delta)`, +0.0 where pruned if `delta` is 0, with `v` the
+    `values`, or `w` itself.
+
+    Args:
+        w: contiguous CPU tensor, float32, bfloat16 or float16.
+        mask: bool of `w`'s shape.
+        delta: what pruned places are multiplied with, in float32, rounded once to the dtype.
+        out: like `w`; may be `w` itself, or `values`.
+        values: like `w`, such as a gradient.
+        pull: adds `pull * w` to pruned places of `out`, in float32, before it is rounded.
+        odd: int64 factors for the words of a row of `out`, see `flow.marks.fingerprint`.
+        prints: int64, one for each index of axis 0: gets the fingerprint of `out`.
+
+    Returns:
+        False if `w` holds a NaN or an infinity.
+
+    Raises:
+        WeightError: a tensor of the wrong dtype, shape, device or layout.
+        NMFlowError: the library is not available.
+
+    Example:
+        >>> w = torch.tensor([[1.0, -3.0, 2.0, 0.5]])
+        >>> out = torch.empty_like(w)
+        >>> hold(w, w > 0.75, 0.5, out), out
+        (True, tensor([[ 1.0000, -1.5000,  2.0000,  0.2500]]))
+    """
+    lib = library()
+    code = DTYPES.get(w.dtype)
+    if code is None:
+        raise WeightError(f"w is {w.dtype}: the kernel takes float32, bfloat16 and float16")
+    if (odd is None) != (prints is None):
+        raise WeightError("odd and prints go together: give both, or none")
+    rows = w.shape[0] if w.ndim else 1
+    status = lib.nmflow_hold(
+        *(_pointer(w, "w", w, w.dtype), code, rows, w.numel() // max(rows, 1)),
+        *(_pointer(mask, "mask", w, torch.bool), float(delta)),
+        *(_pointer(values, "values", w, w.dtype), float(pull), _pointer(out, "out", w, w.dtype)),
+        *(None if odd is None else odd.data_ptr(), None if prints is None else prints.data_ptr()),
+        torch.get_num_threads(),
+    )
+    if status < 0:
+        raise WeightError(f"w of shape {tuple(w.shape)} {REASONS[status]}")
+    return status != NOT_FINITE
+
+
+def prints(rows: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
+    """The sums of a contiguous matrix's words times factors, a row each, modulo 2⁶⁴: int64.
+
+    Words have 8 bytes, 4 where 8 do not divide a row, or 2. See `flow.marks.fingerprint`.
+    """
+    sums = torch.empty(len(rows), dtype=torch.int64)
+    status = library().nmflow_prints(
+        *(rows.data_ptr(), len(rows), rows.shape[1] * rows.element_size()),
+        *(odd.data_ptr(), sums.data_ptr(), torch.get_num_threads()),
+    )
+    if status < 0:
+        raise WeightError(f"rows of shape {tuple(rows.shape)} {REASONS[status]}")
+    return sums

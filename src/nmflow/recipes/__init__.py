@@ -52,6 +52,8 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT = Settling.name
 """The recipe where none is named."""
 
+_LATER = ("stairs",)
+
 
 def resolve(recipe: str | Recipe) -> Recipe:
     """A recipe from its name, or the recipe itself.
@@ -82,5 +84,10 @@ def _meant(given: object) -> str:
 
 
 def describe(recipe: Recipe) -> dict[str, str | float | None]:
-    """The recipe as plain types, for a saved state: its name and every field."""
-    return {"name": recipe.name, **dataclasses.asdict(recipe)}
+    """The recipe as plain types, for a saved state: its name and every field.
+
+    An option that came later is left out where it is off, so that older states can be resumed.
+    """
+    fields = dataclasses.asdict(recipe)
+    later = [key for key in _LATER if not fields.get(key, True)]
+    return {"name": recipe.name} | {key: fields[key] for key in fields if key not in later}

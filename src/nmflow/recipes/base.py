@@ -26,6 +26,8 @@ class Recipe:
         pull: μ, by which W is drawn to W̃ beside each optimizer step: W ← W + lr·μ·(W̃ - W).
         prunes: whether weights end at N:M; False for the dense baseline alone.
         fades_between: whether a stage has two masks, m and m'.
+        stairs: how often δ, the pattern and the mask change in the decay phase, at equal distances,
+            and for the last time when it ends; 0 lets them change at every step.
         freezes_second_moment: whether Adam's second moment stays as it is from step d on.
     """
 
@@ -37,6 +39,7 @@ class Recipe:
     prunes = True
     freezes_second_moment = False
     fades_between = False
+    stairs = 0
 
     @property
     def name(self) -> str:
@@ -85,7 +88,10 @@ class Recipe:
             return DENSE
         if k >= total_steps - f:
             return Stage("finetune", pattern)
-        return self.between(k - d, total_steps - d - f, pattern, length)
+        t, span = k - d, total_steps - d - f
+        if self.stairs:
+            t = schedules.stair_at(t, span, self.stairs)[1]
+        return self.between(t, span, pattern, length)
 
     def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
         """The stage `t` steps into the `span` steps between dense and fine-tune."""
@@ -97,7 +103,16 @@ class Recipe:
 
     def frozen_since(self, total_steps: int) -> int | None:
         """The step at which the mask is taken once and kept, if the recipe keeps one."""
-        return None
+        return total_steps - self.phases(total_steps)[1] if self.stairs else None
+
+    def same_stair(self, k: int, total_steps: int) -> bool:
+        """Whether step `k` is on the stair of step `k - 1`, so that the mask stays."""
+        d, f = self.phases(total_steps)
+        span = total_steps - d - f
+        if not self.stairs or k <= d:
+            return False
+        now, before = (schedules.stair_at(t, span, self.stairs) for t in (k - d, k - d - 1))
+        return now == before
 
     def note(self, pattern: Pattern, length: int) -> str:
         """What `plan` should say of this recipe on an axis of `length`; usually empty."""
@@ -146,6 +161,16 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         said = " or ".join(repr(c) for c in choices)
         raise RecipeError(f"{name} is {value!r}: choose {said}")
+
+
+def check_stairs(recipe: Recipe) -> None:
+    """Raise a `RecipeError` unless the stairs are a whole number, 0 or more."""
+    stairs = recipe.stairs
+    if isinstance(stairs, bool) or not isinstance(stairs, int) or stairs < 0:
+        raise RecipeError(
+            f"stairs is {stairs!r}: give a whole number of updates in the decay phase, such as 16, "
+            "or 0 for one at every step"
+        )
 
 
 def check_strength(name: str, value: float) -> None:

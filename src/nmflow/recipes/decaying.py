@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from nmflow.pattern import Pattern
@@ -13,6 +13,7 @@ from nmflow.recipes.base import (
     check_choice,
     check_fading,
     check_phases,
+    check_stairs,
     check_strength,
     frames_note,
     warn_of_high_delta,
@@ -34,9 +35,13 @@ class MDGF(Decaying):
         gradient: `"masked"` or `"straight-through"`, see `Recipe`.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, with the binary mask; a fraction or steps.
+        stairs: how often δ and the mask change, at equal distances in the decay phase, and for the
+            last time when it ends; 0 is at every step.
 
     References:
-        arXiv 2402.04744, section 3 (MDGF).
+        arXiv 2402.04744, section 3 (MDGF). Its text reads like the masked rule. The authors' code
+        for images is straight-through; their code for language (JAX: praxis and aqt) is masked,
+        with a linear δ and at most 16 stairs: `MDGF("linear", stairs=16)`.
     """
 
     decay: str = "exponential"
@@ -44,10 +49,12 @@ class MDGF(Decaying):
     gradient: str = "masked"
     dense: float = 0.0
     finetune: float = 0.2
+    stairs: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         check_choice("decay", self.decay, schedules.DECAYS)
         check_fading(self, self.beta)
+        check_stairs(self)
 
     @property
     def name(self) -> str:
@@ -72,23 +79,29 @@ class SDGF(Decaying):
 
     Args:
         structure: `"stepwise"` or `"geometric"`.
-        gradient: `"straight-through"` (the paper's) or `"masked"`, see `Recipe`.
+        gradient: `"straight-through"` or `"masked"`, see `Recipe`.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, at N:M; a fraction or steps.
+        stairs: how often the pattern and the mask change, at equal distances in the decay phase,
+            and for the last time when it ends; 0 is at every step.
 
     References:
-        arXiv 2402.04744, section 3 (SDGF).
+        arXiv 2402.04744, section 3 (SDGF). The authors' code for images is straight-through; their
+        code for language (JAX: praxis and aqt) is masked, with at most 16 stairs:
+        `SDGF(gradient="masked", stairs=16)`.
     """
 
     structure: str = "stepwise"
     gradient: str = "straight-through"
     dense: float = 0.0
     finetune: float = 0.2
+    stairs: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         check_choice("structure", self.structure, schedules.FRAMES)
         check_choice("gradient", self.gradient, GRADIENTS)
         check_phases(self)
+        check_stairs(self)
 
     @property
     def name(self) -> str:
@@ -176,6 +189,7 @@ class Settling(MDGF):
             does for MDGF, and both together are no better.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, with the binary mask; a fraction or steps.
+        stairs: as for `MDGF`.
         pull: μ, a finite number that is 0 or more; 0 is `MDGF`.
 
     References:

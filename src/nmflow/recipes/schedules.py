@@ -119,6 +119,20 @@ def frame_at(t: int, span: int, frames: int) -> tuple[int, int, int]:
     return index, -(-index * span // frames), -(-(index + 1) * span // frames)
 
 
+def stair_at(t: int, span: int, stairs: int) -> tuple[int, int]:
+    """The stair of step `t` of `span` steps that are cut into equal stairs, and where it begins.
+
+    Stair i covers the steps from ⌈i·span/stairs⌉ to ⌈(i+1)·span/stairs⌉, exclusive; at `span` and
+    after it, i is `stairs`.
+
+    Example:
+        >>> [stair_at(t, 8, 3) for t in range(9)]
+        [(0, 0), (0, 0), (0, 0), (1, 3), (1, 3), (1, 3), (2, 6), (2, 6), (3, 8)]
+    """
+    index = min(t * stairs // span, stairs)
+    return index, -(-index * span // stairs)
+
+
 def cubic(t: int, span: int, pattern: Pattern) -> Pattern:
     """n:M with n = ⌈N + (M - N)·(1 - t/span)³⌉, at most M - 1: N exactly at t = span, not before.
 
