@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         save,
         save_state,
     )
+    from nmflow.permute import permute_hidden
 
 __all__ = [
     "MDGF",
@@ -115,6 +116,7 @@ __all__ = [
     "load_state",
     "mask",
     "onnxruntime_session_options",
+    "permute_hidden",
     "plan",
     "save",
     "save_state",
@@ -137,6 +139,7 @@ _LATER = {
     "load": "nmflow.packed",
     "load_state": "nmflow.packed",
     "onnxruntime_session_options": "nmflow.packed",
+    "permute_hidden": "nmflow.permute",
     "save": "nmflow.packed",
     "save_state": "nmflow.packed",
     "track": "nmflow.inspect.track",

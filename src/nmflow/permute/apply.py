@@ -1,0 +1,273 @@
+"""`permute_hidden`: find feed-forward blocks, order their hidden units, and prove it harmless."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from nmflow.errors import FlowError, PlanError
+from nmflow.flow.flow import Flow
+from nmflow.flow.hosts import optimizers_of
+from nmflow.flow.owners import is_owned
+from nmflow.flow.sharding import sharded
+from nmflow.inspect.flops import split_inputs
+from nmflow.permute.blocks import Axis, HiddenBlock, find_blocks, permute_
+from nmflow.permute.orders import kept_share, order_for_groups, order_for_panels
+from nmflow.select.plan import Names, Patterns, plan
+from nmflow.select.target import Target
+from nmflow.text_table import table
+
+_NEAR = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-9}
+"""How far an output may be off, of its largest value, for sums in another order; else 1e-4."""
+
+
+@dataclass(frozen=True)
+class PermutedBlock:
+    """One block whose hidden units were put into an order.
+
+    Attributes:
+        name: the part of the network.
+        units: its hidden units.
+        order: unit `order[i]` came to place i.
+        up: the share of Σ|W| that the masks of the matrices into the units keep, before and after.
+        down: the same of the matrix out of them.
+    """
+
+    name: str
+    units: int
+    order: Tensor
+    up: tuple[float, float]
+    down: tuple[float, float]
+
+
+class Permuted(list[PermutedBlock]):
+    """The blocks that were permuted; as `str`, a table that also says what was left out.
+
+    Attributes:
+        left_out: (name, reason) of what was not.
+    """
+
+    def __init__(
+        self, blocks: Iterable[PermutedBlock] = (), left_out: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(blocks)
+        self.left_out = list(left_out)
+
+    def __str__(self) -> str:
+        head = ("block", "units", "kept into them", "kept out of them")
+        rows = [(b.name, str(b.units), _share(b.up), _share(b.down)) for b in self]
+        lines = [table([head, *rows])]
+        lines += [f"left out: {name}: {reason}" for name, reason in self.left_out]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def permute_hidden(
+    model: nn.Module,
+    pattern: Patterns,
+    example_inputs: Any,
+    include: Names = "ff",
+    exclude: Names = (),
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] = (),
+    flow: Flow | None = None,
+    rounds: int = 40,
+    seed: int = 0,
+) -> Permuted:
+    r"""Order the hidden units of feed-forward blocks, so that N:M masks keep more of the weights.
+
+    The units between two matrices may stand in any order: with a permutation P,
+    `W₂·act(W₁·x + b₁) = (W₂·Pᵀ)·act(P·W₁·x + P·b₁)`. The order decides which inputs of W₂ share a
+    group of M, and, with panels, which rows of W₁ share what they keep. Works in place, once:
+    before training, or in the dense phase of a run. Gate and up projections go together.
+
+    The network runs on `example_inputs` before and after. A block that changes its outputs, such as
+    one with a norm over its hidden units, is put back and left out.
+
+    Args:
+        model: the network; run in eval mode, and put back into its own.
+        pattern: as for `attach`: the patterns that the order is for.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of named
+            ones.
+        include: presets or globs of the weights, see `plan`.
+        exclude: presets or globs to leave out.
+        optimizer: the optimizers of a run that has begun: what they keep of each weight is permuted
+            with it.
+        flow: the flow on the model, in its dense phase; its optimizers need not be named.
+        rounds: how long groups are improved, see `orders.order_for_groups`.
+        seed: of what is tried.
+
+    Returns:
+        The blocks, with the share of Σ|W| that a magnitude mask keeps, before and after.
+
+    Raises:
+        PlanError: there is no such block.
+        FlowError: a weight is under a flow that was not given or is past its dense phase, is
+            sharded, or has a state in the optimizer that has not its shape. Nothing is changed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> x = torch.randn(4, 8)
+        >>> before = mlp(x)
+        >>> done = permute_hidden(mlp, "1:4", x, include="*")
+        >>> torch.allclose(mlp(x), before, atol=1e-5), done[0].down[1] >= done[0].down[0]
+        (True, True)
+
+    References:
+        Pool and Yu, NeurIPS 2021, for groups of inputs; panels are nmflow's.
+    """
+    chosen = plan(model, pattern, include, exclude)
+    blocks, left_out = find_blocks(model, chosen)
+    if not blocks:
+        said = "; ".join(f"{name}: {reason}" for name, reason in left_out[:3])
+        raise PlanError(f"include is {include!r}: no feed-forward block lies in it ({said})")
+    optimizers = [] if optimizer == () else optimizers_of(optimizer)
+    if flow is not None:
+        optimizers += [s.optimizer for s in flow._steppers]
+        if any(pattern is not None for pattern in flow.stage.patterns.values()):
+            raise FlowError(
+                f"flow is at step {flow.steps_done}, past its dense phase: its masks are of the "
+                "old order, so permute before the first mask"
+            )
+    states = [_states(block, optimizers, flow) for block in blocks]
+    with flow.dense() if flow is not None else contextlib.nullcontext():
+        before = _outputs(model, example_inputs)
+        done: list[tuple[HiddenBlock, PermutedBlock, list[tuple[Axis, Tensor]]]] = []
+        for block, state in zip(blocks, states, strict=True):
+            made = _permute(block, state, rounds, seed)
+            done.append((block, made, state))
+        if _same(before, _outputs(model, example_inputs)):
+            return Permuted([made for _, made, _ in done], left_out)
+        return _one_by_one(model, example_inputs, before, done, left_out)
+
+
+def _one_by_one(
+    model: nn.Module,
+    example_inputs: Any,
+    before: list[Tensor],
+    done: list[tuple[HiddenBlock, PermutedBlock, list[tuple[Axis, Tensor]]]],
+    left_out: list[tuple[str, str]],
+) -> Permuted:
+    """Put all back, and permute again what alone leaves the outputs as they were."""
+    for block, made, state in done:
+        permute_(block, made.order.argsort(), state)
+    kept = Permuted(left_out=left_out)
+    for block, made, state in done:
+        permute_(block, made.order, state)
+        if _same(before, _outputs(model, example_inputs)):
+            kept.append(made)
+        else:
+            permute_(block, made.order.argsort(), state)
+            kept.left_out.append((block.name, "another order of its units changes the outputs"))
+    return kept
+
+
+def _permute(
+    block: HiddenBlock, states: list[tuple[Axis, Tensor]], rounds: int, seed: int
+) -> PermutedBlock:
+    up, down = _shares(block)
+    order = _order(block, rounds, seed)
+    permute_(block, order, states)
+    now_up, now_down = _shares(block)
+    return PermutedBlock(block.name, block.units, order, (up, now_up), (down, now_down))
+
+
+def _order(block: HiddenBlock, rounds: int, seed: int) -> Tensor:
+    """The order of a block's units: panels of the first matrices, then groups of the second."""
+    units, pattern = block.units, block.down.pattern
+    wide = max((t.pattern for t in block.ups), key=lambda p: p.panel)
+    down = _matrix(block, block.down)
+    if wide.panel == 1:
+        return order_for_groups(down, pattern, rounds, seed)
+    same = [t for t in block.ups if t.pattern == wide]
+    order = order_for_panels(torch.cat([m for t in same for m in _halves(block, t)], 1), wide)
+    order = order.to(down.device)
+    # Inside a panel, units may trade places for the sake of the groups of the second matrix.
+    if wide.panel % (2 * pattern.m) == 0 and units % wide.panel == 0:
+        inner = order_for_groups(down[:, order], pattern, rounds, seed, wide.panel)
+        order = order[inner.to(order.device)]
+    return order.cpu()
+
+
+def _shares(block: HiddenBlock) -> tuple[float, float]:
+    """What the masks keep of the matrices into the units, on average, and of the one out."""
+    ups = [kept_share(_matrix(block, t), t.pattern) for t in block.ups]
+    return sum(ups) / len(ups), kept_share(_matrix(block, block.down), block.down.pattern)
+
+
+def _matrix(block: HiddenBlock, target: Target) -> Tensor:
+    """A target's weight as `(out, in)`."""
+    weight = next(axis.param for axis in block.axes if axis.name == target.name).detach()
+    return weight if target.dim else weight.T
+
+
+def _halves(block: HiddenBlock, target: Target) -> Sequence[Tensor]:
+    """The matrices of a target that each write all units: two of a fused gate and up projection."""
+    return _matrix(block, target).split(block.units)
+
+
+def _states(
+    block: HiddenBlock, optimizers: Sequence[Optimizer], flow: Flow | None
+) -> list[tuple[Axis, Tensor]]:
+    """What optimizers keep of a block's parameters, an axis and a tensor each."""
+    found = []
+    for axis in block.axes:
+        if sharded(axis.param):
+            raise FlowError(f"'{axis.name}' is sharded: permute the model before you shard it")
+        if flow is None and is_owned(axis.param):
+            raise FlowError(
+                f"'{axis.name}' has a recipe attached: give its flow, as in "
+                "permute_hidden(..., flow=flow)"
+            )
+        for one in optimizers:
+            for key, value in one.state.get(axis.param, {}).items():
+                if not isinstance(value, Tensor) or value.numel() == 1:
+                    continue
+                if value.shape != axis.param.shape:
+                    raise FlowError(
+                        f"'{axis.name}' has a state {key!r} of shape {tuple(value.shape)} in its "
+                        f"{type(one).__name__}, which no order of its units is known for: permute "
+                        "before the first step"
+                    )
+                found.append((axis, value))
+    return found
+
+
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    args, kwargs = split_inputs(example_inputs)
+    with _evaluating(model):
+        leaves = tree_leaves(model(*args, **kwargs))
+    # A copy: an output may be a view of a weight.
+    return [x.detach().clone() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+    for one, other in zip(before, after, strict=True):
+        near = _NEAR.get(one.dtype, 1e-4) * float(one.abs().max()) if one.numel() else 0.0
+        if one.numel() and not float((one - other).abs().max()) <= near:
+            return False
+    return True
+
+
+def _share(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:.3f} → {pair[1]:.3f}"
