@@ -54,6 +54,7 @@ TARGETS = {
         "-mprefer-vector-width=512",
     ],
 }
+TARGETS["vnni"] = [*TARGETS["avx512"], "-mavx512vnni", "-mavx512vbmi"]
 # Left out, alone, where the compiler is too old to know it.
 TARGETS["amx"] = [*TARGETS["avx512"], "-mamx-tile", "-mamx-bf16"]
 FAILURES = (BaseError, CCompilerError, CompileError, LinkError, OSError)
@@ -182,7 +183,7 @@ setup(
         Extension(
             "nmflow._native",
             sources=sources(),
-            include_dirs=["csrc/common", "csrc/masks", "csrc/matmul"],
+            include_dirs=["csrc/common", "csrc/masks", "csrc/matmul", "csrc/int8"],
             depends=sorted(p.relative_to(HERE).as_posix() for p in (HERE / "csrc").rglob("*.h")),
             language="c++",
         )

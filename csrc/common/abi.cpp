@@ -30,6 +30,7 @@ int detect_features() {
     features |= 2;
     unsigned a, b, c, d;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16)) features |= 4;
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) features |= 16;
 #if defined(__linux__) && defined(SYS_arch_prctl)
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22)) && (d & (1u << 24))) {
       /* Linux hands out the tile registers on request only (ARCH_REQ_XCOMP_PERM, XTILEDATA). */

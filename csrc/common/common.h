@@ -117,9 +117,18 @@ struct nmf_pool {
 };
 void nmf_borrow(const nmf_pool *pool);
 
+/* What the layout of 8-bit weights adds to a geometry; all zero where the values are floats. */
+struct nmf_int8 {
+  int64_t bits, per;               /* of a code; codes in a byte, which are quads in a block */
+  int64_t blocks;                  /* of a tile */
+  int64_t block_bytes, tile_bytes, bytes;
+  int activations;                 /* NMFLOW_FLOATS or NMFLOW_INT8S */
+};
+
 /* One matrix product, its sizes checked, and the part of it that a task does. */
 struct nmf_job {
   nmf_geometry g;
+  nmf_int8 q;
   const void *values, *codes, *x, *bias;
   void *y;
   int64_t x_stride, y_stride, tokens;
@@ -140,9 +149,21 @@ struct nmf_kernel {
   int64_t (*max_tokens)(const nmf_geometry *geometry, int64_t tokens);
   int64_t step;
 };
+/* matmul.cpp: checks what every product's call says, and runs a checked one with a kernel; the weight
+ * has `bytes`. */
+int nmf_check_call(const nmf_geometry *g, const void *x, int64_t x_stride, const void *y,
+                   int64_t y_stride, int64_t tokens, int epilogue);
+int nmf_run(nmf_job *job, const nmf_kernel *kernel, int64_t bytes, int threads);
+/* The kernel of that number for a pattern on this machine, or null; and from how many tokens on
+ * transposing x pays. */
+const nmf_kernel *nmf_kernel_of(int number, const nmf_geometry *g);
+
 const nmf_kernel *nmf_gather_portable(void), *nmf_tokens_portable(void), *nmf_panel_portable(void);
 const nmf_kernel *nmf_gather_avx2(void), *nmf_tokens_avx2(void), *nmf_panel_avx2(void);
 const nmf_kernel *nmf_gather_avx512(void), *nmf_tokens_avx512(void), *nmf_panel_avx512(void);
 const nmf_kernel *nmf_permute_avx2(void), *nmf_permute_avx512(void), *nmf_tiles_amx(void);
+/* The same for 8-bit weights: dot with 8-bit activations, permute with floats. */
+const nmf_kernel *nmf_int8_dot_portable(void), *nmf_int8_dot_avx2(void), *nmf_int8_dot_vnni(void);
+const nmf_kernel *nmf_int8_permute_avx512(void);
 
 #endif

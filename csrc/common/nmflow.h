@@ -82,7 +82,8 @@ NMFLOW_API int32_t nmflow_abi_version(void);
  * there. nmflow_set_isa changes it for tests and returns the one now in use. */
 NMFLOW_API int32_t nmflow_isa_now(void);
 NMFLOW_API int32_t nmflow_set_isa(int32_t isa);
-/* Bit 0 avx2+fma+f16c, 1 avx512 f/bw/dq/vl, 2 avx512_bf16, 3 amx_bf16 (usable, not just named). */
+/* Bit 0 avx2+fma+f16c, 1 avx512 f/bw/dq/vl, 2 avx512_bf16, 3 amx_bf16 (usable, not just named),
+ * 4 avx512 vnni and vbmi. */
 NMFLOW_API int32_t nmflow_cpu_features(void);
 NMFLOW_API const char *nmflow_compiler(void);
 
@@ -139,11 +140,68 @@ enum nmflow_kernel {
   NMFLOW_TOKENS = 2,  /* tokens in lanes, x transposed block by block: many tokens, any pattern */
   NMFLOW_PERMUTE = 3, /* rows in lanes, x permuted in registers: M <= 32 */
   NMFLOW_TILES = 4,   /* panels of bf16 on the tile registers of AMX */
-  NMFLOW_PANEL = 5    /* rows in lanes, x broadcast: shared codes only */
+  NMFLOW_PANEL = 5,   /* rows in lanes, x broadcast: shared codes only */
+  NMFLOW_DOT = 6      /* rows in lanes, four products at once: 8-bit weights and activations */
 };
 /* The kernel that nmflow_matmul takes for this call (or a refusal, negative), and its name. */
 NMFLOW_API int32_t nmflow_choose(const nmflow_shape *shape, int64_t tokens);
 NMFLOW_API const char *nmflow_kernel_name(int32_t kernel);
+
+/* ---------------------------------------------------------------------------------------------
+ * Weights with 8-bit values, and one fp32 scale a row: W[o][i] = scale[o] * q[o][i], -127 <= q <= 127.
+ *
+ * One buffer, version 1, a stream that every kernel reads from front to back; S as above:
+ *   bits    = 2 when M <= 4, 4 when M <= 16, else 8: of a code, the column inside its GROUP
+ *   per     = 8 / bits, codes in a byte
+ *   quad    = four entries of a row, one after the other: entries 4 k .. 4 k + 3
+ *   block   = per quads of 16 rows: blocks = ceil(S / (4 * per)) in a tile
+ *   buffer  [tiles] of a tile: float scale[16]; int32 sum[16], the sum of the row's q; then
+ *           [blocks] of { uint8 codes[16][4]; int8 q[per][16][4] }
+ *   entry   s of a row lies in block s / (4 per) as quad j = s / 4 % per, place i = s % 4: its value
+ *           is q[j][row % 16][i], its code bits [j * bits, (j + 1) * bits) of codes[row % 16][i]
+ *   Rows past `out` and entries past S are zero: codes, values, scales and sums.
+ *   Rows of panels (V > 1) hold their codes each, and those of a panel agree.
+ * A tile has 128 + blocks * (1 + per) * 64 bytes: 1.25, 1.5 or 2 bytes a kept weight, 8 a row.
+ * --------------------------------------------------------------------------------------------- */
+enum nmflow_activations {
+  NMFLOW_FLOATS = 0, /* products of floats, accumulated in fp32, as nmflow_matmul of scale * q */
+  NMFLOW_INT8S = 1   /* each token is rounded to 8 bits first; products and sums are exact integers */
+};
+
+/* shape.dtype is that of x, bias and y. Refuses more than 131072 entries a row, whose sums of
+ * integers could overflow. */
+typedef struct nmflow_int8 {
+  nmflow_shape shape;
+  const void *data;
+  int64_t bytes;
+} nmflow_int8;
+
+/* The size in bytes of the buffer. */
+NMFLOW_API int32_t nmflow_int8_bytes(const nmflow_shape *shape, int64_t *bytes);
+
+/* Checks a weight whole: its size, every code inside its group and increasing, codes of a panel that
+ * agree, values above -128, scales that are finite and not negative, sums, nothing in the padding.
+ * The kernels stay inside their buffers even for a weight that would not pass. */
+NMFLOW_API int32_t nmflow_int8_validate(const nmflow_int8 *weight);
+
+/* y[t][o] = epilogue(sum_i x[t][i] W[o][i] + bias[o]); arguments as for nmflow_matmul.
+ * With NMFLOW_INT8S: a_t = max_i |x[t][i]|, r[t][i] = x[t][i] * (127 / a_t) in fp32, rounded half to
+ * even, and y[t][o] = epilogue(((a_t / 127) * scale[o]) * (sum_i r[t][i] q[o][i]) + bias[o]). A token with
+ * a_t < 1e-30 counts as zero; one that holds a NaN or an infinity gives NaN.
+ * kernel: NMFLOW_AUTO; NMFLOW_DOT for 8-bit activations; NMFLOW_GATHER, NMFLOW_TOKENS or
+ * NMFLOW_PERMUTE for floats. */
+NMFLOW_API int32_t nmflow_int8_matmul(const nmflow_int8 *weight, int32_t activations, const void *x,
+                                      int64_t x_stride, const void *bias, void *y,
+                                      int64_t y_stride, int64_t tokens, int32_t epilogue,
+                                      int32_t threads, int32_t kernel);
+
+/* The kernel that nmflow_int8_matmul takes for this call (or a refusal, negative). */
+NMFLOW_API int32_t nmflow_int8_choose(const nmflow_shape *shape, int32_t activations,
+                                      int64_t tokens);
+/* What computes it: "vnni", "avx512", "avx2" or "portable". Not every instruction set has a kernel of
+ * its own for every pattern. */
+NMFLOW_API const char *nmflow_int8_isa(const nmflow_shape *shape, int32_t activations,
+                                       int64_t tokens);
 
 #ifdef __cplusplus
 }

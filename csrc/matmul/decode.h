@@ -4,6 +4,7 @@
 #define NMFLOW_DECODE_H
 
 #include "common.h"
+#include "int8.h"
 #include "vector.h"
 
 namespace {
@@ -113,6 +114,7 @@ NMF_INLINE void read_bias(const nmf_job *job, int64_t tile, float *bias) {
 NMF_INLINE const float *decode_values(const nmf_job *job, int64_t tile, int64_t s0, int64_t count,
                                       float *to) {
   const nmf_geometry &g = job->g;
+  if (job->q.bits) return int8_decode_values(job, tile, s0, count, to);
   if (g.dtype == NMFLOW_F32)
     return static_cast<const float *>(job->values) + (tile * g.entries_held + s0) * 16;
   const int64_t odd = s0 & 1, pairs = (count + odd + 1) / 2;
@@ -210,6 +212,7 @@ NMF_INLINE void decode_nibbles(const nmf_job *job, int64_t tile, int64_t s0, int
 NMF_INLINE void decode_columns(const nmf_job *job, int64_t tile, int64_t s0, int64_t count,
                                int64_t base, uint32_t scale, uint32_t *to) {
   const nmf_geometry &g = job->g;
+  if (job->q.bits) return int8_decode_columns(job, tile, s0, count, base, scale, to);
 #if defined(__AVX512F__)
   if (g.bits == 4 && !g.panels) return decode_nibbles(job, tile, s0, count, base, scale, to);
 #endif

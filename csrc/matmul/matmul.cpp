@@ -41,7 +41,10 @@ void run_task(void *context, int64_t task) {
   run->kernel->run(&job, &part, scratch);
 }
 
-const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
+}  // namespace
+
+const nmf_kernel *nmf_kernel_of(int number, const nmf_geometry *geometry) {
+  const nmf_geometry &g = *geometry;
   const int isa = nmf_isa();
   (void)isa; /* where there is only the portable set */
   switch (number) {
@@ -82,20 +85,22 @@ const nmf_kernel *kernel_of(int number, const nmf_geometry &g) {
   }
 }
 
+namespace {
+
 /* Tokens from which transposing x pays, measured on the machines of docs/benchmarks/kernels.md. A
  * permutation costs the shuffle port one turn a weight and token, where a register of 8 inputs does
  * not hold a span two or four and a choice; the transposed way costs a load, and the transposing. */
 int64_t transpose_from(const nmf_geometry &g) {
-  if (kernel_of(NMFLOW_PERMUTE, g) == nullptr) return 6;
+  if (nmf_kernel_of(NMFLOW_PERMUTE, &g) == nullptr) return 6;
   if (nmf_isa() == NMFLOW_AVX512) return 32;
   return 8 % g.m == 0 ? 16 : g.m <= 16 ? 9 : 5;
 }
 
 int choose(const nmf_geometry &g, int64_t tokens) {
   if (g.panels)
-    return tokens >= 4 && kernel_of(NMFLOW_TILES, g) != nullptr ? NMFLOW_TILES : NMFLOW_PANEL;
+    return tokens >= 4 && nmf_kernel_of(NMFLOW_TILES, &g) != nullptr ? NMFLOW_TILES : NMFLOW_PANEL;
   if (tokens >= transpose_from(g)) return NMFLOW_TOKENS;
-  return kernel_of(NMFLOW_PERMUTE, g) != nullptr ? NMFLOW_PERMUTE : NMFLOW_GATHER;
+  return nmf_kernel_of(NMFLOW_PERMUTE, &g) != nullptr ? NMFLOW_PERMUTE : NMFLOW_GATHER;
 }
 
 }  // namespace
@@ -109,33 +114,71 @@ int32_t nmflow_choose(const nmflow_shape *shape, int64_t tokens) {
 }
 
 const char *nmflow_kernel_name(int32_t kernel) {
-  static const char *const names[] = {"auto", "gather", "tokens", "permute", "tiles", "panel"};
-  return kernel >= 0 && kernel <= NMFLOW_PANEL ? names[kernel] : "unknown";
+  static const char *const names[] = {"auto",  "gather", "tokens", "permute",
+                                      "tiles", "panel",  "dot"};
+  return kernel >= 0 && kernel <= NMFLOW_DOT ? names[kernel] : "unknown";
+}
+
+int nmf_check_call(const nmf_geometry *g, const void *x, int64_t x_stride, const void *y,
+                   int64_t y_stride, int64_t tokens, int epilogue) {
+  if (epilogue < NMFLOW_NONE || epilogue > NMFLOW_RELU) return NMFLOW_BAD_DTYPE;
+  const int64_t limit = INT64_C(1) << 56;
+  if (tokens < 0 || x_stride < g->in || y_stride < g->out || tokens > limit || x_stride > limit ||
+      y_stride > limit)
+    return NMFLOW_BAD_SHAPE;
+  if (tokens == 0) return NMFLOW_OK;
+  if (tokens > limit / x_stride || tokens > limit / y_stride) return NMFLOW_BAD_SHAPE;
+  return x == nullptr || y == nullptr ? NMFLOW_BAD_POINTER : NMFLOW_OK;
+}
+
+int nmf_run(nmf_job *job, const nmf_kernel *kernel, int64_t bytes, int threads) {
+  const nmf_geometry &g = job->g;
+  const int64_t tokens = job->tokens, most = kernel->max_tokens(&g, tokens);
+  job->token_blocks = nmf_ceil_div(tokens, most);
+  job->tile_block = g.tiles;
+  if (job->token_blocks > 2) {
+    /* A weight that is read for every token block is cut so that its share stays in the second-level
+     * cache meanwhile; x is then packed once for each cut, which costs less. */
+    const int64_t cuts = nmf_ceil_div(bytes, NMF_WEIGHT_SHARE);
+    job->tile_block = nmf_ceil_div(g.tiles, nmf_min(cuts, nmf_ceil_div(g.tiles, 4)));
+  }
+  /* A thread more for every quarter of a million products: waking one takes microseconds. */
+  const double products = static_cast<double>(g.out) * static_cast<double>(g.entries) *
+                          static_cast<double>(tokens);
+  if (threads > 1 + products / 262144) threads = static_cast<int>(1 + products / 262144);
+  if (threads > 1) {
+    /* About four tasks a thread, so that a thread that came late does not hold the others up. */
+    const int64_t wanted = nmf_ceil_div(4 * static_cast<int64_t>(threads), job->token_blocks);
+    const int64_t shared = nmf_ceil_div(g.tiles, nmf_min(wanted, nmf_ceil_div(g.tiles, 4)));
+    job->tile_block = nmf_min(job->tile_block, shared);
+  }
+  Run run;
+  run.job = *job;
+  run.kernel = kernel;
+  run.scratch_bytes = kernel->scratch_bytes(
+      job, nmf_min(most, nmf_ceil_div(tokens, kernel->step) * kernel->step), job->tile_block);
+  run.failed.store(false);
+  nmf_parallel(job->token_blocks * nmf_ceil_div(g.tiles, job->tile_block), threads < 1 ? 1 : threads,
+               run_task, &run);
+  return run.failed.load() ? NMFLOW_NO_MEMORY : NMFLOW_OK;
 }
 
 int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stride,
                       const void *bias, void *y, int64_t y_stride, int64_t tokens,
                       int32_t epilogue, int32_t threads, int32_t kernel) {
   if (packed == nullptr) return NMFLOW_BAD_POINTER;
-  Run run;
-  nmf_job &job = run.job;
-  const int status = nmf_geometry_of(&packed->shape, &job.g);
+  nmf_job job = {};
+  int status = nmf_geometry_of(&packed->shape, &job.g);
   if (status != NMFLOW_OK) return status;
   const nmf_geometry &g = job.g;
   if (packed->values_bytes != g.values_bytes || packed->codes_bytes != g.codes_bytes)
     return NMFLOW_BAD_BYTES;
-  if (epilogue < NMFLOW_NONE || epilogue > NMFLOW_RELU) return NMFLOW_BAD_DTYPE;
-  const int64_t limit = INT64_C(1) << 56;
-  if (tokens < 0 || x_stride < g.in || y_stride < g.out || tokens > limit || x_stride > limit ||
-      y_stride > limit)
-    return NMFLOW_BAD_SHAPE;
-  if (tokens == 0) return NMFLOW_OK;
-  if (tokens > limit / x_stride || tokens > limit / y_stride) return NMFLOW_BAD_SHAPE;
-  if (packed->values == nullptr || packed->codes == nullptr || x == nullptr || y == nullptr)
-    return NMFLOW_BAD_POINTER;
+  status = nmf_check_call(&g, x, x_stride, y, y_stride, tokens, epilogue);
+  if (status != NMFLOW_OK || tokens == 0) return status;
+  if (packed->values == nullptr || packed->codes == nullptr) return NMFLOW_BAD_POINTER;
   if (kernel == NMFLOW_AUTO) kernel = choose(g, tokens);
-  run.kernel = kernel_of(kernel, g);
-  if (run.kernel == nullptr) return NMFLOW_NO_KERNEL;
+  const nmf_kernel *found = nmf_kernel_of(kernel, &g);
+  if (found == nullptr) return NMFLOW_NO_KERNEL;
   job.values = packed->values;
   job.codes = packed->codes;
   job.x = x;
@@ -145,30 +188,5 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
   job.y_stride = y_stride;
   job.tokens = tokens;
   job.epilogue = epilogue;
-  const int64_t most = run.kernel->max_tokens(&g, tokens);
-  job.token_blocks = nmf_ceil_div(tokens, most);
-  job.tile_block = g.tiles;
-  if (job.token_blocks > 2) {
-    /* A weight that is read for every token block is cut so that its share stays in the second-level
-     * cache meanwhile; x is then packed once for each cut, which costs less. */
-    const int64_t cuts = nmf_ceil_div(g.values_bytes + g.codes_bytes, NMF_WEIGHT_SHARE);
-    job.tile_block = nmf_ceil_div(g.tiles, nmf_min(cuts, nmf_ceil_div(g.tiles, 4)));
-  }
-  /* A thread more for every quarter of a million products: waking one takes microseconds. */
-  const double products = static_cast<double>(g.out) * static_cast<double>(g.entries) *
-                          static_cast<double>(tokens);
-  if (threads > 1 + products / 262144) threads = static_cast<int32_t>(1 + products / 262144);
-  if (threads > 1) {
-    /* About four tasks a thread, so that a thread that came late does not hold the others up. */
-    const int64_t wanted = nmf_ceil_div(4 * static_cast<int64_t>(threads), job.token_blocks);
-    const int64_t shared = nmf_ceil_div(g.tiles, nmf_min(wanted, nmf_ceil_div(g.tiles, 4)));
-    job.tile_block = nmf_min(job.tile_block, shared);
-  }
-  run.scratch_bytes = run.kernel->scratch_bytes(
-      &job, nmf_min(most, nmf_ceil_div(tokens, run.kernel->step) * run.kernel->step),
-      job.tile_block);
-  run.failed.store(false);
-  nmf_parallel(job.token_blocks * nmf_ceil_div(g.tiles, job.tile_block), threads < 1 ? 1 : threads,
-               run_task, &run);
-  return run.failed.load() ? NMFLOW_NO_MEMORY : NMFLOW_OK;
+  return nmf_run(&job, found, g.values_bytes + g.codes_bytes, threads);
 }

@@ -206,6 +206,7 @@ NMF_INLINE void write_tile(const nmf_job *job, const nmf_part *part, int64_t til
 NMF_INLINE void fetch_weights(const nmf_job *job, int64_t tile, int64_t s0, int64_t entries) {
   const nmf_geometry &g = job->g;
   if (tile >= g.tiles) return;
+  if (job->q.bits) return int8_fetch(job, tile, s0, entries);
   const int64_t item = nmf_item_bytes(static_cast<int>(g.dtype));
   const char *values = static_cast<const char *>(job->values) + (tile * g.entries_held + s0) * 16 * item;
   for (int64_t at = 0; at < entries * 16 * item; at += 64) __builtin_prefetch(values + at);

@@ -20,7 +20,7 @@ from nmflow.errors import NMFlowError
 ABI_VERSION = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("portable", "avx2", "avx512")
-FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16")
+FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "avx512_vnni")
 NOT_FINITE = 1
 # What `nmflow_status` says, in words; the caller adds the parameter's name and its value.
 REASONS = {

@@ -28,6 +28,7 @@ from nmflow.packed.files.container import checksum
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.files.writing import write
 from nmflow.packed.modules import PackedLinear
+from nmflow.packed.parts import Part
 
 DOCS = Path(__file__).parents[2] / "docs" / "layout.md"
 
@@ -370,7 +371,7 @@ def test_a_file_expands_within_a_bound(tmp_path: Path) -> None:
     w = Stored((out, 256 * groups), 1, torch.bfloat16, "packed")
     index = torch.zeros(out, groups, dtype=torch.uint8)
     values = torch.ones(out, groups, dtype=torch.bfloat16)
-    w.parts.append((0, out, Shape.of(out, 256 * groups, "1:256"), values, index))
+    w.parts.append(Part(0, out, Shape.of(out, 256 * groups, "1:256"), values, index))
     write(tmp_path, {"0.weight": w}, {}, {})
     with pytest.raises(FileFormatError, match=r"8,589,934,592 bytes.*max_bytes"):
         load_state(tmp_path)

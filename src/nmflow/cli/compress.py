@@ -28,6 +28,15 @@ def compress(
             "where that is faster. Needs a folder; empty packs every N:M weight."
         ),
     ] = "",
+    values: Annotated[
+        str,
+        typer.Option(
+            help="int8 rounds the kept values to 8 bits. Needs a folder; empty keeps them."
+        ),
+    ] = "",
+    activations: Annotated[
+        str, typer.Option(help="With --values int8: float, or int8 to round inputs as well.")
+    ] = "float",
 ) -> None:
     """Pack the N:M weights of CHECKPOINT into the folder OUT, and print what became of each."""
     from nmflow import packed
@@ -52,14 +61,15 @@ def compress(
     if os.path.lexists(checkpoint / "config.json"):
         model, _, _ = network(checkpoint)
         made = packed.compress(
-            model, held, counts or (1,), names, globs(exclude), bool(counts), inplace=True
-        )
+            model, held, counts or (1,), names, globs(exclude), bool(counts), inplace=True,
+            values=values or None, activations=activations,
+        )  # fmt: skip
         report = made.report
         save_beside(made, out, checkpoint)
-    elif counts:
+    elif counts or values or activations != "float":
         raise CompressError(
             f"checkpoint is '{checkpoint}', which has no config.json to build a network from: "
-            "leave tokens out, or give a folder of Hugging Face's"
+            "leave tokens, values and activations out, or give a folder of Hugging Face's"
         )
     else:
         state = open_state(checkpoint)

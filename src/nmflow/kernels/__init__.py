@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nmflow.kernels.backend import Backend, Call
 from nmflow.kernels.explain import Explanation, explain
+from nmflow.kernels.int8_ops import matmul_int8, unpack_int8
 from nmflow.kernels.ops import matmul, unpack
 from nmflow.kernels.registry import BACKENDS, Choice, choose
 
@@ -16,5 +17,7 @@ __all__ = [
     "choose",
     "explain",
     "matmul",
+    "matmul_int8",
     "unpack",
+    "unpack_int8",
 ]

@@ -32,6 +32,12 @@ class Call:
     tokens: int
     threads: int = 1
     epilogue: int = 0
+    values: str = ""  # "int8", or "int8, activations too", where the weight has 8-bit values
+
+    @property
+    def rounds(self) -> int:
+        """1 if each token is rounded to 8 bits, else 0."""
+        return int(self.values.endswith("too"))
 
 
 class Backend(Protocol):

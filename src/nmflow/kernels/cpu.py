@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nmflow.kernels.backend import Call
     from nmflow.kernels.layout import Shape
 
-KERNELS = ("auto", "gather", "tokens", "permute", "tiles", "panel")
+KERNELS = ("auto", "gather", "tokens", "permute", "tiles", "panel", "dot")
 
 
 class ShapeStruct(ctypes.Structure):
@@ -66,6 +66,14 @@ def lib() -> ctypes.CDLL:
         *(pointer, pointer, i64, pointer, pointer, i64, i64, i32, i32, i32),
     ]
     library.nmflow_choose.argtypes = [pointer, i64]
+    library.nmflow_int8_bytes.argtypes = [pointer, pointer]
+    library.nmflow_int8_validate.argtypes = [pointer]
+    library.nmflow_int8_matmul.argtypes = [
+        *(pointer, i32, pointer, i64, pointer, pointer, i64, i64, i32, i32, i32),
+    ]
+    library.nmflow_int8_choose.argtypes = [pointer, i32, i64]
+    library.nmflow_int8_isa.argtypes = [pointer, i32, i64]
+    library.nmflow_int8_isa.restype = ctypes.c_char_p
     return library
 
 
@@ -77,7 +85,7 @@ def validate(values: Tensor, codes: Tensor, shape: Shape) -> None:
     """
     status = lib().nmflow_validate(ctypes.byref(PackedStruct.of(values, codes, shape)))
     if status:
-        raise FileFormatError(f"{_name(shape)} {native.REASONS[status]}")
+        raise FileFormatError(f"{name_of(shape)} {native.REASONS[status]}")
 
 
 # What the registry asks of a backend (`backend` states the contract).
@@ -99,13 +107,19 @@ def why_not(call: Call) -> str | None:
 
 def kernel(call: Call) -> str:
     """The instruction set and the kernel that would run, such as "avx512 tokens"."""
-    return f"{native.isa()} {KERNELS[_choose(call)]}"
+    isa = native.isa()
+    if call.values:
+        shape = ctypes.byref(ShapeStruct.of(call.shape, call.dtype))
+        isa = lib().nmflow_int8_isa(shape, call.rounds, max(call.tokens, 1)).decode()
+    return f"{isa} {KERNELS[_choose(call)]}"
 
 
 def _choose(call: Call) -> int:
     """The number of the kernel of `KERNELS`, or a negative status."""
-    shape = ShapeStruct.of(call.shape, call.dtype)
-    return lib().nmflow_choose(ctypes.byref(shape), max(call.tokens, 1))
+    shape, tokens = ctypes.byref(ShapeStruct.of(call.shape, call.dtype)), max(call.tokens, 1)
+    if call.values:
+        return lib().nmflow_int8_choose(shape, call.rounds, tokens)
+    return lib().nmflow_choose(shape, tokens)
 
 
 def bind(
@@ -134,11 +148,11 @@ def bind(
             0,
         )
         if status:
-            raise CompressError(f"{_name(shape)} {native.REASONS[status]}")
+            raise CompressError(f"{name_of(shape)} {native.REASONS[status]}")
 
     return run
 
 
-def _name(shape: Shape) -> str:
+def name_of(shape: Shape) -> str:
     """How errors call the weight."""
     return f"packed weight of shape ({shape.out}, {shape.inputs}) at {shape.pattern}"

@@ -24,7 +24,7 @@ class Explanation(list[tuple[str, Choice]]):
 
 
 class _Listen(TorchDispatchMode):
-    """Notes every `nmflow::matmul` that passes, with the module that is running."""
+    """Notes every packed product that passes, with the module that is running."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,17 +35,21 @@ class _Listen(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.nmflow.matmul.default:
-            x, values, _, _, out, inputs, n, m, panel, epilogue = args
-            call = Call(
-                Shape(out, inputs, n, m, panel),
-                values.dtype,
-                x.device.type,
-                x.numel() // inputs,
-                torch.get_num_threads(),
-                epilogue,
-            )
-            self.found.append((self.running[-1], choose(call)))
+            x, values, _, _, *dims, epilogue = args
+            self._note(x, dims, values.dtype, epilogue, "")
+        elif func is torch.ops.nmflow.matmul_int8.default:
+            x, _, _, *dims, activations, epilogue = args
+            values = "int8, activations too" if activations else "int8"
+            self._note(x, dims, x.dtype, epilogue, values)
         return func(*args, **(kwargs or {}))
+
+    def _note(
+        self, x: torch.Tensor, dims: list[int], dtype: torch.dtype, epilogue: int, values: str
+    ) -> None:
+        shape, threads = Shape(*dims), torch.get_num_threads()
+        tokens = x.numel() // shape.inputs
+        call = Call(shape, dtype, x.device.type, tokens, threads, epilogue, values)
+        self.found.append((self.running[-1], choose(call)))
 
 
 def explain(module: nn.Module, example_inputs: Any) -> Explanation:

@@ -29,6 +29,8 @@ def why_not(call: Call) -> str | None:
     """None if these kernels serve the call, else the reason in words."""
     if call.device != "cuda":
         return f"x is on {call.device} and these kernels run on NVIDIA GPUs"
+    if call.values:
+        return "8-bit values have no kernel on GPUs"
     if call.dtype not in DTYPES:
         return f"tensor cores multiply bfloat16 and float16, and the weight is {call.dtype}"
     return gpu_driver.why_not()

@@ -155,6 +155,11 @@ def check_canonical(values: Tensor, index: Tensor, shape: Shape) -> None:
             f"values are {values.dtype} {tuple(values.shape)}, not floats of the shape "
             f"{(shape.out, shape.entries)}"
         )
+    check_index(index, shape)
+
+
+def check_index(index: Tensor, shape: Shape) -> None:
+    """Raise `CompressError` unless an index has its size and its columns lie in their groups."""
     if tuple(index.shape) != (shape.lists, shape.entries) or index.dtype != torch.uint8:
         raise CompressError(
             f"the index is {index.dtype} {tuple(index.shape)}, not uint8 of the shape "

@@ -19,20 +19,29 @@ from torch.nn import functional as F
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.kernels import gpu, reference, registry
 from nmflow.kernels.backend import Call
+from nmflow.kernels.calls import (
+    LIBRARY,
+    MOST_BOUND,
+    SHAPE,
+    aligned,
+    autocast_dtype,
+    is_plain_call,
+    over_batch,
+    refuse_batched_weights,
+    rows_of,
+    version_of,
+)
 from nmflow.kernels.layout import Shape, check_tiled
 
-_LIBRARY = torch.library.Library("nmflow", "DEF")
-_SHAPE = "int out, int inputs, int n, int m, int panel"
-_LIBRARY.define(
-    f"matmul(Tensor x, Tensor values, Tensor codes, Tensor? bias, {_SHAPE}, int epilogue) -> Tensor"
+LIBRARY.define(
+    f"matmul(Tensor x, Tensor values, Tensor codes, Tensor? bias, {SHAPE}, int epilogue) -> Tensor"
 )
-_LIBRARY.define(f"unpack(Tensor values, Tensor codes, {_SHAPE}) -> Tensor")
+LIBRARY.define(f"unpack(Tensor values, Tensor codes, {SHAPE}) -> Tensor")
 
 # Bound functions of the CPU backend. A bound function holds addresses, so its key is all that it
 # relies on: which memory (a storage is known by its weak reference, so that its place in memory
 # cannot be taken for it), the version of what is in it, and the layout.
 _BOUND: dict[tuple[Any, ...], tuple[Callable[..., None], StorageWeakRef, StorageWeakRef]] = {}
-_MOST_BOUND = 65_536
 
 
 def _matmul_cpu(
@@ -51,7 +60,7 @@ def _matmul_cpu(
         key = (
             values.untyped_storage()._cdata, codes.untyped_storage()._cdata,
             values.data_ptr(), codes.data_ptr(), values.shape, codes.shape,
-            values.dtype, codes.dtype, _version(values), _version(codes),
+            values.dtype, codes.dtype, version_of(values), version_of(codes),
             out, inputs, n, m, panel,
         )  # fmt: skip
         known = _BOUND.get(key)
@@ -70,15 +79,13 @@ def _matmul_cpu(
             or bias.numel() != out
         ):
             _refuse_bias(bias, values, out)
-        bias = _aligned(bias.contiguous())
+        bias = aligned(bias.contiguous())
     y = x.new_empty((*size[:-1], out))
-    x = _aligned(x)
+    x = aligned(x)
     if len(size) == 2 and x.stride(1) == 1 and x.stride(0) >= inputs:
         run(x, bias, y, size[0], epilogue)
     elif y.numel():
-        flat = x.reshape(-1, inputs)
-        if flat.stride(1) != 1 or flat.stride(0) < inputs:  # such as an expanded row
-            flat = flat.contiguous()
+        flat = rows_of(x, inputs)
         run(flat, bias, y.view(-1, out), flat.shape[0], epilogue)
     return y
 
@@ -94,9 +101,9 @@ def _bind(
             f"x is on the CPU and the packed weight on {values.device}: move the model whole, for "
             "instance packed.to(device), and load its weights if it is on meta"
         )
-    if _aligned(values) is not values or _aligned(codes) is not codes:
+    if aligned(values) is not values or aligned(codes) is not codes:
         # Copies at other addresses, alive for as long as the function that is bound to them.
-        values, codes = _aligned(values), _aligned(codes)
+        values, codes = aligned(values), aligned(codes)
         _, inner = registry.bind(values, codes, shape)
         return lambda *args, held=(values, codes): inner(*args)
     try:
@@ -104,21 +111,11 @@ def _bind(
     except FileFormatError as error:
         raise CompressError(f"{error}: its buffers were written, so pack it again") from error
     if key is not None and backend == "cpu":
-        if len(_BOUND) >= _MOST_BOUND:
+        if len(_BOUND) >= MOST_BOUND:
             _BOUND.clear()
         memory = (StorageWeakRef(values.untyped_storage()), StorageWeakRef(codes.untyped_storage()))
         _BOUND[key] = run, *memory
     return run
-
-
-def _version(t: Tensor) -> int:
-    """How often a tensor was written; inference tensors do not count."""
-    return -1 if t.is_inference() else t._version
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """The tensor, or a copy of it where its elements lie across their own size in memory."""
-    return t.clone() if t.data_ptr() % t.element_size() else t
 
 
 def _refuse(x: Tensor, values: Tensor, inputs: int) -> None:
@@ -203,14 +200,14 @@ def _unpack(
     return reference.dense(values, codes, shape)
 
 
-_LIBRARY.impl("matmul", _matmul_cpu, "CPU")
+LIBRARY.impl("matmul", _matmul_cpu, "CPU")
 for _key in ("CUDA", "MPS", "XPU"):
-    _LIBRARY.impl("matmul", _matmul_cuda if _key == "CUDA" else _matmul_any, _key)
-    _LIBRARY.impl("unpack", _unpack, _key)
-_LIBRARY.impl("unpack", _unpack, "CPU")
+    LIBRARY.impl("matmul", _matmul_cuda if _key == "CUDA" else _matmul_any, _key)
+    LIBRARY.impl("unpack", _unpack, _key)
+LIBRARY.impl("unpack", _unpack, "CPU")
 
 
-@torch.library.register_fake("nmflow::matmul", lib=_LIBRARY)
+@torch.library.register_fake("nmflow::matmul", lib=LIBRARY)
 def _matmul_fake(x, values, codes, bias, out, inputs, n, m, panel, epilogue):
     torch._check(x.shape[-1] == inputs, lambda: f"x has another last axis than {inputs}")
     for other in (values, codes, bias):  # torch asks here as soon as one of them is on meta
@@ -219,29 +216,20 @@ def _matmul_fake(x, values, codes, bias, out, inputs, n, m, panel, epilogue):
     return x.new_empty((*x.shape[:-1], out))
 
 
-@torch.library.register_fake("nmflow::unpack", lib=_LIBRARY)
+@torch.library.register_fake("nmflow::unpack", lib=LIBRARY)
 def _unpack_fake(values, codes, out, inputs, n, m, panel):
     return values.new_empty((out, inputs))
 
 
-@torch.library.register_vmap("nmflow::matmul", lib=_LIBRARY)
+@torch.library.register_vmap("nmflow::matmul", lib=LIBRARY)
 def _matmul_vmap(info, in_dims, x, values, codes, bias, *rest):
-    if in_dims[1] is not None or in_dims[2] is not None:
-        raise CompressError(
-            "torch.vmap runs over a packed weight: the kernels take one weight a call, so keep the "
-            "weight out of in_dims"
-        )
-    # x has any number of leading axes, so a batch is one more of them.
-    if in_dims[0] is not None:
-        x = x.movedim(in_dims[0], 0)
-    if bias is None or in_dims[3] is None:
-        return _matmul(x, values, codes, bias, *rest), None if in_dims[0] is None else 0
-    y = _matmul(x, values, codes, None, *rest[:-1], 0)
-    bias = bias.movedim(in_dims[3], 0)
-    if in_dims[0] is None:
-        y = y.unsqueeze(0)
-    y = y + bias.reshape(bias.shape[0], *[1] * (y.dim() - 2), bias.shape[1])
-    return reference.apply_epilogue(y, rest[-1]), 0
+    refuse_batched_weights(in_dims[1], in_dims[2])
+    *dims, epilogue = rest
+
+    def multiply(x: Tensor, bias: Tensor | None, epilogue: int) -> Tensor:
+        return _matmul(x, values, codes, bias, *dims, epilogue)
+
+    return over_batch(multiply, x, in_dims[0], bias, in_dims[3], epilogue)
 
 
 _matmul = torch.ops.nmflow.matmul.default
@@ -295,7 +283,7 @@ def matmul(
     Raises:
         CompressError: sizes or dtypes that do not fit.
     """
-    to = _autocast_dtype(x, values)
+    to = autocast_dtype(x, values)
     if to is not None:
         with torch.autocast(x.device.type, enabled=False):
             if values.dtype not in (to, torch.float32):  # no kernel computes between two halves
@@ -307,20 +295,9 @@ def matmul(
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y = _Differentiable.apply(x, values, codes, bias, shape)
         return reference.apply_epilogue(y, epilogue)
+    if is_plain_call(x, values):
+        return _matmul_cpu(x, values, codes, bias, *shape, epilogue)
     return _matmul(x, values, codes, bias, *shape, epilogue)
-
-
-def _autocast_dtype(x: Tensor, values: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives `F.linear`; None where there is none, or it leaves them alone.
-
-    Autocast never touches doubles, nor what is no float.
-    """
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return None
-    if any(not t.is_floating_point() or t.dtype == torch.float64 for t in (x, values)):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 def unpack(values: Tensor, codes: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nmflow import native
-from nmflow.kernels import cpu, gpu, reference
+from nmflow.kernels import cpu, cpu_int8, gpu, reference
 from nmflow.kernels.backend import Backend, Call
 from nmflow.kernels.layout import Shape
 
@@ -33,7 +34,8 @@ class Choice:
         c = self.call
         text = (
             f"{self.backend} ({self.kernel}) serves {c.shape.pattern} ({c.shape.out}, "
-            f"{c.shape.inputs}) {str(c.dtype).removeprefix('torch.')} on {c.device} with "
+            f"{c.shape.inputs}) {str(c.dtype).removeprefix('torch.')} "
+            f"{f'({c.values}) ' if c.values else ''}on {c.device} with "
             f"{c.tokens} tokens and {c.threads} threads"
         )
         return text + "".join(f"; not {name}: {why}" for name, why in self.refused)
@@ -55,6 +57,16 @@ def bind(values: Tensor, codes: Tensor, shape: Shape) -> tuple[str, Callable[...
     choice = choose(Call(shape, values.dtype, values.device.type, 1))
     _tell(choice)
     return choice.backend, BACKENDS[choice.backend].bind(values, codes, shape)
+
+
+def bind_int8(
+    stream: Tensor, shape: Shape, dtype: torch.dtype, activations: int
+) -> Callable[..., None] | None:
+    """The compiled function for a weight with 8-bit values; None where the reference serves it."""
+    values = "int8, activations too" if activations else "int8"
+    choice = choose(Call(shape, dtype, stream.device.type, 1, values=values))
+    _tell(choice)
+    return cpu_int8.bind(stream, shape, dtype) if choice.backend == "cpu" else None
 
 
 def _tell(choice: Choice) -> None:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from nmflow.errors import CompressError
-from nmflow.kernels.layout import Shape
 from nmflow.packed.attention import PackedAttention
+from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.layout import as_matrix
 from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
 from nmflow.packed.onednn import OneDNNLinear
+from nmflow.packed.parts import Part
 from nmflow.pattern import Pattern
 from nmflow.select.weights import is_hf_conv1d
 
@@ -116,25 +117,33 @@ def pack(module: nn.Module, found: dict[str, list[Run]]) -> nn.Module:
 
 def from_parts(
     module: nn.Module,
-    parts: list[tuple[int, int, Shape | None, Tensor, Tensor | None]],
+    parts: list[Part],
     bias: nn.Parameter | None,
+    activations: str,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """The packed module of a linear layer or convolution, from its weight in canonical form.
 
     Args:
         module: the dense module, for its sizes; its weight is not read.
-        parts: first and last row, shape, values and index; or the dense rows, without an index.
+        parts: its rows.
         bias: `(out,)` or None.
+        activations: of parts with 8-bit values.
+        dtype: of the weight.
     """
     stored = "Conv1D" if is_hf_conv1d(module) else "Linear"
     made: list[PackedLinear | nn.Linear] = []
     whole = len(parts) == 1
-    for start, stop, shape, values, index in parts:
-        own = bias if whole else _rows(bias, start, stop)
-        if shape is None or index is None:
-            made.append(dense_linear(values, own))
+    for part in parts:
+        own = bias if whole else _rows(bias, part.start, part.stop)
+        name = stored if whole else "Linear"
+        if part.shape is None or part.index is None:
+            made.append(dense_linear(part.values, own))
+        elif part.scale is None:
+            made.append(PackedLinear(part.values, part.index, part.shape, own, name))
         else:
-            made.append(PackedLinear(values, index, shape, own, stored if whole else "Linear"))
+            found = (part.values, part.scale, part.index, part.shape)
+            made.append(Int8Linear(*found, own, name, activations, dtype))
     if type(module) in _CONV:
         return PackedConv(module, made[0])  # pyright: ignore[reportArgumentType]
     return made[0] if whole else FusedLinear(made, stored)
@@ -163,36 +172,6 @@ def unpack(module: nn.Module) -> nn.Module:
     else:
         raise CompressError(f"{type(module).__name__} is not a packed module")
     return dense.train(module.training)
-
-
-def runs_of(module: nn.Module) -> dict[str, list[Run]]:
-    """The runs of each weight of the dense module that a packed one stands for."""
-    if isinstance(module, PackedLinear):
-        return {"weight": [Run(0, module.out_features, module.pattern)]}
-    if isinstance(module, PackedConv):
-        return runs_of(module.linear)
-    if isinstance(module, FusedLinear):
-        return {"weight": _joined(list(module.parts))}
-    if not isinstance(module, PackedAttention):
-        return {}
-    parts: list[nn.Module] = [module.q, module.k, module.v]
-    if module.was_one_matrix:
-        found = {"in_proj_weight": _joined(parts)}
-    else:
-        found = {f"{n}_proj_weight": _joined([p]) for n, p in zip("qkv", parts, strict=True)}
-    found["out_proj.weight"] = _joined([module.out_proj])
-    return {own: runs for own, runs in found.items() if runs}
-
-
-def _joined(parts: list[nn.Module]) -> list[Run]:
-    """The runs of layers whose outputs stand one after the other."""
-    found: list[Run] = []
-    at = 0
-    for part in parts:
-        for run in runs_of(part).get("weight", []):
-            found.append(Run(at + run.start, at + run.stop, run.pattern))
-        at += int(part.out_features)  # pyright: ignore[reportArgumentType]
-    return found
 
 
 def dense_linear(matrix: Tensor, bias: nn.Parameter | None) -> nn.Linear:

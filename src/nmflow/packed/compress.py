@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +10,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nmflow.errors import CompressError
-from nmflow.kernels import Call, choose
-from nmflow.kernels.layout import Shape
+from nmflow.kernels import Call, choose, int8
 from nmflow.packed import build
 from nmflow.packed.build import PACKED, Run
 from nmflow.packed.faster import Verdict, judge, kind_of, on_onednn
 from nmflow.packed.fuse import Fused
 from nmflow.packed.fuse import fuse as fuse_activations
+from nmflow.packed.int8 import Int8Linear, with_int8
+from nmflow.packed.modules import PackedLinear
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.packable import Found, survey
-from nmflow.packed.proof import check_same, run_once
+from nmflow.packed.parts import parts_of
+from nmflow.packed.proof import NEAR, NEAR_INT8, check_same, run_once
 from nmflow.packed.report import Report, Row
 from nmflow.packed.swap import replace_modules
 from nmflow.select.plan import Names, Patterns
@@ -39,6 +40,8 @@ def compress(
     fuse: bool = True,
     inplace: bool = False,
     example_inputs: Any = None,
+    values: str | None = None,
+    activations: str = "float",
 ) -> Any:
     """Replace every N:M weight by its kept values and their columns, where that is faster.
 
@@ -68,6 +71,10 @@ def compress(
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, run once
             in `model` and in the result: every packed layer that runs in one must run in the other,
             and outside of training their outputs must agree.
+        values: `"int8"` rounds the kept values to 8 bits with one scale a row, `W[o] = s[o] q[o]`,
+            which `decompress` gives back; the report has each layer's error. None keeps their bits.
+        activations: with `values="int8"`: `"float"` multiplies the inputs as they are; `"int8"`
+            rounds each token to 8 bits first, which is faster and less exact.
 
     Returns:
         A module that runs like `model`, for inference, with a `Report` as its attribute `report`
@@ -77,7 +84,8 @@ def compress(
 
     Raises:
         CompressError: no weight holds a pattern that can be packed, `tokens` is empty or not
-            positive, or the copy would go on running layers of `model` (see `inplace`).
+            positive, `values` or `activations` is none of those above, or the copy would go on
+            running layers of `model` (see `inplace`).
         PatternError, PlanError: as for `plan`.
 
     Example:
@@ -91,6 +99,7 @@ def compress(
     counts = tuple(tokens)
     if not counts or not all(isinstance(t, int) and t > 0 for t in counts):
         raise CompressError(f"tokens is {tokens!r}: give at least one positive number of tokens")
+    _check_values(values, activations)
     weights = survey(model, pattern, include, exclude)
     sites = sites_of(weights)
     if not sites:
@@ -98,11 +107,14 @@ def compress(
     modules = dict(model.named_modules())
     judged: dict[tuple[object, ...], Verdict] = {}
     verdicts: dict[str, Verdict] = {}
+    made_of: dict[str, nn.Module] = {}
     new: dict[nn.Module, nn.Module] = {}
     for path, found in sites.items():
         module = modules[path]
         try:
             packed = build.pack(module, found)
+            if values is not None:
+                packed = with_int8(packed, activations)
         except CompressError as error:
             verdicts[path] = Verdict(str(error))
             continue
@@ -110,11 +122,15 @@ def compress(
         if measure and key not in judged:
             judged[key] = judge(module, packed, counts)
         verdicts[path] = judged[key] if measure else Verdict()
+        made_of[path] = packed
         if not verdicts[path].why:
             new[module] = packed
         elif verdicts[path].onednn and isinstance(module, nn.Linear):
             new[module] = OneDNNLinear.of(module, max(counts))
-    report = Report(_row(w, model.get_parameter(w.layer.name), verdicts, counts) for w in weights)
+    report = Report(
+        _row(w, model.get_parameter(w.layer.name), verdicts, made_of.get(w.site), counts)
+        for w in weights
+    )
     before = None
     if example_inputs is not None:
         before = run_once(model, [p for p in sites if modules[p] in new], example_inputs)
@@ -123,7 +139,8 @@ def compress(
     made = replace_modules(model, new, inplace)
     report.fused = fuse_activations(made) if fuse else []
     if before is not None:
-        check_same(before, run_once(made, before.calls, example_inputs))
+        near = NEAR if values is None else NEAR_INT8
+        check_same(before, run_once(made, before.calls, example_inputs), near)
     name = "report" if isinstance(getattr(made, "report", report), Report) else "nmflow_report"
     made.__dict__[name] = report  # a plain attribute, past nn.Module's registry
     return made
@@ -185,25 +202,41 @@ def sites_of(weights: Sequence[Found]) -> dict[str, Runs]:
     return sites
 
 
-def _row(w: Found, parameter: Tensor, verdicts: dict[str, Verdict], counts: tuple[int, ...]) -> Row:
+def _check_values(values: str | None, activations: str) -> None:
+    if values not in (None, "int8"):
+        raise CompressError(f"values is {values!r}: it must be 'int8', or None to keep their bits")
+    if activations not in int8.ACTIVATIONS:
+        raise CompressError(f"activations is {activations!r}: it must be 'float' or 'int8'")
+    if values is None and activations != "float":
+        raise CompressError(
+            "activations is 'int8' and values None: whole numbers are multiplied by whole "
+            "numbers, so pass values='int8' too"
+        )
+
+
+def _row(
+    w: Found, parameter: Tensor, verdicts: dict[str, Verdict], packed: nn.Module | None,
+    counts: tuple[int, ...],
+) -> Row:  # fmt: skip
     size = 0 if is_lazy(parameter) else parameter.numel() * parameter.element_size()
     verdict = Verdict(w.why_not) if w.why_not else verdicts[w.site]
-    if verdict.why:
+    if verdict.why or packed is None:
         held = 2 * size if verdict.onednn else size
         return Row(w.layer.name, w.layer.shape, w.patterns, "dense", verdict.why, size, held,
                    verdict.times)  # fmt: skip
-    out, inputs = w.layer.out, parameter.numel() // w.layer.out
-    small, kernels = 0, []
-    for run in w.runs:
-        shape = Shape.of(run.stop - run.start, inputs, run.pattern)
-        values, codes = shape.tiled_sizes(parameter.dtype)
-        small += math.prod(values) * parameter.element_size()
-        small += math.prod(codes) * shape.code_dtype().itemsize
+    small, kernels, errors = 0, [], []
+    for part in parts_of(packed)[w.own]:
+        if not isinstance(part, PackedLinear):
+            small += part.get_parameter("weight").nbytes
+            continue
+        small += sum(buffer.nbytes for buffer in part.buffers())
+        if isinstance(part, Int8Linear) and part.error is not None:
+            errors.append(part.error)
         for t in counts:
-            call = Call(shape, parameter.dtype, parameter.device.type, t, torch.get_num_threads())
+            device, threads = parameter.device.type, torch.get_num_threads()
+            call = Call(part.shape, parameter.dtype, device, t, threads, values=part.rounding)
             chosen = choose(call)
             kernels.append(f"{chosen.backend} ({chosen.kernel})")
-    dense = out - sum(run.stop - run.start for run in w.runs)
-    small += dense * inputs * parameter.element_size()
     why = "by " + ", ".join(dict.fromkeys(kernels))
-    return Row(w.layer.name, w.layer.shape, w.patterns, "packed", why, size, small, verdict.times)
+    return Row(w.layer.name, w.layer.shape, w.patterns, "packed", why, size, small, verdict.times,
+               max(errors, default=None))  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nmflow.kernels import Call, choose
 from nmflow.packed.build import Run
+from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.layout import as_matrix
 from nmflow.packed.measure import (
     Timing,
@@ -19,6 +20,7 @@ from nmflow.packed.measure import (
     copies_past_cache,
     dense_ways,
     gpu_ways,
+    rounded_ways,
     time_on_gpu,
     time_ways,
 )
@@ -67,6 +69,8 @@ def judge(module: nn.Module, packed: nn.Module, counts: tuple[int, ...]) -> Verd
                         races.append(_race_on_gpu(matrix, bias, parts, x))
                         continue
                     ways = dense_ways(matrix, bias, x)
+                    if any(isinstance(m, Int8Linear) for m in parts.modules()):
+                        ways |= rounded_ways(matrix, bias, x)
                     if is_hf_conv1d(module):
                         ways["addmm"] = lambda x=x: module(x)
                     races.append(_race(ways, parts, x))
@@ -118,7 +122,8 @@ def _why_slow(packed: nn.Module, some: Tensor) -> str:
     """Why a device has no kernel for a packed module; empty where it has."""
     for part in packed.modules():
         if isinstance(part, PackedLinear):
-            call = Call(part.shape, part.values.dtype, some.device.type, 1)
+            kind, device = part.like.dtype, some.device.type
+            call = Call(part.shape, kind, device, 1, values=part.rounding)
             if (found := choose(call)).backend == "reference":
                 return dict(found.refused).get(some.device.type, f"none is for {some.device.type}")
     return ""

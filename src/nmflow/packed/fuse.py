@@ -63,7 +63,9 @@ def fuse(model: nn.Module) -> list[str]:
         if any(m._forward_hooks or m._forward_pre_hooks for m in parent.modules()):
             continue
         layers = {
-            n: m for n, m in parent.named_children() if type(m) is PackedLinear and places[m] == 1
+            n: m
+            for n, m in parent.named_children()
+            if isinstance(m, PackedLinear) and places[m] == 1
         }
         activations = {n: m for n, m in parent.named_children() if epilogue_of(m)}
         for name, layer in layers.items():
@@ -93,7 +95,7 @@ def _fused(parent: nn.Module, layer: PackedLinear, name: str, activation: nn.Mod
 def _input(layer: PackedLinear) -> Tensor:
     """A random input, which leaves the state of the random generator alone."""
     drawn = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
-    return drawn.to(layer.values)
+    return drawn.to(layer.like)
 
 
 def _alone(parent: nn.Module, x: Tensor) -> list[Tensor] | None:

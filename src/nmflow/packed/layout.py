@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from nmflow.kernels.layout import LARGEST_M
 from nmflow.masks import holds
 from nmflow.pattern import Pattern
 
-# The layout of files, stated in docs/layout.md; a reader refuses any other.
-LAYOUT_VERSION = 1
+# The layouts of files, stated in docs/layout.md; a reader refuses any other. The second has 8-bit
+# values besides, and is written only where there are any, so that older readers take the rest.
+LAYOUT_VERSIONS = (1, 2)
 # Denser than this is not worth its index, and a weight with a few zeros is no pattern.
 DENSEST = 0.75
 _MOST_RUNS = 8
@@ -35,6 +37,11 @@ def from_matrix(matrix: Tensor, size: tuple[int, ...], axis: int) -> Tensor:
     moved = list(size)
     moved.append(moved.pop(axis))
     return matrix.reshape(moved).movedim(-1, axis).contiguous()
+
+
+def layout_version(has_int8: Iterable[bool]) -> int:
+    """The version that a file of weights needs, which have 8-bit values or not."""
+    return LAYOUT_VERSIONS[any(has_int8)]
 
 
 def file_bits(m: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -137,6 +138,29 @@ def dense_ways(weight: Tensor, bias: Tensor | None, x: Tensor) -> dict[str, Way]
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
         ways["oneDNN"] = lambda: multiply(x, weight, bias, "none", [], "")
         ways["oneDNN packed"] = lambda: multiply(x, packed, bias, "none", [], "")
+    return ways
+
+
+def rounded_ways(weight: Tensor, bias: Tensor | None, x: Tensor) -> dict[str, Way]:
+    """The dense ways of a float32 layer that round: bfloat16 by oneDNN, and torch's int8."""
+    ways: dict[str, Way] = {}
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return ways
+    if onednn_takes(torch.bfloat16):
+        half, half_bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+        packed = torch.ops.mkldnn._reorder_linear_weight(half, x.shape[0])
+        multiply = torch.ops.mkldnn._linear_pointwise
+        ways["oneDNN bfloat16"] = lambda: multiply(
+            x.bfloat16(), packed, half_bias, "none", [], ""
+        ).float()
+    if "x86" in torch.backends.quantized.supported_engines:
+        step = (weight.abs().amax(1).double() / 127).clamp_min(1e-12)
+        zeros = torch.zeros(len(step), dtype=torch.int64)
+        with warnings.catch_warnings():  # torch will remove it, and has nothing as fast yet
+            warnings.simplefilter("ignore")
+            rounded = torch.quantize_per_channel(weight, step, zeros, 0, torch.qint8)
+        ready = torch.ops.quantized.linear_prepack(rounded, bias)
+        ways["int8 dynamic"] = lambda: torch.ops.quantized.linear_dynamic(x, ready, True)
     return ways
 
 

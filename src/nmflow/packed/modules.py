@@ -59,6 +59,7 @@ class PackedLinear(StandsFor):
     values: Tensor
     codes: Tensor
     bias: nn.Parameter | None
+    rounding = ""  # `Call.values` of its products
 
     def __init__(
         self,
@@ -70,16 +71,19 @@ class PackedLinear(StandsFor):
     ) -> None:
         super().__init__()
         check_canonical(values, index, shape)
+        self._describe(shape, stored)
+        tiled, codes = tiled_from_canonical(values.detach(), index, shape)
+        self.register_buffer("values", plain(tiled))
+        self.register_buffer("codes", plain(codes))
+        self.register_parameter("bias", bias)
+
+    def _describe(self, shape: Shape, stored: str) -> None:
         self.shape = shape
         # Plain ints, so that the op call and torch.compile see no attribute look-ups.
         self.dims = (shape.out, shape.inputs, shape.n, shape.m, shape.panel)
         self.in_features, self.out_features = shape.inputs, shape.out
         self.stored = stored
         self.epilogue = 0  # 1 GELU, 2 ReLU: an activation that this layer applies, see fuse.py
-        tiled, codes = tiled_from_canonical(values.detach(), index, shape)
-        self.register_buffer("values", _own(tiled))
-        self.register_buffer("codes", _own(codes))
-        self.register_parameter("bias", bias)
 
     @classmethod
     def pack(
@@ -92,6 +96,11 @@ class PackedLinear(StandsFor):
         """Pack a dense matrix `(out, in)` that holds the pattern."""
         shape = Shape.of(matrix.shape[0], matrix.shape[1], pattern)
         return cls(*canonical_from_dense(matrix.detach(), shape), shape, bias, stored)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device of the weight it stands for."""
+        return self.values
 
     @property
     def pattern(self) -> Pattern:
@@ -108,7 +117,7 @@ class PackedLinear(StandsFor):
         if torch.compiler.is_compiling():  # an op in the graph, removed where nobody reads it
             return self.dense()
         o, i = self.out_features, self.in_features
-        return LazyWeight(self.dense, (i, o) if self.stored == "Conv1D" else (o, i), self.values)
+        return LazyWeight(self.dense, (i, o) if self.stored == "Conv1D" else (o, i), self.like)
 
     def dense(self) -> Tensor:
         """The weight, rebuilt: `(out, in)`, or `(in, out)` for a `Conv1D`."""
@@ -127,7 +136,7 @@ class PackedLinear(StandsFor):
 
     def extra_repr(self) -> str:
         """Sizes, pattern and dtype."""
-        dtype = str(self.values.dtype).removeprefix("torch.")
+        dtype = str(self.like.dtype).removeprefix("torch.")
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"pattern={self.pattern}, dtype={dtype}, bias={self.bias is not None}"
@@ -139,12 +148,12 @@ class PackedLinear(StandsFor):
         probe = fn(self.values.new_empty(0))
         if probe.dtype == self.values.dtype:
             super()._apply(fn, recurse)
-            self.values, self.codes = _own(self.values), _own(self.codes)
+            self.values, self.codes = plain(self.values), plain(self.codes)
             return self
         values, index = canonical_from_tiled(self.values, self.codes, self.shape)
         super()._apply(fn, recurse)
         tiled, codes = tiled_from_canonical(fn(values), index.to(probe.device), self.shape)
-        self.values, self.codes = _own(tiled), _own(codes)
+        self.values, self.codes = plain(tiled), plain(codes)
         return self
 
     def _load_from_state_dict(
@@ -174,10 +183,10 @@ class PackedLinear(StandsFor):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.values, self.codes = _own(self.values), _own(self.codes)
+        self.values, self.codes = plain(self.values), plain(self.codes)
 
 
-def _own(buffer: Tensor) -> Tensor:
+def plain(buffer: Tensor) -> Tensor:
     """The buffer as kernels read it, in order, whatever memory format the module was moved to.
 
     One that was made in inference mode becomes a normal one, since gradients flow past it.
@@ -204,13 +213,16 @@ class FusedLinear(StandsFor):
         if torch.compiler.is_compiling():
             return self.dense()
         o, i = self.out_features, self.in_features
-        like = next(part for part in self.parts if isinstance(part, PackedLinear)).values
+        like = next(part for part in self.parts if isinstance(part, PackedLinear)).like
         return LazyWeight(self.dense, (i, o) if self.stored == "Conv1D" else (o, i), like)
 
     @property
     def bias(self) -> Tensor | None:
         """The whole bias."""
-        return _joined_bias(self)
+        biases = [p.bias for p in self.parts]
+        if any(b is None for b in biases):
+            return None
+        return torch.cat(biases)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def dense(self) -> Tensor:
         """The weight, rebuilt: `(out, in)`, or `(in, out)` for a `Conv1D`."""
@@ -246,7 +258,7 @@ class PackedConv(StandsFor):
         if torch.compiler.is_compiling():
             return self.dense()
         size = (self.out_channels, self.in_channels, *self.kernel_size)
-        return LazyWeight(self.dense, size, self.linear.values)
+        return LazyWeight(self.dense, size, self.linear.like)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -288,10 +300,3 @@ class PackedConv(StandsFor):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}"
         )
-
-
-def _joined_bias(fused: FusedLinear) -> Tensor | None:
-    biases = [p.bias for p in fused.parts]
-    if any(b is None for b in biases):
-        return None
-    return torch.cat(biases)  # pyright: ignore[reportArgumentType, reportCallIssue]

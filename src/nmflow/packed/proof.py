@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from nmflow.errors import CompressError
 
-# A share of an output's largest value: activations that are fused are rounded once less.
-_NEAR = 0.05
+# Shares of an output's largest value: activations that are fused are rounded once less, and values
+# of 8 bits are each off by up to half a step.
+NEAR, NEAR_INT8 = 0.05, 0.2
 
 
 class Ran(NamedTuple):
@@ -46,7 +47,7 @@ def run_once(model: nn.Module, paths: Iterable[str], example: Any) -> Ran:
     return Ran(calls, [t.double() for t in leaves if isinstance(t, Tensor) and not t.is_complex()])
 
 
-def check_same(before: Ran, after: Ran) -> None:
+def check_same(before: Ran, after: Ran, near: float = NEAR) -> None:
     """Raise `CompressError` where a layer no longer runs, or the output is another one."""
     lost = [name for name, count in before.calls.items() if count and not after.calls[name]]
     if lost:
@@ -56,7 +57,7 @@ def check_same(before: Ran, after: Ran) -> None:
         )
     for i, (a, b) in enumerate(zip(before.output, after.output, strict=True)):
         far = float((a - b).nan_to_num().abs().max()) if a.numel() else 0.0
-        if a.shape != b.shape or far > _NEAR * max(float(a.nan_to_num().abs().max()), 1e-6):
+        if a.shape != b.shape or far > near * max(float(a.nan_to_num().abs().max()), 1e-6):
             raise CompressError(
                 f"output {i} of the packed network differs from the dense one's by {far:.3g}: pass "
                 "fuse=False if a layer's output is read past its activation, or leave that layer "

@@ -25,6 +25,8 @@ class Row:
         dense_bytes: bytes of the dense weight.
         bytes: bytes of the weight as it now is.
         times: tokens to (µs packed, µs of the best dense way, that way); of the whole module.
+        error: with 8-bit values, the root mean square error of the layer's outputs relative to
+            them, on normal inputs (the largest of a weight's runs); else None.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Row:
     dense_bytes: int
     bytes: int
     times: Times = field(default_factory=dict)
+    error: float | None = None
 
 
 class Report(list[Row]):
@@ -55,7 +58,9 @@ class Report(list[Row]):
 
     def __str__(self) -> str:
         tokens = sorted({t for row in self for t in row.times})
+        rounded = any(row.error is not None for row in self)
         rows = [["weight", "shape", "pattern", "kept", "bytes"]]
+        rows[0] += ["error"] if rounded else []
         rows[0] += [f"T={t}: packed, best dense (µs)" for t in tokens]
         alike: dict[tuple[str, ...], list[str]] = {}
         reasons: dict[str, list[str]] = {}
@@ -64,6 +69,8 @@ class Report(list[Row]):
             if row.pattern:
                 cells = ["x".join(map(str, row.shape)), row.pattern, row.kept]
                 cells.append(f"{row.bytes / row.dense_bytes:.4f}")
+                if rounded:
+                    cells.append("" if row.error is None else f"{row.error:.2%}")
                 cells += [_shown(row.times.get(t)) for t in tokens]
                 alike.setdefault((_numbered(row.name), *cells), []).append(row.name)
         for cells, names in alike.items():

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from nmflow import disk
 from nmflow.errors import CompressError, FileFormatError, PatternError
+from nmflow.kernels import int8
 from nmflow.kernels.layout import DTYPES, Shape, check_canonical
 from nmflow.packed.files.stored import Stored
-from nmflow.packed.layout import LAYOUT_VERSION, bytes_to_index, file_bits
+from nmflow.packed.layout import LAYOUT_VERSIONS, bytes_to_index, file_bits, layout_version
+from nmflow.packed.parts import Part
 
 HEADER = "nmflow.json"
 FORMAT = "nmflow"
@@ -89,6 +91,8 @@ def _read(path: Path) -> Contents:
     weights: dict[str, Stored] = {}
     for key, described in _get(header, "weights", dict).items():
         weights[key] = _weight(key, described, data)
+    if header["layout"] != layout_version(w.is_int8 for w in weights.values()):
+        raise _bad("its layout version is not that of what it holds")
     aliases = _get(header, "aliases", dict)
     for alias, target in aliases.items():
         if not isinstance(target, str) or (target not in weights and target not in data):
@@ -142,10 +146,11 @@ def _header(path: Path) -> dict[str, Any]:
         raise _bad(f"{HEADER} is not JSON that can be read ({str(error)[:100]})") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise _bad(f"{HEADER} does not say format {FORMAT!r}")
-    if header.get("layout") != LAYOUT_VERSION or isinstance(header["layout"], bool):
+    if header.get("layout") not in LAYOUT_VERSIONS or type(header["layout"]) is not int:
         raise FileFormatError(
             f"the saved network has layout version {str(header.get('layout'))[:20]}, this nmflow "
-            f"reads version {LAYOUT_VERSION}: use the nmflow that wrote it"
+            f"reads versions {LAYOUT_VERSIONS[0]} and {LAYOUT_VERSIONS[1]}: use the nmflow that "
+            "wrote it"
         )
     return header
 
@@ -205,21 +210,28 @@ def _weight(name: str, described: Any, data: dict[str, Tensor]) -> Stored:
         at = rows[1]
     if at != out:
         raise _bad(f"the parts of {name!r} end at row {at} of {out}")
+    if stored.is_int8:
+        stored.activations = _get(described, "activations", str)
+        if stored.activations not in int8.ACTIVATIONS or dtype is torch.float64:
+            raise _bad(f"{name!r} has activations or a dtype that 8-bit values do not go with")
     return stored
 
 
 def _part(
     name: str, i: int, part: dict[str, Any], rows: list[int], inputs: int, dtype: torch.dtype,
     data: dict[str, Tensor],
-) -> tuple[int, int, Shape | None, Tensor, Tensor | None]:  # fmt: skip
+) -> Part:  # fmt: skip
     values = data.pop(f"{name}#{i}.values", None)
-    if values is None or values.dtype != dtype:
-        raise _bad(f"the values of part {i} of {name!r} are missing or of another dtype")
+    kind = part.get("values")
+    if kind not in (None, "int8") or values is None:
+        raise _bad(f"the values of part {i} of {name!r} are missing or of a kind that cannot be")
+    if values.dtype != (torch.int8 if kind else dtype):
+        raise _bad(f"the values of part {i} of {name!r} are of another dtype")
     pattern = part.get("pattern")
     if pattern is None:
-        if tuple(values.shape) != (rows[1] - rows[0], inputs):
+        if tuple(values.shape) != (rows[1] - rows[0], inputs) or kind:
             raise _bad(f"part {i} of {name!r} has the shape {tuple(values.shape)}")
-        return rows[0], rows[1], None, values, None
+        return Part(rows[0], rows[1], None, values)
     if not isinstance(pattern, str) or len(pattern) > _LONGEST_PATTERN:
         raise _bad(f"part {i} of {name!r} has a pattern that is no text or too long")
     shape = Shape.of(rows[1] - rows[0], inputs, pattern)
@@ -231,8 +243,14 @@ def _part(
     if part.get("bits") != bits:
         raise _bad(f"part {i} of {name!r} does not have indices of {bits} bits")
     index = bytes_to_index(packed, shape.entries, shape.m)
-    check_canonical(values, index, shape)
-    return rows[0], rows[1], shape, values, index
+    if kind is None:
+        check_canonical(values, index, shape)
+        return Part(rows[0], rows[1], shape, values, index)
+    scale = data.pop(f"{name}#{i}.scale", None)
+    if scale is None:
+        raise _bad(f"the scales of part {i} of {name!r} are missing")
+    int8.check_canonical(values, scale, index, shape)
+    return Part(rows[0], rows[1], shape, values, index, scale)
 
 
 def _is_size(value: object, least: int = 1) -> bool:

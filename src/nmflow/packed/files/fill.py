@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.packed import build
 from nmflow.packed.files.stored import Stored
+from nmflow.packed.int8 import with_int8
 
 Places = list[tuple[nn.Module, str]]
 Values = dict[tuple[nn.Module, str], Tensor]
@@ -94,16 +95,22 @@ def _packed(module: nn.Module, stored: dict[str, Stored], at: Values) -> nn.Modu
     if not isinstance(module, nn.MultiheadAttention):
         weight = stored.pop("weight")
         bias = _parameter(at.get((module, "bias")))
-        return build.from_parts(module, weight.parts, bias).train(module.training)
+        made = build.from_parts(module, weight.parts, bias, weight.activations, weight.dtype)
+        return made.train(module.training)
     found = {own: weight.runs for own, weight in stored.items()}
+    rounded = [weight for weight in stored.values() if weight.is_int8]
+    dtype = torch.float32 if rounded else None  # in which 8-bit values are exact, and come back
     values = dict(at)
     for own in found:
         holder = module
         *path, name = own.split(".")
         for step in path:
             holder = holder.get_submodule(step)
-        values[holder, name] = nn.Parameter(stored.pop(own).dense())
-    return build.pack(_shell(module, values), found)
+        values[holder, name] = nn.Parameter(stored.pop(own).dense(dtype))
+    packed = build.pack(_shell(module, values), found)
+    if not rounded:
+        return packed
+    return with_int8(packed, rounded[0].activations).to(rounded[0].dtype)
 
 
 def _shell(module: nn.Module, at: Mapping[tuple[nn.Module, str], Tensor]) -> nn.Module:

@@ -19,6 +19,7 @@ from nmflow.packed.files.fill import Places, fill
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.packable import survey
+from nmflow.packed.parts import parts_of
 from nmflow.select.plan import Names, Patterns
 
 Folder = str | os.PathLike[str]
@@ -61,12 +62,12 @@ def save(
     tensors, inside = _plain_state(model)
     for path, module in inside.items():
         dense = build.unpack(module)
-        held = build.runs_of(module)
+        held = parts_of(module)
         for own, parameter in dense.named_parameters():
             name = f"{path}.{own}" if path else own
             if own in held:
                 axis = 0 if getattr(module, "stored", "") == "Conv1D" else 1
-                weights[name] = Stored.of(parameter, axis, held[own], "packed")
+                weights[name] = Stored.of_layers(parameter, axis, held[own])
             else:
                 tensors[name] = parameter.detach()
     for found in survey(model, pattern, include, exclude) if tensors else ():

@@ -83,14 +83,13 @@ def _row(name: str, w: Tensor, stored: Stored | None) -> Row:
     if stored is None:
         return Row(name, tuple(w.shape), "", "dense", "holds no N:M pattern", size, size)
     small, said = 0, []
-    for start, stop, shape, values, index in stored.parts:
-        small += values.numel() * values.element_size()
-        if shape is not None and index is not None:
-            bits = file_bits(shape.m)
-            small += index.shape[0] * -(-index.shape[1] * bits // 8)
-            said.append(
-                str(shape.pattern) + (f" [{start}:{stop}]" if len(stored.parts) > 1 else "")
-            )
+    for part in stored.parts:
+        small += part.values.nbytes
+        if part.shape is not None and part.index is not None:
+            bits = file_bits(part.shape.m)
+            small += part.index.shape[0] * -(-part.index.shape[1] * bits // 8)
+            rows = f" [{part.start}:{part.stop}]" if len(stored.parts) > 1 else ""
+            said.append(f"{part.shape.pattern}{rows}")
     return Row(name, tuple(w.shape), ", ".join(said), "packed", "in the file", size, small)
 
 

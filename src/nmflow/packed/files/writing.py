@@ -25,7 +25,7 @@ from nmflow.packed.files.container import (
     is_packed,
 )
 from nmflow.packed.files.stored import Stored
-from nmflow.packed.layout import LAYOUT_VERSION, file_bits, index_to_bytes
+from nmflow.packed.layout import file_bits, index_to_bytes, layout_version
 
 
 def write(
@@ -46,13 +46,16 @@ def write(
     described = {}
     for name, w in weights.items():
         parts: list[dict[str, Any]] = []
-        for i, (start, stop, shape, values, index) in enumerate(w.parts):
-            part: dict[str, Any] = {"rows": [start, stop], "pattern": None}
-            _add(data, f"{name}#{i}.values", values.cpu().contiguous())
-            if shape is not None and index is not None:
-                part["pattern"] = str(shape.pattern)
-                part["bits"] = file_bits(shape.m)
-                _add(data, f"{name}#{i}.index", index_to_bytes(index, shape.m).cpu())
+        for i, p in enumerate(w.parts):
+            part: dict[str, Any] = {"rows": [p.start, p.stop], "pattern": None}
+            _add(data, f"{name}#{i}.values", p.values.cpu().contiguous())
+            if p.shape is not None and p.index is not None:
+                part["pattern"] = str(p.shape.pattern)
+                part["bits"] = file_bits(p.shape.m)
+                _add(data, f"{name}#{i}.index", index_to_bytes(p.index, p.shape.m).cpu())
+            if p.scale is not None:
+                part["values"] = "int8"
+                _add(data, f"{name}#{i}.scale", p.scale.cpu().contiguous())
             parts.append(part)
         described[name] = {
             "shape": list(w.shape),
@@ -61,6 +64,8 @@ def write(
             "run": w.run,
             "parts": parts,
         }
+        if w.is_int8:
+            described[name]["activations"] = w.activations
     sums = {
         name: {
             "dtype": str(t.dtype).removeprefix("torch."),
@@ -73,7 +78,7 @@ def write(
     digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
     header = {
         "format": FORMAT,
-        "layout": LAYOUT_VERSION,
+        "layout": layout_version(w.is_int8 for w in weights.values()),
         "nmflow": __version__,
         "file": f"weights-{digest}.safetensors",
         "tensors": sums,

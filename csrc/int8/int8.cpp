@@ -1,0 +1,204 @@
+/* Weights with 8-bit values: the sizes of their layout, its check, and which kernel serves them. */
+#include "common.h"
+
+namespace {
+
+/* A sum of that many products of two bytes fits 32 bits. */
+const int64_t MOST_ENTRIES = 131072;
+
+int geometry_of(const nmflow_shape *shape, nmf_geometry *g, nmf_int8 *q) {
+  const int status = nmf_geometry_of(shape, g);
+  if (status != NMFLOW_OK) return status;
+  if (g->entries > MOST_ENTRIES) return NMFLOW_BAD_SHAPE;
+  q->bits = g->m <= 4 ? 2 : g->m <= 16 ? 4 : 8;
+  q->per = 8 / q->bits;
+  q->blocks = nmf_ceil_div(g->entries, 4 * q->per);
+  q->block_bytes = 64 * (1 + q->per);
+  q->tile_bytes = 128 + q->blocks * q->block_bytes;
+  return __builtin_mul_overflow(g->tiles, q->tile_bytes, &q->bytes) ? NMFLOW_BAD_SHAPE : NMFLOW_OK;
+}
+
+/* One row of a tile, its entries read in order. */
+struct Row {
+  const nmf_int8 &q;
+  const char *tile;
+  int64_t lane;
+
+  uint8_t code(int64_t s) const {
+    const char *block = tile + 128 + s / (4 * q.per) * q.block_bytes;
+    const uint8_t byte = static_cast<uint8_t>(block[lane * 4 + s % 4]);
+    return static_cast<uint8_t>(byte >> (s / 4 % q.per * q.bits) & ((1 << q.bits) - 1));
+  }
+  int8_t value(int64_t s) const {
+    const char *block = tile + 128 + s / (4 * q.per) * q.block_bytes;
+    return static_cast<int8_t>(block[64 + s / 4 % q.per * 64 + lane * 4 + s % 4]);
+  }
+  float scale() const {
+    float found;
+    memcpy(&found, tile + lane * 4, 4);
+    return found;
+  }
+  int32_t sum() const {
+    int32_t found;
+    memcpy(&found, tile + 64 + lane * 4, 4);
+    return found;
+  }
+};
+
+bool row_is_good(const nmf_geometry &g, const Row &row, const Row *same_codes) {
+  int32_t sum = 0;
+  int before = -1;
+  int64_t left = g.n;
+  for (int64_t s = 0; s < g.entries; ++s) {
+    const int code = row.code(s), value = row.value(s);
+    if (code >= g.m || code <= before || value == -128) return false;
+    if (same_codes != nullptr && same_codes->code(s) != code) return false;
+    sum += value;
+    before = code;
+    if (--left == 0) {
+      left = g.n;
+      before = -1;
+    }
+  }
+  const float scale = row.scale();
+  return sum == row.sum() && scale >= 0.0f && scale <= 3.4028235e38f;
+}
+
+bool is_good(const nmf_geometry &g, const nmf_int8 &q, const char *data) {
+  for (int64_t r = 0; r < g.tiles * 16; ++r) {
+    const Row row = {q, data + r / 16 * q.tile_bytes, r % 16};
+    const bool padding = r >= g.out;
+    if (padding && (row.sum() != 0 || nmf_bits_of_float(row.scale()) != 0)) return false;
+    for (int64_t s = padding ? 0 : g.entries; s < q.blocks * 4 * q.per; ++s)
+      if (row.code(s) || row.value(s)) return false;
+    if (padding) continue;
+    const Row last = {q, data + (r - 1) / 16 * q.tile_bytes, (r - 1) % 16};
+    if (!row_is_good(g, row, g.panel > 1 && r % g.panel ? &last : nullptr)) return false;
+  }
+  return true;
+}
+
+struct Found {
+  int number;
+  const nmf_kernel *kernel;
+  const char *isa;
+};
+
+#if defined(NMFLOW_X86)
+/* Whether a quad's columns lie inside 64 inputs (or, of 1:32, inside 128) that a register holds. */
+bool vnni_serves(const nmf_geometry &g) {
+  const int64_t entries = 64 / g.m * g.n;
+  return g.m <= 64 && 64 % g.m == 0 && (entries % 4 == 0 || entries == 2);
+}
+/* Whether they lie inside one, two or four times 16 inputs. */
+bool avx2_serves(const nmf_geometry &g) {
+  const int64_t entries = 16 / g.m * g.n;
+  return g.m <= 16 && 16 % g.m == 0 && (entries % 4 == 0 || 4 % entries == 0);
+}
+#endif
+
+Found dot_of(const nmf_geometry &g) {
+  (void)g;
+#if defined(NMFLOW_X86)
+  const int isa = nmf_isa();
+  if (isa == NMFLOW_AVX512 && (nmflow_cpu_features() & 16) && vnni_serves(g))
+    return {NMFLOW_DOT, nmf_int8_dot_vnni(), "vnni"};
+  if (isa != NMFLOW_PORTABLE && avx2_serves(g)) return {NMFLOW_DOT, nmf_int8_dot_avx2(), "avx2"};
+#endif
+  return {NMFLOW_DOT, nmf_int8_dot_portable(), "portable"};
+}
+
+Found permute_of(const nmf_geometry &g) {
+  (void)g;
+#if defined(NMFLOW_X86)
+  if (nmf_isa() == NMFLOW_AVX512 && g.n <= 2 && (g.m == 4 || g.m == 8 || g.m == 16))
+    return {NMFLOW_PERMUTE, nmf_int8_permute_avx512(), "avx512"};
+#endif
+  return {NMFLOW_PERMUTE, nullptr, ""};
+}
+
+const char *isa_name() {
+  return nmf_isa() == NMFLOW_AVX512 ? "avx512" : nmf_isa() == NMFLOW_AVX2 ? "avx2" : "portable";
+}
+
+/* Tokens from which decoding a tile for the kernel of many tokens pays, measured. */
+const int64_t MANY_TOKENS = 32;
+
+Found kernel_of(const nmf_geometry &g, int activations, int64_t tokens, int number) {
+  if (activations == NMFLOW_INT8S)
+    return number == NMFLOW_AUTO || number == NMFLOW_DOT ? dot_of(g) : Found{number, nullptr, ""};
+  const Found permute = permute_of(g);
+  if (number == NMFLOW_AUTO && tokens >= (permute.kernel ? MANY_TOKENS : 6)) number = NMFLOW_TOKENS;
+  if (number == NMFLOW_AUTO) number = permute.kernel ? NMFLOW_PERMUTE : NMFLOW_GATHER;
+  if (number == NMFLOW_PERMUTE) return permute;
+  if (number != NMFLOW_GATHER && number != NMFLOW_TOKENS) return {number, nullptr, ""};
+  return {number, nmf_kernel_of(number, &g), isa_name()};
+}
+
+int find(const nmflow_shape *shape, int activations, int64_t tokens, int number, nmf_job *job,
+         Found *found) {
+  const int status = geometry_of(shape, &job->g, &job->q);
+  if (status != NMFLOW_OK) return status;
+  if (activations != NMFLOW_FLOATS && activations != NMFLOW_INT8S) return NMFLOW_BAD_DTYPE;
+  job->q.activations = activations;
+  *found = kernel_of(job->g, activations, tokens, number);
+  return found->kernel == nullptr ? NMFLOW_NO_KERNEL : NMFLOW_OK;
+}
+
+}  // namespace
+
+int32_t nmflow_int8_bytes(const nmflow_shape *shape, int64_t *bytes) {
+  nmf_geometry g;
+  nmf_int8 q;
+  const int status = geometry_of(shape, &g, &q);
+  if (status == NMFLOW_OK && bytes) *bytes = q.bytes;
+  return status;
+}
+
+int32_t nmflow_int8_validate(const nmflow_int8 *weight) {
+  if (weight == nullptr) return NMFLOW_BAD_POINTER;
+  nmf_geometry g;
+  nmf_int8 q;
+  const int status = geometry_of(&weight->shape, &g, &q);
+  if (status != NMFLOW_OK) return status;
+  if (weight->data == nullptr) return NMFLOW_BAD_POINTER;
+  if (weight->bytes != q.bytes) return NMFLOW_BAD_BYTES;
+  return is_good(g, q, static_cast<const char *>(weight->data)) ? NMFLOW_OK : NMFLOW_BAD_INDEX;
+}
+
+int32_t nmflow_int8_choose(const nmflow_shape *shape, int32_t activations, int64_t tokens) {
+  nmf_job job;
+  Found found;
+  if (tokens < 1) return NMFLOW_BAD_SHAPE;
+  const int status = find(shape, activations, tokens, NMFLOW_AUTO, &job, &found);
+  return status == NMFLOW_OK ? found.number : status;
+}
+
+const char *nmflow_int8_isa(const nmflow_shape *shape, int32_t activations, int64_t tokens) {
+  nmf_job job;
+  Found found;
+  return find(shape, activations, tokens, NMFLOW_AUTO, &job, &found) == NMFLOW_OK ? found.isa : "";
+}
+
+int32_t nmflow_int8_matmul(const nmflow_int8 *weight, int32_t activations, const void *x,
+                           int64_t x_stride, const void *bias, void *y, int64_t y_stride,
+                           int64_t tokens, int32_t epilogue, int32_t threads, int32_t kernel) {
+  if (weight == nullptr) return NMFLOW_BAD_POINTER;
+  nmf_job job = {};
+  Found found;
+  int status = find(&weight->shape, activations, tokens, kernel, &job, &found);
+  if (status != NMFLOW_OK) return status;
+  if (weight->bytes != job.q.bytes) return NMFLOW_BAD_BYTES;
+  status = nmf_check_call(&job.g, x, x_stride, y, y_stride, tokens, epilogue);
+  if (status != NMFLOW_OK || tokens == 0) return status;
+  if (weight->data == nullptr) return NMFLOW_BAD_POINTER;
+  job.values = weight->data;
+  job.x = x;
+  job.bias = bias;
+  job.y = y;
+  job.x_stride = x_stride;
+  job.y_stride = y_stride;
+  job.tokens = tokens;
+  job.epilogue = epilogue;
+  return nmf_run(&job, found.kernel, job.q.bytes, threads);
+}

@@ -1,0 +1,92 @@
+"""What the ops of packed weights share: torch's library, who looks at a call, batches, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nmflow.errors import CompressError
+from nmflow.kernels import reference
+
+_C = torch._C
+LIBRARY = torch.library.Library("nmflow", "DEF")
+SHAPE = "int out, int inputs, int n, int m, int panel"
+MOST_BOUND = 65_536  # weights that an op keeps bound
+
+
+def version_of(t: Tensor) -> int:
+    """How often a tensor was written; inference tensors do not count."""
+    return -1 if t.is_inference() else t._version
+
+
+def aligned(t: Tensor, size: int = 0) -> Tensor:
+    """The tensor, or a copy of it where its elements lie across their own size in memory."""
+    return t.clone() if t.data_ptr() % (size or t.element_size()) else t
+
+
+def rows_of(x: Tensor, inputs: int) -> Tensor:
+    """`(..., inputs)` as rows in order; a copy where they are not, such as expanded ones."""
+    flat = x.reshape(-1, inputs)
+    return flat.contiguous() if flat.stride(1) != 1 or flat.stride(0) < inputs else flat
+
+
+def is_plain_call(x: Tensor, weight: Tensor) -> bool:
+    """Whether nobody looks at the op that is called: then torch's dispatcher has nothing to do.
+
+    Lookers are tensors of a class of their own, modes, functorch, compilers and profilers.
+    """
+    if torch.compiler.is_compiling():  # first, since dynamo follows none of the others
+        return False
+    return (
+        type(x) is Tensor
+        and type(weight) is Tensor
+        and x.is_cpu
+        and weight.is_cpu
+        and not _C._len_torch_dispatch_stack()
+        and not _C._len_torch_function_stack()
+        and _C._functorch.maybe_current_level() is None
+        and not _C._autograd._profiler_enabled()
+        and _C._get_tracing_state() is None
+    )
+
+
+def over_batch(
+    multiply: Callable[[Tensor, Tensor | None, int], Tensor],
+    x: Tensor, x_dim: int | None, bias: Tensor | None, bias_dim: int | None, epilogue: int,
+) -> tuple[Tensor, int | None]:  # fmt: skip
+    """The product over a batch of x, of biases, or of both, and the axis of the batch in it."""
+    # x has any number of leading axes, so a batch is one more of them.
+    if x_dim is not None:
+        x = x.movedim(x_dim, 0)
+    if bias is None or bias_dim is None:
+        return multiply(x, bias, epilogue), None if x_dim is None else 0
+    y = multiply(x, None, 0)
+    bias = bias.movedim(bias_dim, 0)
+    if x_dim is None:
+        y = y.unsqueeze(0)
+    y = y + bias.reshape(bias.shape[0], *[1] * (y.dim() - 2), bias.shape[1])
+    return reference.apply_epilogue(y, epilogue), 0
+
+
+def refuse_batched_weights(*dims: int | None) -> None:
+    """Raise `CompressError` if `torch.vmap` runs over a packed weight."""
+    if any(dim is not None for dim in dims):
+        raise CompressError(
+            "torch.vmap runs over a packed weight: the kernels take one weight a call, so keep the "
+            "weight out of in_dims"
+        )
+
+
+def autocast_dtype(x: Tensor, values: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives `F.linear`; None where there is none, or it leaves them alone.
+
+    Autocast never touches doubles, nor what is no float.
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    if any(not t.is_floating_point() or t.dtype == torch.float64 for t in (x, values)):
+        return None
+    return torch.get_autocast_dtype(kind)

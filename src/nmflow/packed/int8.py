@@ -1,0 +1,180 @@
+"""Packed layers whose kept values are 8-bit whole numbers, with one scale a row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmflow.errors import CompressError
+from nmflow.kernels import int8, matmul_int8, unpack_int8
+from nmflow.kernels.layout import Shape
+from nmflow.packed.modules import PackedLinear, plain
+from nmflow.packed.stands_for import StandsFor
+
+_ERROR_TOKENS = 32
+
+
+class Int8Linear(PackedLinear):
+    """`y = x Wᵀ + b` with W `(out, in)` packed under N:M, `W[o] = scale[o] * q[o]`, q of 8 bits.
+
+    The buffer `stream` holds q, the scales and the columns in the layout of `nmflow.kernels.int8`.
+
+    Args:
+        q: canonical values `(out, S)` int8.
+        scale: `(out,)` float32.
+        index: canonical index `(lists, S)` uint8.
+        shape: sizes and pattern.
+        bias: `(out,)` or None.
+        stored: as for `PackedLinear`.
+        activations: `"float"`, or `"int8"`: each token is rounded to 8 bits, and whole numbers are
+            multiplied.
+        dtype: of the layer it stands for.
+
+    Raises:
+        CompressError: sizes, dtypes, values or an index that are wrong.
+
+    Example:
+        >>> w = torch.tensor([[0.0, 3.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+        >>> layer = Int8Linear.of(PackedLinear.pack(w, "1:4"))
+        >>> layer(torch.ones(1, 4)).round().tolist()
+        [[3.0, 1.0]]
+    """
+
+    stream: Tensor
+
+    def __init__(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        index: Tensor,
+        shape: Shape,
+        bias: nn.Parameter | None = None,
+        stored: str = "Linear",
+        activations: str = "float",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        StandsFor.__init__(self)
+        if activations not in int8.ACTIVATIONS:
+            raise CompressError(f"activations is {activations!r}: it must be 'float' or 'int8'")
+        int8.check_canonical(q, scale, index, shape)
+        self._describe(shape, stored)
+        self.activations, self.dtype = activations, dtype
+        self.rounding = "int8, activations too" if activations == "int8" else "int8"
+        self.error: float | None = None  # of its outputs, where `of` could measure it
+        stream = int8.stream_from_canonical(q.detach(), scale.detach(), index, shape)
+        self.register_buffer("stream", plain(stream))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def of(cls, linear: PackedLinear, activations: str = "float") -> Int8Linear:
+        """Round the values of a packed layer.
+
+        Its `error` is the root mean square error of outputs without bias, relative to theirs, on
+        32 tokens of normal inputs.
+
+        Raises:
+            CompressError: the dtype is float64, a value is NaN or infinite, or a row keeps more
+                than 131,072.
+        """
+        if why := int8.why_not(linear.shape):
+            raise CompressError(f"the weight cannot have 8-bit values: {why}")
+        if linear.like.dtype not in int8.DTYPES:
+            raise CompressError(f"a weight of {linear.like.dtype} cannot have 8-bit values")
+        values, index = linear.canonical()
+        q, scale = int8.round_values(values)
+        made = cls(
+            q, scale, index, linear.shape, linear.bias, linear.stored, activations, values.dtype
+        )
+        made.epilogue = linear.epilogue
+        made.error = made._error_beside(linear)
+        return made.train(linear.training)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and device of the weight it stands for."""
+        return self.stream.new_empty(0, dtype=self.dtype)
+
+    def dense(self) -> Tensor:
+        """The weight, rebuilt: `scale * q`, exact in float32, rounded once to the layer's dtype."""
+        matrix = unpack_int8(self.stream, self.dims).to(self.dtype)
+        return matrix.t().contiguous() if self.stored == "Conv1D" else matrix
+
+    def quantized(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`q (out, S)`, `scale (out,)` and the index `(lists, S)`; an error where they are none."""
+        found = int8.canonical_from_stream(self.stream, self.shape)
+        int8.check_canonical(*found, self.shape)
+        return found
+
+    def canonical(self) -> tuple[Tensor, Tensor]:
+        """Canonical values `scale * q (out, S)` float32, exact, and the index."""
+        q, scale, index = self.quantized()
+        return int8.float_values(q, scale), index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        rounds = 1 if self.activations == "int8" else 0
+        return matmul_int8(x, self.stream, self.bias, self.dims, rounds, self.epilogue)
+
+    def extra_repr(self) -> str:
+        """Sizes, pattern, dtype and activations."""
+        return f"{super().extra_repr()}, values=int8, activations={self.activations}"
+
+    def _error_beside(self, linear: PackedLinear) -> float | None:
+        """The error of what this layer gives for normal inputs, beside an exact one's."""
+        if self.stream.is_meta:
+            return None
+        drawn = torch.randn(
+            _ERROR_TOKENS, self.in_features, generator=torch.Generator().manual_seed(0)
+        ).to(self.stream.device)
+        with torch.no_grad():
+            matrix = linear.dense().float()
+            want = drawn @ (matrix if self.stored == "Conv1D" else matrix.T)
+            rounds = 1 if self.activations == "int8" else 0
+            got = matmul_int8(drawn, self.stream, None, self.dims, rounds)
+        return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        # The stream is bytes, which no change of dtype touches; it moves with the rest.
+        self.dtype = fn(self.like).dtype
+        nn.Module._apply(self, fn, recurse)
+        self.stream = plain(self.stream)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        stream = state_dict.get(prefix + "stream")
+        if isinstance(stream, Tensor):
+            try:
+                int8.check_stream(stream, self.shape)
+                if not stream.is_meta:
+                    found = int8.canonical_from_stream(stream, self.shape)
+                    int8.check_canonical(*found, self.shape)
+            except CompressError as error:
+                error_msgs.append(f"{prefix}stream: {error}")
+                return
+        StandsFor._load_from_state_dict(
+            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+            error_msgs,
+        )  # fmt: skip
+        self.stream = plain(self.stream)
+
+
+def with_int8(module: nn.Module, activations: str) -> nn.Module:
+    """A packed module whose packed values are rounded to 8 bits; other modules in it are kept.
+
+    Raises:
+        CompressError: as `Int8Linear.of`.
+    """
+    if isinstance(module, Int8Linear):
+        return module
+    if isinstance(module, PackedLinear):
+        return Int8Linear.of(module, activations)
+    made = copy.copy(module)
+    made._modules = {n: m and with_int8(m, activations) for n, m in module._modules.items()}
+    return made
