@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         load,
         load_state,
         onnxruntime_session_options,
+        report_of,
         save,
         save_state,
     )
@@ -118,6 +119,7 @@ __all__ = [
     "onnxruntime_session_options",
     "permute_hidden",
     "plan",
+    "report_of",
     "save",
     "save_state",
     "track",
@@ -140,6 +142,7 @@ _LATER = {
     "load_state": "nmflow.packed",
     "onnxruntime_session_options": "nmflow.packed",
     "permute_hidden": "nmflow.permute",
+    "report_of": "nmflow.packed",
     "save": "nmflow.packed",
     "save_state": "nmflow.packed",
     "track": "nmflow.inspect.track",

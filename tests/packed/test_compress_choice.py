@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nmflow import mask
-from nmflow.packed import compress, decompress
+from nmflow.packed import compress, decompress, report_of
 from nmflow.packed.layout import detect, runs
 from nmflow.packed.measure import Timing
 from nmflow.packed.modules import PackedLinear
@@ -49,7 +49,7 @@ def test_what_stays_dense_says_why() -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and name != "dense.weight":
             parameter.data *= mask(parameter, "1:8") if parameter.shape[1] % 8 == 0 else 1
-    report = compress(model, measure=False).report
+    report = report_of(compress(model, measure=False))
     why = {row.name: row.why for row in report}
     assert [row.name for row in report.packed] == ["good.weight"]
     assert "shared by several modules (embed, head)" in why["embed.weight"]
@@ -78,13 +78,13 @@ def test_measuring_keeps_dense_where_it_is_faster(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "time_ways", clock({1: 2.0, 9: 40.0}))
     packed = compress(model, tokens=(1, 9))
     assert isinstance(packed[0], PackedLinear)  # 5 x 0.25 is above 1
-    assert packed.report[0].times[1] == (2.0, 10.0, "F.linear")
-    assert "5.00x" in str(packed.report)
+    assert report_of(packed)[0].times[1] == (2.0, 10.0, "F.linear")
+    assert "5.00x" in str(report_of(packed))
     monkeypatch.setattr(module, "time_ways", clock({1: 4.0, 9: 40.0}))
     kept = compress(model, tokens=(1, 9))
     assert isinstance(kept[0], nn.Linear)
-    assert kept.report[0].why == "the best dense way is faster"
-    assert kept.report[0].bytes == kept.report[0].dense_bytes
+    assert report_of(kept)[0].why == "the best dense way is faster"
+    assert report_of(kept)[0].bytes == report_of(kept)[0].dense_bytes
     assert type(kept[0]) is nn.Linear
 
 
@@ -97,8 +97,8 @@ def test_what_loses_to_packed_onednn_runs_on_it(monkeypatch: pytest.MonkeyPatch)
     model = prune(nn.Sequential(nn.Linear(64, 32)))
     kept = compress(model, tokens=(3,))
     assert isinstance(kept[0], OneDNNLinear)
-    assert "runs on packed oneDNN" in str(kept.report)
-    assert kept.report[0].bytes == 2 * kept.report[0].dense_bytes
+    assert "runs on packed oneDNN" in str(report_of(kept))
+    assert report_of(kept)[0].bytes == 2 * report_of(kept)[0].dense_bytes
     x = torch.randn(2, 3, 64)
     with torch.no_grad():
         torch.testing.assert_close(kept(x), model(x))
@@ -141,7 +141,7 @@ def test_other_dense_layers_on_onednn_and_tied_ones_stay_tied(
 def test_measuring_for_real() -> None:
     model = prune(nn.Sequential(nn.Linear(256, 256), nn.Conv2d(16, 16, 3), Attend()), "1:16")
     for dtype in (torch.float32, torch.bfloat16):
-        report = compress(model.to(dtype), tokens=(2,)).report
+        report = report_of(compress(model.to(dtype), tokens=(2,)))
         for row in report:
             packed, dense, way = row.times[2]
             assert packed > 0

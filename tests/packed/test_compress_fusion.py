@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from nmflow.packed import compress, decompress
+from nmflow.packed import compress, decompress, report_of
 from nmflow.packed.fuse import Fused
 from pruned import NETWORKS, flat, prune
 
@@ -51,7 +51,7 @@ def test_activations_are_fused_only_where_nobody_else_looks(
 ) -> None:
     model = prune(nn.Sequential(Block(form, act)))
     packed = compress(model, measure=False)
-    assert packed.report.fused == (["0.up"] if fused else [])
+    assert report_of(packed).fused == (["0.up"] if fused else [])
     assert (packed[0].up.epilogue != 0) == fused
     assert isinstance(packed[0].act, Fused) == fused
     x = torch.randn(2, 3, 32)
@@ -61,19 +61,19 @@ def test_activations_are_fused_only_where_nobody_else_looks(
     )
     assert str(decompress(packed)) == str(model)
     plain = compress(model, measure=False, fuse=False)
-    assert plain.report.fused == []
+    assert report_of(plain).fused == []
     assert plain[0].up.epilogue == 0
 
 
 def test_what_is_not_fused() -> None:
     for act in (nn.GELU(approximate="tanh"), nn.SiLU(), nn.Tanh()):
         packed = compress(prune(nn.Sequential(Block("plain", act))), measure=False)
-        assert packed.report.fused == []
+        assert report_of(packed).fused == []
     model = prune(nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(3), nn.ReLU())).train()
     before = model[1].running_mean.clone()
     state = torch.get_rng_state()
     packed = compress(model, measure=False)
-    assert packed.report.fused == []
+    assert report_of(packed).fused == []
     assert torch.equal(packed[1].running_mean, before)
     assert torch.equal(torch.get_rng_state(), state)
     assert packed.training
@@ -85,7 +85,7 @@ def test_networks_of_hf_fuse_their_activations(name: str) -> None:
     make, inputs, at = NETWORKS[name]
     model = prune(make())
     packed = compress(model, measure=False)
-    assert len(packed.report.fused) == 2
-    assert "activation applied by the layer" in str(packed.report)
+    assert len(report_of(packed).fused) == 2
+    assert "activation applied by the layer" in str(report_of(packed))
     with torch.no_grad():
         torch.testing.assert_close(packed(**inputs)[at], model(**inputs)[at], atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 from nmflow import mask
-from nmflow.packed import compress, decompress, load, load_state, save
+from nmflow.packed import compress, decompress, load, load_state, report_of, save
 
 
 def network() -> Any:
@@ -39,12 +39,12 @@ def test_a_mixture_of_experts(whole: bool, tmp_path: Path) -> None:
         want = model(ids).logits
         packed = compress(model, measure=False, example_inputs={"input_ids": ids})
         torch.testing.assert_close(packed(ids).logits, want, atol=1e-5, rtol=1e-5)
-        rows = {r.name: r for r in packed.report}
+        rows = {r.name: r for r in report_of(packed)}
         for name, p in model.named_parameters():
             if p.ndim == 3:
                 assert rows[name].kept == "dense"
                 assert "batch of matrices" in rows[name].why
-        assert len(packed.report.packed) == (7 if whole else 1)
+        assert len(report_of(packed).packed) == (7 if whole else 1)
         save(packed, tmp_path / "packed")
         save(model, tmp_path / "dense")
         with torch.device("meta"):

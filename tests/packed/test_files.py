@@ -181,8 +181,10 @@ def test_any_pattern_and_shape_round_trips(case: tuple[Tensor, str]) -> None:
         save(nn.Sequential(layer), folder, pattern)
         assert torch.equal(load_state(folder)["0.weight"], w)
         again = load(folder, nn.Sequential(nn.Linear(w.shape[1], w.shape[0])))
-        assert torch.equal(again[0].dense(), w)
-        assert str(again[0].pattern) == str(pattern).removesuffix("@1")
+        first = again[0]
+        assert isinstance(first, PackedLinear)
+        assert torch.equal(first.dense(), w)
+        assert str(first.pattern) == str(pattern).removesuffix("@1")
 
 
 # Damage. Every change below keeps the checksums right unless it is about them, so that the checks

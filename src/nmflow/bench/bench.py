@@ -21,6 +21,7 @@ from nmflow.packed.layout import as_matrix
 from nmflow.packed.measure import dense_ways, time_ways
 from nmflow.packed.modules import PackedLinear
 from nmflow.packed.packable import survey
+from nmflow.packed.report import report_of
 from nmflow.select.plan import Names, Patterns, plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,8 +162,9 @@ def _network(
         with torch.inference_mode():
             took = time_ways(runs, 5 * seconds)
             shares = {(w, dtype): where_the_time_goes(runs[w]) for w in ("dense, best", "packed")}
-    patterns = dict.fromkeys(row.pattern for row in packed.report.packed)
-    kernels = dict.fromkeys(row.why.removeprefix("by ") for row in packed.report.packed)
+    layers = report_of(packed).packed
+    patterns = dict.fromkeys(row.pattern for row in layers)
+    kernels = dict.fromkeys(row.why.removeprefix("by ") for row in layers)
     label = name or type(model).__name__
     rows = rows_of(took, "network", label, "", ", ".join(patterns), dtype, met,
                    {"packed": ", ".join(kernels)})  # fmt: skip

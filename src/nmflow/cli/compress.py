@@ -64,7 +64,7 @@ def compress(
             model, held, counts or (1,), names, globs(exclude), bool(counts), inplace=True,
             values=values or None, activations=activations,
         )  # fmt: skip
-        report = made.report
+        report = packed.report_of(made)
         save_beside(made, out, checkpoint)
     elif counts or values or activations != "float":
         raise CompressError(

@@ -8,7 +8,7 @@ from nmflow.packed.export import export_onnx, export_program
 from nmflow.packed.files.folder import load, save
 from nmflow.packed.files.state import load_state, save_state
 from nmflow.packed.onnx_operators import onnxruntime_session_options
-from nmflow.packed.report import Report, Row
+from nmflow.packed.report import Report, Row, report_of
 
 __all__ = [
     "OnnxDecoder",
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "load_state",
     "onnxruntime_session_options",
+    "report_of",
     "save",
     "save_state",
 ]

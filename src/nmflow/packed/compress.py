@@ -22,15 +22,15 @@ from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.packable import Found, survey
 from nmflow.packed.parts import parts_of
 from nmflow.packed.proof import NEAR, NEAR_INT8, check_same, run_once
-from nmflow.packed.report import Report, Row
-from nmflow.packed.swap import replace_modules
+from nmflow.packed.report import Report, Row, hang
+from nmflow.packed.swap import Model, replace_modules
 from nmflow.select.plan import Names, Patterns
 
 Runs = dict[str, list[Run]]
 
 
 def compress(
-    model: nn.Module,
+    model: Model,
     pattern: Patterns | None = None,
     tokens: Sequence[int] = (1, 197),
     include: Names = "*",
@@ -42,7 +42,7 @@ def compress(
     example_inputs: Any = None,
     values: str | None = None,
     activations: str = "float",
-) -> Any:
+) -> Model:
     """Replace every N:M weight by its kept values and their columns, where that is faster.
 
     A module is packed if the geometric mean over `tokens` of (best dense time / packed time) is
@@ -77,10 +77,10 @@ def compress(
             rounds each token to 8 bits first, which is faster and less exact.
 
     Returns:
-        A module that runs like `model`, for inference, with a `Report` as its attribute `report`
-        (`nmflow_report` where the model has a `report` of its own).
-        Packed are `nn.Linear`, HF `Conv1D`, `nn.MultiheadAttention` and ungrouped convolutions;
-        what stays dense is in the report with the reason.
+        A model that runs like `model`, for inference; `report_of` says what became of each weight,
+        and why what is dense stayed so. Packed are `nn.Linear`, HF `Conv1D`,
+        `nn.MultiheadAttention` and ungrouped convolutions. If `model` is such a layer itself, you
+        get the packed layer.
 
     Raises:
         CompressError: no weight holds a pattern that can be packed, `tokens` is empty or not
@@ -93,7 +93,8 @@ def compress(
         >>> layer = nn.Linear(64, 32)
         >>> layer.weight.data *= nmflow.mask(layer.weight, "1:16")
         >>> packed = compress(nn.Sequential(layer), measure=False)
-        >>> packed.report[0].pattern, packed.report[0].kept
+        >>> row = nmflow.report_of(packed)[0]
+        >>> row.pattern, row.kept
         ('1:16', 'packed')
     """
     counts = tuple(tokens)
@@ -141,12 +142,11 @@ def compress(
     if before is not None:
         near = NEAR if values is None else NEAR_INT8
         check_same(before, run_once(made, before.calls, example_inputs), near)
-    name = "report" if isinstance(getattr(made, "report", report), Report) else "nmflow_report"
-    made.__dict__[name] = report  # a plain attribute, past nn.Module's registry
+    hang(made, report)
     return made
 
 
-def decompress(model: nn.Module, inplace: bool = False) -> Any:
+def decompress(model: Model, inplace: bool = False) -> Model:
     """Give every packed module its dense one back, with exactly the weights that were packed.
 
     Kept weights come back bit by bit and pruned ones as +0.0 (`torch.equal` holds; a pruned -0.0
@@ -170,9 +170,7 @@ def decompress(model: nn.Module, inplace: bool = False) -> Any:
     if not new:
         raise CompressError("model holds no packed module: give what nmflow.compress returned")
     made = replace_modules(model, new, inplace)
-    for name in ("report", "nmflow_report"):
-        if isinstance(made.__dict__.get(name), Report):
-            del made.__dict__[name]
+    hang(made, None)
     return made
 
 

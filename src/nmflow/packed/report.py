@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from torch import nn
+
+from nmflow.errors import CompressError
 from nmflow.text_table import table
 
 # Tokens to (microseconds packed, microseconds of the best dense way, the name of that way).
@@ -85,6 +88,40 @@ class Report(list[Row]):
             f"{after:,} as they are now"
         )
         return "\n".join(lines)
+
+
+# The attribute that holds the report: the model's own `report`, if it has one, stays its own.
+_ATTRIBUTE = "nmflow_report"
+
+
+def report_of(model: nn.Module) -> Report:
+    """What `compress` did with each weight of a model that it returned.
+
+    Raises:
+        CompressError: `compress` did not return this model.
+
+    Example:
+        >>> import nmflow
+        >>> layer = nn.Linear(64, 32)
+        >>> layer.weight.data *= nmflow.mask(layer.weight, "1:16")
+        >>> packed = nmflow.compress(nn.Sequential(layer), measure=False)
+        >>> report_of(packed)[0].pattern
+        '1:16'
+    """
+    report = model.__dict__.get(_ATTRIBUTE)
+    if not isinstance(report, Report):
+        raise CompressError(
+            f"model is a {type(model).__name__} without a report: give what nmflow.compress "
+            "returned"
+        )
+    return report
+
+
+def hang(model: nn.Module, report: Report | None) -> None:
+    """Put a report on a model, or take the one away that it has."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+    if report is not None:
+        model.__dict__[_ATTRIBUTE] = report  # a plain attribute, past nn.Module's registry
 
 
 def _numbered(name: str) -> str:

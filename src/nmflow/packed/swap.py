@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,11 +12,12 @@ from nmflow.packed import references
 from nmflow.packed.build import PACKED
 from nmflow.packed.fuse import Fused
 
+Model = TypeVar("Model", bound=nn.Module)
 # Ways of transformers to save a network, which another process would load into dense classes.
 _SAVES = ("save_pretrained", "push_to_hub")
 
 
-def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module], inplace: bool) -> Any:
+def replace_modules(model: Model, new: dict[nn.Module, nn.Module], inplace: bool) -> Model:
     """Put new modules in the place of old ones, in `model` or in a deep copy of it.
 
     In place, an old module becomes the new one and stays the same object, so that whoever holds it
@@ -42,7 +43,7 @@ def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module], inplace: 
     return model
 
 
-def _copied(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
+def _copied(model: Model, new: dict[nn.Module, nn.Module]) -> Model:
     """A deep copy of a model with new modules in the place of old ones."""
     for name, module in model.named_modules():
         if (held := references.outside(type(module).forward, new)) is not None:

@@ -20,7 +20,7 @@ from nmflow.experiments.config import Model, Run, digest
 from nmflow.experiments.files import read_json, write_json
 from nmflow.experiments.report.settings import Cell
 from nmflow.experiments.run_folder import MODEL
-from nmflow.packed import compress
+from nmflow.packed import compress, report_of
 from nmflow.packed.measure import Timing, time_ways
 
 NAME = "time.json"
@@ -180,7 +180,7 @@ def _measured(result: Mapping[str, Any], batch: int, seconds: float) -> dict[str
             met = max(ways.tokens_of(model, example).values(), default=1)
             packed = compress(model, tokens=(met,), onednn=True)
             held[PACKED] = packed
-            report = getattr(packed, "nmflow_report", None) or packed.report
+            report = report_of(packed)
             packed_layers = f"{len(report.packed)} of {len(report)}"
         one_thread = torch.get_num_threads() == 1
         with torch.inference_mode():

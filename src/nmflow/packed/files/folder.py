@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ from nmflow import disk
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.packed import build
 from nmflow.packed.build import PACKED
-from nmflow.packed.compress import replace_modules
 from nmflow.packed.files import container, writing
 from nmflow.packed.files.fill import Places, fill
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.packable import survey
 from nmflow.packed.parts import parts_of
+from nmflow.packed.swap import Model, replace_modules
 from nmflow.select.plan import Names, Patterns
 
 Folder = str | os.PathLike[str]
@@ -103,7 +103,7 @@ def save_beside(model: nn.Module, folder: Folder, source: Folder) -> None:
         raise CompressError(f"folder '{folder}' cannot be written: {error}") from error
 
 
-def load(folder: Folder, model: nn.Module, fuse: bool = True) -> Any:
+def load(folder: Folder, model: Model, fuse: bool = True) -> Model:
     """Load what `save` wrote into a dense model of the same architecture.
 
     Args:
@@ -228,7 +228,7 @@ def _slots(model: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...], Places]],
     return slots, names
 
 
-def _site(name: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
+def _site(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
     """The module that a packed one replaces for a parameter, and the parameter's name in it."""
     path, _, own = name.rpartition(".")
     parent = path.rpartition(".")[0]
