@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import subprocess
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,36 +92,68 @@ def project(
         A bool scalar on the device: whether `w` was finite. If not, what the outputs hold is
         unspecified.
     """
-    from nmflow.masks import triton_kernel as gpu_kernel
+    from nmflow.masks import triton_kernel
 
-    kernel: Any = gpu_kernel.project
-    order = _order(w)
-    assert order is not None
-    n, m = pattern.n, pattern.m
-    shape, axis = [w.shape[i] for i in order], order.index(dim % w.ndim)
-    inner, kind = math.prod(shape[axis + 1 :]), 1 if n == 1 else 2
-    if n == m:  # nothing to choose: any cut of the memory will do
-        m, inner, kind = _TILE, 1, 0
-    wide = 1 << (m - 1).bit_length()
+    kernel: Any = triton_kernel.project
+    cut = _cut(w, pattern, dim)
     fine = torch.ones((), dtype=torch.bool, device=w.device)
-    if inner == 1:
-        tile = max(1, _TILE // wide)
-        grid = (-(-w.numel() // (m * tile)), 1)
-    else:
-        tile = min(max(16, _TILE // wide), 1 << (inner - 1).bit_length())
-        grid = (w.numel() // (m * inner), -(-inner // tile))
-    kept = w if mask is None else mask.view(torch.uint8)
     with torch.cuda.device_of(w):
-        kernel[grid](
-            *(w, w if values is None else values, w if out is None else out, kept),
-            *(fine.view(torch.uint8), w if scale is None else scale),
-            *(w.numel(), inner, n, float(delta), float(pull)),
-            **{"M": m, "P": wide, "R": tile, "AXIS": int(inner == 1), "KIND": kind},
-            **{"LOWEST": _LOWEST[w.dtype], "PULLS": pull != 0.0, "SCALES": scale is not None},
-            **{"MASKS": mask is not None, "WRITES": out is not None},
-            VALUES=values is not None,
+        kernel[cut.grid](
+            w_ptr=w,
+            values_ptr=values,
+            out_ptr=out,
+            mask_ptr=None if mask is None else mask.view(torch.uint8),
+            fine_ptr=fine.view(torch.uint8),
+            scale_ptr=scale,
+            total=w.numel(),
+            inner=cut.inner,
+            n=pattern.n,
+            delta=float(delta),
+            pull=float(pull) or None,
+            M=cut.m,
+            P=_power_of_two(cut.m),
+            R=cut.groups,
+            AXIS=int(cut.inner == 1),
+            KIND=0 if pattern.n == pattern.m else min(pattern.n, 2),
+            LOWEST=_LOWEST[w.dtype],
         )
     return fine
+
+
+class _Cut(NamedTuple):
+    """How the memory of a weight is cut into tiles.
+
+    Attributes:
+        m: the size of a group.
+        inner: how many groups lie side by side; 1 where each is in one piece.
+        groups: of a tile.
+        grid: tiles.
+    """
+
+    m: int
+    inner: int
+    groups: int
+    grid: tuple[int, int]
+
+
+def _cut(w: Tensor, pattern: Pattern, dim: int) -> _Cut:
+    order = _order(w)
+    assert order is not None
+    m, axis = pattern.m, order.index(dim % w.ndim)
+    inner = math.prod(w.shape[i] for i in order[axis + 1 :])
+    if pattern.n == m:  # nothing to choose: any cut of the memory will do
+        m, inner = _TILE, 1
+    groups = _TILE // _power_of_two(m)
+    if inner == 1:
+        groups = max(1, groups)
+        return _Cut(m, 1, groups, (-(-w.numel() // (m * groups)), 1))
+    groups = min(max(16, groups), _power_of_two(inner))
+    return _Cut(m, inner, groups, (w.numel() // (m * inner), -(-inner // groups)))
+
+
+def _power_of_two(size: int) -> int:
+    """The first power of two that is not below a size."""
+    return 1 << (size - 1).bit_length()
 
 
 def alike(w: Tensor, other: Tensor) -> bool:

@@ -12,27 +12,22 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 @triton.jit
 def project(
     w_ptr,
-    values_ptr,
-    out_ptr,
-    mask_ptr,
+    values_ptr,  # None: w
+    out_ptr,  # None: nothing is written of w
+    mask_ptr,  # None: nor of what is kept
     fine_ptr,
-    scale_ptr,
+    scale_ptr,  # None: 1
     total,
     inner,
     n,
     delta,
-    pull,
+    pull,  # None: 0
     M: tl.constexpr,  # the size of a group
     P: tl.constexpr,  # M, or the next power of two
     R: tl.constexpr,  # groups in a tile
     AXIS: tl.constexpr,  # of a tile (groups, P) or (P, groups), along which a group lies
     KIND: tl.constexpr,  # 0: every weight is kept; 1: one of each group; 2: n of each group
     LOWEST: tl.constexpr,  # the lowest bit of a float32 that the dtype can set
-    PULLS: tl.constexpr,
-    SCALES: tl.constexpr,
-    MASKS: tl.constexpr,
-    WRITES: tl.constexpr,
-    VALUES: tl.constexpr,
 ):
     """A tile of groups: which weights are kept, and what is written of them."""
     place, column = tl.arange(0, R), tl.arange(0, P)
@@ -71,17 +66,17 @@ def project(
         above, equal = key > least, key == least
         room = tl.expand_dims(n - tl.sum(above.to(tl.int32), AXIS), AXIS)
         kept = above | (equal & (tl.cumsum(equal.to(tl.int32), AXIS) <= room))
-    if MASKS:
+    if mask_ptr is not None:
         tl.store(mask_ptr + at, kept.to(tl.uint8), mask=valid)
-    if WRITES:
+    if out_ptr is not None:
         value = w
-        if VALUES:
+        if values_ptr is not None:
             value = tl.load(values_ptr + at, mask=valid, other=0.0).to(tl.float32)
         # No product with 0, which would make -0.0 of pruned negatives.
         other = tl.where(delta == 0.0, 0.0, value * delta)
-        if PULLS:
+        if pull is not None:
             strength = pull
-            if SCALES:
+            if scale_ptr is not None:
                 strength = pull * tl.load(scale_ptr).to(tl.float32)
             other += strength * w
         tl.store(out_ptr + at, tl.where(kept, value, other).to(stored.dtype), mask=valid)
