@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,16 +16,6 @@ import torch
 from nmflow import native
 from nmflow.text_table import table
 from nmflow.version import __version__
-
-EXTRAS = {
-    "experiments": ("transformers", "accelerate", "datasets", "typer", "matplotlib"),
-    "lightning": ("lightning",),
-    "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "onnxruntime": ("onnxruntime",),
-    "ray": ("ray",),
-    "pretrained": ("gguf",),
-}
-"""The optional packages, by the extra of nmflow that installs them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,7 @@ def doctor() -> Doctor:
         *_kernels(),
         _threads(),
         *_gpu(),
-        *(_extra(name, packages) for name, packages in EXTRAS.items()),
+        *(_extra(name, packages) for name, packages in extras().items()),
     ]
     return Doctor(found)
 
@@ -163,17 +153,37 @@ def _gpu() -> Iterable[Finding]:
         yield Finding("packed layers on the GPU", "ok", f"compiled by {nvrtc}")
 
 
-def _extra(name: str, packages: Iterable[str]) -> Finding:
-    there, absent = [], []
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            absent.append(package)
-        else:
-            there.append(f"{package} {_version(package)}".strip())
+def extras() -> dict[str, list[str]]:
+    """The optional packages by the extra of nmflow that installs them, as nmflow was installed.
+
+    The extras of whoever changes nmflow (`dev`, `docs`) are left out.
+    """
+    found: dict[str, list[str]] = {}
+    try:
+        needs = importlib.metadata.requires("nmflow") or []
+    except importlib.metadata.PackageNotFoundError:  # the sources on the path, not installed
+        return found
+    for need in needs:
+        package, extra = re.match(r"[\w.-]+", need), re.search(r"extra == ['\"]([\w-]+)", need)
+        if package is None or extra is None or re.fullmatch("docs|(.*-)?dev", extra[1]):
+            continue
+        if package[0] != "nmflow":
+            found.setdefault(extra[1], []).append(package[0])
+    return found
+
+
+def _extra(name: str, packages: list[str]) -> Finding:
+    there = {package: version for package in packages if (version := _version(package))}
+    absent = [package for package in packages if package not in there]
     if absent:
         mend = f"for what needs it: pip install 'nmflow[{name}]'"
-        return Finding(f"extra {name}", "missing", f"without {', '.join(absent)}", mend)
-    return Finding(f"extra {name}", "ok", ", ".join(there))
+        return Finding(f"extra {name}", "missing", f"without {_few(absent)}", mend)
+    return Finding(f"extra {name}", "ok", _few([f"{p} {v}" for p, v in there.items()]))
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def _version(package: str) -> str:
