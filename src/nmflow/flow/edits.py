@@ -41,14 +41,11 @@ class Edits:
             FlowError: the model does not have the parameter any more.
             StateError: it was written.
         """
-        slots = self._weights.slots
-        for slot in slots:
+        for slot in self._weights.slots:
             slot.home.check(slot.param)
-        if not self._weights.prunes:
-            return
         self._read_late(k)
         late: list[tuple[str, Tensor, Tensor]] = []
-        for slot in slots:
+        for slot in self._weights.pruned:
             if not slot.moved():
                 if not wait and waits(local(slot.param)):
                     late.append((slot.name, *slot.prints()))
@@ -66,18 +63,18 @@ class Edits:
 
     def untouched(self) -> bool:
         """Whether nobody has written a parameter since it was seen; no device is waited for."""
-        slots = self._weights.slots if self._weights.prunes else ()
         return not any(
-            slot.moved() or not (waits(local(slot.param)) or bool(slot.same())) for slot in slots
+            slot.moved() or not (waits(local(slot.param)) or bool(slot.same()))
+            for slot in self._weights.pruned
         )
 
     def shown(self, k: int) -> bool:
         """Whether the parameters hold W̃ of step `k`, whoever wrote them."""
         weights = self._weights
         stages, held = weights.stages(k), weights.has_masks(k)
-        return not weights.prunes or all(
+        return all(
             torch.equal(local(slot.param), writes.shown(slot, stages, held))
-            for slot in weights.slots
+            for slot in weights.pruned
         )
 
     def check_finite(self, k: int) -> None:
@@ -94,14 +91,15 @@ class Edits:
         """
         for slot in self._weights.slots:
             slot.home.check(slot.param)
-            if self._weights.prunes and self._written(slot, k) is not None:
+        for slot in self._weights.pruned:
+            if self._written(slot, k) is not None:
                 _check_finite(slot, k)
 
     def sync(self, k: int) -> None:
         """Take the places that somebody wrote as W, where they can be."""
         weights = self._weights
         stages, held = weights.stages(k), weights.has_masks(k)
-        for slot in weights.slots if weights.prunes else ():
+        for slot in weights.pruned:
             places = self._written(slot, k)
             if places is not None:
                 writes.take(slot, places)
@@ -134,17 +132,14 @@ class Edits:
 
     def harden(self, k: int) -> None:
         """Write the final N:M weights into the parameters."""
-        weights = self._weights
-        if not weights.prunes:
-            return
         final, held = self._final(k)
-        for slot in weights.slots:
+        for slot in self._weights.pruned:
             slot.write(final, held, hold=False)
 
     def check_final(self, k: int) -> None:
         """Raise a `StateError` if somebody wrote a parameter that shows its final weights."""
         final, held = self._final(k)
-        for slot in self._weights.slots if self._weights.prunes else ():
+        for slot in self._weights.pruned:
             if writes.written(slot, final, held) is not None:
                 raise _was_written(slot, k)
 
@@ -156,12 +151,10 @@ class Edits:
             with W̃ around it, so that `sync` takes it.
         """
         weights = self._weights
-        if not weights.prunes:
-            return []
         final, held = self._final(k)
         stages, has = weights.stages(k), weights.has_masks(k)
         found = []
-        for slot in weights.slots:
+        for slot in weights.pruned:
             places = writes.written(slot, final, held)
             if places is None:
                 slot.write(stages, has, hold=False)
@@ -182,16 +175,16 @@ class Edits:
 
     def open(self) -> None:
         """Write W into the parameters."""
-        for slot in self._weights.slots if self._weights.prunes else ():
+        for slot in self._weights.pruned:
             slot.rest()
 
     def check_edited(self, k: int) -> None:
         """Raise unless what the parameters hold can be W; the errors of `check_writes`."""
         for slot in self._weights.slots:
             slot.home.check(slot.param)
-            if self._weights.prunes:
-                writes.check_kind(slot)
-                _check_finite(slot, k)
+        for slot in self._weights.pruned:
+            writes.check_kind(slot)
+            _check_finite(slot, k)
 
     def close(self, k: int) -> None:
         """Take all that the parameters hold as W, and write W̃ of step `k` from it.
@@ -201,14 +194,14 @@ class Edits:
         weights = self._weights
         stages, hold = weights.stages(k), weights.run.holds(k)
         reuse = weights.run.reuses(weights.targets, k)
-        for slot in weights.slots if weights.prunes else ():
+        for slot in weights.pruned:
             loaded = slot.loaded
             writes.take(slot, None)
             slot.write(stages, reuse and not loaded, hold)
 
     def abandon(self, k: int) -> None:
         """Write W̃ of step `k` from the W that there was, whatever the parameters hold."""
-        for slot in self._weights.slots if self._weights.prunes else ():
+        for slot in self._weights.pruned:
             writes.mend_kind(slot)
         self._weights.write(k)
 

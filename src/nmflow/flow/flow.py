@@ -122,7 +122,7 @@ class Flow:
         """The dense weights W by parameter name: the tensors themselves, not copies."""
         self._check_live("dense_weights()")
         slots = [slot for stepper in self._steppers for slot in stepper.slots]
-        return {s.name: s.dense if self.recipe.prunes else s.param for s in slots}
+        return {s.name: s.weight for s in slots}
 
     def observe(self, observer: Observer, every: int = 1) -> Observation:
         """Call `observer(step, views)` before an optimizer step, on what it will step with.

@@ -61,7 +61,7 @@ class Record:
             )
         weights.prepared.clear()
         self._edits.forget()
-        if weights.prunes:
+        if weights.pruned:
             resume.adopt(self._optimizer, weights.slots)
         self.write()
         log.info("resumed %s at step %d", run.recipe.name, self.k)

@@ -67,6 +67,11 @@ class Slot:
         return self.tensors[DENSE_KEY]
 
     @property
+    def weight(self) -> Tensor:
+        """W: the dense weights, or the parameter itself where the recipe does not prune."""
+        return self.tensors.get(DENSE_KEY, self.param)
+
+    @property
     def stored(self) -> Tensor | None:
         """What the optimizer's state has as W: ours, another after a load, or nothing.
 

@@ -140,7 +140,7 @@ class Steps:
         if counts:
             self._reuse = self._weights.run.reuses(self._weights.targets, self._record.k + 1)
             self._record.k += 1
-            if self._weights.prunes and self._record.k == self._weights.run.total_steps + 1:
+            if self._weights.pruned and self._record.k == self._weights.run.total_steps + 1:
                 log.warning(
                     "step %d is past total_steps: the final masks go on",
                     self._weights.run.total_steps + 1,

@@ -25,24 +25,26 @@ class Weights:
     Attributes:
         run: the recipe over its run.
         slots: the parameters.
-        targets: their targets, in the same order.
-        prunes: whether there are dense weights beside the network's own.
+        pruned: those of them that have dense weights beside the network's own: all, or none where
+            the recipe does not prune.
+        targets: the targets of all slots, in the same order.
     """
 
     def __init__(self, run: Run, slots: Sequence[Slot]) -> None:
-        self.run, self.slots, self.prunes = run, slots, run.recipe.prunes
+        self.run, self.slots = run, slots
+        self.pruned = slots if run.recipe.prunes else ()
         self.targets = [r.target for s in slots for r in s.regions]
         self.prepared = Prepared()
         self._flags = Flags()
 
     def start(self) -> None:
         """Take the parameters as W."""
-        for slot in self.slots if self.prunes else ():
+        for slot in self.pruned:
             slot.start(self.run.held_keys)
 
     def enter(self) -> None:
         """Put W into the parameters, for the optimizer's step."""
-        for slot in self.slots if self.prunes else ():
+        for slot in self.pruned:
             slot.enter()
 
     def leave(self, stateless: bool) -> None:
@@ -73,10 +75,10 @@ class Weights:
                 λ draws weights to 0 all the same.
         """
         recipe = self.run.recipe
-        if not self.prunes or (recipe.gradient != "masked" and not recipe.lam):
+        if recipe.gradient != "masked" and not recipe.lam:
             return
         stages, held = self.stages(k), self.has_masks(k)
-        for slot in self.slots:
+        for slot in self.pruned:
             if slot.param.grad is None:
                 continue
             if slot.param.grad.is_sparse:
@@ -101,10 +103,10 @@ class Weights:
 
     def draw(self, k: int, rates: Mapping[int, float | Tensor]) -> None:
         """Draw W to W̃ by the recipe's pull, where the optimizer will step, at rates by id."""
-        if not self.prunes or not self.run.recipe.pull:
+        if not self.run.recipe.pull:
             return
         stages, held = self.stages(k), self.has_masks(k)
-        for slot in self.slots:
+        for slot in self.pruned:
             if slot.param.grad is None:
                 continue
             dense, shown, lr = local(slot.dense), local(slot.param), rates[id(slot.param)]
@@ -124,7 +126,7 @@ class Weights:
         stages, held = self.stages(k), self.has_masks(k)
         views = []
         for slot in self.slots:
-            weight = local(slot.dense if self.prunes else slot.param)
+            weight = local(slot.weight)
             grad = None if slot.param.grad is None else local(slot.param.grad)
             if grad is not None and scale is not None:
                 grad = grad / scale.to(grad.device)
@@ -142,7 +144,7 @@ class Weights:
 
     def has_masks(self, k: int) -> bool:
         """Whether the masks of step `k` are in the state rather than taken from W."""
-        return self.prunes and self.run.holds(k)
+        return bool(self.pruned) and self.run.holds(k)
 
     def write(self, k: int, reuse: bool | None = None) -> None:
         """Write W̃ of step `k` into the parameters.
@@ -151,17 +153,15 @@ class Weights:
             k: the optimizer steps done.
             reuse: whether to mask by the masks that are held; None says: if they are of step `k`.
         """
-        if not self.prunes:
-            return
         reuse = self.has_masks(k) if reuse is None else reuse
         stages, hold = self.stages(k), self.run.holds(k)
         raised: list[Tensor] = []
-        for slot in self.slots:
+        for slot in self.pruned:
             flags = slot.write(stages, reuse, hold)
             if local(slot.param).device.type != "cpu":
                 raised += flags  # reading one would wait for the device
             elif not all(bool(f) for f in flags):
-                for one in self.slots:
+                for one in self.pruned:
                     one.rest()
                 raise _not_finite(slot, k)
         self._flags.send(raised)
@@ -173,7 +173,7 @@ class Weights:
 
     def check_finite(self, k: int) -> None:
         """Raise a `WeightError` that names the first weight that is not finite."""
-        for slot in self.slots if self.prunes else ():
+        for slot in self.pruned:
             if not bool(torch.isfinite(local(slot.dense)).all()):
                 raise _not_finite(slot, k)
 
