@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from nmflow.errors import DataError, PlanError, RecipeError
-from nmflow.inspect.cost import RULE, cost, shares
+from nmflow.inspect.cost import cost
 from nmflow.inspect.flops import count
+from nmflow.inspect.training_flops import RULE, shares
 from nmflow.pattern import Pattern
 from nmflow.recipes import MDGF, SDGF, SRSTE, Gradual, Hybrid, OneShot
 from nmflow.recipes.schedules import Stage

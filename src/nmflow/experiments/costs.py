@@ -7,7 +7,8 @@ from typing import Any
 
 from nmflow.experiments.config import Run
 from nmflow.experiments.report.blocks import quantity
-from nmflow.inspect.cost import RULE, cost
+from nmflow.inspect.cost import cost
+from nmflow.inspect.training_flops import RULE
 
 COLUMNS = (
     "parameters",

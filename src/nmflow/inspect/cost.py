@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
 from nmflow.errors import RecipeError
-from nmflow.inspect.flops import Passes, Use, count
+from nmflow.inspect.flops import Passes, count, flops_of
+from nmflow.inspect.training_flops import RULE, by_phase, density
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
-from nmflow.recipes.schedules import Stage
 from nmflow.select.plan import Names, Patterns, Target, plan
 from nmflow.text_table import table
-
-RULE = (
-    "A step costs forward + backward. Forward products with a targeted weight, and those for the "
-    "gradient of its input, count by the share of weights that are not zero at that step: N/M "
-    "under a binary mask, everything while δ > 0 (a hybrid: what its two masks keep). "
-    "Products for the gradient of a weight count in full, since the dense weight receives the "
-    "straight-through gradient; under gradient='masked' they count by the same share."
-)
 
 
 @dataclass(frozen=True)
@@ -205,55 +195,10 @@ def cost(
     if known is None or total_steps is None:
         return found
     step = passes.forward_total + passes.backward_total
-    training, steps = _training(known, total_steps, targets, passes, step)
+    training, steps = by_phase(known, total_steps, targets, passes, step)
     return dataclasses.replace(
         found, dense_step=step, training=training, steps=steps, dense_training=step * total_steps
     )
-
-
-def shares(stage: Stage, gradient: str) -> tuple[Fraction, Fraction]:
-    """The share of a weight's products that count at a stage: forward and input, then weight."""
-    if stage.pattern is None:
-        return Fraction(1), Fraction(1)
-    share = _density(stage.pattern)
-    if stage.delta > 0:
-        if stage.previous is None:
-            share = Fraction(1)
-        elif stage.previous.m == stage.pattern.m:  # nested: the earlier mask holds the later one
-            share = max(share, _density(stage.previous))
-        else:
-            share = min(Fraction(1), share + _density(stage.previous))
-    return share, share if gradient == "masked" else Fraction(1)
-
-
-def _training(
-    recipe: Recipe, total_steps: int, targets: list[Target], passes: Passes, dense_step: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Training FLOPs and steps by phase."""
-    kinds: dict[tuple[Pattern, int], list[int]] = {}
-    for t in targets:
-        once = _flops(passes.forward.get(t.name, ()), t)
-        back = _flops(passes.backward_input.get(t.name, ()), t)
-        own = once if t.name in passes.trained else 0
-        total = kinds.setdefault((t.pattern, t.length), [0, 0])
-        total[0] += once + back
-        total[1] += own
-    training: dict[str, Fraction] = {}
-    steps: Counter[str] = Counter()
-    for nth, ((pattern, length), (both, own)) in enumerate(kinds.items()):
-        # Steps are tallied by what matters of their stage, so that a long run is summed fast.
-        tally: Counter[tuple[str, Pattern | None, Pattern | None, bool]] = Counter()
-        for k in range(total_steps):
-            stage = recipe.stage(k, total_steps, pattern, length)
-            tally[stage.phase, stage.pattern, stage.previous, stage.delta > 0] += 1
-        for (phase, kept, previous, fades), times in tally.items():
-            share, weight_share = shares(Stage(phase, kept, previous, fades), recipe.gradient)
-            saved = both * (1 - share) + own * (1 - weight_share)
-            if nth == 0:
-                steps[phase] += times
-            training[phase] = training.get(phase, Fraction(0)) - saved * times
-    total = {phase: round(dense_step * steps[phase] + saved) for phase, saved in training.items()}
-    return total, dict(steps)
 
 
 def _row(target: Target, size: int, passes: Passes, final: bool) -> CostRow:
@@ -264,7 +209,7 @@ def _row(target: Target, size: int, passes: Passes, final: bool) -> CostRow:
     rows = out if target.rows is None else target.rows[1] - target.rows[0]
     lists = -(-rows // pattern.panel)
     bits = 0 if pattern.n == pattern.m else math.ceil(math.log2(pattern.m))
-    flops = _flops(passes.forward.get(target.name, ()), target)
+    flops = flops_of(passes.forward.get(target.name, ()), target)
     return CostRow(
         target.label,
         str(target.pattern),
@@ -274,26 +219,8 @@ def _row(target: Target, size: int, passes: Passes, final: bool) -> CostRow:
         kept * size,
         -(-kept // rows * lists * bits // 8),
         flops,
-        round(flops * _density(pattern)),
+        round(flops * density(pattern)),
     )
-
-
-def _flops(uses: Sequence[Use], target: Target) -> int:
-    """FLOPs of the products with a target's rows; a product is even over the elements it reads."""
-    total = Fraction(0)
-    numel = math.prod(target.shape)
-    for use in uses:
-        if target.rows is None:
-            share = Fraction(1)
-        elif target.dim == 0:  # rows are columns of the stored weight, which is used whole
-            share = Fraction(target.rows[1] - target.rows[0], target.shape[1])
-        else:
-            row = numel // target.shape[0]
-            start, stop = target.rows[0] * row, target.rows[1] * row
-            overlap = max(0, min(stop, use.stop) - max(start, use.start))
-            share = Fraction(overlap, use.stop - use.start)
-        total += use.flops * share
-    return round(total)
 
 
 def _checked(
@@ -309,10 +236,6 @@ def _checked(
         raise RecipeError(f"recipe is {known.name!r}, but {missing} is missing: give both")
     known.check(total_steps)
     return known
-
-
-def _density(pattern: Pattern) -> Fraction:
-    return Fraction(pattern.n, pattern.m)
 
 
 def _compared(label: str, dense: int, sparse: int) -> tuple[str, str, str, str]:

@@ -7,9 +7,11 @@ each matrix product used.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from nmflow.errors import DataError
+from nmflow.select.target import Target
 
 _ATEN = torch.ops.aten
 _CONVS = {_ATEN.convolution, _ATEN._convolution}
@@ -271,3 +274,21 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
+
+
+def flops_of(uses: Sequence[Use], target: Target) -> int:
+    """FLOPs of the products with a target's rows; a product is even over the elements it reads."""
+    total = Fraction(0)
+    numel = math.prod(target.shape)
+    for use in uses:
+        if target.rows is None:
+            share = Fraction(1)
+        elif target.dim == 0:  # rows are columns of the stored weight, which is used whole
+            share = Fraction(target.rows[1] - target.rows[0], target.shape[1])
+        else:
+            row = numel // target.shape[0]
+            start, stop = target.rows[0] * row, target.rows[1] * row
+            overlap = max(0, min(stop, use.stop) - max(start, use.start))
+            share = Fraction(overlap, use.stop - use.start)
+        total += use.flops * share
+    return round(total)
