@@ -92,12 +92,12 @@ def test_moved_saved_and_unpacked(tmp_path: Path) -> None:
 def test_compress_measures_on_the_gpu() -> None:
     model = _network().cuda()
     packed = nmflow.compress(model, tokens=(1, 16))
-    for row in packed.report:
+    for row in nmflow.report_of(packed):
         assert set(row.times) == {1, 16}
         assert all(took > 0 for took, best, _ in row.times.values() for took in (took, best))
     big: Any = nn.Sequential(nn.Linear(4096, 11008, dtype=torch.bfloat16, device="cuda"))
     big[0].weight.data *= nmflow.mask(big[0].weight, "1:16")
-    (row,) = nmflow.compress(big, tokens=(1,)).report
+    (row,) = nmflow.report_of(nmflow.compress(big, tokens=(1,)))
     print(row)
     assert row.kept == "packed"
 
