@@ -17,10 +17,11 @@ from nmflow.inspect.findings import Audit, AuditRow
 from nmflow.inspect.record import read_record
 from nmflow.masks import holds
 from nmflow.pattern import EVERY, Pattern
+from nmflow.select.layer import Layer
 from nmflow.select.plan import Names, Patterns, choose
 from nmflow.select.states import layers_of_state
 from nmflow.select.target import LeftOut, Plan, Target, rows_of
-from nmflow.select.weights import Layer, layers_of
+from nmflow.select.weights import layers_of
 from nmflow.text_table import shown
 
 _PACKED = "nmflow.json"

@@ -12,8 +12,9 @@ from nmflow.packed import build
 from nmflow.packed.build import Run
 from nmflow.packed.layout import as_matrix, fits, runs
 from nmflow.pattern import EVERY, Pattern
+from nmflow.select.layer import Layer
 from nmflow.select.plan import Names, Patterns, choose
-from nmflow.select.weights import Layer, layers_of
+from nmflow.select.weights import layers_of
 
 
 @dataclass(frozen=True)

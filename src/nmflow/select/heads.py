@@ -6,14 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from nmflow.select.layer import Layer
 from nmflow.select.roles import clean
-
-if TYPE_CHECKING:
-    from nmflow.select.weights import Layer
 
 
 def told_heads(model: nn.Module) -> set[int]:

@@ -13,9 +13,10 @@ from torch import nn
 from nmflow.errors import NMFlowWarning, PlanError
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
+from nmflow.select.layer import Layer, Part
 from nmflow.select.presets import NOT_IN_ALL, PRESETS
 from nmflow.select.target import LeftOut, Plan, Target, rows_of
-from nmflow.select.weights import Layer, Part, layers_of
+from nmflow.select.weights import layers_of
 from nmflow.select.wording import could_have, did_you_mean, falls_short, few, uneven, why
 
 __all__ = ["Names", "Patterns", "Plan", "Target", "choose", "plan", "rows_of"]

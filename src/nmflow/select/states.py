@@ -9,10 +9,11 @@ import torch
 
 from nmflow.select.fused import cut
 from nmflow.select.heads import with_head
+from nmflow.select.layer import Layer, Part
 from nmflow.select.roles import clean, owners, role_of
 from nmflow.select.stacks import Stack, axis_of
 from nmflow.select.target import out_dim
-from nmflow.select.weights import MHA, RNN, Layer, Part, path_of
+from nmflow.select.weights import MHA, RNN, path_of
 
 # Names under which a bare state holds weights of HF's Conv1D, which are stored (in, out).
 _HF_CONV1D = {"c_attn", "c_fc", "c_proj", "q_attn"}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from nmflow.select.fused import cut
 from nmflow.select.heads import told_heads, with_head
+from nmflow.select.layer import Layer, Part
 from nmflow.select.roles import clean, owners, role_of
 from nmflow.select.stacks import UNTOLD, Stack, experts_of, stack_of
 from nmflow.select.target import out_dim
@@ -23,56 +24,6 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # timm's StdConv2d and ScaledStdConv2d, BiT's WeightStandardizedConv2d.
 _STANDARDIZED = re.compile(r"StdConv|Standardi[sz]ed")
 _NEAR = 3  # how many of the modules around a weight its role may be read from
-
-
-class Part(NamedTuple):
-    """Output rows `start` to `stop` of a weight, and what they do."""
-
-    role: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A weight of at least two dimensions.
-
-    Attributes:
-        name: the parameter's name.
-        shape: its shape; of a sharded one, the global shape.
-        dim: the axis along which its groups run.
-        parts: its output rows by role.
-        paths: every text that a glob may match: names and module paths.
-        why_not: why it cannot be grouped; empty if it can.
-        frozen: whether no gradient reaches it.
-        note: a remark for the plan's table.
-        stacked: whether axis 0 counts matrices, as for `Target`.
-        unit: as for `Target`.
-        is_matrix: whether it multiplies like a matrix, so that a preset which leaves it out says
-            so: not a table, and not one input channel an output.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dim: int = 1
-    parts: tuple[Part, ...] = ()
-    paths: tuple[str, ...] = ()
-    why_not: str = ""
-    frozen: bool = False
-    note: str = ""
-    stacked: bool = False
-    unit: int = 0
-    is_matrix: bool = True
-
-    @property
-    def out_dim(self) -> int:
-        """The axis of the output rows."""
-        return out_dim(self.dim, self.stacked)
-
-    @property
-    def out(self) -> int:
-        """The number of output rows, of one matrix."""
-        return self.shape[self.out_dim] if self.shape else 0
 
 
 @dataclass

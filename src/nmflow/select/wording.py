@@ -6,9 +6,9 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
+from nmflow.select.layer import Layer
 from nmflow.select.presets import PRESETS
 from nmflow.select.target import Target
-from nmflow.select.weights import Layer
 
 
 def why(reasons: Mapping[str, str]) -> str:
