@@ -13,7 +13,7 @@ def compress(
     checkpoint: Annotated[
         Path, typer.Argument(help="A folder of Hugging Face's, or a .safetensors or .pt file.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     pattern: Annotated[
         str, typer.Option(help="N:M with N kept of every M; empty finds what each weight holds.")
     ] = "",
@@ -38,7 +38,7 @@ def compress(
         str, typer.Option(help="With --values int8: float, or int8 to round inputs as well.")
     ] = "float",
 ) -> None:
-    """Pack the N:M weights of CHECKPOINT into the folder OUT, and print what became of each."""
+    """Pack the N:M weights of CHECKPOINT into the folder OUTPUT, and print what became of each."""
     from nmflow import packed
     from nmflow.cli._errors import globs
     from nmflow.cli._networks import network
@@ -50,8 +50,8 @@ def compress(
 
     if not all(count.isdigit() for count in globs(tokens)):
         raise CompressError(f"tokens is {tokens!r}: give numbers such as 1,197")
-    if os.path.realpath(out) in (os.path.realpath(checkpoint), _folder_of(checkpoint)):
-        raise CompressError(f"out is '{out}', where the checkpoint is: give another folder")
+    if os.path.realpath(output) in (os.path.realpath(checkpoint), _folder_of(checkpoint)):
+        raise CompressError(f"output is '{output}', where the checkpoint is: give another folder")
     if is_packed(checkpoint):
         raise CompressError(f"checkpoint is '{checkpoint}', which is packed already: nothing to do")
     counts = [int(count) for count in globs(tokens)]
@@ -65,7 +65,7 @@ def compress(
             values=values or None, activations=activations,
         )  # fmt: skip
         report = packed.report_of(made)
-        save_beside(made, out, checkpoint)
+        save_beside(made, output, checkpoint)
     elif counts or values or activations != "float":
         raise CompressError(
             f"checkpoint is '{checkpoint}', which has no config.json to build a network from: "
@@ -74,9 +74,9 @@ def compress(
     else:
         state = open_state(checkpoint)
         tensors = {name: state.read(name) for name in state.shapes}
-        report = packed.save_state(tensors, out, held, names, globs(exclude))
-    size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
-    console().print(f"{report}\nwrote {out}: {size:,} bytes")
+        report = packed.save_state(tensors, output, held, names, globs(exclude))
+    size = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
+    console().print(f"{report}\nwrote {output}: {size:,} bytes")
 
 
 def _folder_of(checkpoint: Path) -> str:
