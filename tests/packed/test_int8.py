@@ -20,7 +20,7 @@ from nmflow import mask
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.kernels import explain, int8, int8_ops
 from nmflow.kernels.layout import Shape, canonical_from_dense, dense_from_canonical
-from nmflow.packed import compress, decompress, export_program, load, load_state, save
+from nmflow.packed import compress, decompress, export_program, load, load_state, report_of, save
 from nmflow.packed.files.container import checksum
 from nmflow.packed.int8 import Int8Linear
 from pruned import Attend, prune
@@ -81,7 +81,7 @@ def test_layouts_lose_nothing_and_rounding_is_exact_and_settled(case) -> None:
 def test_values_that_have_no_scale(bad: float) -> None:
     model = net()
     model[0].weight.data[0, model[0].weight[0].nonzero()[0]] = bad
-    report = compress(model, values="int8", measure=False).report
+    report = report_of(compress(model, values="int8", measure=False))
     assert "NaN or an infinity" in report[0].why
     q, scale = int8.round_values(torch.tensor([[0.0, 0.0], [1e-31, 0.0]]))
     assert not q.any()
@@ -98,9 +98,9 @@ def test_modules_beside_their_dense_selves(
     make, shape = MODULES[name]
     model = prune(nn.Sequential(make()).to(dtype))
     packed = compress(model, measure=False, values="int8", activations=activations)
-    assert packed.report.packed
-    assert all(0 < row.error < 0.02 for row in packed.report.packed)
-    assert "error" in str(packed.report)
+    assert report_of(packed).packed
+    assert all(0 < row.error < 0.02 for row in report_of(packed).packed)
+    assert "error" in str(report_of(packed))
     x = torch.randn(shape).to(dtype)
     dense = decompress(packed)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_what_compress_refuses() -> None:
     ):
         with pytest.raises(CompressError, match=said):
             compress(net(), measure=False, **arguments)
-    double = compress(net().double(), measure=False, values="int8").report
+    double = report_of(compress(net().double(), measure=False, values="int8"))
     assert "float64" in double[0].why
 
 
@@ -229,7 +229,7 @@ def test_a_stream_that_was_written_is_bound_anew() -> None:
 def test_the_choice_is_measured_against_rounded_ways() -> None:
     torch.manual_seed(0)
     layer = prune(nn.Sequential(nn.Linear(256, 256)), "1:16")
-    report = compress(layer, values="int8", tokens=(16,)).report
+    report = report_of(compress(layer, values="int8", tokens=(16,)))
     _, _, way = report[0].times[16]
     assert way in ("F.linear", "oneDNN", "oneDNN packed", "oneDNN bfloat16", "int8 dynamic")
 
@@ -283,5 +283,5 @@ def test_sizes_in_bits_a_dense_weight() -> None:
     """1:8 takes 1.5 bits a dense weight, 1:16 0.75, 1:4 2.5; and 8 bytes a row."""
     for spec, bits in (("1:4", 2.5), ("1:8", 1.5), ("1:16", 0.75)):
         model = prune(nn.Sequential(nn.Linear(1024, 256)), spec)
-        row = compress(model, measure=False, values="int8").report[0]
+        row = report_of(compress(model, measure=False, values="int8"))[0]
         assert row.bytes == 256 * 1024 * bits / 8 + 8 * 256
