@@ -140,7 +140,7 @@ enum nmflow_kernel {
   NMFLOW_TOKENS = 2,  /* tokens in lanes, x transposed block by block: many tokens, any pattern */
   NMFLOW_PERMUTE = 3, /* rows in lanes, x permuted in registers: M <= 32 */
   NMFLOW_TILES = 4,   /* panels of bf16 on the tile registers of AMX */
-  NMFLOW_PANEL = 5,   /* rows in lanes, x broadcast: shared codes only */
+  NMFLOW_PANEL = 5,   /* panels of 2, 4, 8 or multiples of 16 rows: x loaded once for several rows */
   NMFLOW_DOT = 6      /* rows in lanes, four products at once: 8-bit weights and activations */
 };
 /* The kernel that nmflow_matmul takes for this call (or a refusal, negative), and its name. */

@@ -1,6 +1,7 @@
 /* panel: all rows of a panel share their columns, so a layer is a dense product over the kept
- * inputs. Few tokens: lanes are rows, and the x of a kept column is broadcast from where it lies.
- * Many: lanes are tokens of a transposed x, whose kept rows are loaded once for several weights. */
+ * inputs. Few tokens: lanes are rows, and the x of a kept column is broadcast from where it lies
+ * (panels of 16 rows and more). Many: lanes are tokens of a transposed x, whose kept rows are loaded once
+ * for 2, 4, 8 or 16 rows. */
 #ifndef NMFLOW_PANEL_IMPL_H
 #define NMFLOW_PANEL_IMPL_H
 
@@ -88,71 +89,139 @@ NMF_INLINE void panel_columns(const nmf_job *job, int64_t panel, uint32_t scale,
   }
 }
 
-/* R rows of a tile for C vectors of tokens, over all entries. */
-template <int C, int R>
-NMF_INLINE void wide_rows(const float *x, const float *values, const uint32_t *columns,
-                          int64_t entries, const float *bias, float *sums) {
-  vecf acc[R][C];
+/* Lines of memory that are wanted soon, fetched a few a step: y rows of the tile in work, which are
+ * written a line each, and, one after the other, x of the tokens to come or weights. */
+struct Fetch {
+  const char *y;
+  int64_t y_stride, y_count;
+  const char *next;
+  int64_t count;
+};
+NMF_INLINE void fetch_some(Fetch &f) {
+  if (f.y_count > 0) {
+    __builtin_prefetch(f.y, 1);
+    f.y += f.y_stride;
+    --f.y_count;
+  }
+  if (f.count > 0) {
+    __builtin_prefetch(f.next, 0, 2);
+    f.next += 64;
+    --f.count;
+  }
+}
+
+/* Where the columns of rows lie: entry s of row r has columns[s * stride + r * each]. */
+struct Columns {
+  const uint32_t *at;
+  int64_t stride, each;
+};
+
+/* P panels of R rows of a tile, for C vectors of tokens, over all entries: an input is loaded once for
+ * R rows, so that arithmetic and not loads is what takes time. */
+template <int C, int R, int P>
+NMF_INLINE void wide_rows(const float *x, const float *values, Columns columns, int64_t entries,
+                          const float *bias, float *sums, Fetch &fetch) {
+  vecf acc[P * R][C];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < P * R; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) acc[r][c] = splat(bias[r]);
   for (int64_t s = 0; s < entries; ++s) {
-    const float *from = x + columns[s];
-    vecf input[C];
+    fetch_some(fetch);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) input[c] = load(from + c * LANES);
+    for (int p = 0; p < P; ++p) {
+      const float *from = x + columns.at[s * columns.stride + p * R * columns.each];
+      vecf input[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) input[c] = load(from + c * LANES);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const vecf w = splat(values[s * 16 + r]);
+      for (int r = p * R; r < (p + 1) * R; ++r) {
+        const vecf w = splat(values[s * 16 + r]);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] += w * input[c];
+        for (int c = 0; c < C; ++c) acc[r][c] += w * input[c];
+      }
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < P * R; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) store(sums + (r * C + c) * LANES, acc[r][c]);
 }
 
-template <int C>
+/* V: rows that share their columns at least, up to 16. */
+template <int C, int V>
 void wide_part(const nmf_job *job, const nmf_part *part, uint32_t *columns, float *room, float *x) {
   const nmf_geometry &g = job->g;
-  const int R = LANES == 16 ? (C == 1 ? 16 : 8) : 4;
-  const int64_t width = C * LANES, tiles_each = g.panel / 16;
+  const int SUMS = LANES == 16 ? 24 : 12, MOST = LANES == 16 ? (C == 1 ? 16 : 8) : 4;
+  const int R = V < MOST ? V : MOST, FIT = SUMS / (R * C);
+  const int P = FIT >= 8 && R <= 2 ? 8 : FIT >= 4 && R <= 4 ? 4 : FIT >= 2 && R <= 8 ? 2 : 1;
+  const int64_t AHEAD = 96; /* lines */
+  const int64_t width = C * LANES, tiles_each = g.panels ? g.panel / 16 : 1;
   pack_inputs(job, part, 0, g.in, width, x);
-  int64_t panel = -1;
+  const int64_t tokens = part->token_end - part->token, item = nmf_item_bytes((int)g.dtype);
+  const int64_t to_come = nmf_min(job->tokens - part->token_end, width) * job->x_stride * item / 64;
+  const int64_t share = to_come / (part->tile_end - part->tile) + 1;
+  const char *next = static_cast<const char *>(job->x) + part->token_end * job->x_stride * item;
+  int64_t panel = -1, left = to_come;
   for (int64_t tile = part->tile; tile < part->tile_end; ++tile) {
-    if (tile / tiles_each != panel) {
+    if (!g.panels) {
+      decode_columns(job, tile, 0, g.entries, 0, static_cast<uint32_t>(width), columns);
+    } else if (tile / tiles_each != panel) {
       panel = tile / tiles_each;
       panel_columns(job, panel, static_cast<uint32_t>(width), columns);
     }
     const float *values = decode_values(job, tile, 0, g.entries, room);
     float bias[16], sums[16 * C * LANES];
     read_bias(job, tile, bias);
-    for (int r = 0; r < 16; r += R)
-      wide_rows<C, R>(x, values + r, columns, g.entries, bias + r, sums + r * width);
+    Fetch fetch = {static_cast<const char *>(job->y) +
+                       (part->token * job->y_stride + tile * 16) * item,
+                   job->y_stride * item, tokens, next, nmf_min(share, left)};
+    next += fetch.count * 64;
+    left -= fetch.count;
+    if (to_come == 0) { /* few tokens: the weights to come, whose lines follow each other */
+      fetch.next = static_cast<const char *>(job->values) +
+                   (tile * g.entries_held * item + AHEAD * 4) * 16;
+      fetch.count = g.entries_held * item / 4;
+      if (!g.panels)
+        for (int64_t k = 0; k < g.words; ++k)
+          __builtin_prefetch(static_cast<const uint32_t *>(job->codes) + ((tile + 2) * g.words + k) * 16);
+    }
+    for (int r = 0; r < 16; r += P * R) {
+      const Columns here = {g.panels ? columns : columns + r, g.panels ? 1 : 16, g.panels ? 0 : 1};
+      wide_rows<C, R, P>(x, values + r, here, g.entries, bias + r, sums + r * width, fetch);
+    }
     write_tile(job, part, tile, sums, width);
   }
+}
+
+template <int V>
+NMF_INLINE void wide_run(const nmf_job *job, const nmf_part *part, uint32_t *columns, float *room,
+                         float *x) {
+  switch (nmf_ceil_div(part->token_end - part->token, LANES)) {
+    case 1:
+      return wide_part<1, V>(job, part, columns, room, x);
+    case 2:
+      return wide_part<2, V>(job, part, columns, room, x);
+    default:
+      return wide_part<3, V>(job, part, columns, room, x);
+  }
+}
+
+int64_t columns_bytes(const nmf_geometry &g) {
+  return g.panels ? (g.entries + 15) / 16 * 64 : g.entries * 64;
 }
 
 void panel_run(const nmf_job *job, const nmf_part *part, char *scratch) {
   const nmf_geometry &g = job->g;
   uint32_t *columns = reinterpret_cast<uint32_t *>(scratch);
-  scratch += (g.entries + 15) / 16 * 64;
+  scratch += columns_bytes(g);
   float *room = reinterpret_cast<float *>(scratch);
   const int64_t tokens = part->token_end - part->token;
-  if (tokens > LANES / 2) {
-    float *packed = room + (g.entries + 1) * 16;
-    switch (nmf_ceil_div(tokens, LANES)) {
-      case 1:
-        return wide_part<1>(job, part, columns, room, packed);
-      case 2:
-        return wide_part<2>(job, part, columns, room, packed);
-      default:
-        return wide_part<3>(job, part, columns, room, packed);
-    }
-  }
+  float *packed = room + (g.entries + 1) * 16;
+  if (g.panel == 2) return wide_run<2>(job, part, columns, room, packed);
+  if (g.panel == 4) return wide_run<4>(job, part, columns, room, packed);
+  if (g.panel == 8) return wide_run<8>(job, part, columns, room, packed);
+  if (tokens > LANES / 2) return wide_run<16>(job, part, columns, room, packed);
   const float *x = static_cast<const float *>(job->x) + part->token * job->x_stride;
   int64_t stride = job->x_stride;
   if (g.dtype != NMFLOW_F32) {
@@ -187,7 +256,7 @@ void panel_run(const nmf_job *job, const nmf_part *part, char *scratch) {
 int64_t panel_scratch(const nmf_job *job, int64_t tokens, int64_t) {
   const nmf_geometry &g = job->g;
   const int64_t width = nmf_ceil_div(tokens, LANES) * LANES;
-  return (g.entries + 15) / 16 * 64 + PANEL_TILES * (g.entries + 1) * 64 + width * g.in * 4 + 64;
+  return columns_bytes(g) + PANEL_TILES * (g.entries + 1) * 64 + width * g.in * 4 + 64;
 }
 
 int64_t panel_most(const nmf_geometry *, int64_t) { return 3 * LANES; }

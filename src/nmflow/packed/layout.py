@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nmflow.errors import CompressError
-from nmflow.kernels.layout import LARGEST_M
+from nmflow.kernels.layout import LANES, LARGEST_M
 from nmflow.masks import holds
 from nmflow.pattern import Pattern
 
@@ -19,8 +19,8 @@ LAYOUT_VERSIONS = (1, 2)
 # Denser than this is not worth its index, and a weight with a few zeros is no pattern.
 DENSEST = 0.75
 _MOST_RUNS = 8
-# Multiples of the kernels' sixteen lanes: other panels would gain nothing.
-_PANELS = (1024, 512, 256, 128, 64, 32, 16)
+# Panels that the kernels gain from: multiples of their sixteen lanes, and divisors.
+_PANELS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
 
 
 def as_matrix(w: Tensor, axis: int) -> Tensor:
@@ -75,7 +75,8 @@ def detect(matrix: Tensor) -> Pattern | None:
     """The sparsest N:M that a matrix `(out, inputs)` holds, the smallest M among equals.
 
     None where no pattern with a density of at most 0.75 and M up to 256 holds, or all is zero.
-    Panels of 16, 32, ... 1024 rows are found too, the largest that holds.
+    Panels of 2, 4, ... 1024 rows are found too, the largest that holds, in matrices of 16 rows and
+    more: few rows may agree by chance.
 
     Example:
         >>> str(detect(torch.tensor([[0.0, 3.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])))
@@ -95,7 +96,7 @@ def detect(matrix: Tensor) -> Pattern | None:
             best = Pattern.of(n, m)
     if best is None:
         return None
-    for rows in _PANELS:
+    for rows in _PANELS if matrix.shape[0] >= LANES else ():
         if rows <= matrix.shape[0] and holds(matrix, Pattern.of(best.n, best.m, rows)):
             return Pattern.of(best.n, best.m, rows)
     return best
