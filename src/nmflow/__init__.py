@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from nmflow.inspect.machine import doctor
     from nmflow.inspect.noise import gradient_noise
     from nmflow.inspect.track import Tracker, track
+    from nmflow.oneshot import prune
     from nmflow.packed import (
         OnnxDecoder,
         compress,
@@ -119,6 +120,7 @@ __all__ = [
     "onnxruntime_session_options",
     "permute_hidden",
     "plan",
+    "prune",
     "report_of",
     "save",
     "save_state",
@@ -142,6 +144,7 @@ _LATER = {
     "load_state": "nmflow.packed",
     "onnxruntime_session_options": "nmflow.packed",
     "permute_hidden": "nmflow.permute",
+    "prune": "nmflow.oneshot",
     "report_of": "nmflow.packed",
     "save": "nmflow.packed",
     "save_state": "nmflow.packed",

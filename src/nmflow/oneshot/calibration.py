@@ -1,0 +1,150 @@
+"""Calibration batches through a network, layer by layer: what reaches the weights of each layer."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmflow.errors import WeightError
+from nmflow.oneshot.watch import Done, Seen, Watch
+from nmflow.select.target import Target
+
+_BLOCK = re.compile(r"(?:.*?\.)??\d+(?=\.)")
+
+Inputs = dict[tuple[str, int, int, int], Tensor]
+"""Sums over tokens by parameter, matrix, first row and last: of squares, or a Gram matrix."""
+
+
+class Calibration:
+    """Batches, and the order in which a network uses its targets.
+
+    Args:
+        model: the network, run in evaluation mode and without gradients.
+        batches: keyword arguments, positional ones, or a tensor each; gone through once a layer.
+        targets: the weights.
+        whole: whether Gram matrices are wanted, not only the sums of squares on their diagonal.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], targets: Sequence[Target], whole: bool
+    ) -> None:
+        if iter(batches) is batches:
+            raise WeightError(
+                "calibration is an iterator, which can be gone through once: give a list or a "
+                "DataLoader, since every layer is calibrated after those before it are pruned"
+            )
+        self.model, self.batches, self.whole = model, batches, whole
+        self.params = dict(model.named_parameters())
+        self.targets = targets
+
+    def layers(self) -> Iterator[tuple[list[Target], Inputs]]:
+        """Each layer's targets in the order of the forward pass, with what reaches them now.
+
+        A layer is a block that repeats, such as `layers.3`. Whoever iterates prunes its weights
+        before the next one is asked for. Each costs a forward pass that ends after it.
+        """
+        order: list[str] = []
+        first = next(iter(self.batches), None)
+        if first is None:
+            raise WeightError("calibration holds no batch: give a list of some")
+        self._run([first], self.targets, lambda seen: order.append(seen.name))
+        groups: dict[str, list[Target]] = {}
+        for target in self.targets:
+            groups.setdefault(_block(target.name), []).append(target)
+        used = dict.fromkeys(map(_block, order))
+        for key in [*used, *(key for key in groups if key not in used)]:
+            names = {target.name for target in groups[key]}
+            last = max((i for i, name in enumerate(order) if name in names), default=len(order))
+            later = set(order[last + 1 :]) - set(order[: last + 1])
+            yield groups[key], self._inputs(groups[key], later)
+
+    def _inputs(self, targets: list[Target], later: set[str]) -> Inputs:
+        found: Inputs = {}
+        names = {target.name for target in targets}
+
+        def receive(seen: Seen) -> None:
+            if seen.name not in names:
+                if seen.name in later:
+                    raise Done
+                return
+            x = seen.inputs.to(torch.promote_types(seen.inputs.dtype, torch.float32))
+            part = x.T @ x if self.whole else x.square().sum(0)
+            key = (seen.name, seen.matrix, seen.start, seen.stop)
+            found[key] = found[key] + part if key in found else part
+
+        self._run(self.batches, self.targets, receive)
+        return found
+
+    def _run(
+        self, batches: Iterable[Any], targets: Sequence[Target], receive: Callable[[Seen], None]
+    ) -> None:
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            for batch in batches:
+                counts = _counting(batch)
+
+                def kept(seen: Seen, counts: Tensor | None = counts) -> None:
+                    if counts is not None and counts.numel() == seen.inputs.shape[0]:
+                        seen = seen._replace(inputs=seen.inputs[counts])
+                    receive(seen)
+
+                with (
+                    torch.no_grad(),
+                    contextlib.suppress(Done),
+                    Watch(self.params, targets, kept),
+                ):
+                    _call(self.model, batch)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def of(target: Target, matrix: int, inputs: Inputs) -> Tensor:
+    """What reaches one matrix of a target.
+
+    Raises:
+        WeightError: nothing does, or different inputs reach its rows.
+    """
+    start, stop = target.rows or (0, target.shape[target.out_dim])
+    mine = {k[2:]: v for k, v in inputs.items() if k[:2] == (target.name, matrix)}
+    some = [rows for rows in mine if rows[0] < stop and rows[1] > start]
+    if any(rows[0] > start or rows[1] < stop for rows in some):
+        raise WeightError(
+            f"'{target.label}' is multiplied in parts, each with inputs of its own: exclude it, or "
+            "prune it by magnitude"
+        )
+    which = f"matrix {matrix} of '{target.label}'" if target.stacked else f"'{target.label}'"
+    if not some or not any(bool(mine[rows].any()) for rows in some):
+        raise WeightError(
+            f"{which} saw no input in the calibration: give more batches; or, where its module "
+            "hands it to a fused kernel (attention's fast path, an LSTM, a grouped product of "
+            "experts), exclude it or prune it by magnitude"
+        )
+    return sum(mine[rows] for rows in some[1:]) + mine[some[0]]
+
+
+def _block(name: str) -> str:
+    """The path down to its first number: `bert.encoder.layer.3`; the name where it has none."""
+    found = _BLOCK.match(name)
+    return found[0] if found else name
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def _counting(batch: Any) -> Tensor | None:
+    """Which tokens are no padding, where the batch says so."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.flatten() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -1,0 +1,95 @@
+"""What multiplies a weight while a network runs: inputs of products, caught where torch multiplies.
+
+No module has to be known: a dispatch mode sees every `mm`, `addmm`, `bmm` and `baddbmm`, and tells
+by the storage of an operand which parameter it is a view of, which matrix of a stack, which rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nmflow.errors import WeightError
+from nmflow.select.target import Target
+
+_aten = torch.ops.aten
+# The place of the first of two factors among the arguments.
+_PRODUCTS: dict[Any, int] = {
+    _aten.mm.default: 0,
+    _aten.addmm.default: 1,
+    _aten.bmm.default: 0,
+    _aten.baddbmm.default: 1,
+}
+
+
+class Seen(NamedTuple):
+    """A product with a watched weight.
+
+    Attributes:
+        name: the parameter.
+        matrix: which matrix of a stack; 0 of a plain weight.
+        start, stop: its output rows.
+        inputs: `(tokens, in)`.
+    """
+
+    name: str
+    matrix: int
+    start: int
+    stop: int
+    inputs: Tensor
+
+
+class Done(Exception):
+    """Raised by a receiver to end a forward pass."""
+
+
+class Watch(TorchDispatchMode):
+    """Tell `receive` of every product with one of the targets' weights, before it is computed."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        targets: Iterable[Target],
+        receive: Callable[[Seen], None],
+    ) -> None:
+        super().__init__()
+        self.receive = receive
+        self.targets = {target.name: target for target in targets}
+        self.params = {name: params[name] for name in self.targets}
+        self._by_storage = {p.untyped_storage().data_ptr(): n for n, p in self.params.items()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        at = _PRODUCTS.get(func)
+        if at is not None:
+            left, right = args[at], args[at + 1]
+            # Inputs on the left, as nn.Linear has them; or on the right, as columns.
+            for factor, inputs in ((right, left), (left, right.mT)):
+                name = self._by_storage.get(factor.untyped_storage().data_ptr())
+                if name is not None:
+                    self._tell(name, factor if factor is right else factor.mT, inputs)
+        return func(*args, **(kwargs or {}))
+
+    def _tell(self, name: str, factor: Tensor, inputs: Tensor) -> None:
+        """`factor` is `(in, out)`, with a leading axis in a batched product."""
+        target, param = self.targets[name], self.params[name]
+        if factor.ndim == 3:
+            for one, x in zip(factor, inputs, strict=True):
+                self._tell(name, one, x)
+            return
+        offset = int(factor.storage_offset() - param.storage_offset())
+        size = param.stride(0) if target.stacked else offset + 1
+        matrix, inside = offset // size, offset % size
+        row = param.stride(target.out_dim)
+        if factor.stride(0) != param.stride(target.dim) or (row and inside % row):
+            raise WeightError(
+                f"'{name}' is multiplied along another axis than its groups, or from the middle of "
+                "one: exclude it, or prune it by magnitude"
+            )
+        start = inside // row
+        self.receive(Seen(name, matrix, start, start + factor.shape[1], inputs.detach()))
