@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nmflow.distill.losses import hidden_loss, logit_loss
 from nmflow.errors import DistillError
+from nmflow.flow.owners import is_owned
+from nmflow.flow.sharding import sharded
 
 IGNORED = -100
 """The label of positions that do not count, as everywhere in transformers."""
@@ -21,7 +24,13 @@ class Distiller:
 
     `L = task · L_task + logits · L_logits + hidden · L_hidden`, with `logit_loss` and
     `hidden_loss`. The teacher runs without gradients, in evaluation mode, under the caller's
-    autocast and on the student's device. It costs one forward pass a step and its own memory.
+    autocast and on the student's device. It costs one forward pass a step and its own memory:
+    unsharded on every process, or sharded by you as the student is. A `Distiller` is no module, so
+    a module that holds one neither trains nor saves the teacher.
+
+    `L_logits` is a mean over the positions of a batch. `L_hidden` is a ratio of sums over them, so
+    its gradient over micro-batches or processes is the mean of their ratios, as their losses are
+    averaged, and not the ratio over all.
 
     Padding and labels of -100 do not count: a causal language model is compared where it predicts
     a label that counts, a token classifier where its label counts, hidden states where the
@@ -74,9 +83,23 @@ class Distiller:
     def of(cls, model: nn.Module, **options: float) -> Distiller:
         """Take a frozen copy of `model` as the teacher; call it before `nmflow.attach`.
 
+        Of a `DistributedDataParallel` it copies the network inside, so every process has its own.
+
         Raises:
-            DistillError: the model cannot be copied.
+            DistillError: the model cannot be copied, or its weights are under a recipe or sharded.
         """
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        for name, param in model.named_parameters():
+            if is_owned(param):
+                raise DistillError(
+                    f"'{name}' is under a recipe, so a copy would be sparse: take the teacher "
+                    "before nmflow.attach"
+                )
+            if sharded(param):
+                raise DistillError(
+                    f"'{name}' is sharded: take the teacher of the model before it is sharded, or "
+                    "shard a second network and pass that to Distiller"
+                )
         try:
             teacher = copy.deepcopy(model)
         except (RuntimeError, TypeError, NotImplementedError) as error:

@@ -37,6 +37,7 @@ class Distillation:
         if self.distiller is None:
             raise DistillError("distiller is None: set trainer.distiller before training")
         own: Any = super()
+        trainer: Any = self
         if not model.training:
             return own.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         more = {"output_hidden_states": True} if self.distiller.hidden else {}
@@ -46,5 +47,8 @@ class Distillation:
         share: Any = 1.0
         if num_items_in_batch is not None and labels is not None:
             share = (labels != IGNORED).sum() / num_items_in_batch
+            if trainer.args.average_tokens_across_devices:
+                # The items are those of all processes, whose gradients are then averaged.
+                share = share * trainer.accelerator.num_processes
         loss = self.distiller.loss(outputs, inputs, share)
         return (loss, outputs) if return_outputs else loss
