@@ -35,7 +35,7 @@ def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("patterns", nargs="+")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=8, help="rows of calibration, and of judging")
