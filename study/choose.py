@@ -169,7 +169,9 @@ def dense_sweep(task: str, patterns: list[str]) -> dict[str, Any]:
     return {"axes": {"setup": setups, "seed": SEEDS}}
 
 
-def write(name: str, about: str, task: str, body: dict[str, Any]) -> Path:
+def write(
+    name: str, about: str, task: str, body: dict[str, Any], script: str = "study/choose.py"
+) -> Path:
     """Write a sweep's file."""
     head = {"name": name, "base": f"{task}.yaml"}
     tail = {
@@ -179,7 +181,7 @@ def write(name: str, about: str, task: str, body: dict[str, Any]) -> Path:
     }
     text = yaml.safe_dump({**head, **body, **tail}, sort_keys=False, width=200, allow_unicode=True)
     path = SWEEPS / f"{name}.yaml"
-    path.write_text(f"# {about}\n# Written by study/choose.py.\n{text}", encoding="utf-8")
+    path.write_text(f"# {about}\n# Written by {script}.\n{text}", encoding="utf-8")
     return path
 
 

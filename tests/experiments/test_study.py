@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "study"))
 
 choose, compare = importlib.import_module("choose"), importlib.import_module("compare")
 
-TASKS = ["lm", "lstm", "vit", "resnet", "sst2", "glue", "multi30k", "multi30k-wide"]
+TASKS = ["lm", "lstm", "vit", "resnet", "sst2", "glue", "multi30k", "multi30k-wide", "cola"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -153,3 +153,61 @@ def test_pages_are_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_for_engineers_has_the_tables_figures() -> None:
     overview = importlib.import_module("overview")
     assert overview.PAGE.read_text("utf-8") == overview.overview(), "run: make study"
+
+
+def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -> None:
+    """Every sweep that a finished stage allows loads, until the page has its verdict."""
+    pretrained = importlib.import_module("pretrained")
+    tables: dict[str, pd.DataFrame] = {}
+    monkeypatch.setattr(pretrained, "results", tables.__getitem__)
+    monkeypatch.setattr(pretrained, "there", tables.__contains__)
+
+    def figure(rate: float, name: str, taught: bool) -> float:
+        # Best at 4e-4 (dense: at the edge, 1e-4); the recipes and their teachers differ.
+        best = 1e-4 if name == "dense" else 4e-4
+        return 0.3 - 0.1 * abs(math.log2(rate / best)) + 0.01 * len(name) + 0.05 * taught
+
+    def finish(plan: Any) -> pd.DataFrame:
+        rows = []
+        for cell in plan.cells:
+            run, taught = cell.run, cell.run.distill is not None
+            value = figure(run.training.learning_rate, run.recipe.name, taught)
+            value += 0.001 * ((run.seed * 7) % 5) - 0.02 * (run.recipe.options.get("lam") == 0.002)
+            about = {"recipe": run.recipe.title, "pattern": run.pattern_text, "seed": run.seed}
+            judged = {f"{split}_matthews": value for split in ("validation", "test")}
+            rows.append({**cell.place, **about, **judged})
+        return pd.DataFrame(rows)
+
+    for name in ("cola-dense-rates", "cola-rates", "cola-rates-others"):
+        tables[name] = finish(sweep.load(STUDY / f"{name}.yaml"))
+    base = str(STUDY / "cola.yaml")
+    ran = []
+    for _ in range(4):
+        for part, _, axes in list(pretrained.sweeps("cola")):
+            if f"cola-{part}" not in tables:
+                file = tmp_path / f"{part}.yaml"
+                file.write_text(yaml.safe_dump({"base": base, "axes": axes}))
+                tables[f"cola-{part}"] = finish(sweep.load(file))
+                ran.append(part)
+    assert set(ran) == {
+        "rates-edges", "options", "teacher", "dense", "main-1-8", "distilled-rates", "distilled-1-8"
+    }  # fmt: skip
+    assert pretrained.rates("cola")["Settling"] == 4e-4
+    assert len(tables["cola-rates-edges"]) == 1  # the dense network's
+    chosen = pretrained.choices("cola")
+    assert set(chosen) == set(pretrained.OPTIONS)
+    assert chosen["sr-ste"].options["lam"] != 0.002
+    assert len(tables["cola-main-1-8"]) == len(tables["cola-distilled-1-8"]) == 6 * 5
+    page = pretrained.pretrained()
+    assert "MDGF-Exponential, distilled" in page
+    assert "**+5.00 [" in page  # a teacher's gain, in every recipe
+
+
+def test_the_second_parts_settings_are_three_each_and_the_first_is_in_the_rates() -> None:
+    pretrained = importlib.import_module("pretrained")
+    first = {}
+    for name in ("cola-rates", "cola-rates-others"):
+        for cell in sweep.load(STUDY / f"{name}.yaml").cells:
+            first[cell.run.recipe.name] = cell.run.recipe.options
+    assert first == {name: options[0] for name, options in pretrained.OPTIONS.items()}
+    assert {len(options) for options in pretrained.OPTIONS.values()} == {3}
