@@ -42,6 +42,7 @@ def keys() -> str:
         ("The file", config.Experiment),
         ("`data`", config.Data),
         ("`model`", config.Model),
+        ("`distill`", config.Distill),
         ("`training`", config.Training),
     )
     out: list[str] = []
