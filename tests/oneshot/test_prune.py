@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nmflow
+from models import FAMILIES, Family
 from nmflow.errors import FlowError, NMFlowError, PlanError, WeightError
 from nmflow.masks import mask, wanda_score
 from nmflow.oneshot import METHODS, prune, sparsegpt
@@ -243,3 +244,30 @@ def test_weights_under_a_recipe_are_refused():
         prune(model, "1:4", include="*")
     assert issubclass(FlowError, NMFlowError)
     del flow
+
+
+SURE = {"linear", "hf-conv1d", "fused-qkv", "attention", "experts", "panels", "3:8"}
+NEVER = {"conv1d", "conv2d-grouped", "conv3d"}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_weight_is_pruned_or_the_error_says_why_not(family: Family, method: str):
+    model = family.build(torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    batches = None if method == "magnitude" else list(family.batches(6, torch.float32))
+    how: dict[str, Any] = {"include": family.include}
+    said, found = "", nmflow.oneshot.Pruned()
+    try:
+        found = prune(model, family.pattern, batches, method, **how)
+    except WeightError as error:
+        said = str(error)
+    if said:
+        assert family.id not in SURE
+        assert method != "magnitude"
+        assert "prune it by magnitude" in said
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    else:
+        assert method == "magnitude" or family.id not in NEVER
+        assert {one.label.partition("[")[0] for one in found} == set(family.targets)
+        assert nmflow.audit(model, family.pattern, **how).ok
