@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ pytest.importorskip("datasets")
 from datasets import Value
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
@@ -22,14 +24,16 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+import nmflow
 from nmflow.errors import ConfigError, DataError
-from nmflow.experiments import models, origins, teachers
+from nmflow.experiments import models, narrower, origins, teachers
 from nmflow.experiments.config import Run, parse
 from nmflow.experiments.data.sources import rows
 from nmflow.experiments.data.tokenization import Tokens, tokenizer
 from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.specs import Data, Model
 from nmflow.experiments.training import train
+from nmflow.permute.blocks import find_blocks
 from small_runs import DEMO, TINY, one
 from small_systems import written
 
@@ -113,11 +117,58 @@ def test_a_network_that_lacks_its_body_or_is_frozen_by_no_name(package: Path):
         models.build(deep, build, {"num_labels": 2})
 
 
+WIDE: dict[str, dict[str, Any]] = {
+    "bert": {"vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 32,
+             "num_hidden_layers": 2},
+    "gpt2": {"vocab_size": 20, "n_embd": 8, "n_head": 2, "n_layer": 2, "n_inner": 32},
+    "llama": {"vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "intermediate_size": 32, "num_hidden_layers": 2},
+    "t5": {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_units_that_are_0_may_go(kind: str, tmp_path: Path):
+    """With all but 5 units of each block at 0 the narrower network computes the same."""
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    torch.manual_seed(0)
+    wide: Any = models.build(Model(kind=kind, fields=WIDE[kind]), auto, {}).eval()
+    for block in find_blocks(wide, nmflow.plan(wide, "1:1", "ff"))[0]:
+        dead = torch.randperm(32)[:27]
+        for axis in block.axes:
+            axis.param.data.index_fill_(axis.dim, dead, 0.0)
+    narrow: Any = copy.deepcopy(wide)
+    narrower.keep_units(narrow, 5)
+    ids = torch.randint(1, 20, (2, 6))
+    given = {"input_ids": ids, **({"decoder_input_ids": ids} if kind == "t5" else {})}
+    with torch.no_grad():
+        assert torch.allclose(narrow(**given).logits, wide(**given).logits, atol=1e-5)
+    assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in wide.parameters())
+    narrow.save_pretrained(tmp_path)  # the config has its width
+    again = type(narrow).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**given).logits, narrow(**given).logits)
+
+
+def test_units_that_cannot_be_kept():
+    def build(**change: Any) -> Any:
+        return models.build(Model(**{"kind": "bert", "fields": WIDE["bert"], **change}),
+                            AutoModelForSequenceClassification, {})  # fmt: skip
+
+    assert build(keep_units=8).bert.encoder.layer[1].output.dense.weight.shape == (8, 8)
+    with pytest.raises(ConfigError, match=r"model\.keep_units is 32, and a block has 32"):
+        build(keep_units=32)
+    experts = {**WIDE["llama"], "num_local_experts": 2}
+    stacked = Model(kind="mixtral", fields=experts, keep_units=4)
+    with pytest.raises(ConfigError, match=r"model\.keep_units is 4: not every feed-forward"):
+        models.build(stacked, AutoModelForCausalLM, {})
+
+
 def test_no_key_is_no_change_of_a_hash():
     run = one()
     hashed = run._given({"name"})
     assert "distill" not in hashed
-    assert "freeze" not in hashed["model"]
+    assert not {"freeze", "keep_units"} & set(hashed["model"])
     assert "held_out" not in hashed["data"]
     raw = run.model_dump()
     raw["model"]["freeze"], raw["data"]["held_out"], raw["distill"] = [], {}, None

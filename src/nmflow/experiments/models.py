@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from nmflow.errors import ConfigError
 from nmflow.experiments import (
     architectures,  # noqa: F401 - makes `mlp-mixer` and `lstm` known
+    narrower,
     origins,
 )
 from nmflow.experiments.config_errors import near
@@ -31,8 +32,12 @@ def build(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrained
         ConfigError: an unknown kind or field, or values that the network refuses.
     """
     if model.load is not None:
-        return _frozen(model, load(model.load, "model.load", auto, model.fields, task_fields))
-    return _frozen(model, _made(model, auto, task_fields))
+        made = load(model.load, "model.load", auto, model.fields, task_fields)
+    else:
+        made = _made(model, auto, task_fields)
+    if model.keep_units is not None:
+        narrower.keep_units(made, model.keep_units)
+    return _frozen(model, made)
 
 
 def _made(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrainedModel:

@@ -70,17 +70,19 @@ class Model(Strict):
     `load` takes a folder, a GGUF file, `package:NAME` for the network in an installed package, a
     name that the hub's cache holds, or `hub:NAME` to download it. With `load`, `kind` may say what
     is loaded: `--smoke` builds it where the hub is out of reach. Parameters whose names match a
-    glob of `freeze` are not trained.
+    glob of `freeze` are not trained. `keep_units` cuts each feed-forward block down to so many
+    hidden units, those of largest norm.
     """
 
     kind: str | None = None
     load: str | None = None
     fields: dict[str, Any] = {}
     freeze: list[str] = []
+    keep_units: Positive | None = None
 
     @model_serializer(mode="wrap")
     def _given(self, usual: Any) -> dict[str, Any]:
-        return _without(usual(self), freeze=[])
+        return _without(usual(self), freeze=[], keep_units=None)
 
     @model_validator(mode="after")
     def _one(self) -> Model:
