@@ -179,3 +179,67 @@ def test_without_triton_torch_serves_and_says_so_once(
         assert trouble == "no Triton" or trouble in said
     finally:
         gpu.why_not.cache_clear()
+
+
+# --- many weights in one launch -------------------------------------------------------------------
+
+
+def _jobs(dtype: torch.dtype, **more: Any) -> list[gpu.Job]:
+    """Weights that are cut in several ways; five of them in one, which share a launch."""
+    shapes = [
+        ((9, 48), 1, "1:16"), ((33, 1440), 1, "1:16"), ((4, 16), 1, "1:16"), ((7, 96), 1, "1:16"),
+        ((2, 3, 64), 2, "1:16"), ((48, 9), 0, "1:16"), ((96, 9), 0, "1:16"), ((9, 48), 1, "2:4"),
+        ((8, 64), 1, "2:4"), ((8, 64), 1, "4:4"),
+    ]  # fmt: skip
+    jobs = []
+    for i, (size, dim, spec) in enumerate(shapes):
+        w = weight(size, dtype, "many", i)
+        jobs.append(gpu.Job(w, Pattern(spec), dim, 0.25, torch.full_like(w, 7.0), **more))
+    return jobs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_weights_are_written_as_one_by_one(dtype: torch.dtype) -> None:
+    jobs = _jobs(dtype)
+    flags = gpu.project_all(jobs)
+    assert len(flags) == 4
+    assert all(bool(flag) for flag in flags)
+    for job in jobs:
+        want = torch.empty_like(job.w)
+        gpu.project(job.w, job.pattern, job.dim, job.delta, out=want)
+        assert torch.equal(job.out, want)
+    assert gpu.project_all([]) == []
+
+
+def test_many_gradients_in_place_under_a_loss_scale() -> None:
+    scale = torch.tensor(8.0, device=DEVICE)
+    jobs = []
+    for seed in range(3):
+        w, g = weight((8, 64), torch.float32, seed=seed), weight((8, 64), torch.float32, seed=9)
+        jobs.append(gpu.Job(w, Pattern("1:4"), 1, 1.0, g, g, 0.5, scale))
+    want = [job.out.clone() for job in jobs]
+    for job, out in zip(jobs, want, strict=True):
+        gpu.project(job.w, job.pattern, 1, 1.0, out=out, values=out, pull=0.5, scale=scale)
+    assert len(gpu.project_all(jobs)) == 1
+    for job, out in zip(jobs, want, strict=True):
+        assert torch.equal(job.out, out)
+
+
+def test_one_of_many_that_is_not_finite_is_found() -> None:
+    jobs = _jobs(torch.float32)
+    jobs[1].w.view(-1)[40_000] = float("inf")
+    flags = gpu.project_all(jobs)
+    assert [bool(flag) for flag in flags] == [False, True, True, True]
+
+
+def test_addresses_that_changed_are_read_anew() -> None:
+    """Odd addresses too, which lose nothing but speed."""
+    for shift in (0, 1, 3):
+        jobs = []
+        for seed in range(2):
+            memory = torch.empty(8 * 64 + shift, device=DEVICE)
+            w = memory[shift:].view(8, 64).copy_(weight((8, 64), torch.float32, seed=seed))
+            jobs.append(gpu.Job(w, Pattern("1:8"), 1, 0.0, torch.empty_like(w)))
+        gpu.project_all(jobs)
+        for job in jobs:
+            assert torch.equal(job.out, torch.where(expected(job.w, job.pattern, 1), job.w, 0.0))

@@ -8,6 +8,7 @@ from torch import Tensor
 from nmflow.errors import StateError, WeightError
 from nmflow.flow import writes
 from nmflow.flow.flags import Flags
+from nmflow.flow.marks import fingerprints
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
 from nmflow.flow.weights import Weights
@@ -44,11 +45,11 @@ class Edits:
         for slot in self._weights.slots:
             slot.home.check(slot.param)
         self._read_late(k)
-        late: list[tuple[str, Tensor, Tensor]] = []
+        late: list[Slot] = []
         for slot in self._weights.pruned:
             if not slot.moved():
                 if not wait and waits(local(slot.param)):
-                    late.append((slot.name, *slot.prints()))
+                    late.append(slot)
                     continue
                 if bool(slot.same()):
                     continue
@@ -56,9 +57,9 @@ class Edits:
                 raise _was_written(slot, k)
         if late:
             # In few launches, which cost more here than what they compute.
-            names, before, now = zip(*late, strict=True)
-            same = torch.cat(before) == torch.cat(now)
-            self._late = [(n, len(x)) for n, x in zip(names, now, strict=True)], same
+            now = fingerprints([local(slot.param) for slot in late])
+            same = torch.cat([slot.prints for slot in late]) == torch.cat(now)
+            self._late = [(s.name, len(x)) for s, x in zip(late, now, strict=True)], same
             self._flags.send([same.all()])
 
     def untouched(self) -> bool:

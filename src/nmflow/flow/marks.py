@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nmflow import native
 from nmflow.masks import native as native_masks
+from nmflow.masks import triton as launches
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -62,10 +65,7 @@ def fingerprint(x: Tensor) -> Tensor:
     """
     if x.numel() == 0:
         return torch.zeros(1, dtype=torch.int64, device=x.device)
-    if not x.is_contiguous():
-        # The order does not matter, only that it is the same each time.
-        x = x.permute(_by_stride(x)).contiguous()
-    rows = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
+    rows = _rows(x)
     size = _word(rows)
     odd = _odd(rows.shape[1] * x.element_size() // size, x.device)
     if x.device.type == "cpu" and size > 1 and native.available():
@@ -74,6 +74,36 @@ def fingerprint(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         return torch.mv(words, odd)
     return (words * odd).sum(1)
+
+
+def fingerprints(xs: Sequence[Tensor]) -> list[Tensor]:
+    """The fingerprint of each tensor; on a GPU in one launch for all with rows of a length."""
+    found: dict[int, Tensor] = {}
+    alike: dict[tuple[Any, ...], dict[int, Tensor]] = {}
+    for i, x in enumerate(xs):
+        if _together(x):
+            rows = _rows(x)
+            words = rows.view(_WORDS[_word(rows)])
+            alike.setdefault((x.device, words.dtype, words.shape[1]), {})[i] = words
+        else:
+            found[i] = fingerprint(x)
+    for (device, _, length), some in alike.items():
+        prints = launches.fingerprints(list(some.values()), _odd(length, device))
+        found.update(zip(some, prints.split([len(w) for w in some.values()]), strict=True))
+    return [found[i] for i in range(len(xs))]
+
+
+def _together(x: Tensor) -> bool:
+    """Whether a kernel takes many like it."""
+    return x.device.type == "cuda" and x.numel() > 0 and not launches.why_not()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A tensor as a matrix of the rows of its memory."""
+    if not x.is_contiguous():
+        # The order does not matter, only that it is the same each time.
+        x = x.permute(_by_stride(x)).contiguous()
+    return x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
 
 
 def blank(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,14 @@ from nmflow import masks
 from nmflow.flow import gradients
 from nmflow.flow.homes import Home
 from nmflow.flow.loan import Loan
-from nmflow.flow.marks import Mark, blank, fingerprint
+from nmflow.flow.marks import Mark, blank
 from nmflow.flow.sharding import Region, local
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
 from nmflow.pattern import EVERY
 from nmflow.recipes.schedules import Stage
 
 Stages = Mapping[str, Stage]
+Later = list[masks.Job]
 
 
 class Slot:
@@ -141,32 +142,42 @@ class Slot:
 
     # -- what the network sees -----------------------------------------------------------------
 
-    def fade(self, region: Region, stage: Stage, held: bool, g: Tensor) -> None:
-        """The masked rule on `g`, the gradient of a region whose stage has a pattern, in place."""
+    def fade(
+        self, region: Region, stage: Stage, held: bool, g: Tensor, later: Later | None = None
+    ) -> None:
+        """The masked rule on `g`, the gradient of a region whose stage has a pattern, in place.
+
+        On a GPU `later` takes what `masks.project_all` is to do, where it is given.
+        """
         w = region.of(local(self.dense))
         if not held and g.dtype == w.dtype and _in_one_pass(region, stage, w, g):
-            _project(region, stage, w, stage.delta, out=g, values=g)
+            _project(region, stage, w, stage.delta, later, out=g, values=g)
         else:
             gradients.masked(g, *self.masks(region, stage, held), stage.delta)
 
     def refine(
-        self, region: Region, stage: Stage, held: bool, g: Tensor, lam: float, scale: Tensor | None
-    ) -> None:
+        self, region: Region, stage: Stage, held: bool, g: Tensor, lam: float,
+        scale: Tensor | None, later: Later | None = None,
+    ) -> None:  # fmt: skip
         """SR-STE's term on `g`, as `fade`; `scale` is the loss scale still in it."""
         w = region.of(local(self.dense))
         if not held and g.dtype == w.dtype and _in_one_pass(region, stage, w, g):
             pull = lam * (1.0 - stage.delta)
-            _project(region, stage, w, 1.0, out=g, values=g, pull=pull, scale=scale)
+            _project(region, stage, w, 1.0, later, out=g, values=g, pull=pull, scale=scale)
         else:
             gradients.refined(g, w, self.masks(region, stage, held)[0], lam, scale)
 
-    def write(self, stages: Stages, held: bool, hold: bool) -> list[Tensor]:
+    def write(
+        self, stages: Stages, held: bool, hold: bool, later: Later | None = None
+    ) -> list[Tensor]:
         """Write W̃ into the parameter.
 
         Args:
             stages: the stage of each target, by label.
             held: whether the masks are those of the state, rather than taken from W.
             hold: whether the masks are to be held in the state; False leaves what is held there.
+            later: takes what `masks.project_all` is to do on a GPU; if it took anything, `wrote` is
+                for whoever has that done.
 
         Returns:
             Bool scalars, on the parameter's device: whether the weights were finite.
@@ -174,11 +185,17 @@ class Slot:
         param = local(self.param)
         # A kernel that masks by what is held takes the fingerprint on its way.
         prints = blank(param) if self._in_one_pass_held(stages, held, param) else None
-        finite = self.project(stages, held, hold, param, prints)
-        # The kernel's write is unknown to autograd, which must not reuse the old weight.
-        torch.autograd.graph.increment_version(param)
-        self.seen(prints)
+        before = len(later or ())
+        finite = self.project(stages, held, hold, param, prints, later)
+        if len(later or ()) == before:
+            self.wrote(None if prints is None else prints[1])
         return finite
+
+    def wrote(self, prints: Tensor | None = None) -> None:
+        """W̃ is in the parameter; its fingerprint may be at hand."""
+        # The kernel's write is unknown to autograd, which must not reuse the old weight.
+        torch.autograd.graph.increment_version(local(self.param))
+        self.seen(prints)
 
     def project(
         self,
@@ -187,6 +204,7 @@ class Slot:
         hold: bool,
         sink: Tensor,
         prints: tuple[Tensor, Tensor] | None = None,
+        later: Later | None = None,
     ) -> list[Tensor]:
         """Write W̃ into a tensor shaped like this rank's part; see `write`."""
         source, finite = local(self.dense), []
@@ -198,7 +216,8 @@ class Slot:
             stage, w, out = stages[region.target.label], region.of(source), region.of(sink)
             masked = stage.pattern is not None
             if _in_one_pass(region, stage, w, out) and not (masked and (held or hold)):
-                finite.append(_project(region, stage, w, stage.delta, out=out))
+                fine = _project(region, stage, w, stage.delta, later, out=out)
+                finite += [] if fine is None else [fine]
             elif not masked:
                 out.copy_(w)
                 finite.append(torch.isfinite(w).all())
@@ -218,14 +237,13 @@ class Slot:
 
     # -- writes by others ----------------------------------------------------------------------
 
-    def seen(self, prints: tuple[Tensor, Tensor] | None = None) -> None:
+    def seen(self, prints: Tensor | None = None) -> None:
         """Remember the parameter as it is, so that a write by somebody else is noticed.
 
         Args:
-            prints: its fingerprint, the second of them, where whoever wrote it took it.
+            prints: its fingerprint, where whoever wrote it took it.
         """
-        mine = prints and prints[1]
-        self._mark, self._loading = Mark.of(local(self.param), mine), None
+        self._mark, self._loading = Mark.of(local(self.param), prints), None
 
     def moved(self) -> bool:
         """Whether torch's version of the parameter or its address is another since it was seen."""
@@ -236,10 +254,11 @@ class Slot:
         assert self._mark is not None
         return self._mark.same(local(self.param))
 
-    def prints(self) -> tuple[Tensor, Tensor]:
-        """The fingerprints of the parameter, as it was seen and as it is."""
+    @property
+    def prints(self) -> Tensor:
+        """The fingerprint of the parameter as it was seen."""
         assert self._mark is not None
-        return self._mark.prints, fingerprint(local(self.param))
+        return self._mark.prints
 
     def expect_load(self) -> None:
         """A `load_state_dict` will now write the parameter whole."""
@@ -282,11 +301,21 @@ class Slot:
             region.of(local(self.tensors[FADING_KEY])).copy_(fading)
 
 
-def _project(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> Tensor:
-    """The kernel by the pattern of a stage; whether `w` was finite."""
+def _project(
+    region: Region, stage: Stage, w: Tensor, delta: float, later: Later | None, **more: Any
+) -> Tensor | None:
+    """The kernel by the pattern of a stage; whether `w` was finite, or None if it is put off."""
     target = region.target
     pattern = stage.pattern or EVERY
+    if later is not None and _waits(w):
+        later.append(masks.Job(w, pattern, target.dim, delta, **more))
+        return None
     return masks.one_pass(w, pattern, target.dim, delta, stacked=target.stacked, **more)
+
+
+def _waits(w: Tensor) -> bool:
+    """Whether a launch a weight would cost more than the work: on a GPU."""
+    return w.device.type == "cuda"
 
 
 def _in_one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:

@@ -57,6 +57,12 @@ class Steps:
             return None
         self.mend()
         self._check_no_block("optimizer.step()")
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise FlowError(
+                f"{type(optimizer).__name__}.step() is captured in a CUDA graph, whose replays "
+                "would neither count steps nor take masks: capture the forward and backward pass, "
+                "and call step() after each replay"
+            )
         hosts.check_groups(self._optimizer, self._weights.slots, self._weights.run.recipe)
         self._record.notice()
         self._edits.check(self._record.k, wait=False)

@@ -10,12 +10,13 @@ from torch import Tensor
 from nmflow.errors import FlowError, WeightError
 from nmflow.flow import gradients
 from nmflow.flow.flags import Flags
+from nmflow.flow.marks import fingerprints
 from nmflow.flow.observing import View
 from nmflow.flow.prepared import Prepared
 from nmflow.flow.sharding import local
-from nmflow.flow.slots import Slot
+from nmflow.flow.slots import Later, Slot
 from nmflow.flow.state import Run
-from nmflow.masks import select
+from nmflow.masks import project_all, select
 from nmflow.recipes.schedules import Stage
 
 
@@ -78,6 +79,7 @@ class Weights:
         if recipe.gradient != "masked" and not recipe.lam:
             return
         stages, held = self.stages(k), self.has_masks(k)
+        later: Later = []
         for slot in self.pruned:
             if slot.param.grad is None:
                 continue
@@ -96,10 +98,11 @@ class Weights:
                 if self.prepared.changed(label, slot.param.grad):
                     continue
                 if lam:
-                    slot.refine(region, stage, held, part, lam, scale)
+                    slot.refine(region, stage, held, part, lam, scale, later)
                 elif stage.delta != 1.0 or stage.previous is not None:
-                    slot.fade(region, stage, held, part)
+                    slot.fade(region, stage, held, part, later)
                 self.prepared.change(label, slot.param.grad)
+        project_all(later)
 
     def draw(self, k: int, rates: Mapping[int, float | Tensor]) -> None:
         """Draw W to W̃ by the recipe's pull, where the optimizer will step, at rates by id."""
@@ -156,14 +159,23 @@ class Weights:
         reuse = self.has_masks(k) if reuse is None else reuse
         stages, hold = self.stages(k), self.run.holds(k)
         raised: list[Tensor] = []
+        later: Later = []  # what one launch does for all
+        waiting: list[Slot] = []  # those that it writes
         for slot in self.pruned:
-            flags = slot.write(stages, reuse, hold)
+            before = len(later)
+            flags = slot.write(stages, reuse, hold, later)
+            if len(later) > before:
+                waiting.append(slot)
             if local(slot.param).device.type != "cpu":
                 raised += flags  # reading one would wait for the device
             elif not all(bool(f) for f in flags):
                 for one in self.pruned:
                     one.rest()
                 raise _not_finite(slot, k)
+        raised += project_all(later)
+        prints = fingerprints([local(slot.param) for slot in waiting])
+        for slot, known in zip(waiting, prints, strict=True):
+            slot.wrote(known)
         self._flags.send(raised)
 
     def read_finite(self, k: int) -> None:

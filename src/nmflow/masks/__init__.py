@@ -3,8 +3,10 @@
 from nmflow.masks.activations import wanda_score
 from nmflow.masks.held import hold, one_pass_holds
 from nmflow.masks.magnitude import holds, mask, one_pass, one_pass_serves, project, select, touched
+from nmflow.masks.triton import Job, project_all
 
 __all__ = [
+    "Job",
     "hold",
     "holds",
     "mask",
@@ -12,6 +14,7 @@ __all__ = [
     "one_pass_holds",
     "one_pass_serves",
     "project",
+    "project_all",
     "select",
     "touched",
     "wanda_score",

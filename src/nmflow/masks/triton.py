@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import subprocess
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,124 @@ def project(
             LOWEST=_LOWEST[w.dtype],
         )
     return fine
+
+
+class Job(NamedTuple):
+    """What `project` is asked of one weight among many; `out` is there."""
+
+    w: Tensor
+    pattern: Pattern
+    dim: int
+    delta: float
+    out: Tensor
+    values: Tensor | None = None
+    pull: float = 0.0
+    scale: Tensor | None = None
+
+
+def project_all(jobs: Sequence[Job]) -> list[Tensor]:
+    """`project` of many weights: one launch for all that are cut alike and asked for the same.
+
+    A launch from Python takes some 50 µs, as long as several weights. Where they lie is a table on
+    the device, which is kept as long as the addresses are the same.
+
+    Returns:
+        A bool scalar on the device for each launch: whether all of its weights were finite.
+    """
+    alike: dict[tuple[Any, ...], list[tuple[Job, _Cut]]] = {}
+    for job in jobs:
+        cut = _cut(job.w, job.pattern, job.dim)
+        n, scale = job.pattern.n, None if job.scale is None else id(job.scale)
+        key = (job.w.device, job.w.dtype, n, job.pattern.m == n, cut.m, cut.groups, cut.inner == 1)
+        key += (float(job.delta), float(job.pull), scale, job.values is None)
+        alike.setdefault(key, []).append((job, cut))
+    return [_launch(together) for together in alike.values()]
+
+
+def _launch(jobs: list[tuple[Job, _Cut]]) -> Tensor:
+    from nmflow.masks import triton_kernel
+
+    first, cut = jobs[0]
+    if len(jobs) == 1:
+        return project(
+            first.w, first.pattern, first.dim, first.delta,
+            out=first.out, values=first.values, pull=first.pull, scale=first.scale,
+        )  # fmt: skip
+    rows: list[tuple[int, ...]] = []
+    counts: list[int] = []
+    for job, own in jobs:
+        values = job.w if job.values is None else job.values
+        places = (t.data_ptr() for t in (job.w, values, job.out))
+        rows.append((*places, job.w.numel(), own.inner, sum(counts), own.grid[1]))
+        counts.append(math.prod(own.grid))
+    device, pattern = first.w.device, first.pattern
+    fine = torch.ones((), dtype=torch.bool, device=device)
+    kernel: Any = triton_kernel.project_all
+    with torch.cuda.device_of(first.w):
+        kernel[(sum(counts),)](
+            jobs_ptr=_table(tuple(rows), device),
+            owner_ptr=_owners(tuple(counts), device),
+            like_ptr=first.w,
+            fine_ptr=fine.view(torch.uint8),
+            scale_ptr=first.scale,
+            n=pattern.n,
+            delta=float(first.delta),
+            pull=float(first.pull) or None,
+            M=cut.m,
+            P=_power_of_two(cut.m),
+            R=cut.groups,
+            AXIS=int(cut.inner == 1),
+            KIND=0 if pattern.n == pattern.m else min(pattern.n, 2),
+            LOWEST=_LOWEST[first.w.dtype],
+            VALUES=first.values is not None,
+            ALIGNED=not any(place % 16 for row in rows for place in row[:4]),
+        )
+    return fine
+
+
+def fingerprints(words: Sequence[Tensor], odd: Tensor) -> Tensor:
+    """`Σⱼ oddⱼ·wⱼ mod 2⁶⁴` of every row w of some integer matrices with rows of one length.
+
+    Returns:
+        int64, a number a row, those of the first matrix first.
+    """
+    from nmflow.masks import triton_kernel
+
+    kernel: Any = triton_kernel.fingerprints
+    counts = tuple(len(w) for w in words)
+    starts = (sum(counts[:i]) for i in range(len(counts)))
+    rows = tuple((w.data_ptr(), start) for w, start in zip(words, starts, strict=True))
+    length, device = words[0].shape[1], odd.device
+    prints = torch.empty(sum(counts), dtype=torch.int64, device=device)
+    with torch.cuda.device_of(odd):
+        kernel[(sum(counts),)](
+            jobs_ptr=_table(rows, device),
+            owner_ptr=_owners(counts, device),
+            like_ptr=words[0],
+            odd_ptr=odd,
+            prints_ptr=prints,
+            WORDS=length,
+            B=min(1024, _power_of_two(length)),
+        )
+    return prints
+
+
+# What is kept is a function of its key alone, so it cannot be of other weights.
+@functools.lru_cache(64)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return _sent(torch.tensor(rows, dtype=torch.int64), device)
+
+
+@functools.lru_cache(64)
+def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """The job of each block, of jobs with so many blocks."""
+    each = torch.arange(len(counts), dtype=torch.int32)
+    return _sent(each.repeat_interleave(torch.tensor(counts)), device)
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor on its way to a device, without waiting for it."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
 class _Cut(NamedTuple):

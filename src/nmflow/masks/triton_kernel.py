@@ -10,7 +10,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
-def project(
+def _tile(
     w_ptr,
     values_ptr,  # None: w
     out_ptr,  # None: nothing is written of w
@@ -22,6 +22,8 @@ def project(
     n,
     delta,
     pull,  # None: 0
+    block,  # of tiles along memory
+    beside,  # and among the groups that lie side by side
     M: tl.constexpr,  # the size of a group
     P: tl.constexpr,  # M, or the next power of two
     R: tl.constexpr,  # groups in a tile
@@ -32,12 +34,12 @@ def project(
     """A tile of groups: which weights are kept, and what is written of them."""
     place, column = tl.arange(0, R), tl.arange(0, P)
     if AXIS == 1:  # groups lie in one piece
-        start = (tl.program_id(0).to(tl.int64) * R + place) * M
+        start = (block.to(tl.int64) * R + place) * M
         at = start[:, None] + column[None, :]
         valid = (column[None, :] < M) & (at < total)
     else:  # `inner` groups side by side
-        i = tl.program_id(1) * R + place
-        row = tl.program_id(0).to(tl.int64) * M + column
+        i = beside * R + place
+        row = block.to(tl.int64) * M + column
         at = row[:, None] * inner + i[None, :]
         valid = (column[:, None] < M) & (i[None, :] < inner)
     stored = tl.load(w_ptr + at, mask=valid, other=0.0)
@@ -80,3 +82,100 @@ def project(
                 strength = pull * tl.load(scale_ptr).to(tl.float32)
             other += strength * w
         tl.store(out_ptr + at, tl.where(kept, value, other).to(stored.dtype), mask=valid)
+
+
+@triton.jit
+def project(
+    w_ptr,
+    values_ptr,
+    out_ptr,
+    mask_ptr,
+    fine_ptr,
+    scale_ptr,
+    total,
+    inner,
+    n,
+    delta,
+    pull,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    AXIS: tl.constexpr,
+    KIND: tl.constexpr,
+    LOWEST: tl.constexpr,
+):
+    """A tile of one weight."""
+    block, beside = tl.program_id(0), tl.program_id(1)
+    _tile(
+        w_ptr, values_ptr, out_ptr, mask_ptr, fine_ptr, scale_ptr, total, inner, n, delta, pull,
+        block, beside, M, P, R, AXIS, KIND, LOWEST,
+    )  # fmt: skip
+
+
+@triton.jit
+def project_all(
+    jobs_ptr,  # addresses of w, values and out; total, inner, its first block, tiles side by side
+    owner_ptr,  # the job of each block
+    like_ptr,  # of the dtype of all
+    fine_ptr,
+    scale_ptr,
+    n,
+    delta,
+    pull,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    AXIS: tl.constexpr,
+    KIND: tl.constexpr,
+    LOWEST: tl.constexpr,
+    VALUES: tl.constexpr,  # whether what is written is made of other values than w
+    ALIGNED: tl.constexpr,  # whether every address and every size is a multiple of 16
+):
+    """A tile of one of many weights."""
+    job_ptr = jobs_ptr + tl.load(owner_ptr + tl.program_id(0)) * 7
+    kind = tl.pointer_type(like_ptr.dtype.element_ty)
+    w_ptr = tl.load(job_ptr).to(kind)
+    values_ptr = tl.load(job_ptr + 1).to(kind)
+    out_ptr = tl.load(job_ptr + 2).to(kind)
+    total, inner = tl.load(job_ptr + 3), tl.load(job_ptr + 4)
+    if ALIGNED:  # else Triton would read value by value
+        total = tl.multiple_of(total, 16)
+        w_ptr = tl.multiple_of(w_ptr, 16)
+        values_ptr = tl.multiple_of(values_ptr, 16)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+    place = tl.program_id(0) - tl.load(job_ptr + 5)
+    wide = tl.load(job_ptr + 6)
+    block, beside = place // wide, place % wide
+    if VALUES:
+        _tile(
+            w_ptr, values_ptr, out_ptr, None, fine_ptr, scale_ptr, total, inner, n, delta, pull,
+            block, beside, M, P, R, AXIS, KIND, LOWEST,
+        )  # fmt: skip
+    else:
+        _tile(
+            w_ptr, None, out_ptr, None, fine_ptr, scale_ptr, total, inner, n, delta, pull,
+            block, beside, M, P, R, AXIS, KIND, LOWEST,
+        )  # fmt: skip
+
+
+@triton.jit
+def fingerprints(
+    jobs_ptr,  # the address of a matrix, and its first block
+    owner_ptr,  # the matrix of each block
+    like_ptr,  # of the dtype of the words
+    odd_ptr,
+    prints_ptr,
+    WORDS: tl.constexpr,  # of a row
+    B: tl.constexpr,  # words of a step
+):
+    """A row of one of many matrices: its words times constants, modulo 2⁶⁴."""
+    block = tl.program_id(0)
+    job_ptr = jobs_ptr + tl.load(owner_ptr + block) * 2
+    row = block - tl.load(job_ptr + 1)
+    words_ptr = tl.load(job_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty)) + row * WORDS
+    sums = tl.zeros([B], tl.int64)
+    for first in range(0, WORDS, B):
+        at = first + tl.arange(0, B)
+        word = tl.load(words_ptr + at, mask=at < WORDS, other=0).to(tl.int64)
+        sums += word * tl.load(odd_ptr + at, mask=at < WORDS, other=0)
+    tl.store(prints_ptr + block, tl.sum(sums, 0))
