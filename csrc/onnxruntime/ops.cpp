@@ -1,10 +1,11 @@
-/* Packed layers as an operator of onnxruntime: nmflow::packed_linear.
+/* Packed layers as operators of onnxruntime: nmflow::packed_linear and nmflow::packed_linear_int8.
  *
- * y = epilogue(x W' + bias), x (..., in) and y (..., out) in fp32. Inputs: x; values and codes of W
- * in kernel layout (initializers, checked once when the session is made); bias, optional.
- * Attributes: out_features, in_features, n, m, panel, epilogue, as in nmflow.h. The tasks of a product run on the
- * session's own threads; the session entry `custom_op.packed_linear.threads` says for how many a
- * product is cut, 1 where it is absent. */
+ * y = epilogue(x W' + bias), x (..., in) and y (..., out) in fp32. Inputs: x; W in kernel layout
+ * (values and codes, or one stream of 8-bit values; initializers, checked once when the session is
+ * made); bias, optional. Attributes: out_features, in_features, n, m, panel, epilogue, and for 8-bit
+ * values activations, as in nmflow.h. The tasks of a product run on the session's own threads; the
+ * session entry `custom_op.packed_linear.threads` says for how many a product is cut, 1 where it is
+ * absent. */
 #include <mutex>
 #include <new>
 #include <stdio.h>
@@ -15,23 +16,46 @@
 
 namespace {
 
-const int kMostDims = 16;
+const int kMostDims = 16, kMostInputs = 4;
 const char *const kThreadsKey = "custom_op.packed_linear.threads";
 
-/* The operator as a session registers it: one for each table and number of threads. */
+/* An operator as a session registers it: one for each table and number of threads. */
 struct Op : OrtCustomOp {
-  explicit Op(OrtTable from) : OrtCustomOp(), table(from), ort(from) {}
+  Op(OrtTable from, bool has_int8) : OrtCustomOp(), table(from), ort(from), int8(has_int8) {}
+  const char *title() const { return int8 ? "packed_linear_int8" : "packed_linear"; }
+  size_t bias_at() const { return int8 ? 2 : 3; }
   OrtTable table;
   OrtCalls ort;
+  bool int8;
   int threads = 1;
-  OrtCustomOpDomain *domain = nullptr;
-  Op *next = nullptr;
 };
 
 struct Kernel {
   const Op *op;
-  nmflow_packed packed; /* addresses are filled in at each call */
-  int32_t epilogue;
+  nmflow_shape shape;
+  int32_t epilogue, activations;
+  int64_t bytes[2]; /* of values and codes, or of the stream */
+
+  int validate(const void *const *held) const {
+    if (op->int8) {
+      const nmflow_int8 weight = {shape, held[0], bytes[0]};
+      return nmflow_int8_validate(&weight);
+    }
+    const nmflow_packed weight = {shape, held[0], bytes[0], held[1], bytes[1]};
+    return nmflow_validate(&weight);
+  }
+
+  int multiply(const void *const *held, const void *x, const void *bias, void *y,
+               int64_t tokens) const {
+    if (op->int8) {
+      const nmflow_int8 weight = {shape, held[0], bytes[0]};
+      return nmflow_int8_matmul(&weight, activations, x, shape.in, bias, y, shape.out, tokens,
+                                epilogue, op->threads, NMFLOW_AUTO);
+    }
+    const nmflow_packed weight = {shape, held[0], bytes[0], held[1], bytes[1]};
+    return nmflow_matmul(&weight, x, shape.in, bias, y, shape.out, tokens, epilogue, op->threads,
+                         NMFLOW_AUTO);
+  }
 };
 
 struct Shape {
@@ -40,7 +64,15 @@ struct Shape {
   int32_t type;
 };
 
-OrtStatus *shape_of(const OrtCalls &ort, const OrtValue *value, Shape *out) {
+OrtStatus *refuse(const Op *op, const char *what, int64_t number) {
+  char text[160];
+  snprintf(text, sizeof(text), "nmflow::%s: %s (%lld)", op->title(), what,
+           static_cast<long long>(number));
+  return op->ort.create_status(ORT_INVALID_ARGUMENT, text);
+}
+
+OrtStatus *shape_of(const Op *op, const OrtValue *value, Shape *out) {
+  const OrtCalls &ort = op->ort;
   OrtShapeInfo *info = nullptr;
   OrtStatus *status = ort.shape_of(value, &info);
   if (status != nullptr) return status;
@@ -48,17 +80,10 @@ OrtStatus *shape_of(const OrtCalls &ort, const OrtValue *value, Shape *out) {
   if (status == nullptr) status = ort.rank(info, &out->rank);
   if (status == nullptr) status = ort.count(info, &out->count);
   if (status == nullptr && out->rank > kMostDims)
-    status = ort.create_status(ORT_INVALID_ARGUMENT, "packed_linear: x has more than 16 axes");
+    status = refuse(op, "x has more axes than 16", static_cast<int64_t>(out->rank));
   if (status == nullptr) status = ort.dims(info, out->dims, out->rank);
   ort.release_shape(info);
   return status;
-}
-
-OrtStatus *refuse(const OrtCalls &ort, const char *what, int64_t number) {
-  char text[160];
-  snprintf(text, sizeof(text), "nmflow::packed_linear: %s (%lld)", what,
-           static_cast<long long>(number));
-  return ort.create_status(ORT_INVALID_ARGUMENT, text);
 }
 
 int64_t element_bytes(int32_t type) {
@@ -67,66 +92,68 @@ int64_t element_bytes(int32_t type) {
   return type >= 0 && type < 14 ? bytes[type] : 0;
 }
 
-/* The address of an input in kernel layout, after its size in bytes was compared. */
-OrtStatus *buffer(const OrtCalls &ort, const OrtValue *value, int64_t bytes, const char *name,
-                  const void **out) {
-  Shape shape;
-  OrtStatus *status = shape_of(ort, value, &shape);
-  if (status != nullptr) return status;
-  if (static_cast<int64_t>(shape.count) * element_bytes(shape.type) != bytes)
-    return refuse(ort, name, bytes);
-  void *at = nullptr;
-  status = ort.data(value, &at);
-  *out = at;
-  if (status == nullptr && reinterpret_cast<uintptr_t>(at) % 4 != 0)
-    return refuse(ort, "a buffer is not aligned", 4);
-  return status;
-}
-
-OrtStatus *constant(const OrtCalls &ort, const OrtKernelInfo *info, size_t at, int64_t bytes,
-                    const char *name, const void **out) {
+/* The address of an initializer in kernel layout, after its size in bytes was compared. */
+OrtStatus *initializer(const Op *op, const OrtKernelInfo *info, size_t at, int64_t bytes,
+                       const void **out) {
+  const OrtCalls &ort = op->ort;
   int is_constant = 0;
   const OrtValue *value = nullptr;
   OrtStatus *status = ort.constant(info, at, &is_constant, &value);
   if (status != nullptr) return status;
   if (!is_constant || value == nullptr)
-    return refuse(ort, "values and codes must be initializers of the graph, unlike input", at);
-  return buffer(ort, value, bytes, name, out);
+    return refuse(op, "the weight must be initializers of the graph, unlike input",
+                  static_cast<int64_t>(at));
+  Shape shape;
+  status = shape_of(op, value, &shape);
+  if (status != nullptr) return status;
+  if (static_cast<int64_t>(shape.count) * element_bytes(shape.type) != bytes)
+    return refuse(op, "a buffer of the weight does not have the bytes of the attributes", bytes);
+  void *address = nullptr;
+  status = ort.data(value, &address);
+  *out = address;
+  if (status == nullptr && reinterpret_cast<uintptr_t>(address) % 4 != 0)
+    return refuse(op, "a buffer of the weight is not aligned to bytes", 4);
+  return status;
 }
 
 OrtStatus *create(const OrtCustomOp *self, OrtTable, const OrtKernelInfo *info, void **out) {
   const Op *op = static_cast<const Op *>(self);
-  const OrtCalls &ort = op->ort;
-  static const char *const names[] = {"out_features", "in_features", "n",
-                                      "m",            "panel",       "epilogue"};
-  int64_t number[6];
-  for (int i = 0; i < 6; ++i) {
-    OrtStatus *status = ort.attribute(info, names[i], &number[i]);
+  static const char *const names[] = {"out_features", "in_features", "n",          "m",
+                                      "panel",        "epilogue",    "activations"};
+  int64_t number[7] = {0, 0, 0, 0, 0, 0, 0};
+  for (int i = 0; i < (op->int8 ? 7 : 6); ++i) {
+    OrtStatus *status = op->ort.attribute(info, names[i], &number[i]);
     if (status != nullptr) return status;
-    if (i > 1 && (number[i] < 0 || number[i] > INT32_MAX)) return refuse(ort, names[i], number[i]);
+    if (i > 1 && (number[i] < 0 || number[i] > INT32_MAX)) return refuse(op, names[i], number[i]);
   }
   Kernel made;
   made.op = op;
-  made.packed.shape = {number[0], number[1], static_cast<int32_t>(number[2]),
-                       static_cast<int32_t>(number[3]), static_cast<int32_t>(number[4]),
-                       NMFLOW_F32};
+  made.shape = {number[0], number[1], static_cast<int32_t>(number[2]),
+                static_cast<int32_t>(number[3]), static_cast<int32_t>(number[4]), NMFLOW_F32};
   made.epilogue = static_cast<int32_t>(number[5]);
-  if (made.epilogue > NMFLOW_RELU) return refuse(ort, "epilogue is unknown", made.epilogue);
-  nmf_geometry g;
-  const int status = nmf_geometry_of(&made.packed.shape, &g);
-  if (status != NMFLOW_OK) return refuse(ort, "the attributes are no packed weight", status);
-  made.packed.values_bytes = g.values_bytes;
-  made.packed.codes_bytes = g.codes_bytes;
-  OrtStatus *refused = constant(ort, info, 1, g.values_bytes, "values do not have the bytes of the attributes",
-                                &made.packed.values);
-  if (refused == nullptr)
-    refused = constant(ort, info, 2, g.codes_bytes, "codes do not have the bytes of the attributes",
-                       &made.packed.codes);
-  if (refused != nullptr) return refused;
-  const int checked = nmflow_validate(&made.packed);
-  if (checked != NMFLOW_OK) return refuse(ort, "values and codes are no packed weight", checked);
+  made.activations = static_cast<int32_t>(number[6]);
+  if (made.epilogue > NMFLOW_RELU) return refuse(op, "epilogue is unknown", made.epilogue);
+  if (made.activations > NMFLOW_INT8S)
+    return refuse(op, "activations is unknown", made.activations);
+  int status;
+  if (op->int8) {
+    status = nmflow_int8_bytes(&made.shape, &made.bytes[0]);
+  } else {
+    nmf_geometry g;
+    status = nmf_geometry_of(&made.shape, &g);
+    made.bytes[0] = g.values_bytes;
+    made.bytes[1] = g.codes_bytes;
+  }
+  if (status != NMFLOW_OK) return refuse(op, "the attributes are no packed weight", status);
+  const void *held[2] = {nullptr, nullptr};
+  for (size_t i = 0; i + 1 < op->bias_at(); ++i) {
+    OrtStatus *refused = initializer(op, info, i + 1, made.bytes[i], &held[i]);
+    if (refused != nullptr) return refused;
+  }
+  status = made.validate(held);
+  if (status != NMFLOW_OK) return refuse(op, "the buffers are no packed weight", status);
   *out = new (std::nothrow) Kernel(made);
-  return *out == nullptr ? ort.create_status(ORT_FAIL, "nmflow::packed_linear: no memory") : nullptr;
+  return *out == nullptr ? refuse(op, "no memory for a kernel", sizeof(Kernel)) : nullptr;
 }
 
 void destroy(void *kernel) { delete static_cast<Kernel *>(kernel); }
@@ -147,58 +174,76 @@ bool on_session(void *pool, void (*run)(void *, size_t), size_t total, void *dat
 
 OrtStatus *compute(void *self, OrtKernelContext *context) {
   const Kernel &kernel = *static_cast<const Kernel *>(self);
-  const OrtCalls &ort = kernel.op->ort;
-  nmflow_packed packed = kernel.packed;
-  const OrtValue *given[4] = {nullptr, nullptr, nullptr, nullptr};
-  void *address[4] = {nullptr, nullptr, nullptr, nullptr};
-  for (size_t i = 0; i < 4; ++i) {
+  const Op *op = kernel.op;
+  const OrtCalls &ort = op->ort;
+  const size_t bias_at = op->bias_at();
+  const OrtValue *given[kMostInputs] = {nullptr, nullptr, nullptr, nullptr};
+  void *address[kMostInputs] = {nullptr, nullptr, nullptr, nullptr};
+  for (size_t i = 0; i <= bias_at; ++i) {
     OrtStatus *status = ort.input(context, i, &given[i]);
     if (status == nullptr && given[i] != nullptr) status = ort.data(given[i], &address[i]);
     if (status != nullptr) return status;
   }
   Shape x;
-  OrtStatus *status = shape_of(ort, given[0], &x);
+  OrtStatus *status = shape_of(op, given[0], &x);
   if (status != nullptr) return status;
-  if (x.rank == 0 || x.dims[x.rank - 1] != packed.shape.in)
-    return refuse(ort, "the last axis of x must have the features of the packed weight", packed.shape.in);
-  if (given[3] != nullptr) {
+  if (x.rank == 0 || x.dims[x.rank - 1] != kernel.shape.in)
+    return refuse(op, "the last axis of x must have the features of the packed weight",
+                  kernel.shape.in);
+  if (given[bias_at] != nullptr) {
     Shape bias;
-    status = shape_of(ort, given[3], &bias);
+    status = shape_of(op, given[bias_at], &bias);
     if (status != nullptr) return status;
-    if (static_cast<int64_t>(bias.count) != packed.shape.out)
-      return refuse(ort, "bias must have the outputs of the packed weight", packed.shape.out);
+    if (static_cast<int64_t>(bias.count) != kernel.shape.out)
+      return refuse(op, "bias must have the outputs of the packed weight", kernel.shape.out);
   }
-  x.dims[x.rank - 1] = packed.shape.out;
+  x.dims[x.rank - 1] = kernel.shape.out;
   OrtValue *result = nullptr;
   status = ort.output(context, 0, x.dims, x.rank, &result);
   if (status != nullptr) return status;
   void *y = nullptr;
   status = ort.data(result, &y);
   if (status != nullptr) return status;
-  packed.values = address[1];
-  packed.codes = address[2];
-  const int64_t tokens = static_cast<int64_t>(x.count) / packed.shape.in;
   Threads threads = {&ort, context};
   const nmf_pool pool = {on_session, &threads};
   nmf_borrow(&pool);
-  const int done = nmflow_matmul(&packed, address[0], packed.shape.in, address[3], y,
-                                 packed.shape.out, tokens, kernel.epilogue, kernel.op->threads,
-                                 NMFLOW_AUTO);
+  const int done = kernel.multiply(address + 1, address[0], address[bias_at], y,
+                                   static_cast<int64_t>(x.count) / kernel.shape.in);
   nmf_borrow(nullptr);
-  return done == NMFLOW_OK ? nullptr : refuse(ort, "the product was refused", done);
+  return done == NMFLOW_OK ? nullptr : refuse(op, "the product was refused", done);
 }
 
-const char *name_of(const OrtCustomOp *) { return "packed_linear"; }
-size_t four(const OrtCustomOp *) { return 4; }
+const Op *as_op(const OrtCustomOp *op) { return static_cast<const Op *>(op); }
+const char *name_of(const OrtCustomOp *op) { return as_op(op)->title(); }
+size_t inputs_of(const OrtCustomOp *op) { return as_op(op)->bias_at() + 1; }
 size_t one(const OrtCustomOp *) { return 1; }
-int32_t input_type(const OrtCustomOp *, size_t at) {
-  return at == 0 || at == 3 ? ORT_FLOAT : ORT_ANY_TYPE;
+int32_t input_type(const OrtCustomOp *op, size_t at) {
+  return at == 0 || at == as_op(op)->bias_at() ? ORT_FLOAT : ORT_ANY_TYPE;
 }
 int32_t output_type(const OrtCustomOp *, size_t) { return ORT_FLOAT; }
-int32_t input_kind(const OrtCustomOp *, size_t at) { return at == 3 ? ORT_OPTIONAL : ORT_REQUIRED; }
+int32_t input_kind(const OrtCustomOp *op, size_t at) {
+  return at == as_op(op)->bias_at() ? ORT_OPTIONAL : ORT_REQUIRED;
+}
 int32_t output_kind(const OrtCustomOp *, size_t) { return ORT_REQUIRED; }
 const char *on_cpu(const OrtCustomOp *) { return nullptr; }
 int32_t default_memory(const OrtCustomOp *, size_t) { return 0; }
+
+void describe(Op *op, int threads) {
+  op->version = ORT_VERSION_USED;
+  op->name = name_of;
+  op->provider = on_cpu;
+  op->input_memory = default_memory;
+  op->inputs = inputs_of;
+  op->outputs = one;
+  op->input_type = input_type;
+  op->output_type = output_type;
+  op->input_kind = input_kind;
+  op->output_kind = output_kind;
+  op->create_kernel_v2 = create;
+  op->compute_v2 = compute;
+  op->destroy = destroy;
+  op->threads = threads;
+}
 
 OrtStatus *threads_of(const OrtCalls &ort, const OrtSessionOptions *options, int *out) {
   int there = 0;
@@ -210,47 +255,44 @@ OrtStatus *threads_of(const OrtCalls &ort, const OrtSessionOptions *options, int
   status = ort.config(options, kThreadsKey, text, &bytes);
   if (status != nullptr) return status;
   const int threads = atoi(text);
-  if (threads < 1) return refuse(ort, "custom_op.packed_linear.threads must be 1 or more", threads);
+  if (threads < 1)
+    return ort.create_status(ORT_INVALID_ARGUMENT,
+                             "custom_op.packed_linear.threads must be a number of 1 or more");
   *out = threads > 256 ? 256 : threads;
   return nullptr;
 }
 
-/* Sessions use an operator for as long as they live, and nothing tells when the last one ends: so
- * operators are kept for good, one for each number of threads. */
+/* Sessions use operators for as long as they live, and nothing tells when the last one ends: so
+ * a domain of operators is kept for good, one for each number of threads. */
+struct Domain {
+  explicit Domain(OrtTable table) : floats(table, false), int8(table, true) {}
+  Op floats, int8;
+  OrtCustomOpDomain *domain = nullptr;
+  Domain *next = nullptr;
+};
 std::mutex g_mutex;
-Op *g_ops = nullptr;
+Domain *g_domains = nullptr;
 
-OrtStatus *op_for(OrtTable table, int threads, Op **out) {
+OrtStatus *domain_for(OrtTable table, const OrtCalls &ort, int threads, OrtCustomOpDomain **out) {
   std::lock_guard<std::mutex> lock(g_mutex);
-  for (Op *op = g_ops; op != nullptr; op = op->next) {
-    *out = op;
-    if (op->table == table && op->threads == threads) return nullptr;
+  for (Domain *known = g_domains; known != nullptr; known = known->next) {
+    *out = known->domain;
+    if (known->floats.table == table && known->floats.threads == threads) return nullptr;
   }
-  Op *op = new (std::nothrow) Op(table);
-  if (op == nullptr)
-    return OrtCalls(table).create_status(ORT_FAIL, "nmflow::packed_linear: no memory");
-  op->version = ORT_VERSION_USED;
-  op->name = name_of;
-  op->provider = on_cpu;
-  op->input_memory = default_memory;
-  op->inputs = four;
-  op->outputs = one;
-  op->input_type = input_type;
-  op->output_type = output_type;
-  op->input_kind = input_kind;
-  op->output_kind = output_kind;
-  op->create_kernel_v2 = create;
-  op->compute_v2 = compute;
-  op->destroy = destroy;
-  op->threads = threads;
-  OrtStatus *status = op->ort.create_domain("nmflow", &op->domain);
-  if (status == nullptr) status = op->ort.add_to_domain(op->domain, op);
+  Domain *made = new (std::nothrow) Domain(table);
+  if (made == nullptr) return ort.create_status(ORT_FAIL, "nmflow: no memory for its operators");
+  describe(&made->floats, threads);
+  describe(&made->int8, threads);
+  OrtStatus *status = ort.create_domain("nmflow", &made->domain);
+  if (status == nullptr) status = ort.add_to_domain(made->domain, &made->floats);
+  if (status == nullptr) status = ort.add_to_domain(made->domain, &made->int8);
   if (status != nullptr) {
-    delete op;
+    delete made;
     return status;
   }
-  op->next = g_ops;
-  g_ops = *out = op;
+  made->next = g_domains;
+  g_domains = made;
+  *out = made->domain;
   return nullptr;
 }
 
@@ -265,9 +307,10 @@ extern "C" NMFLOW_API OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
     memcpy(&create_status, base->get_api(1), sizeof(create_status));
     return create_status(ORT_FAIL, "nmflow needs onnxruntime 1.17 or later");
   }
+  const OrtCalls ort(table);
   int threads = 1;
-  Op *op = nullptr;
-  OrtStatus *status = threads_of(OrtCalls(table), options, &threads);
-  if (status == nullptr) status = op_for(table, threads, &op);
-  return status != nullptr ? status : op->ort.add_domain(options, op->domain);
+  OrtCustomOpDomain *domain = nullptr;
+  OrtStatus *status = threads_of(ort, options, &threads);
+  if (status == nullptr) status = domain_for(table, ort, threads, &domain);
+  return status != nullptr ? status : ort.add_domain(options, domain);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nmflow import mask, native
 from nmflow.errors import CompressError
 from nmflow.kernels import reference
 from nmflow.packed import compress, export_onnx, onnxruntime_session_options
+from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.modules import PackedLinear
 from nmflow.packed.onnx_operators import ATTRIBUTES
 from pruned import prune
@@ -51,15 +53,20 @@ def graph(layer: PackedLinear, **changed: Any) -> bytes:
     loose = changed.pop("loose", ())  # buffers that are inputs of the graph, not initializers
     numbers = dict(zip(ATTRIBUTES[:5], layer.dims, strict=True))
     numbers |= {"epilogue": layer.epilogue} | changed
-    names = ["x", *(name if t is not None else "" for name, t in held.items())]
-    node = onnx.helper.make_node("packed_linear", names, ["y"], domain="nmflow", **numbers)
+    return model_of("packed_linear", held, numbers, loose)
+
+
+def model_of(
+    name: str, held: dict[str, Any], numbers: dict[str, int], loose: Sequence[str] = ()
+) -> bytes:
+    names = ["x", *(own if t is not None else "" for own, t in held.items())]
+    node = onnx.helper.make_node(name, names, ["y"], domain="nmflow", **numbers)
     real = onnx.TensorProto.FLOAT
-    inputs = [onnx.helper.make_tensor_value_info("x", real, None)]
-    inputs += [onnx.helper.make_tensor_value_info(name, real, None) for name in loose]
+    inputs = [onnx.helper.make_tensor_value_info(own, real, None) for own in ("x", *loose)]
     made = onnx.helper.make_graph(
         [node], "one", inputs, [onnx.helper.make_tensor_value_info("y", real, None)],
-        [onnx.numpy_helper.from_array(t.numpy(), name)
-         for name, t in held.items() if t is not None and name not in loose],
+        [onnx.numpy_helper.from_array(t.numpy(), own)
+         for own, t in held.items() if t is not None and own not in loose],
     )  # fmt: skip
     opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmflow", 1)]
     return onnx.helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString()
@@ -92,6 +99,50 @@ def test_the_operator_is_the_layer(pattern: str, out: int, inputs: int, bias: bo
             assert y.shape == want.shape
             torch.testing.assert_close(y, want, atol=2e-5, rtol=2e-5)
             assert torch.equal(y, layer(x)), "the same kernels, so the same bits"
+
+
+def graph_int8(layer: Int8Linear, **changed: Any) -> bytes:
+    held = {"stream": layer.stream, "bias": layer.bias}
+    held |= {k: changed.pop(k) for k in list(changed) if k in held}
+    numbers = dict(zip(ATTRIBUTES[:5], layer.dims, strict=True))
+    numbers |= {"epilogue": layer.epilogue, "activations": int(layer.activations == "int8")}
+    return model_of("packed_linear_int8", held, numbers | changed)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize(("pattern", "out", "inputs"), CASES)
+def test_the_operator_of_8_bit_values_is_the_layer(
+    pattern: str, out: int, inputs: int, activations: str
+) -> None:
+    layer = Int8Linear.of(layer_of(pattern, out, inputs, pattern != "1:4"), activations)
+    for epilogue in (0, 1, 2):
+        layer.epilogue = epilogue
+        made = session(graph_int8(layer))
+        for lead in [(1,), (7,), (2, 3), (49,), (), (0,)]:
+            x = torch.randn(*lead, inputs)
+            y = run(made, x)
+            assert torch.equal(y, layer(x)), "the same kernels, so the same bits"
+    want = nn.functional.linear(x := torch.randn(5, inputs), layer.dense(), layer.bias).relu()
+    off = 0.05 * float(want.abs().max()) if activations == "int8" else 1e-4
+    torch.testing.assert_close(run(made, x), want, atol=off, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"out_features": 64}, "bytes of the attributes"),
+        ({"m": 3}, "no packed weight"),
+        ({"activations": 2}, "activations is unknown"),
+        ({"stream": torch.full((2, 320), 255, dtype=torch.uint8)}, "no packed weight"),
+    ],
+)
+def test_what_is_no_weight_of_8_bit_values_makes_no_session(
+    changed: dict[str, Any], said: str
+) -> None:
+    layer = Int8Linear.of(layer_of("2:8", 17, 16))
+    session(graph_int8(layer))
+    with pytest.raises(Exception, match=said):
+        session(graph_int8(layer, **changed))
 
 
 def test_threads_are_the_session_s_and_change_no_bit() -> None:
@@ -129,11 +180,23 @@ def test_inputs_that_do_not_fit_are_refused_at_the_call() -> None:
     for x in (torch.randn(2, 65), torch.randn(())):
         with pytest.raises(Exception, match="the last axis of x must have the features"):
             run(made, x)
-    with pytest.raises(Exception, match="16 axes"):
+    with pytest.raises(Exception, match="more axes than 16"):
         run(made, torch.randn((1,) * 16 + (64,)))
     with pytest.raises(Exception, match="bias must have the outputs"):
         run(session(graph(layer, bias=torch.zeros(16))), torch.randn(2, 64))
     assert run(made, torch.randn(2, 64)).shape == (2, 17)
+
+
+def test_a_packed_network_of_8_bit_values_runs_in_onnxruntime(tmp_path: Path) -> None:
+    build, inputs = MODELS["bert"]
+    torch.manual_seed(0)
+    packed = compress(prune(build()), measure=False, values="int8", activations="int8")
+    path = export_onnx(packed, inputs, tmp_path / "packed.onnx", packed=True)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("packed_linear_int8") == 2 * 6 + 2  # the pooler and the classifier too
+    got = session(path).run(None, {"input_ids": inputs["input_ids"].numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(got, packed(**inputs).logits.numpy(), atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -231,10 +231,26 @@ def _verify(step: _Step, path: Path, packed: bool) -> None:
 
 
 def _quantize(path: Path) -> None:
-    """Let onnxruntime quantize the dense products of a file, in place."""
+    """Let onnxruntime quantize the dense products of a file, in place.
+
+    The table of words is looked up, not multiplied, so it stays as it is; a head that shares it
+    gets a matrix of its own, since onnxruntime quantizes constants only.
+    """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    whole = path.with_name(path.name + ".float32")
-    os.replace(path, whole)
-    quantize_dynamic(whole, path, weight_type=QuantType.QInt8)
-    whole.unlink()
+    if len(list(path.parent.iterdir())) > 1:
+        raise CompressError("head is 'int8' and the file is above 2 GB: pass head='float32'")
+    model = onnx.load(path)
+    graph = model.graph
+    held = {t.name: t for t in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in held]:
+        order = next((a.ints for a in node.attribute if a.name == "perm"), None)
+        turned = onnx.numpy_helper.to_array(held[node.input[0]]).transpose(order)
+        graph.initializer.append(onnx.numpy_helper.from_array(turned, node.output[0]))
+        graph.node.remove(node)
+    # Types are not inferred across operators that onnx does not know.
+    unknown = {"DefaultTensorType": onnx.TensorProto.FLOAT}
+    quantize_dynamic(
+        model, path, ["MatMul", "Gemm"], weight_type=QuantType.QInt8, extra_options=unknown
+    )

@@ -1,8 +1,9 @@
-"""Packed layers in onnxruntime: `nmflow::packed_linear`, how it is written and what runs it.
+"""Packed layers in onnxruntime: two operators, how they are written and what runs them.
 
-The operator is in the compiled library (`csrc/onnxruntime`), which exports what onnxruntime looks
-up in a library of operators. Its inputs are x `(..., in)`, values and codes in kernel layout, and
-optionally a bias `(out,)`; its attributes are `ATTRIBUTES`.
+The operators are in the compiled library (`csrc/onnxruntime`), which exports what onnxruntime
+looks up in a library of operators. `nmflow::packed_linear` takes x `(..., in)`, values and codes in
+kernel layout, and optionally a bias `(out,)`; `nmflow::packed_linear_int8` the stream of 8-bit
+values in their place. Attributes are `ATTRIBUTES`, and for 8-bit values `activations`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nmflow import native
 from nmflow.errors import CompressError
 from nmflow.packed.modules import PackedLinear
 
-DOMAIN, NAME, VERSION = "nmflow", "packed_linear", 1
+DOMAIN, NAME, NAME_INT8, VERSION = "nmflow", "packed_linear", "packed_linear_int8", 1
 ATTRIBUTES = ("out_features", "in_features", "n", "m", "panel", "epilogue")
 # The session's entry that says for how many threads a product is cut.
 THREADS = f"custom_op.{NAME}.threads"
@@ -78,41 +79,50 @@ def check_packed(model: nn.Module) -> None:
             "or leave packed=False"
         )
     for path, layer in layers.items():
-        if layer.values.dtype != torch.float32:
+        if layer.like.dtype != torch.float32:
             raise CompressError(
-                f"packed is True and {path or 'the model'} is {layer.values.dtype}: onnxruntime "
+                f"packed is True and {path or 'the model'} is {layer.like.dtype}: onnxruntime "
                 "runs packed layers in float32, so export packed.float()"
             )
 
 
 def translation() -> dict[Any, Callable[..., Any]]:
-    """The table by which torch's exporter writes `nmflow::matmul` as `nmflow::packed_linear`."""
+    """The table by which torch's exporter writes nmflow's products as its operators."""
+    numbers = (*ATTRIBUTES[:-1], "activations", ATTRIBUTES[-1])
+    return {
+        torch.ops.nmflow.matmul.default: _writer(NAME, ("values", "codes"), ATTRIBUTES),
+        torch.ops.nmflow.matmul_int8.default: _writer(NAME_INT8, ("stream",), numbers),
+    }
+
+
+def _writer(name: str, weight: tuple[str, ...], numbers: tuple[str, ...]) -> Callable[..., Any]:
+    """What writes one operator, from the arguments of the op that it stands for."""
     import onnx
     from onnxscript import values
 
     schema, kind = onnx.defs.OpSchema, onnx.defs.OpSchema.AttrType.INT
-    given = schema.FormalParameter
+    given, optional = schema.FormalParameter, schema.FormalParameterOption.Optional
+    buffers = ["tensor(float)", "tensor(int32)", "tensor(uint8)"]
     described = schema(
-        NAME,
+        name,
         DOMAIN,
         VERSION,
         inputs=[
             given("x", "T"),
-            given("values", "V"),
-            given("codes", "C"),
-            given("bias", "T", param_option=schema.FormalParameterOption.Optional),
+            *(given(own, f"T_{own}") for own in weight),
+            given("bias", "T", param_option=optional),
         ],
         outputs=[given("y", "T")],
         type_constraints=[
             ("T", ["tensor(float)"], ""),
-            ("V", ["tensor(float)"], ""),
-            ("C", ["tensor(int32)", "tensor(uint8)"], ""),
+            *((f"T_{own}", buffers, "") for own in weight),
         ],
-        attributes=[schema.Attribute(name, kind) for name in ATTRIBUTES],
+        attributes=[schema.Attribute(number, kind) for number in numbers],
     )
-    write = values.Op(values.Opset(DOMAIN, VERSION), NAME, described)
+    write = values.Op(values.Opset(DOMAIN, VERSION), name, described)
+    inputs = len(weight) + 2
 
-    def packed_linear(x: Any, held: Any, codes: Any, bias: Any, *numbers: int) -> Any:
-        return write(x, held, codes, bias, **dict(zip(ATTRIBUTES, numbers, strict=True)))
+    def operator(*args: Any) -> Any:
+        return write(*args[:inputs], **dict(zip(numbers, args[inputs:], strict=True)))
 
-    return {torch.ops.nmflow.matmul.default: packed_linear}
+    return operator
