@@ -15,13 +15,13 @@ from nmflow.errors import CompressError
 from nmflow.packed.decoder import OnnxDecoder
 
 # Continues a text of some tokens by exactly as many as asked for, greedily, from an empty cache.
-Decode = Callable[[Sequence[int], int], object]
+Decode = Callable[[Sequence[int], int], Any]
 
 
 def by_generate(model: Any) -> Decode:
     """`model.generate` of transformers, dense or packed."""
 
-    def run(prompt: Sequence[int], new: int) -> object:
+    def run(prompt: Sequence[int], new: int) -> Tensor:
         ids = torch.tensor([list(prompt)])
         kept = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
         with torch.inference_mode():

@@ -17,17 +17,6 @@ from nmflow import native
 from nmflow.text_table import table
 from nmflow.version import __version__
 
-EXTRAS = {
-    "experiments": ("transformers", "accelerate", "datasets", "typer", "matplotlib"),
-    "lightning": ("lightning",),
-    "llama": ("gguf", "llama_cpp"),
-    "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "onnxruntime": ("onnxruntime",),
-    "ray": ("ray",),
-    "pretrained": ("gguf",),
-}
-"""The optional packages, by the extra of nmflow that installs them."""
-
 
 @dataclass(frozen=True)
 class Finding:

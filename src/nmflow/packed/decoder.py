@@ -198,9 +198,9 @@ def _program(step: _Step, example: tuple[Tensor, Past]) -> ExportedProgram:
 
 def _example(model: nn.Module, batch: int, new: int, past: int) -> tuple[Tensor, Past]:
     """Random tokens, keys and values of the sizes that the model's config names."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-    sizes = [getattr(config, name, None) for name in names]
+    sizes: list[Any] = [getattr(config, name, None) for name in names]
     if not all(isinstance(n, int) for n in sizes) or not hasattr(model, "lm_head"):
         raise CompressError(
             f"model is {type(model).__name__}: give a causal language model of transformers, such "
