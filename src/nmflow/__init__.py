@@ -23,6 +23,7 @@ from nmflow.errors import (
 from nmflow.flow import Flow, FlowStage, attach
 from nmflow.inspect.audit import Audit, audit
 from nmflow.inspect.cost import Cost, cost
+from nmflow.integrations import registering
 from nmflow.masks import holds, mask
 from nmflow.pattern import Pattern
 from nmflow.recipes import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from nmflow.inspect.machine import doctor
     from nmflow.inspect.noise import gradient_noise
     from nmflow.inspect.track import Tracker, track
+    from nmflow.integrations.pretrained import from_pretrained
     from nmflow.oneshot import prune
     from nmflow.packed import (
         OnnxDecoder,
@@ -111,6 +113,7 @@ __all__ = [
     "export_decoder",
     "export_onnx",
     "export_program",
+    "from_pretrained",
     "gradient_noise",
     "holds",
     "kernels",
@@ -127,6 +130,8 @@ __all__ = [
     "track",
 ]
 
+registering.wait()
+
 # What training does not need is imported at first use.
 _LATER = {
     "Distiller": "nmflow.distill",
@@ -138,6 +143,7 @@ _LATER = {
     "export_decoder": "nmflow.packed",
     "export_onnx": "nmflow.packed",
     "export_program": "nmflow.packed",
+    "from_pretrained": "nmflow.integrations.pretrained",
     "gradient_noise": "nmflow.inspect.noise",
     "kernels": "",
     "load": "nmflow.packed",

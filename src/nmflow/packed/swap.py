@@ -10,6 +10,8 @@ from torch import nn
 from nmflow.errors import CompressError
 from nmflow.packed import references
 from nmflow.packed.build import PACKED
+from nmflow.packed.files.companions import is_pretrained
+from nmflow.packed.files.pretrained import SavePretrained
 from nmflow.packed.fuse import Fused
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -113,11 +115,19 @@ class Refusal:
 
 
 def _set_saves(module: nn.Module) -> None:
-    """Refuse the ways to save a packed network that would give random weights when loaded."""
+    """Save packed networks of transformers packed; refuse ways that would give random weights."""
+    if any(cls.__module__.startswith("sentence_transformers.") for cls in type(module).__mro__):
+        return  # it calls `save_pretrained` of the network inside
     methods = [name for name in _SAVES if callable(getattr(type(module), name, None))]
     if not methods:
         return
     packed = _holds_packed(module)
+    if is_pretrained(module):
+        if packed:
+            module.__dict__.setdefault("save_pretrained", SavePretrained(module))
+        elif isinstance(module.__dict__.get("save_pretrained"), SavePretrained):
+            del module.__dict__["save_pretrained"]
+        return
     for name in methods:
         if packed and name not in module.__dict__:
             module.__dict__[name] = Refusal(name)

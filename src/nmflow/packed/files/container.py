@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ LARGEST_HEADER = 64 << 20
 _LARGEST_SIZE = 1 << 48
 _LONGEST_PATTERN = 40
 _MOST_TRIES = 1000
+_MAPPED = 1 << 22
 # A file may stand for this many times its values, so that 1:64 always passes...
 _EXPANSION = 64
 # ...and for this much in any case.
@@ -63,18 +65,18 @@ def read(folder: str | os.PathLike[str]) -> Contents:
     """
     path = Path(folder)
     for _ in range(_MOST_TRIES):
-        version = _version(path / HEADER)
+        was = version(path / HEADER)
         try:
             return _read(path)
         except FileFormatError:
             # Another process may have replaced the network between the header and its tensors.
-            if version == _version(path / HEADER):
+            if was == version(path / HEADER):
                 raise
     raise FileFormatError(f"'{path}' is written again and again: wait until its writers are done")
 
 
-def _version(path: Path) -> tuple[int, ...]:
-    """What tells one header from the next, even one of the same content."""
+def version(path: Path) -> tuple[int, ...]:
+    """What tells a file from the next of its name, even one of the same content."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -84,10 +86,7 @@ def _version(path: Path) -> tuple[int, ...]:
 
 def _read(path: Path) -> Contents:
     header = _header(path / HEADER)
-    name = _get(header, "file", str)
-    if not WEIGHTS.fullmatch(name):
-        raise _bad(f"the file name {name[:80]!r} is not one that nmflow writes")
-    data = _tensors(path / name, _get(header, "tensors", dict))
+    data = _tensors(path / _file(header), _get(header, "tensors", dict))
     weights: dict[str, Stored] = {}
     for key, described in _get(header, "weights", dict).items():
         weights[key] = _weight(key, described, data)
@@ -103,6 +102,11 @@ def _read(path: Path) -> Contents:
     if both:
         raise _bad(f"{min(both)!r} is there both packed and dense")
     return weights, data, aliases
+
+
+def file_of(folder: str | os.PathLike[str]) -> Path:
+    """The file that holds the tensors of a folder; raises `FileFormatError`."""
+    return Path(folder) / _file(_header(Path(folder) / HEADER))
 
 
 def check_size(weights: Iterable[Stored], max_bytes: int | None = None) -> None:
@@ -155,23 +159,26 @@ def _header(path: Path) -> dict[str, Any]:
     return header
 
 
+def _file(header: dict[str, Any]) -> str:
+    name = _get(header, "file", str)
+    if not WEIGHTS.fullmatch(name):
+        raise _bad(f"the file name {name[:80]!r} is not one that nmflow writes")
+    return name
+
+
 def _tensors(path: Path, described: dict[str, Any]) -> dict[str, Tensor]:
     data = {}
     try:
         disk.check_regular(path)
-        with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != set(described):
-                raise _bad("its tensors are not those that the header lists")
-            for name, one in described.items():
-                if not isinstance(one, dict):
-                    raise _bad(f"the header says nothing of {name!r}")
-                # A copy: what is checked must not change with the file that it is mapped from.
-                data[name] = file.get_tensor(name).clone()
-                dtype = str(data[name].dtype).removeprefix("torch.")
-                if one.get("shape") != list(data[name].shape) or one.get("dtype") != dtype:
-                    raise _bad(f"{name!r} has another shape or dtype than the header says")
-                if one.get("sha256") != checksum(data[name]):
-                    raise _bad(f"{name!r} does not have the checksum that the header gives")
+        for names in _together(described):
+            # What is mapped counts as memory of the process, so the file is mapped anew in between.
+            with safe_open(path, framework="pt") as file:
+                if set(file.keys()) != set(described):
+                    raise _bad("its tensors are not those that the header lists")
+                for name in names:
+                    # A copy: what is checked must not change with the file it is mapped from.
+                    data[name] = file.get_tensor(name).clone()
+                    _check(name, described[name], data[name])
     except OSError as error:
         raise _bad(f"{path.name} cannot be read ({error})") from error
     except (SafetensorError, RuntimeError, ValueError, OverflowError, MemoryError) as error:
@@ -179,6 +186,30 @@ def _tensors(path: Path, described: dict[str, Any]) -> dict[str, Tensor]:
             raise
         raise _bad(f"{path.name}: {str(error)[:200]}") from error
     return data
+
+
+def _together(described: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Names of tensors in runs of a few million values each; of no tensor, one empty run."""
+    run: list[str] = []
+    size = 0
+    for name, one in described.items():
+        shape = one.get("shape") if isinstance(one, dict) else None
+        if not isinstance(shape, list) or not all(_is_size(s, 0) for s in shape):
+            raise _bad(f"the header says nothing of {name!r}")
+        run.append(name)
+        size += math.prod(shape)
+        if size > _MAPPED:
+            yield run
+            run, size = [], 0
+    yield run
+
+
+def _check(name: str, described: Mapping[str, Any], tensor: Tensor) -> None:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if described.get("shape") != list(tensor.shape) or described.get("dtype") != dtype:
+        raise _bad(f"{name!r} has another shape or dtype than the header says")
+    if described.get("sha256") != checksum(tensor):
+        raise _bad(f"{name!r} does not have the checksum that the header gives")
 
 
 def _weight(name: str, described: Any, data: dict[str, Tensor]) -> Stored:

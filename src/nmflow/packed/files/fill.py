@@ -70,7 +70,7 @@ def fill(
         for site, owns in sites.items():
             module = modules[site]
             stored = {own: take(key) for own, key in owns.items()}
-            new[module] = _packed(module, stored, at)
+            new[module] = packed_module(module, stored, at)
     except CompressError as error:
         raise FileFormatError(f"the saved network cannot be packed again: {error}") from error
     return {**at, **_rebuilt(model, left)}, new
@@ -90,8 +90,14 @@ def _outer(
     )
 
 
-def _packed(module: nn.Module, stored: dict[str, Stored], at: Values) -> nn.Module:
-    """The packed module of one site, its weights never dense but for an attention's."""
+def packed_module(module: nn.Module, stored: dict[str, Stored], at: Values) -> nn.Module:
+    """The packed module of one site, its weights never dense but for an attention's.
+
+    Args:
+        module: the dense module, whose weights are not read.
+        stored: its weights by their names in it; emptied.
+        at: its other parameters.
+    """
     if not isinstance(module, nn.MultiheadAttention):
         weight = stored.pop("weight")
         bias = _parameter(at.get((module, "bias")))
@@ -197,14 +203,14 @@ def _built_again(module: nn.Module) -> nn.Module | None:
     if config is None or not wanted or wanted[0].name != "config" or len(needed) > 1:
         return None
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _parameters_on_meta():
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), parameters_on_meta():
             return type(module)(config)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError):
         return None
 
 
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Modules that this thread builds have parameters on `meta` and buffers where they are made."""
     here = threading.get_ident()
 

@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from nmflow import disk
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.packed import build
 from nmflow.packed.build import PACKED
-from nmflow.packed.files import container, writing
+from nmflow.packed.files import container, place, writing
+from nmflow.packed.files.companions import companions, is_pretrained
 from nmflow.packed.files.fill import Places, fill
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse as fuse_activations
@@ -70,9 +70,12 @@ def save(
                 weights[name] = Stored.of_layers(parameter, axis, held[own])
             else:
                 tensors[name] = parameter.detach()
+    aliases = _aliases(model)
+    # transformers ties what it reads itself, so what it ties is stored as it is.
+    tied = set(aliases.values()) if is_pretrained(model) else set()
     for found in survey(model, pattern, include, exclude) if tensors else ():
         name = found.layer.name
-        if found.runs and name in tensors:
+        if found.runs and name in tensors and name not in tied:
             run = "dense" if inside or found.why_not else "packed"
             weights[name] = Stored.of(tensors.pop(name), found.layer.dim, found.runs, run)
     if not weights:
@@ -80,8 +83,9 @@ def save(
             "model has no weight that holds an N:M pattern: prune it first (flow.finalize()), or "
             "name the pattern"
         )
-    aliases = {a: first for a, first in _aliases(model).items() if a in tensors}
-    writing.write(folder, weights, {n: t for n, t in tensors.items() if n not in aliases}, aliases)
+    aliases = {a: first for a, first in aliases.items() if a in tensors}
+    plain = {n: t for n, t in tensors.items() if n not in aliases}
+    writing.write(folder, weights, plain, aliases, companions(model))
 
 
 def save_beside(model: nn.Module, folder: Folder, source: Folder) -> None:
@@ -147,12 +151,11 @@ def load(folder: Folder, model: Model, fuse: bool = True) -> Model:
         if tuple(size) != shape:
             raise FileFormatError(f"{name} is {tuple(size)} in the file and {shape} in the model")
         dtype = weights[key].dtype if key in weights else tensors[key].dtype
-        if not _alike(dtype, places[0][0], places[0][1]):
+        if not place.alike(dtype, _held(*places[0]).dtype):
             raise FileFormatError(f"{name} is {dtype} in the file, which the model cannot hold")
         if key in weights and weights[key].run == "packed":
-            site, own = _site(name, modules)
-            why = build.why_not(modules[site], own) if "." not in own else ""
-            if why := why or build.why_not_runs(modules[site], weights[key].runs):
+            site, own = place.site_of(name, modules)
+            if why := place.why_not(modules[site], own, weights[key]):
                 raise FileFormatError(f"{name} is packed in the file, but in the model: {why}")
             sites.setdefault(site, {})[own] = weights[key].runs
             keys[site, own] = key
@@ -192,13 +195,10 @@ def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Modu
     return tensors, inside
 
 
-def _alike(dtype: torch.dtype, module: nn.Module, own: str) -> bool:
-    """Whether a module can hold a dtype where it holds its tensor: floats for floats, no others."""
-    old = module._parameters.get(own)
-    was = (module._buffers[own] if old is None else old).dtype  # pyright: ignore
-    if was.is_floating_point or dtype.is_floating_point:
-        return was.is_floating_point and dtype.is_floating_point
-    return was == dtype
+def _held(module: nn.Module, own: str) -> Tensor:
+    """The parameter or buffer of a name."""
+    parameter = module._parameters.get(own)
+    return module._buffers[own] if parameter is None else parameter  # pyright: ignore
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -226,12 +226,3 @@ def _slots(model: nn.Module) -> tuple[dict[str, tuple[tuple[int, ...], Places]],
             known = first.setdefault(id(value), name)
             slots.setdefault(known, (tuple(value.shape), []))[1].append((module, own))
     return slots, names
-
-
-def _site(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """The module that a packed one replaces for a parameter, and the parameter's name in it."""
-    path, _, own = name.rpartition(".")
-    parent = path.rpartition(".")[0]
-    if path and isinstance(modules.get(parent), nn.MultiheadAttention):
-        return parent, f"{path.rpartition('.')[2]}.{own}"
-    return path, own

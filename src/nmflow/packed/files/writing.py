@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nmflow import disk
 from nmflow.errors import CompressError
+from nmflow.packed.files import companions
 from nmflow.packed.files.container import (
     FORMAT,
     HEADER,
@@ -33,8 +34,17 @@ def write(
     weights: Mapping[str, Stored],
     tensors: Mapping[str, Tensor],
     aliases: Mapping[str, str],
+    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder: the new header takes the place of an old one in one step, or not at all.
+
+    Args:
+        folder: made if it is not there.
+        weights: by name.
+        tensors: what is stored as it is.
+        aliases: second names to first ones.
+        beside: name to text of the files from which other libraries build the network; they then
+            get an index of the tensors as well.
 
     Raises:
         CompressError: the folder cannot be written, or a tensor has a dtype no file holds.
@@ -92,9 +102,14 @@ def write(
         path.mkdir(parents=True, exist_ok=True)
         with disk.locked(path):
             _check_ours(path)
+            if beside:
+                _check_alone(path)
             try:
                 _put_tensors(path / header["file"], data)
                 disk.write_whole(path / HEADER, text)
+                for name, content in (beside or {}).items():
+                    disk.write_whole(path / name, content)
+                _put_index(path, header["file"], data if beside else {})
             finally:
                 _remove_old_weights(path)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
@@ -145,6 +160,31 @@ def _check_ours(path: Path) -> None:
             f"folder '{path}' holds a {HEADER} that is no header of a packed network: give another "
             "folder"
         )
+
+
+def _check_alone(path: Path) -> None:
+    """Refuse a folder with weights that transformers would read in place of the packed ones."""
+    for rival in companions.RIVALS:
+        if os.path.lexists(path / rival):
+            raise CompressError(
+                f"folder '{path}' holds {rival}, which transformers would read in place of the "
+                "packed network: give another folder"
+            )
+
+
+def _put_index(path: Path, file: str, data: Mapping[str, Tensor]) -> None:
+    """Write the index of the tensors; without any, remove the one of an older network."""
+    index = path / companions.INDEX
+    if data:
+        size = sum(t.nbytes for t in data.values())
+        disk.write_whole(index, companions.index_of(data, file, size))
+    elif os.path.lexists(index):
+        try:
+            named = set(disk.read_json(index)["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return  # not ours
+        if all(isinstance(name, str) and WEIGHTS.fullmatch(name) for name in named):
+            index.unlink()
 
 
 def _put_tensors(path: Path, data: Mapping[str, Tensor]) -> None:

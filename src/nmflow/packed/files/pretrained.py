@@ -1,0 +1,60 @@
+"""`model.save_pretrained(folder)` of a packed network of transformers, which writes it packed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import weakref
+from typing import Any
+
+from torch import nn
+
+from nmflow.errors import CompressError
+
+# What other calls pass along, and what it has to be: a packed network is one file, its own state.
+_ONLY: dict[str, Any] = {
+    "state_dict": None, "push_to_hub": False, "safe_serialization": True, "variant": None,
+    "distributed_checkpoint": False,
+}  # fmt: skip
+_MEND = {"push_to_hub": ": call model.push_to_hub(repo_id)"}
+_ANY = ("is_main_process", "max_shard_size", "save_function", "save_peft_format",
+        "save_original_format", "token", "use_auth_token")  # fmt: skip
+
+
+class SavePretrained:
+    """Stands for the method `save_pretrained` of a packed network, without keeping it alive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write the packed network, its config and its generation config, as `nmflow.save` does.
+
+        `from_pretrained` reads the folder again where nmflow is imported. `push_to_hub` of the
+        network uploads what this writes.
+
+        Raises:
+            CompressError: as `save`; an option that asks for another kind of file.
+        """
+        from nmflow.packed.files.folder import save  # which puts packed modules into networks
+
+        for name, value in options.items():
+            if name in _ANY or (name in _ONLY and value == _ONLY[name]):
+                continue
+            said = value if isinstance(value, bool | int | str) else type(value).__name__
+            mend = _MEND.get(name, ", which a packed network cannot be saved with: leave it out")
+            raise CompressError(f"{name} is {said!r}{mend}")
+        if options.get("is_main_process", True):
+            save(self._network(), save_directory)
+
+    def _network(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise CompressError("model is gone: keep it, and call model.save_pretrained(folder)")
+        return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
+        return SavePretrained(copy.deepcopy(self._network(), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SavePretrained, (self._network(),)
