@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         decompress,
         export_decoder,
         export_onnx,
+        export_onnx_int8,
         export_program,
         load,
         load_state,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
         report_of,
         save,
         save_state,
+        to_semi_structured,
     )
     from nmflow.permute import permute_hidden
 
@@ -112,6 +114,7 @@ __all__ = [
     "doctor",
     "export_decoder",
     "export_onnx",
+    "export_onnx_int8",
     "export_program",
     "from_pretrained",
     "gradient_noise",
@@ -127,6 +130,7 @@ __all__ = [
     "report_of",
     "save",
     "save_state",
+    "to_semi_structured",
     "track",
 ]
 
@@ -142,6 +146,7 @@ _LATER = {
     "doctor": "nmflow.inspect.machine",
     "export_decoder": "nmflow.packed",
     "export_onnx": "nmflow.packed",
+    "export_onnx_int8": "nmflow.packed",
     "export_program": "nmflow.packed",
     "from_pretrained": "nmflow.integrations.pretrained",
     "gradient_noise": "nmflow.inspect.noise",
@@ -154,6 +159,7 @@ _LATER = {
     "report_of": "nmflow.packed",
     "save": "nmflow.packed",
     "save_state": "nmflow.packed",
+    "to_semi_structured": "nmflow.packed",
     "track": "nmflow.inspect.track",
 }
 

@@ -1,4 +1,4 @@
-"""Packed networks by the calls of transformers: `save_pretrained`, `from_pretrained`, `pipeline`."""
+"""Packed networks by the calls of transformers: `save_pretrained`, `from_pretrained` and others."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_a_packed_network_is_the_masked_dense_one(name: str, tmp_path: Path) -> 
         torch.testing.assert_close(again(**inputs)[0], want(**inputs)[0], atol=1e-5, rtol=1e-4)
         assert count(again) == count(packed) > 0
         ours = nmflow.from_pretrained(tmp_path)
-        assert type(ours) is type(again) and not ours.training
+        assert type(ours) is type(again)
+        assert not ours.training
         assert torch.equal(ours(**inputs)[0], again(**inputs)[0])
     dense = decompress(again)
     assert {
@@ -136,9 +137,9 @@ def test_dtypes_are_those_of_a_dense_network(dtype: torch.dtype, tmp_path: Path)
             p.dtype for p in want.parameters()
         ]
         with torch.no_grad():
-            near = dict(atol=1e-5, rtol=1e-4) if want.dtype == torch.float32 else dict(atol=0.02)
+            atol, rtol = (1e-5, 1e-4) if want.dtype == torch.float32 else (0.02, 0.05)
             got = again(**inputs)[0]
-            torch.testing.assert_close(got, want(**inputs)[0], **{"rtol": 0.05, **near})
+            torch.testing.assert_close(got, want(**inputs)[0], atol=atol, rtol=rtol)
 
 
 def test_what_transformers_keeps_in_float32_is_kept_so(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_what_transformers_keeps_in_float32_is_kept_so(tmp_path: Path) -> None:
     packed.save_pretrained(tmp_path)
     again = hf.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
     layer = cast(Any, again.encoder.block[0]).layer[1].DenseReluDense
-    assert layer.wo.weight.dtype == torch.float32 and layer.wi.weight.dtype == torch.float16
+    assert [layer.wo.weight.dtype, layer.wi.weight.dtype] == [torch.float32, torch.float16]
 
 
 def test_generation_goes_on_as_before(tmp_path: Path) -> None:
@@ -229,7 +230,8 @@ def test_what_is_written(bert: tuple[Path, Any]) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "nmflow"}
     assert config["architectures"] == ["BertForSequenceClassification"]
-    assert config["dtype"] == "float32" and "auto_map" not in config
+    assert config["dtype"] == "float32"
+    assert "auto_map" not in config
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     header = json.loads((folder / "nmflow.json").read_text())
     assert set(index["weight_map"]) == set(header["tensors"])
@@ -329,7 +331,7 @@ def test_what_a_stranger_wrote_is_refused(bert: tuple[Path, Any], tmp_path: Path
         place = broken(said[:5] + getattr(change, "__name__", "") + str(id(change)), change)
         with pytest.raises((FileFormatError, OSError), match=said):
             hf.AutoModelForSequenceClassification.from_pretrained(place)
-    with pytest.raises(ConfigError, match="architecture|code of its own"):
+    with pytest.raises(ConfigError, match=r"architecture|code of its own"):
         nmflow.from_pretrained(broken("code", lambda p: (code(p), other(p))))
     assert count(nmflow.from_pretrained(broken("plain code", code))) > 0
 
@@ -342,12 +344,12 @@ def other(place: Path) -> None:
 
 def test_errors_name_the_mend(bert: tuple[Path, Any], tmp_path: Path) -> None:
     folder, model = bert
-    with pytest.raises(ConfigError, match="source is .* holds no packed network"):
+    with pytest.raises(ConfigError, match=r"source is .* holds no packed network"):
         nmflow.from_pretrained(tmp_path)
-    with pytest.raises(CompressError, match="device_map is .* on one device"):
+    with pytest.raises(CompressError, match=r"device_map is .* on one device"):
         hf.AutoModel.from_pretrained(folder, device_map={"embeddings": "cpu", "encoder": "disk"})
     model.save_pretrained(tmp_path)
-    with pytest.raises(CompressError, match="holds model.safetensors, which transformers would"):
+    with pytest.raises(CompressError, match=r"holds model.safetensors, which transformers would"):
         save(model, tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     from nmflow.integrations.quantizer import NMFlowConfig

@@ -37,6 +37,13 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="With --values int8: float, or int8 to round inputs as well.")
     ] = "float",
+    recipe: Annotated[
+        str, typer.Option(help="How it was trained, for the model card; found for a run's network.")
+    ] = "",
+    quality: Annotated[
+        list[str] | None,
+        typer.Option(help="A figure for the model card, such as accuracy=0.91; may be repeated."),
+    ] = None,
 ) -> None:
     """Pack the N:M weights of CHECKPOINT into the folder OUTPUT, and print what became of each."""
     from nmflow import packed
@@ -58,6 +65,8 @@ def compress(
     chosen = globs(include)
     names = "*" if chosen == ["*"] else chosen
     held = pattern or None
+    said, figures = _trained(checkpoint)
+    said, figures = recipe or said, _figures(quality or []) or figures
     if os.path.lexists(checkpoint / "config.json"):
         model, _, _ = network(checkpoint)
         made = packed.compress(
@@ -65,7 +74,7 @@ def compress(
             values=values or None, activations=activations,
         )  # fmt: skip
         report = packed.report_of(made)
-        save_beside(made, output, checkpoint)
+        save_beside(made, output, checkpoint, said, figures)
     elif counts or values or activations != "float":
         raise CompressError(
             f"checkpoint is '{checkpoint}', which has no config.json to build a network from: "
@@ -83,3 +92,31 @@ def _folder_of(checkpoint: Path) -> str:
     """The folder that a checkpoint file lies in; of a folder, itself."""
     place = os.path.realpath(checkpoint)
     return place if os.path.isdir(place) else os.path.dirname(place)
+
+
+def _figures(given: list[str]) -> dict[str, float]:
+    """Figures that the command names, such as `accuracy=0.91`."""
+    from nmflow.errors import CompressError
+
+    figures = {}
+    for one in given:
+        name, _, value = one.partition("=")
+        try:
+            figures[name] = float(value)
+        except ValueError:
+            raise CompressError(
+                f"quality is {one!r}: write a figure such as accuracy=0.91"
+            ) from None
+    return figures
+
+
+def _trained(checkpoint: Path) -> tuple[str | None, dict[str, float]]:
+    """The recipe and the figures on test data of the run that a network lies in, if it does."""
+    from nmflow import disk
+
+    try:
+        result = disk.read_json(checkpoint.parent / "result.json")
+        figures = {str(name): float(value) for name, value in result["test"].items()}
+        return str(result["recipe"]), figures
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, {}

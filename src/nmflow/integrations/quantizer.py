@@ -159,12 +159,11 @@ class NMFlowQuantizer(HfQuantizer):
         while self._sites:
             site = self._sites.pop()
             _show(site)
+            other = any(weight.dtype != site.dtype for weight in site.weights.values())
             made = packed_module(site.module, site.weights, _parameters(site.module))
             if made.training and not model.training:
                 made.eval()
-            if any(w.dtype != site.dtype for w in site.weights.values()):
-                made = made.to(site.dtype)
-            new[site.module] = made.to(device)
+            new[site.module] = made.to(device, site.dtype) if other else made.to(device)
         replace_modules(model, new, inplace=True)
         fuse(model)
         # It runs, moves and saves as what `compress` returns does, so transformers may treat it so.

@@ -7,6 +7,7 @@ from nmflow.packed.decoder import OnnxDecoder, export_decoder
 from nmflow.packed.export import export_onnx, export_program
 from nmflow.packed.files.folder import load, save
 from nmflow.packed.files.state import load_state, save_state
+from nmflow.packed.hand_off import export_onnx_int8, to_semi_structured
 from nmflow.packed.onnx_operators import onnxruntime_session_options
 from nmflow.packed.report import Report, Row, report_of
 
@@ -18,6 +19,7 @@ __all__ = [
     "decompress",
     "export_decoder",
     "export_onnx",
+    "export_onnx_int8",
     "export_program",
     "load",
     "load_state",
@@ -25,4 +27,5 @@ __all__ = [
     "report_of",
     "save",
     "save_state",
+    "to_semi_structured",
 ]

@@ -13,6 +13,7 @@ from nmflow.errors import CompressError, FileFormatError
 from nmflow.packed import build
 from nmflow.packed.build import PACKED
 from nmflow.packed.files import container, place, writing
+from nmflow.packed.files.card import card_of
 from nmflow.packed.files.companions import companions, is_pretrained
 from nmflow.packed.files.fill import Places, fill
 from nmflow.packed.files.stored import Stored
@@ -27,7 +28,7 @@ Folder = str | os.PathLike[str]
 
 def save(
     model: nn.Module, folder: Folder, pattern: Patterns | None = None, include: Names = "*",
-    exclude: Names = (),
+    exclude: Names = (), recipe: object = None, quality: Mapping[str, float] | None = None,
 ) -> None:  # fmt: skip
     """Write a network to a folder, its N:M weights as kept values and their columns.
 
@@ -36,6 +37,9 @@ def save(
     `load` gives every weight back bit by bit, but for the sign of a pruned zero. An older network
     in the folder is replaced in one step; other files are left alone.
 
+    A network of transformers or timm also gets its `config.json`, from which `from_pretrained`
+    builds it, and a model card (`README.md`; one that you wrote is left alone).
+
     Args:
         model: what `compress` returned; or a dense model whose weights hold N:M, such as after
             `flow.finalize()`, which is left as it is.
@@ -43,6 +47,9 @@ def save(
         pattern: as for `compress`; for the weights of `model` that are dense.
         include: as for `compress`.
         exclude: as for `compress`.
+        recipe: how the network was trained, for the card: a recipe or a text.
+        quality: figures for the card, such as `{"accuracy": 0.91}`. Naming a recipe or figures
+            writes a card for a network of your own, too.
 
     Raises:
         CompressError: the folder cannot be written, no weight holds a pattern, or the model has
@@ -85,10 +92,15 @@ def save(
         )
     aliases = {a: first for a, first in aliases.items() if a in tensors}
     plain = {n: t for n, t in tensors.items() if n not in aliases}
-    writing.write(folder, weights, plain, aliases, companions(model))
+    beside = companions(model)
+    card = card_of(model, weights, plain, recipe, quality) if beside or recipe or quality else ""
+    writing.write(folder, weights, plain, aliases, beside, card)
 
 
-def save_beside(model: nn.Module, folder: Folder, source: Folder) -> None:
+def save_beside(
+    model: nn.Module, folder: Folder, source: Folder, recipe: object = None,
+    quality: Mapping[str, float] | None = None,
+) -> None:  # fmt: skip
     """`save`, with the config and the tokeniser of another folder copied beside the network.
 
     No file of weights, of code or of nmflow's own is copied.
@@ -102,7 +114,7 @@ def save_beside(model: nn.Module, folder: Folder, source: Folder) -> None:
             for file in sorted(Path(source).iterdir()):
                 if writing.is_companion(file):
                     disk.write_whole(Path(folder, file.name), disk.read_bytes(file))
-            save(model, folder)
+            save(model, folder, recipe=recipe, quality=quality)
     except OSError as error:
         raise CompressError(f"folder '{folder}' cannot be written: {error}") from error
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from nmflow import disk
 from nmflow.errors import CompressError
 from nmflow.packed.files import companions
+from nmflow.packed.files.card import CARD, MARK
 from nmflow.packed.files.container import (
     FORMAT,
     HEADER,
@@ -35,6 +36,7 @@ def write(
     tensors: Mapping[str, Tensor],
     aliases: Mapping[str, str],
     beside: Mapping[str, str] | None = None,
+    card: str = "",
 ) -> None:
     """Write a folder: the new header takes the place of an old one in one step, or not at all.
 
@@ -43,8 +45,9 @@ def write(
         weights: by name.
         tensors: what is stored as it is.
         aliases: second names to first ones.
-        beside: name to text of the files from which other libraries build the network; they then
+        beside: name to text of the files from which other libraries build the network; they
             get an index of the tensors as well.
+        card: the model card; it takes the place of none but an older one of ours.
 
     Raises:
         CompressError: the folder cannot be written, or a tensor has a dtype no file holds.
@@ -110,6 +113,8 @@ def write(
                 for name, content in (beside or {}).items():
                     disk.write_whole(path / name, content)
                 _put_index(path, header["file"], data if beside else {})
+                if card and _may_write_card(path / CARD):
+                    disk.write_whole(path / CARD, card)
             finally:
                 _remove_old_weights(path)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
@@ -170,6 +175,16 @@ def _check_alone(path: Path) -> None:
                 f"folder '{path}' holds {rival}, which transformers would read in place of the "
                 "packed network: give another folder"
             )
+
+
+def _may_write_card(path: Path) -> bool:
+    """Whether there is no card, or one that nmflow wrote."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        return MARK.encode() in disk.read_bytes(path, LARGEST_HEADER)
+    except OSError:
+        return False
 
 
 def _put_index(path: Path, file: str, data: Mapping[str, Tensor]) -> None:
