@@ -72,7 +72,6 @@ class NMFlowQuantizer(HfQuantizer):
         self._wanted: torch.dtype | None = None
         self._sites: list[_Site] = []
         self._dense: list[tuple[str, Stored, torch.dtype]] = []
-        self._ours: set[str] = set()
         self._read: tuple[Path, tuple[int, ...]] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -123,11 +122,11 @@ class NMFlowQuantizer(HfQuantizer):
             dtype = self._dtype(model, name, first, kwargs)
             found_here = {own: weight for own, (_, weight) in owns.items()}
             self._sites.append(_Site(modules[site], found_here, dtype))
-        # What transformers 5 leaves out of its report; 4 asks the methods below.
+        # What transformers 5 leaves out of its report; 4 logs that the parts are not its own.
         short = [re.escape(saved.removeprefix(f"{model.base_model_prefix}.")) for saved in placed]
         ours = {_PARTS} if len(placed) == len(weights) else {name + _PARTS for name in short}
         known = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = self._ours = known | ours
+        model._keys_to_ignore_on_load_unexpected = known | ours
         rebuilt = {re.escape(name) + "$" for name, _, _ in self._dense}
         known = set(model._keys_to_ignore_on_load_missing or ())
         model._keys_to_ignore_on_load_missing = known | rebuilt
@@ -177,11 +176,6 @@ class NMFlowQuantizer(HfQuantizer):
         return dtype
 
     update_torch_dtype = update_dtype  # its name in transformers 4
-
-    def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], prefix: str) -> Any:
-        """Asked by transformers 4: the parts of packed weights are known."""
-        ours = re.compile("|".join(self._ours))
-        return [key for key in unexpected_keys if not ours.search(key)]
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> Any:
         """Asked by transformers 4: the weights that are rebuilt here are not missing."""
