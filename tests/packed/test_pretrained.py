@@ -256,6 +256,7 @@ def test_a_name_of_the_hub(bert: tuple[Path, Any], tmp_path: Path) -> None:
 
 
 ORDERS = {
+    "the quantizer first": "import transformers; import nmflow.integrations.quantizer",
     "nmflow first": "import nmflow; import transformers",
     "transformers first": "import transformers; transformers.BertModel; import nmflow",
     "reloaded": "import nmflow, importlib; importlib.reload(nmflow); import transformers",
@@ -280,11 +281,28 @@ assert sum(type(m).__name__ == "PackedLinear" for m in model.modules()) >= 12
 
 
 @pytest.mark.slow
-def test_without_nmflow_transformers_says_so(bert: tuple[Path, Any]) -> None:
+def test_without_nmflow_transformers_fails(bert: tuple[Path, Any]) -> None:
+    """It does not make up the weights that it cannot read."""
     code = f"import transformers; transformers.AutoModel.from_pretrained({str(bert[0])!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
     text = done.stdout + done.stderr
     assert "Unknown quantization type, got nmflow" in text
+    assert "mismatch" in text.splitlines()[-1] + text
+
+
+def test_a_weight_that_only_the_file_holds_packed(tmp_path: Path) -> None:
+    model, _, inputs = packed_of("bert")
+    packed = compress(model, measure=False, exclude="*query*")
+    packed.save_pretrained(tmp_path)
+    again = hf.BertForSequenceClassification.from_pretrained(tmp_path)
+    assert count(again) == count(packed)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], packed(**inputs)[0])
+    layer = cast(Any, again).bert.encoder.layer[0].attention.self
+    assert type(layer.query) is nn.Linear
+    header = json.loads((tmp_path / "nmflow.json").read_text())
+    assert header["weights"]["bert.encoder.layer.0.attention.self.query.weight"]["run"] == "dense"
 
 
 def test_what_a_stranger_wrote_is_refused(bert: tuple[Path, Any], tmp_path: Path) -> None:

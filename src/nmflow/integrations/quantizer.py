@@ -33,8 +33,8 @@ from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse
 from nmflow.packed.swap import replace_modules
 
-# Names of the tensors of packed weights, as in docs/layout.md.
-_PARTS = r"#\d+\.[a-z]+$"
+# What follows a packed weight's name in the names of its tensors, as in docs/layout.md.
+_PARTS = r"(#\d+\.[a-z]+)?$"
 
 
 class NMFlowConfig(QuantizationConfigMixin):
@@ -49,11 +49,15 @@ class NMFlowConfig(QuantizationConfigMixin):
 
 @dataclass(frozen=True)
 class _Site:
-    """A module that is to be packed, and its weights by their names in it."""
+    """A module whose weights are stored packed, and these by their names in it."""
 
     module: nn.Module
     weights: dict[str, Stored]
     dtype: torch.dtype
+
+    def runs_dense(self) -> bool:
+        """Whether the module stays dense: only the file holds it packed."""
+        return all(weight.run != "packed" for weight in self.weights.values())
 
 
 class NMFlowQuantizer(HfQuantizer):
@@ -71,7 +75,6 @@ class NMFlowQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._wanted: torch.dtype | None = None
         self._sites: list[_Site] = []
-        self._dense: list[tuple[str, Stored, torch.dtype]] = []
         self._read: tuple[Path, tuple[int, ...]] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -110,9 +113,8 @@ class NMFlowQuantizer(HfQuantizer):
             _check_fit(name, stored, parameters[name])
             site, own = place.site_of(name, modules)
             if stored.run != "packed":
-                self._dense.append((name, stored, self._dtype(model, name, stored, kwargs)))
-                continue
-            if why := place.why_not(modules[site], own, stored):
+                site, _, own = name.rpartition(".")
+            elif why := place.why_not(modules[site], own, stored):
                 raise FileFormatError(f"{name} is packed in the file, but in the model: {why}")
             found.setdefault(site, {})[own] = (name, stored)
         for site, owns in found.items():
@@ -124,12 +126,8 @@ class NMFlowQuantizer(HfQuantizer):
             self._sites.append(_Site(modules[site], found_here, dtype))
         # What transformers 5 leaves out of its report; 4 logs that the parts are not its own.
         short = [re.escape(saved.removeprefix(f"{model.base_model_prefix}.")) for saved in placed]
-        ours = {_PARTS} if len(placed) == len(weights) else {name + _PARTS for name in short}
         known = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = known | ours
-        rebuilt = {re.escape(name) + "$" for name, _, _ in self._dense}
-        known = set(model._keys_to_ignore_on_load_missing or ())
-        model._keys_to_ignore_on_load_missing = known | rebuilt
+        model._keys_to_ignore_on_load_unexpected = known | {name + _PARTS for name in short}
         return model
 
     def _dtype(
@@ -151,13 +149,17 @@ class NMFlowQuantizer(HfQuantizer):
         if self._read is None or container.version(self._read[0]) != self._read[1]:
             raise FileFormatError("the saved network was replaced while it was read: load it again")
         device = next((t.device for t in model.parameters() if not t.is_meta), torch.device("cpu"))
-        for name, stored, dtype in self._dense:
-            _set(model, name, stored.dense().to(device, dtype))
-        self._dense.clear()
         new: dict[nn.Module, nn.Module] = {}
+        # Those that run dense come off the end first: a packed attention may hold one of them.
+        self._sites.sort(key=_Site.runs_dense)
         while self._sites:
             site = self._sites.pop()
             _show(site)
+            if site.runs_dense():
+                for own, weight in site.weights.items():
+                    dense = nn.Parameter(weight.dense().to(device, site.dtype))
+                    site.module._parameters[own] = dense
+                continue
             other = any(weight.dtype != site.dtype for weight in site.weights.values())
             made = packed_module(site.module, site.weights, _parameters(site.module))
             if made.training and not model.training:
@@ -176,11 +178,6 @@ class NMFlowQuantizer(HfQuantizer):
         return dtype
 
     update_torch_dtype = update_dtype  # its name in transformers 4
-
-    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> Any:
-        """Asked by transformers 4: the weights that are rebuilt here are not missing."""
-        ours = {name for name, _, _ in self._dense}
-        return [key for key in missing_keys if key not in ours]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Yes: `save_pretrained` of a packed network writes it packed."""
@@ -284,12 +281,4 @@ def _parameters(module: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
     }
 
 
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give a parameter its value, whoever shares it."""
-    module, own = _holder(model, name)
-    was = module._parameters[own]
-    made = nn.Parameter(value, requires_grad=bool(was is not None and was.requires_grad))
-    for holder in model.modules():
-        for other, held in holder._parameters.items():
-            if held is not None and held is was:
-                holder._parameters[other] = made
+register()  # also where this module is imported before transformers has its lists

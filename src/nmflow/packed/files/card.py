@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from nmflow.errors import CompressError
 from nmflow.packed.files.companions import is_pretrained, is_timm
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.layout import file_bits
-from nmflow.packed.report import Report
+from nmflow.packed.report import Report, report_of
 
 CARD = "README.md"
 # By it a card of ours is known again, and may be written over.
@@ -76,7 +77,7 @@ def _patterns(weights: Mapping[str, Stored]) -> list[tuple[str, str]]:
 def _sizes(weights: Mapping[str, Stored], tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """Density of the packed weights and of the network, and bytes of the dense and packed one."""
     whole = sum(math.prod(stored.shape) for stored in weights.values())
-    kept = sum(values.numel() for s in weights.values() for _, _, _, values, _ in s.parts)
+    kept = sum(part.values.numel() for stored in weights.values() for part in stored.parts)
     plain = sum(t.numel() for t in tensors.values())
     beside = sum(t.nbytes for t in tensors.values())
     dense = beside + sum(stored.dense_bytes for stored in weights.values())
@@ -91,16 +92,20 @@ def _sizes(weights: Mapping[str, Stored], tensors: Mapping[str, Tensor]) -> list
 def _bytes(stored: Stored) -> int:
     """The bytes that the file takes for a weight."""
     size = stored.stored_bytes
-    for _, _, shape, _, index in stored.parts:
-        if shape is not None and index is not None:
-            size += index.shape[0] * -(-index.shape[1] * file_bits(shape.m) // 8)
+    for part in stored.parts:
+        if part.shape is not None and part.index is not None:
+            lists, entries = part.index.shape
+            size += lists * -(-entries * file_bits(part.shape.m) // 8)
+        size += 0 if part.scale is None else part.scale.nbytes
     return size
 
 
 def _times(model: nn.Module) -> list[tuple[str, str]]:
     """What `compress` measured of the packed layers, where it did."""
-    found = [getattr(model, name, None) for name in ("report", "nmflow_report")]
-    report = next((r for r in found if isinstance(r, Report)), Report())
+    try:
+        report = report_of(model)
+    except CompressError:
+        report = Report()  # loaded, or saved as it was pruned
     ratios: dict[int, list[float]] = {}
     for row in report.packed:
         for tokens, (packed, dense, _) in row.times.items():

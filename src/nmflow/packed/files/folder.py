@@ -77,12 +77,11 @@ def save(
                 weights[name] = Stored.of_layers(parameter, axis, held[own])
             else:
                 tensors[name] = parameter.detach()
-    aliases = _aliases(model)
-    # transformers ties what it reads itself, so what it ties is stored as it is.
-    tied = set(aliases.values()) if is_pretrained(model) else set()
+    # transformers ties and resizes embeddings while it loads, so it reads them as they are.
+    pretrained = is_pretrained(model)
     for found in survey(model, pattern, include, exclude) if tensors else ():
         name = found.layer.name
-        if found.runs and name in tensors and name not in tied:
+        if found.runs and name in tensors and not (pretrained and found.why_not):
             run = "dense" if inside or found.why_not else "packed"
             weights[name] = Stored.of(tensors.pop(name), found.layer.dim, found.runs, run)
     if not weights:
@@ -90,7 +89,7 @@ def save(
             "model has no weight that holds an N:M pattern: prune it first (flow.finalize()), or "
             "name the pattern"
         )
-    aliases = {a: first for a, first in aliases.items() if a in tensors}
+    aliases = {a: first for a, first in _aliases(model).items() if a in tensors}
     plain = {n: t for n, t in tensors.items() if n not in aliases}
     beside = companions(model)
     card = card_of(model, weights, plain, recipe, quality) if beside or recipe or quality else ""

@@ -70,6 +70,8 @@ def write(
                 part["values"] = "int8"
                 _add(data, f"{name}#{i}.scale", p.scale.cpu().contiguous())
             parts.append(part)
+        if beside:  # a reader that knows nothing of parts stops here, and makes no weights up
+            _add(data, name, torch.empty(0, dtype=w.dtype))
         described[name] = {
             "shape": list(w.shape),
             "dtype": str(w.dtype).removeprefix("torch."),
