@@ -212,8 +212,9 @@ def test_the_card_has_what_compress_measured(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 32))
     model[0].weight.data *= nmflow.mask(model[0].weight, "1:16")
     packed = nmflow.compress(model, measure=False)
-    row = packed.report[0]
-    packed.report[0] = type(row)(**{**vars(row), "times": {1: (10.0, 25.0, "F.linear")}})
+    report = nmflow.report_of(packed)
+    row = report[0]
+    report[0] = type(row)(**{**vars(row), "times": {1: (10.0, 25.0, "F.linear")}})
     nmflow.save(packed, tmp_path, quality={"loss": 1.0})
     card = (tmp_path / "README.md").read_text()
     assert "| Time of the packed layers at 1 token | 2.50 times as fast" in card
