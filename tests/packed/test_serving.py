@@ -45,7 +45,7 @@ def classifier(folder: Path) -> Any:
 
 @pytest.mark.slow
 def test_the_peak_of_a_load_is_little_above_the_packed_network(tmp_path: Path) -> None:
-    """The peak of a child's resident memory above what it holds once transformers is imported."""
+    """The peak of a child's resident memory, above its start: 1.2 of the network and one layer."""
     code = textwrap.dedent("""
         import resource, sys, torch, transformers, nmflow
         from transformers.models.llama.modeling_llama import LlamaForCausalLM
@@ -86,7 +86,7 @@ def test_the_peak_of_a_load_is_little_above_the_packed_network(tmp_path: Path) -
         size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
         layer = 4 * 4096 * 1024
         print(f"{(most - start) / size:.3f} of {size:,}, a dense layer is {layer / size:.3f}")
-        assert most - start <= 1.2 * size, (most - start, size)
+        assert most - start <= 1.2 * size + layer, (most - start, size)
     """)
     for what in ("save", "load"):
         command = [sys.executable, "-c", code, str(tmp_path), what]
