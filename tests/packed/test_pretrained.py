@@ -379,7 +379,7 @@ def test_errors_name_the_mend(bert: tuple[Path, Any], tmp_path: Path) -> None:
 def test_a_network_of_your_own_takes_the_index_away(tmp_path: Path, bert: tuple[Path, Any]) -> None:
     shutil.copytree(bert[0], tmp_path / "net")
     own = nn.Sequential(nn.Linear(32, 8))
-    own[0].weight.data *= nmflow.mask(own[0].weight, "1:16")
+    own[0].weight.data *= nmflow.mask(own[0].weight, "1:16")  # pyright: ignore
     save(own, tmp_path / "net")
     assert not (tmp_path / "net" / "model.safetensors.index.json").exists()
     assert type(nmflow.load(tmp_path / "net", nn.Sequential(nn.Linear(32, 8)))[0]) is PackedLinear

@@ -210,7 +210,7 @@ def test_the_model_card(tmp_path: Path) -> None:
 
 def test_the_card_has_what_compress_measured(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 32))
-    model[0].weight.data *= nmflow.mask(model[0].weight, "1:16")
+    model[0].weight.data *= nmflow.mask(model[0].weight, "1:16")  # pyright: ignore
     packed = nmflow.compress(model, measure=False)
     report = nmflow.report_of(packed)
     row = report[0]

@@ -86,7 +86,7 @@ def from_pretrained(source: str | os.PathLike[str]) -> Any:
 
 def _timm(folder: Path, config: dict[str, Any]) -> Any:
     """The architecture of timm that a config names, its parameters on `meta`."""
-    import timm
+    import timm  # pyright: ignore[reportMissingImports]
 
     name, given = config["architecture"], config.get("model_args") or {}
     if not isinstance(name, str) or not timm.is_model(name):
@@ -129,6 +129,6 @@ def _sentence_transformer(folder: Path) -> Any:
                 f"source is {str(folder)!r}, whose module {shown(str(kind), 80)} is none of "
                 "sentence-transformers, and nmflow runs no code of a folder"
             )
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
 
     return SentenceTransformer(str(folder), local_files_only=True, **NO_CODE).eval()

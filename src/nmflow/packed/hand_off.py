@@ -75,7 +75,7 @@ def export_onnx_int8(
             quantize_static(
                 dense,
                 part,
-                _Reader([_feed(names, one) for one in given]),
+                _Reader([_feed(names, one) for one in given]),  # pyright: ignore[reportArgumentType]
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 weight_type=QuantType.QInt8,
