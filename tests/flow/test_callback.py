@@ -11,12 +11,17 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from transformers import Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 import nmflow
-from nmflow.errors import FlowError
+from nmflow.errors import FlowError, StateError
 from nmflow.experiments import tasks
-from nmflow.integrations.transformers import FinalMasksEvaluation, NMFlowCallback
+from nmflow.integrations.transformers import (
+    ExactCheckpoints,
+    FinalMasksEvaluation,
+    NMFlowCallback,
+)
 from small_runs import one
 
 
@@ -146,10 +151,64 @@ def test_final_masks_evaluation_shows_the_final_pattern_in_mid_decay(tmp_path: P
     trainer.evaluate()  # after finalize, too
 
 
-def test_the_callback_refuses_the_best_model_at_the_end(tmp_path: Path):
+def best_of(tmp_path: Path, callback: NMFlowCallback, kind: Any = Trainer, **more: Any) -> Any:
+    """A `Trainer` whose best network is that of step 4, in mid-decay, by its figure."""
+    steps = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
     trainer = plain_trainer(
-        tmp_path, NMFlowCallback("sr-ste", "1:8"), load_best_model_at_end=True,
-        eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
+        tmp_path, callback, kind, load_best_model_at_end=True, metric_for_best_model="score",
+        greater_is_better=False, **{**steps, **more},
     )  # fmt: skip
-    with pytest.raises(FlowError, match="load_best_model_at_end"):
+    trainer.compute_metrics = lambda _: {"score": float(trainer.state.global_step)}
+    return trainer
+
+
+class Exact(ExactCheckpoints, FinalMasksEvaluation, Trainer):
+    pass
+
+
+SLOW = pytest.mark.slow
+BESTS = [("mdgf-linear", Trainer), ("one-shot", Exact)]
+MORE = [("settling", Trainer), ("settling", Exact), ("sr-ste", Exact), ("one-shot", Trainer)]
+MORE += [("gradual", Exact), ("gradual", Trainer), ("dense", Exact), ("dense", Trainer)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind"), [*BESTS, *(pytest.param(*pair, marks=SLOW) for pair in MORE)]
+)
+def test_the_best_model_at_the_end_is_a_final_one(tmp_path: Path, recipe: Any, kind: Any) -> None:
+    trainer = best_of(tmp_path, NMFlowCallback(recipe, "1:8", include="ff"), kind)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    best = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    now = trainer.model.state_dict()
+    assert all(torch.equal(now[name], weight) for name, weight in best.items())
+    assert (recipe == "dense") != nmflow.audit(trainer.model, "1:8", "ff").ok
+
+
+def test_the_best_model_of_a_run_that_stopped_early(tmp_path: Path) -> None:
+    trainer = best_of(tmp_path, NMFlowCallback("mdgf-linear", "1:8", include="ff"), max_steps=40)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
+    trainer.train()
+    assert trainer.state.global_step == 8
+    best = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    now = trainer.model.state_dict()
+    assert all(torch.equal(now[name], weight) for name, weight in best.items())
+    assert nmflow.audit(trainer.model, "1:8", "ff").ok
+
+
+def test_a_best_model_that_is_loaded_in_part_is_refused(tmp_path: Path) -> None:
+    class Lax(Trainer):
+        def _load_best_model(self) -> None:
+            super()._load_best_model()
+            with torch.no_grad():
+                self.model.get_parameter("transformer.wte.weight").add_(1.0)  # type: ignore
+
+    trainer = best_of(tmp_path, NMFlowCallback("mdgf-linear", "1:8", include="ff"), Lax)
+    with pytest.raises(StateError, match=r"transformer\.wte\.weight"):
+        trainer.train()
+
+
+def test_the_best_model_of_mid_decay_is_refused(tmp_path: Path) -> None:
+    trainer = best_of(tmp_path, NMFlowCallback("sr-ste", "1:8", final_masks=False))
+    with pytest.raises(FlowError, match=r"load_best_model_at_end.*final_masks"):
         trainer.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,13 @@ class Loading:
     """A pre-hook of one module's `load_state_dict` that tells a slot what is coming.
 
     A loaded 0.0 where W̃ is 0 cannot be told by its value from a place that nobody wrote, but the
-    state dict says that all of the weight was given. A copy of the module gets a hook that does
-    nothing, and a pickle one that knows nothing of nmflow.
+    state dict says that all of the weight was given. A copy or a pickle of the module has no such
+    hook, or one that does nothing where others have hooked the module before.
     """
 
     def __init__(self, module: nn.Module, own: str, slot: Slot) -> None:
+        if not module._load_state_dict_pre_hooks:
+            module._load_state_dict_pre_hooks = _Hooks()
         handle = module.register_load_state_dict_pre_hook(self)
         self._own, self._handle = own, handle
         # An optimizer that is dropped takes its slots with it, and these their hooks.
@@ -42,6 +45,18 @@ class Loading:
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         # Takes any arguments and does nothing until it is asked for more.
         return functools.partial, (itertools.chain,)
+
+
+class _Hooks(OrderedDict):
+    """Hooks of a module, of which a copy or a pickle has only those of others.
+
+    A file of a whole module, as `torch.save(model)` writes it, is so what it would be without us:
+    `torch.load` takes no classes in it that it does not know.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        others = [(k, h) for k, h in self.items() if not isinstance(h.hook, Loading)]
+        return OrderedDict, (), None, None, iter(others)
 
 
 def watch(slots: list[Slot]) -> list[Loading]:

@@ -6,6 +6,8 @@ parameters held when they were made. Nothing here needs a package beside torch.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -62,10 +64,22 @@ def check(saved: Mapping[str, str], model: nn.Module) -> None:
         raise StateError(
             f"the checkpoint was loaded in part: {len(lost)} of the network's "
             f"{len(now.keys() | saved.keys())} tensors are not what was saved "
-            f"({', '.join(lost[:3])}{more}), so training would go on from other weights: save with "
+            f"({', '.join(lost[:3])}{more}), so the network is none that was trained: save with "
             "nmflow.integrations.transformers.ExactCheckpoints before the Trainer in your class, "
             "or start anew"
         )
+
+
+def check_saved(folder: Path, model: nn.Module) -> None:
+    """Raise a `StateError` unless a network holds what a `Trainer` saved in a checkpoint's folder.
+
+    A checkpoint without a witness says nothing.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        witness = state.get("stateful_callbacks", {}).get(WITNESS)
+        if witness:
+            check(witness["sums"], model)
 
 
 def _same(saved: str, now: str | None) -> bool:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from nmflow.errors import FlowError
 from nmflow.flow import Flow, attach
 from nmflow.integrations import checkpoints
+from nmflow.integrations.metrics import Metrics
 from nmflow.recipes import DEFAULT, Recipe
 from nmflow.select.plan import Names, Patterns
 
@@ -22,7 +23,12 @@ class NMFlowCallback(pl.Callback):
     goes on exactly, since the recipe's state travels in the optimizer's. A checkpoint holds
     checksums of the network, and is refused where it was loaded in part (`strict_loading` off).
 
-    Validation sees the final N:M network, as `flow.final_masks()` shows it.
+    Validation sees the final N:M network, as `flow.final_masks()` shows it, until the next batch
+    of training. So does a checkpoint that a `ModelCheckpoint` saves after it, which resumes all the
+    same: the best one is N:M wherever the mask was.
+
+    The trainer's loggers get the figures of `nmflow.integrations.metrics.Metrics`, every
+    `log_every_n_steps`.
 
     Args:
         recipe: a name or a recipe, see `nmflow.attach`.
@@ -63,6 +69,7 @@ class NMFlowCallback(pl.Callback):
         self._final_masks = final_masks
         self._shown: AbstractContextManager[None] | None = None
         self._saved: dict[str, str] | None = None
+        self._metrics: Metrics | None = None
         self._how = {
             "recipe": recipe,
             "pattern": pattern,
@@ -96,27 +103,41 @@ class NMFlowCallback(pl.Callback):
             checkpoints.check(saved, pl_module)
         self.flow = attach(pl_module, trainer.optimizers, total_steps=int(steps), **self._how)
         self._live = True
+        every = getattr(trainer, "log_every_n_steps", 0)  # a connector puts it there
+        if trainer.loggers and every:
+            self._metrics = Metrics(self.flow, every)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Show the masks of the step again."""
+        self._hide()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Log the figures of the run, as callbacks of Lightning's own do."""
+        if self._metrics is not None and trainer._logger_connector.should_update_logs:
+            for logger in trainer.loggers:
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.log_metrics(self._metrics(), step=step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the final masks."""
-        if self.flow is not None and self._live and self._final_masks:
+        if self.flow is not None and self._live and self._final_masks and self._shown is None:
             self._shown = self.flow.final_masks()
             self._shown.__enter__()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the masks of the step again."""
-        if self._shown is not None:
-            shown, self._shown = self._shown, None
-            shown.__exit__(None, None, None)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Leave `final_masks()` when validation was broken off."""
-        self.on_validation_end(trainer, pl_module)
+        self._hide()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave an exactly N:M model, unless told to wait."""
+        self._hide()
         if self.flow is not None and self._live and self._finalize:
             self.flow.finalize()
             self._live = False
+
+    def _hide(self) -> None:
+        if self._shown is not None:
+            shown, self._shown = self._shown, None
+            shown.__exit__(None, None, None)

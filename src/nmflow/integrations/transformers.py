@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from nmflow.errors import FlowError
-from nmflow.flow import Flow, View, attach
-from nmflow.integrations.checkpoints import ExactCheckpoints, Witness
+from nmflow.errors import FlowError, StateError
+from nmflow.flow import Flow, attach
+from nmflow.integrations.checkpoints import ExactCheckpoints, Witness, check_saved
+from nmflow.integrations.metrics import PHASES, Metrics, figures
 from nmflow.recipes import DEFAULT, Recipe
 from nmflow.select.plan import Names, Patterns
 
 __all__ = [
+    "PHASES",
     "ExactCheckpoints",
     "FinalMasksEvaluation",
     "HardEvaluation",
     "NMFlowCallback",
     "figures",
 ]
-
-PHASES = ("dense", "decay", "sparse", "finetune", "final")
 
 
 class NMFlowCallback(Witness, TrainerCallback):
@@ -41,11 +41,12 @@ class NMFlowCallback(Witness, TrainerCallback):
     after one, and resumes all the same. For a `trainer.evaluate()` of your own in mid-training use
     `FinalMasksEvaluation`.
 
-    Every log entry, of `trainer.state.log_history` and of the trackers in `report_to`, gains
-    `nmflow_delta`, δ; `nmflow_density`, the share of the targets' weights that the mask keeps;
-    `nmflow_phase` (the history) and `nmflow_phase_number`, its place in dense, decay, sparse,
-    finetune, final; and `nmflow_flip_rate`, the share of the mask that changed between the last
-    two of the steps 0, `logging_steps`, 2 · `logging_steps` …, from the second entry on.
+    Every log entry, of `trainer.state.log_history` and of the trackers in `report_to`, gains the
+    figures of `Metrics`, with `logging_steps` between the masks that are compared; the history
+    also `nmflow_phase` and `nmflow_pattern` as text.
+
+    `load_best_model_at_end` loads the best of the final N:M networks that were evaluated, if each
+    checkpoint is saved right after an evaluation, as it asks for. Training ends on that network.
 
     Args:
         recipe: a name or a recipe, see `nmflow.attach`.
@@ -62,8 +63,10 @@ class NMFlowCallback(Witness, TrainerCallback):
             `callback.flow.finalize()` yourself.
 
     Raises:
-        FlowError: `load_best_model_at_end`, which would put weights of mid-decay into the network.
-        StateError: a resume, where the network does not hold what the checkpoint was saved of.
+        FlowError: `load_best_model_at_end` without `final_masks`, which would put weights of
+            mid-decay into the network.
+        StateError: a resume, or the best model at the end, where the network does not hold what
+            the checkpoint was saved of.
 
     Example:
         >>> from nmflow.integrations.transformers import NMFlowCallback
@@ -111,10 +114,10 @@ class NMFlowCallback(Witness, TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach, now that the optimizer is made and, on a resume, its state restored."""
-        if args.load_best_model_at_end:
+        if args.load_best_model_at_end and not self.final_masks:
             raise FlowError(
-                "load_best_model_at_end is True: the best checkpoint may lie in mid-decay, where "
-                "the network is not N:M yet; set it to False"
+                "load_best_model_at_end is True and final_masks False: the best checkpoint may lie "
+                "in mid-decay, where the network is not N:M yet; leave out one of them"
             )
         if self.live:
             raise FlowError(
@@ -126,7 +129,7 @@ class NMFlowCallback(Witness, TrainerCallback):
         steps = self._total_steps or state.max_steps
         self.flow = attach(model, optimizer, total_steps=steps, **self._how)
         self.live = True
-        self._flips = _Flips(self.flow, max(1, int(state.logging_steps or 1)))
+        self._metrics = Metrics(self.flow, max(1, int(state.logging_steps or 1)))
         _before_the_trackers(self)
         if args.eval_on_start:
             self._show()
@@ -162,15 +165,11 @@ class NMFlowCallback(Witness, TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put δ, the density, the phase and the flip rate beside the loss."""
+        """Put the figures of the run beside the loss."""
         if self.flow is None or not self.live or not state.log_history:
             return
-        found = figures(self.flow)
-        phase = found.pop("nmflow_phase")
-        found["nmflow_phase_number"] = PHASES.index(phase)
-        if self._flips.rate is not None:
-            found["nmflow_flip_rate"] = self._flips.rate
-        state.log_history[-1].update(found, nmflow_phase=phase)
+        found = self._metrics()
+        state.log_history[-1].update({**figures(self.flow), **found})
         if logs is not None:
             logs.update(found)
 
@@ -178,6 +177,14 @@ class NMFlowCallback(Witness, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave an exactly N:M model, unless told to wait."""
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best and self.flow is not None and self.live:
+            # The Trainer has loaded it: an N:M network, which all masks of its own magnitudes keep.
+            with contextlib.suppress(StateError):
+                self._hide()
+            self.flow.sync()
+            if state.is_world_process_zero:
+                check_saved(Path(best), self.flow.model)
         self._hide()
         if self.flow is not None and self.live and self._finalize:
             self.flow.finalize()
@@ -229,24 +236,6 @@ class FinalMasksEvaluation:
 HardEvaluation = FinalMasksEvaluation  # its name before
 
 
-class _Flips:
-    """The share of the masks' entries that changed between the two observations before."""
-
-    def __init__(self, flow: Flow, every: int) -> None:
-        self.rate: float | None = None
-        self._masks: dict[str, Tensor] = {}
-        flow.observe(self._observe, every)
-
-    def _observe(self, step: int, views: list[View]) -> None:
-        seen = [(v.mask, self._masks.get(v.target.label)) for v in views]
-        pairs = [(now, before) for now, before in seen if before is not None]
-        if pairs:
-            # One transfer from the device for all targets.
-            changed = torch.stack([(now != before).sum() for now, before in pairs]).sum()
-            self.rate = int(changed) / sum(now.numel() for now, _ in pairs)
-        self._masks.update((v.target.label, v.mask.clone()) for v in views)
-
-
 def _before_the_trackers(callback: TrainerCallback) -> None:
     """Move a callback in front of those that report, so that they see what it logs.
 
@@ -263,18 +252,3 @@ def _before_the_trackers(callback: TrainerCallback) -> None:
             handler.callbacks = [*others[:first], callback, *others[first:]]
             return
         frame = frame.f_back
-
-
-def figures(flow: Flow) -> dict[str, Any]:
-    """δ, the density of the targets' masks, and the phase of a flow now."""
-    stage = flow.stage
-    kept = total = 0.0
-    for target in flow.plan:
-        pattern = stage.patterns[target.label]
-        kept += target.numel * (pattern.density if pattern else 1.0)
-        total += target.numel
-    return {
-        "nmflow_delta": stage.delta,
-        "nmflow_density": kept / total,
-        "nmflow_phase": stage.phase,
-    }
