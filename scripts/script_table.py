@@ -1,11 +1,11 @@
 """Tries the lines of docs/howto/scripts.md in scripts of others: whole, and stopped and resumed.
 
-    python scripts/script_table.py FOLDER [NAME …]
+    python scripts/script_table.py [--control] FOLDER [NAME …]
 
 What a script needs beside what nmflow does is looked for in $SCRIPT_PATH, if it is not installed.
 FOLDER holds clones of the repositories below, under their names; nothing in them is written. Each
-script runs in a folder of its own on tiny data that are made here, once as it is and once with our
-lines, both whole and stopped in mid-training, and what it saves last is compared bit by bit.
+script runs with our lines in a folder of its own on tiny data that are made here, whole and stopped
+in mid-training, and what it saves last is compared bit by bit. `--control` runs it as it is, too.
 
 Where a script begins its random numbers anew on a resume, its data are such that their order and
 crops make no difference: one example, again and again.
@@ -68,6 +68,8 @@ torch.distributed.init_process_group = lambda backend, device_id: begin("gloo")
 drawn = [int(os.environ.get("BATCHES_BEFORE", 0))]
 randint = torch.randint
 def by_step(*args, **kwargs):
+    if "generator" in kwargs:
+        return randint(*args, **kwargs)
     drawn[0] += 1
     return randint(*args, **kwargs, generator=torch.Generator().manual_seed(drawn[0]))
 torch.randint = by_step
@@ -548,12 +550,14 @@ def sparse(state: dict[str, torch.Tensor], pattern: str) -> str:
 
 def main(asked: list[str]) -> None:
     """Print one row a script."""
-    clones = Path(asked[0]).resolve()
+    both = "--control" in asked
+    clones, *names = (one for one in asked if one != "--control")
+    clones = Path(clones).resolve()
     for name, script in SCRIPTS.items():
-        if asked[1:] and name not in asked[1:]:
+        if names and name not in names:
             continue
         row = [name, str(lines(script, (clones / script.file).read_text(encoding="utf-8")))]
-        for ours in (False, True):
+        for ours in (False, True) if both else (True,):
             whole = run(script, clones, ours, False)
             if script.resume is None:
                 row.append("has none")

@@ -20,7 +20,7 @@ from nmflow.errors import (
     StateError,
     WeightError,
 )
-from nmflow.flow import Flow, FlowStage, attach
+from nmflow.flow import Flow, FlowStage, attach, prune
 from nmflow.inspect.audit import Audit, audit
 from nmflow.inspect.cost import Cost, cost
 from nmflow.integrations import registering
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from nmflow import kernels
     from nmflow.distill import Distiller
     from nmflow.inspect.machine import doctor
+    from nmflow.inspect.memory import Memory, memory
     from nmflow.inspect.noise import gradient_noise
     from nmflow.inspect.track import Tracker, track
     from nmflow.integrations.pretrained import from_pretrained
@@ -89,6 +90,7 @@ __all__ = [
     "FlowStage",
     "Gradual",
     "Hybrid",
+    "Memory",
     "NMFlowError",
     "NMFlowWarning",
     "OneShot",
@@ -123,6 +125,7 @@ __all__ = [
     "load",
     "load_state",
     "mask",
+    "memory",
     "onnxruntime_session_options",
     "permute_hidden",
     "plan",
@@ -139,6 +142,7 @@ registering.wait()
 # What training does not need is imported at first use.
 _LATER = {
     "Distiller": "nmflow.distill",
+    "Memory": "nmflow.inspect.memory",
     "OnnxDecoder": "nmflow.packed",
     "Tracker": "nmflow.inspect.track",
     "compress": "nmflow.packed",
@@ -153,6 +157,7 @@ _LATER = {
     "kernels": "",
     "load": "nmflow.packed",
     "load_state": "nmflow.packed",
+    "memory": "nmflow.inspect.memory",
     "onnxruntime_session_options": "nmflow.packed",
     "permute_hidden": "nmflow.permute",
     "prune": "nmflow.oneshot",

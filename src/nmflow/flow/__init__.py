@@ -3,5 +3,6 @@
 from nmflow.flow.attach import attach
 from nmflow.flow.flow import Flow, FlowStage
 from nmflow.flow.observing import Observation, Observer, View
+from nmflow.flow.pruning import prune
 
-__all__ = ["Flow", "FlowStage", "Observation", "Observer", "View", "attach"]
+__all__ = ["Flow", "FlowStage", "Observation", "Observer", "View", "attach", "prune"]

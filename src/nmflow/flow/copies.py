@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from nmflow.errors import FlowError, WeightError
-from nmflow.flow.sharding import local, region
+from nmflow.errors import FlowError
+from nmflow.flow.pruning import prune_weights
+from nmflow.flow.sharding import local
 from nmflow.flow.state import unwrapped
-from nmflow.masks import project, select
 from nmflow.select.plan import Plan
 
 Copy = nn.Module | Mapping[str, Tensor]
@@ -25,25 +25,7 @@ def prune(copy: Copy, model: nn.Module, plan: Plan) -> None:
             model; nothing is changed.
         WeightError: one of its weights is not finite; nothing is changed.
     """
-    weights = _weights(copy, model, plan)
-    with torch.no_grad():
-        wholes: dict[str, Tensor] = {}
-        for target in plan:
-            weight = weights[target.name]
-            whole = wholes.setdefault(target.name, local(weight).clone())
-            part = region(weight, target, target.pattern.m)
-            if part.count == 0:
-                continue
-            w = part.of(local(weight))
-            kept, finite = select(w, target.pattern, target.dim, target.stacked)
-            if not bool(finite):
-                raise WeightError(
-                    f"'{target.name}' of the copy holds a NaN or an infinity, which no magnitude "
-                    "mask can order: average finite weights"
-                )
-            part.of(whole).copy_(project(w, kept))
-        for name, whole in wholes.items():
-            _write(weights[name], whole)
+    prune_weights(_weights(copy, model, plan), plan, " of the copy")
 
 
 @contextlib.contextmanager
@@ -57,7 +39,7 @@ def pruned(copy: Copy, model: nn.Module, plan: Plan) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for name, weight in weights.items():
-                _write(weight, before[name])
+                local(weight).copy_(before[name])
 
 
 def _weights(copy: Copy, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -90,7 +72,3 @@ def _weights(copy: Copy, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
             )
         weights[target.name] = weight
     return weights
-
-
-def _write(weight: Tensor, value: Tensor) -> None:
-    local(weight).copy_(value)
