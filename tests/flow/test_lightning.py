@@ -119,6 +119,33 @@ def test_resume_is_exact(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_the_best_checkpoint_is_a_final_one_and_goes_on(tmp_path):
+    """Saved in mid-decay, right after a validation: N:M, and it resumes from W."""
+
+    class Scored(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val", float(self.global_step))
+
+    def fit(name, **how):
+        keep = pl.callbacks.ModelCheckpoint(tmp_path, name, monitor="val", mode="min")
+        net, run = Scored(), trainer(tmp_path, callback(), max_epochs=2, num_sanity_val_steps=0)
+        run.callbacks.append(keep)
+        run.fit(net, loader(), loader(), **how)
+        return net
+
+    whole = fit("best")
+    best = torch.load(tmp_path / "best.ckpt", weights_only=False)
+    assert (best["global_step"], nmflow.holds(best["state_dict"]["first.weight"], "1:8")) == (
+        6,
+        True,
+    )
+    saved = best["optimizer_states"][0]["state"][0]["nmflow_dense"]
+    assert not nmflow.holds(saved, "1:8")
+    again = fit("again", ckpt_path=str(tmp_path / "best.ckpt"))
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_checkpoint_that_is_loaded_in_part_is_refused(tmp_path):
     class Lax(Net):
         """Loads what it finds."""
