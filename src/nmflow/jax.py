@@ -4,6 +4,9 @@ The schedules are those of `nmflow.recipes`, which know neither framework. Dense
 optimizer's state here too, and the parameters are sparse. Install `nmflow[jax]`.
 """
 
+# Where it looks for JAX, pyright finds this very file.
+# pyright: reportAttributeAccessIssue=false, reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

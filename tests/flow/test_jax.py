@@ -18,7 +18,7 @@ jax = pytest.importorskip("jax", reason="jax is not installed")
 optax = pytest.importorskip("optax", reason="optax is not installed")
 jax.config.update("jax_enable_x64", True)
 
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 from nmflow import jax as nj  # noqa: E402
 
