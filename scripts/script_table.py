@@ -388,11 +388,13 @@ SCRIPTS: dict[str, Script] = {
             ),
         ],
         "fit --model.data_path data --model.batch_size 4 --model.workers 0 --model.lr 0.01 "
-        "--trainer.max_epochs 4 --trainer.accelerator cpu --trainer.default_root_dir out",
+        "--trainer.max_epochs 4 --trainer.accelerator cpu --trainer.default_root_dir out "
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint "
+        "--trainer.callbacks.dirpath=ends --trainer.callbacks.save_top_k=-1",
         images,
-        "out/checkpoints/*.ckpt",
+        "ends/*.ckpt",
         stop=3,
-        resume=["--ckpt_path", "last"],
+        resume=["--ckpt_path", "ends/epoch=1-step=2.ckpt"],
     ),
     "sentence-transformers": Script(
         "sentence-transformers/examples/sentence_transformer/training/sts/training_stsbenchmark.py",
@@ -507,6 +509,7 @@ def _tensors(files: list[Path], place: Path) -> dict[str, torch.Tensor]:
         else:
             continue
         saved = saved.state_dict() if isinstance(saved, torch.nn.Module) else saved
+        saved.pop("callbacks", None)  # Lightning's, with paths of files
         _flatten(saved, file.name, found)
     sys.path.remove(str(place))
     for module in ("model", "data"):
