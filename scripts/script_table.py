@@ -61,7 +61,8 @@ TWO_CPUS = """
 import contextlib
 torch.accelerator.is_available = lambda: True
 torch.accelerator.device_count = lambda: 2
-torch.accelerator.current_accelerator = lambda *_: "cpu"
+current = lambda check_available=False: None if check_available else "cpu"
+torch.accelerator.current_accelerator = current
 torch.accelerator.device_index = lambda *_: contextlib.nullcontext()
 begin = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda backend, device_id: begin("gloo")
