@@ -20,7 +20,7 @@ from nmflow.errors import (
     StateError,
     WeightError,
 )
-from nmflow.flow import Flow, FlowStage, attach, prune
+from nmflow.flow import Flow, FlowStage, attach, project
 from nmflow.inspect.audit import Audit, audit
 from nmflow.inspect.cost import Cost, cost
 from nmflow.integrations import registering
@@ -129,7 +129,7 @@ __all__ = [
     "onnxruntime_session_options",
     "permute_hidden",
     "plan",
-    "prune",
+    "project",
     "report_of",
     "save",
     "save_state",

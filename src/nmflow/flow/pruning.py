@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from nmflow.errors import FlowError, WeightError
 from nmflow.flow import owners
 from nmflow.flow.sharding import local, region
-from nmflow.masks import project, select
+from nmflow.masks import project as masked
+from nmflow.masks import select
 from nmflow.select.plan import Names, Patterns, Plan, choose
 from nmflow.select.weights import layers_of
 
 
-def prune(
+def project(
     model: nn.Module,
     pattern: Patterns = "1:16",
     include: Names = "all",
@@ -46,7 +47,7 @@ def prune(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 2))
-        >>> _ = prune(model, "1:16", include="0.*")
+        >>> _ = project(model, "1:16", include="0.*")
         >>> int((model[0].weight != 0).sum())  # of 8 × 32 weights
         16
     """
@@ -90,6 +91,6 @@ def prune_weights(weights: Mapping[str, Tensor], plan: Plan, of: str = "") -> No
                 f"'{target.name}'{of} holds a NaN or an infinity, which no magnitude mask can "
                 "order: give finite weights"
             )
-        part.of(whole).copy_(project(w, kept))
+        part.of(whole).copy_(masked(w, kept))
     for name, whole in wholes.items():
         local(weights[name]).copy_(whole)
