@@ -112,6 +112,9 @@ void tiles_of(const nmf_job *job, const nmf_part *part, Quads quads, const int8_
                                    steps + t)
   const int64_t tokens = part->token_end - part->token;
   int64_t tile = part->tile;
+  if (tokens % 16 == 0) /* as many sums as there are registers for, and one stream of weights */
+    for (; tile < part->tile_end; ++tile)
+      for (int64_t t = 0; t < tokens; t += 16) NMF_BLOCK(16, 1);
   if (tokens >= 4)
     for (; tile + 2 <= part->tile_end; tile += 2) {
       int64_t t = 0;
