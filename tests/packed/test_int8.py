@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def net() -> nn.Sequential:
+def net() -> Any:
     torch.manual_seed(0)
     return prune(nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32)))
 
@@ -99,7 +100,7 @@ def test_modules_beside_their_dense_selves(
     model = prune(nn.Sequential(make()).to(dtype))
     packed = compress(model, measure=False, values="int8", activations=activations)
     assert report_of(packed).packed
-    assert all(0 < row.error < 0.02 for row in report_of(packed).packed)
+    assert all(row.error and 0 < row.error < 0.02 for row in report_of(packed).packed)
     assert "error" in str(report_of(packed))
     x = torch.randn(shape).to(dtype)
     dense = decompress(packed)
@@ -152,6 +153,8 @@ def test_gradients_compilers_and_exports(activations: str) -> None:
     packed(x).sum().backward()
     got, x.grad = x.grad, None
     decompress(packed)(x).sum().backward()
+    assert got is not None
+    assert x.grad is not None
     near = 1e-5 if activations == "float" else 0.1
     assert float((got - x.grad).norm() / x.grad.norm()) < near
     with torch.no_grad():
@@ -173,11 +176,12 @@ def test_gradients_compilers_and_exports(activations: str) -> None:
 
 
 def test_what_compress_refuses() -> None:
-    for arguments, said in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"values": "int4"}, "values is 'int4'"),
         ({"values": "int8", "activations": "int4"}, "activations is 'int4'"),
         ({"activations": "int8"}, "pass values='int8' too"),
-    ):
+    )
+    for arguments, said in refused:
         with pytest.raises(CompressError, match=said):
             compress(net(), measure=False, **arguments)
     double = report_of(compress(net().double(), measure=False, values="int8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from nmflow.errors import CompressError
 from nmflow.kernels import reference
 
-_C = torch._C
+_C: Any = torch._C
 LIBRARY = torch.library.Library("nmflow", "DEF")
 SHAPE = "int out, int inputs, int n, int m, int panel"
 MOST_BOUND = 65_536  # weights that an op keeps bound
