@@ -83,7 +83,7 @@ def train(data: Path, out: Path, steps: int) -> None:
     trainer.distiller = nmflow.Distiller.of(model)
     trainer.train()
     packed = nmflow.compress(model.eval(), tokens=(16, 512), include="ff")
-    sys.stdout.write(f"{packed.report}\n")
+    sys.stdout.write(f"{nmflow.report_of(packed)}\n")
     nmflow.save(packed, out / "packed")
     model.config.save_pretrained(out / "packed")
     tokenizer.save_pretrained(out / "packed")
