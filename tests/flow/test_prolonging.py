@@ -35,6 +35,10 @@ RECIPES: list[Recipe] = [
     nmflow.SDGF("geometric", dense=0.1),
     nmflow.Hybrid(dense=0.2, finetune=0.3),
     nmflow.Settling(),
+    nmflow.MDGF("linear", dense=4, finetune=6, stairs=4),
+    nmflow.SSTE(0.25, 0.25),
+    nmflow.MaxQ(dense=0.2),
+    nmflow.Settling(scale=1.6, lr_scale=2.0),
 ]
 PATTERN = Pattern("2:8")
 TOTALS = (20, 21, 30, 44)

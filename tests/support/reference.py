@@ -73,6 +73,50 @@ def holds(
     return True
 
 
+def enhanced(weight: torch.Tensor, n: int, m: int, spec: Spec, tau: float) -> torch.Tensor:
+    """MaxQ's soft mask: a sigmoid above the threshold of an output row, in numpy, row by row."""
+    w = np.abs(weight.detach().to(torch.float64).cpu().numpy())
+    out = 3 - spec.dim if spec.stacked else (0 if spec.dim else 1)
+    found = np.zeros_like(w)
+    firsts = [(i,) for i in range(w.shape[0])] if spec.stacked else [()]
+    views = []
+    for lead in firsts:
+        axis = out - len(lead)
+        rows, to = (np.moveaxis(x[lead], axis, 0) for x in (w, found))
+        views += [(rows[i], to[i]) for i in range(len(rows))]
+    if w.ndim > 2 and not spec.stacked and math.prod(w.shape[2:]) > 1:
+        views += [
+            (w[(slice(None), slice(None), *at)], found[(slice(None), slice(None), *at)])
+            for at in np.ndindex(*w.shape[2:])
+        ]
+    for row, to in views:
+        flat = np.sort(row.ravel())
+        pruned = len(flat) * (m - n) // m
+        t = (flat[pruned - 1] + flat[pruned]) / 2
+        to += np.where(row >= flat[pruned], 1 / (1 + np.exp(-(row - t) / tau)), 0.0)
+    return torch.from_numpy(found).to(weight)
+
+
+def spared(weight: torch.Tensor, share: float, m: int, spec: Spec, panel: int = 1) -> torch.Tensor:
+    """The groups, or panels of them, of largest sum, as many as the share says."""
+    w = weight.detach().abs()
+    order = [i for i in range(w.ndim) if i != spec.dim]
+    if spec.stacked:  # rows first, then which matrix
+        order = [3 - spec.dim, 0]
+    elif spec.dim == 0:
+        order = list(range(1, w.ndim))
+    moved = w.permute(*order, spec.dim)
+    sums = moved.reshape(*moved.shape[:-1], -1, m).sum(-1)
+    blocks = list(sums.split(panel))
+    totals = torch.stack([block.sum(0) for block in blocks])
+    best = sorted(range(totals.numel()), key=lambda i: -float(totals.flatten()[i]))
+    chosen = torch.zeros(totals.numel(), dtype=torch.bool)
+    chosen[best[: int(share * totals.numel())]] = True
+    some = chosen.reshape(totals.shape).repeat_interleave(panel, 0)[: len(sums)]
+    places = some.unsqueeze(-1).expand(*some.shape, m).reshape(moved.shape)
+    return places.permute(*np.argsort([*order, spec.dim]).tolist())
+
+
 def rows_of(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
     return tensor if spec.rows is None else tensor[spec.rows[0] : spec.rows[1]]
 
@@ -121,7 +165,7 @@ def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Fra
     end = total - options.get("finetune", 0)
     if case.kind == "Dense" or (k < dense and k < total):
         return None
-    if case.kind in ("OneShot", "STE", "SRSTE", "STEP") or k >= end:
+    if case.kind in ("OneShot", "STE", "SRSTE", "SSTE", "STEP", "MaxQ") or k >= end:
         return (n, m), None, 0.0
     j, span = k - dense, end - dense
     if stairs := options.get("stairs"):
@@ -179,6 +223,7 @@ class Reference:
         self.frozen: dict[str, torch.Tensor] = {}
         self.dense_steps: dict[torch.Tensor, float] = {}
         self.held: dict[str, tuple[int, NM, torch.Tensor]] = {}
+        self.betas: dict[str, float] = {}
 
     def _frame(self, weight: torch.Tensor, spec: Spec) -> Frame | None:
         return frame_at(self.case, self.k, self.total, self.n, self.m, weight.shape[spec.dim])
@@ -199,7 +244,38 @@ class Reference:
         if previous is not None:
             fading = keep(weight, *previous, spec.dim, self.panel, spec.stacked)
         factor = kept.to(weight.dtype) + (~kept & fading).to(weight.dtype) * delta
+        if self.case.kind == "SSTE":
+            factor = self._thresholded(name, weight, kept, spec)
+        elif self.case.kind == "MaxQ":
+            factor = kept * (1 + enhanced(weight, self.n, self.m, spec, self.case.kwargs["tau"]))
+        if "scale" in self.case.kwargs:
+            factor = torch.where(
+                kept, factor * self._grown("scale", (n, m), previous, delta), factor
+            )
         return kept, factor
+
+    def _grown(self, option: str, nm: NM, previous: NM | None, delta: float) -> float:
+        """A factor that goes from 1 to what was given as the mean of the mask goes down."""
+        shares = [Fraction(*x) for x in (nm, previous or (1, 1), (self.n, self.m))]
+        now, before, final = map(float, shares)
+        come = (1 - (now + delta * (before - now))) / (1 - final)
+        return 1 + (self.case.kwargs.get(option, 1.0) - 1) * come
+
+    def _thresholded(
+        self, name: str, weight: torch.Tensor, kept: torch.Tensor, spec: Spec
+    ) -> torch.Tensor:
+        """S-STE as a factor: beta (|w| - t) / |w|, with beta of the first call for each weight."""
+        w = weight.detach()
+        size = w.abs()
+        moved = torch.where(kept, torch.zeros_like(size), size).movedim(spec.dim, -1)
+        groups = moved.reshape(*moved.shape[:-1], -1, self.m)
+        t = groups.max(-1, keepdim=True).values.expand_as(groups).reshape(moved.shape)
+        over = (size - t.movedim(-1, spec.dim)).clamp(min=0) * kept
+        sparse = over * w.sign()
+        beta = self.betas.setdefault(name, ((w * sparse).sum() / (sparse * sparse).sum()).item())
+        if w.dtype != torch.float64:  # the state has it in the weight's dtype
+            beta = self.betas[name] = float(torch.tensor(beta, dtype=w.dtype))
+        return torch.where(over > 0, beta * over / size, torch.zeros_like(over))
 
     def _kept(self, name: str, weight: torch.Tensor, nm: NM, spec: Spec) -> torch.Tensor:
         """The mask, held since the last step that `mask_interval` divides."""
@@ -210,12 +286,23 @@ class Reference:
             due = self.k - dense in treads(stairs, self.total - dense - finetune)
         if held != nm or (due and since != self.k):
             kept = keep(weight, *nm, spec.dim, self.panel, spec.stacked)
+            if self.case.kind == "MaxQ":
+                kept |= spared(weight, self._share(), self.m, spec, self.panel)
             self.held[name] = (self.k, nm, kept)
         return self.held[name][2]
 
+    def _share(self) -> float:
+        """The share of groups that MaxQ leaves dense now."""
+        options = self.case.kwargs
+        j, end = self.k - options["dense"], self.total - options["finetune"]
+        if self.k >= end:
+            return 0.0
+        done = j / (end - options["dense"])
+        return 1 - done if options["schedule"] == "linear" else math.cos(math.pi / 2 * done)
+
     def effective(self) -> dict[str, torch.Tensor]:
         """What the network computes with now, as differentiable functions of the dense weight."""
-        whole = ("STE", "SRSTE", "STEP", "SDGF", "Settling")
+        whole = ("STE", "SRSTE", "SSTE", "STEP", "SDGF", "Settling", "MaxQ")
         usual = "straight-through" if self.case.kind in whole else "masked"
         masked = self.case.kwargs.get("gradient", usual) == "masked"
         weights: dict[str, torch.Tensor] = {}
@@ -236,7 +323,9 @@ class Reference:
         """SR-STE's term or the pull, once a step; under a loss scaler after `unscale_`."""
         if self.case.kind == "Settling":
             self._draw()
-        if self.case.kind not in ("SRSTE", "STEP") or self.k < self.case.kwargs.get("dense", 0):
+        if self.case.kind not in ("SRSTE", "STEP", "MaxQ") or self.k < self.case.kwargs.get(
+            "dense", 0
+        ):
             return
         for name, spec in self.targets.items():
             dense, masks = self.model.get_parameter(name), self._masks(name)
@@ -256,17 +345,32 @@ class Reference:
                 for group in self.optimizer.param_groups
                 if any(p is dense for p in group["params"])
             )
-            amount = min(1.0, lr * self.case.kwargs["pull"])
             w = rows_of(dense, spec)
-            w.copy_((1 - amount) * w + amount * w * masks[1])
+            frame = self._frame(w, spec)
+            assert frame is not None
+            amount = min(1.0, lr * self.case.kwargs["pull"] * self._rate(frame))
+            faded = torch.where(masks[0], w, w * frame[2])
+            w.copy_((1 - amount) * w + amount * faded)
+
+    def _rate(self, frame: Frame | None) -> float:
+        return 1.0 if frame is None else self._grown("lr_scale", *frame)
 
     def step(self) -> None:
         self.regularise()
+        before = self.dense_weights()
+        frames = {n: self._frame(rows_of(before[n], s), s) for n, s in self.targets.items()}
+        self._step()
+        with torch.no_grad():
+            for name, spec in self.targets.items() if "lr_scale" in self.case.kwargs else ():
+                w, old = (rows_of(x, spec) for x in (self.model.get_parameter(name), before[name]))
+                w.copy_(old + self._rate(frames[name]) * (w - old))
+        self.k += 1
+
+    def _step(self) -> None:
         if self.case.kind == "STEP" and self.k >= self.case.kwargs["dense"]:
             self._preconditioned_step()
         else:
             self.optimizer.step()
-        self.k += 1
 
     @torch.no_grad()
     def _preconditioned_step(self) -> None:

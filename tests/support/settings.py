@@ -49,6 +49,13 @@ CASES = [
     Case("mdgf-exp", "MDGF", _mdgf("exponential", "straight-through")),
     Case("mdgf-exp-masked", "MDGF", _mdgf("exponential", "masked")),
     Case("settling", "Settling", _mdgf("exponential", "straight-through", pull=3.0)),
+    Case("s-ste", "SSTE", {"dense": 2}),
+    Case(
+        "maxq", "MaxQ", {"schedule": "cosine", "lam": 0.05, "tau": 0.05, "dense": 2, "finetune": 4}
+    ),
+    Case(
+        "settling-scaled", "Settling", _mdgf("linear", "masked", pull=3.0, scale=1.6, lr_scale=2.0)
+    ),
     Case("sdgf-stepwise", "SDGF", {"structure": "stepwise", "dense": 2, "finetune": 4}),
     Case("sdgf-geometric", "SDGF", {"structure": "geometric", "dense": 2, "finetune": 4}),
     Case("hybrid", "Hybrid", {"structure": "stepwise", **_mdgf("linear", "straight-through")}),
@@ -72,6 +79,25 @@ MORE_CASES = [
         "SDGF",
         {"structure": "geometric", "gradient": "masked", "dense": 2, "finetune": 4},
     ),
+    Case("s-ste-at-once", "SSTE"),
+    Case("s-ste-frozen", "SSTE", {"dense": 2, "finetune": 4}, {"freeze_mask": True}),
+    Case("s-ste-scaled", "SSTE", {"dense": 2, "scale": 0.8, "lr_scale": 0.5}),
+    Case(
+        "maxq-linear",
+        "MaxQ",
+        {"schedule": "linear", "lam": 0.0, "tau": 1.0, "dense": 0, "finetune": 2},
+    ),
+    Case("sr-ste-scaled", "SRSTE", {"lam": 0.05, "dense": 2, "scale": 1.6}),
+    Case("mdgf-scaled", "MDGF", _mdgf("exponential", "masked", scale=1.6)),
+    Case("mdgf-scaled-st", "MDGF", _mdgf("linear", "straight-through", scale=2.0, lr_scale=0.5)),
+    Case("mdgf-scaled-frozen", "MDGF", _mdgf("linear", "masked", scale=1.6), {"freeze_mask": True}),
+    Case("sdgf-scaled", "SDGF", {"structure": "stepwise", "finetune": 3, "scale": 1.5}),
+    Case(
+        "hybrid-scaled",
+        "Hybrid",
+        {"structure": "stepwise", **_mdgf("linear", "masked"), "scale": 1.5},
+    ),
+    Case("step-rated", "STEP", {"lam": 0.05, "dense": 5, "lr_scale": 0.5}),
     Case("mdgf-stairs", "MDGF", _mdgf("linear", "masked", stairs=3)),
     Case("mdgf-exp-stairs", "MDGF", _mdgf("exponential", "straight-through", stairs=5)),
     Case("mdgf-stairs-many", "MDGF", _mdgf("linear", "masked", stairs=16)),

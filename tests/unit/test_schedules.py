@@ -248,6 +248,13 @@ RECIPES = st.one_of(
     st.builds(nmflow.STE, dense=st.integers(0, 5)),
     st.builds(nmflow.SRSTE, dense=st.integers(0, 5)),
     st.builds(nmflow.OneShot, dense=st.integers(0, 5)),
+    st.builds(nmflow.SSTE, dense=st.integers(0, 5), scale=st.floats(0.5, 4)),
+    st.builds(
+        nmflow.MaxQ,
+        schedule=st.sampled_from(["cosine", "linear"]),
+        dense=st.integers(0, 5),
+        finetune=st.integers(0, 5),
+    ),
     st.builds(
         nmflow.Gradual,
         gradient=st.sampled_from(["straight-through", "masked"]),
@@ -329,6 +336,8 @@ NAMES = {
     "sdgf-stepwise": nmflow.SDGF(structure="stepwise"),
     "sdgf-geometric": nmflow.SDGF(structure="geometric"),
     "hybrid": nmflow.Hybrid(),
+    "maxq": nmflow.MaxQ(),
+    "s-ste": nmflow.SSTE(),
     "settling": nmflow.Settling(),
 }
 
@@ -425,3 +434,38 @@ def test_stairs_are_a_whole_number(stairs: object) -> None:
 def test_a_recipe_without_stairs_is_described_as_before_there_were_any() -> None:
     assert "stairs" not in nmflow.recipes.describe(nmflow.MDGF())
     assert nmflow.recipes.describe(nmflow.MDGF(stairs=4))["stairs"] == 4
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "dense"])
+def test_scales_grow_with_the_sparsity(name: str) -> None:
+    """1 while dense, the whole factor once N:M is reached, and never past it in between."""
+    recipe = dataclasses.replace(NAMES[name], scale=1.6, lr_scale=0.5)
+    pattern, total = Pattern("1:16"), 40
+    stages = [recipe.stage(k, total, pattern, 256) for k in range(total + 2)]
+    for stage in stages:
+        come = stage.sparsity / pattern.sparsity
+        assert 0 <= come <= 1 + 1e-9
+        assert stage.gain == pytest.approx(1 + 0.6 * come)
+        assert stage.rate == pytest.approx(1 - 0.5 * come)
+    assert (stages[-1].gain, stages[-1].rate) == (1.6, 0.5)
+    plain = [NAMES[name].stage(k, total, pattern, 256) for k in range(total + 2)]
+    assert [dataclasses.replace(s, gain=1.0, rate=1.0) for s in stages] == plain
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "2"])
+@pytest.mark.parametrize("name", ["scale", "lr_scale"])
+def test_a_scale_is_a_factor(name: str, value: object) -> None:
+    for kind in (nmflow.STE, nmflow.Settling, nmflow.MaxQ, nmflow.OneShot):
+        with pytest.raises(RecipeError, match=name):
+            kind(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="dense baseline"):
+        nmflow.Dense(scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"schedule": "steps"}, "schedule"), ({"tau": 0}, "tau"), ({"lam": -1.0}, "lam")],
+)
+def test_what_maxq_refuses(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        nmflow.MaxQ(**options)

@@ -167,7 +167,7 @@ class Edits:
 
     def _final(self, k: int) -> tuple[dict[str, Stage], bool]:
         weights = self._weights
-        final = {t.label: Stage("final", t.pattern) for t in weights.targets}
+        final = {t.label: weights.run.final(t) for t in weights.targets}
         now = weights.stages(k)
         # A held mask is of the current pattern; where that is the final one already, it stays.
         return final, weights.has_masks(k) and all(now[t].pattern == final[t].pattern for t in now)

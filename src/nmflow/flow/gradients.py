@@ -75,7 +75,7 @@ def drawn(
         amount = (lr.to(dense.device, dense.dtype) * pull).clamp(max=1.0)
     else:
         amount = min(1.0, lr * pull)
-    dense.lerp_(shown, amount)
+    dense.lerp_(shown if kept is None else masks.project(dense, kept, None, delta), amount)
 
 
 def _blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

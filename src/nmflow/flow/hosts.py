@@ -144,9 +144,9 @@ def check_masters(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -
             if finer and torch.equal(held.to(part.dtype), part):
                 raise FlowError(
                     f"'{slot.name}' is written anew at every step from a copy of {held.dtype} in "
-                    f"the optimizer's state ({key!r}), so that {recipe.name} would draw it in "
-                    "vain: keep the model itself in that dtype under autocast, or use a recipe "
-                    "without a pull, such as 'mdgf-linear'"
+                    f"the optimizer's state ({key!r}), so that {recipe.name} would draw or rescale "
+                    "it in vain: keep the model itself in that dtype under autocast, or use a "
+                    "recipe without a pull and lr_scale, such as 'mdgf-linear'"
                 )
 
 

@@ -12,7 +12,15 @@ from torch.optim import Optimizer
 from nmflow.errors import FlowError, StateError, WeightError
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
-from nmflow.flow.state import DENSE_KEY, GROUP_KEYS, PENDING_KEY, RECIPE_KEY, STEP_KEY, Run
+from nmflow.flow.state import (
+    DENSE_KEY,
+    GROUP_KEYS,
+    PENDING_KEY,
+    RECIPE_KEY,
+    SCALE_KEY,
+    STEP_KEY,
+    Run,
+)
 from nmflow.select.target import Target
 
 
@@ -85,10 +93,11 @@ def check_slots(
 
 def _check_tensor(slot: Slot, key: str, value: Any) -> None:
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    if shape != tuple(slot.param.shape):
+    asked = (len(slot.regions),) if key == SCALE_KEY else tuple(slot.param.shape)
+    if shape != asked:
         raise StateError(
-            f"the optimizer state's {key} of '{slot.name}' is {shape}, but the weight is "
-            f"{tuple(slot.param.shape)}: it is damaged, so resume from another"
+            f"the optimizer state's {key} of '{slot.name}' is {shape}, but the weight takes "
+            f"{asked}: it is damaged, so resume from another"
         )
     if not bool(torch.isfinite(local(value)).all()):
         raise WeightError(

@@ -20,7 +20,7 @@ from nmflow.flow.homes import Home
 from nmflow.flow.loan import Loan
 from nmflow.flow.marks import Mark, blank
 from nmflow.flow.sharding import Region, local
-from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SLOT_KEYS
+from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SCALE_KEY, SLOT_KEYS
 from nmflow.pattern import EVERY
 from nmflow.recipes.schedules import Stage
 
@@ -91,6 +91,9 @@ class Slot:
         """
         self.tensors = {DENSE_KEY: self.param.detach().clone()}
         for key in keys:
+            if key == SCALE_KEY:
+                self.tensors[key] = self.param.detach().new_zeros(len(self.regions))
+                continue
             self.tensors[key] = torch.ones_like(self.param, dtype=torch.bool).detach()
 
     def store(self) -> None:
@@ -151,9 +154,12 @@ class Slot:
         """
         w = region.of(local(self.dense))
         if not held and g.dtype == w.dtype and _in_one_pass(region, stage, w, g):
-            _project(region, stage, w, stage.delta, later, out=g, values=g)
+            now = later if stage.gain == 1.0 else None
+            _project(region, stage, w, stage.delta / stage.gain, now, out=g, values=g)
         else:
-            gradients.masked(g, *self.masks(region, stage, held), stage.delta)
+            gradients.masked(g, *self.masks(region, stage, held), stage.delta / stage.gain)
+        if stage.gain != 1.0:
+            g.mul_(stage.gain)
 
     def refine(
         self, region: Region, stage: Stage, held: bool, g: Tensor, lam: float,
@@ -215,20 +221,49 @@ class Slot:
                 continue
             stage, w, out = stages[region.target.label], region.of(source), region.of(sink)
             masked = stage.pattern is not None
-            if _in_one_pass(region, stage, w, out) and not (masked and (held or hold)):
-                fine = _project(region, stage, w, stage.delta, later, out=out)
+            kept_as_is = not stage.form and not (masked and (held or hold))
+            if kept_as_is and _in_one_pass(region, stage, w, out):
+                now = later if stage.gain == 1.0 else None  # what is put off is not scaled here
+                fine = _project(region, stage, w, stage.delta / stage.gain, now, out=out)
                 finite += [] if fine is None else [fine]
             elif not masked:
                 out.copy_(w)
                 finite.append(torch.isfinite(w).all())
             else:
                 kept, fading = self.masks(region, stage, held)
-                finite.append(
-                    masks.hold(w, kept, out, fading=fading, delta=stage.delta, prints=prints)
-                )
+                fades = {"fading": fading, "delta": stage.delta / stage.gain}
+                finite.append(masks.hold(w, kept, out, **fades, prints=prints))
+                if stage.form:
+                    out.copy_(torch.where(kept, self.formed(region, stage, kept), out))
                 if hold and not held:
                     self.hold(region, kept, fading)
+            if stage.gain != 1.0:
+                out.mul_(stage.gain)
         return finite
+
+    def formed(self, region: Region, stage: Stage, kept: Tensor) -> Tensor:
+        """What the kept weights of a region become by the form of its stage."""
+        w, target = region.of(local(self.dense)), region.target
+        assert stage.pattern is not None
+        if stage.form == "multi-axis":
+            tau = stage.tau
+            return w + w * masks.importance(w, stage.pattern, target.dim, target.stacked, tau)
+        sparse = masks.soft_threshold(w, kept, stage.pattern, target.dim, target.stacked)
+        scale = self.tensors[SCALE_KEY][self.regions.index(region)]
+        # Not yet taken where a dense phase shows its final masks.
+        return sparse * (scale if bool(scale) else masks.least_squares(w, sparse))
+
+    def take_scales(self, stages: Stages) -> None:
+        """Take β of each region that has its first mask now, once and for all."""
+        scales = self.tensors[SCALE_KEY]
+        for i, region in enumerate(self.regions):
+            stage, target = stages[region.target.label], region.target
+            if stage.pattern is None or bool(scales[i]) or region.count == 0:
+                continue
+            w = region.of(local(self.dense))
+            kept = self.masks(region, stage, False)[0]
+            sparse = masks.soft_threshold(w, kept, stage.pattern, target.dim, target.stacked)
+            scales[i] = masks.least_squares(w, sparse)
 
     def rest(self) -> None:
         """Show W itself: what is left to do when W is not finite and has no mask."""
@@ -282,6 +317,9 @@ class Slot:
             return kept, fading
         w, target = region.of(local(self.dense)), region.target
         kept = masks.select(w, pattern, target.dim, target.stacked)[0]
+        if stage.whole:
+            share = stage.whole
+            kept |= masks.largest_groups(w, pattern, target.dim, share, target.stacked)
         fading = masks.select(w, previous, target.dim, target.stacked)[0] if previous else None
         return kept, fading
 
@@ -291,7 +329,8 @@ class Slot:
             return False
         stage = stages[self.regions[0].target.label]
         kept = local(self.tensors[KEPT_KEY])
-        fits = stage.pattern is not None and stage.masks[1] is None
+        bare = not stage.form and stage.gain == 1.0
+        fits = bare and stage.pattern is not None and stage.masks[1] is None
         return fits and masks.one_pass_holds(local(self.dense), kept, out)
 
     def hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
@@ -321,6 +360,8 @@ def _waits(w: Tensor) -> bool:
 def _in_one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
     """Whether a kernel can go from W to W̃ in one pass over memory."""
     (pattern, previous), target = stage.masks, region.target
-    return previous is None and masks.one_pass_serves(
-        w, pattern or EVERY, target.dim, out, target.stacked
+    return (
+        previous is None
+        and not stage.whole
+        and masks.one_pass_serves(w, pattern or EVERY, target.dim, out, target.stacked)
     )

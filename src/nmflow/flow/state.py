@@ -18,8 +18,10 @@ from nmflow.select.target import Target
 STEP_KEY, RECIPE_KEY = GROUP_KEYS = ("nmflow_step", "nmflow_recipe")
 """The keys of a flow in an optimizer's param groups: k, and `Run.signature`. Plain types both."""
 
-DENSE_KEY, KEPT_KEY, FADING_KEY = SLOT_KEYS = ("nmflow_dense", "nmflow_mask", "nmflow_fading")
-"""The keys of a weight in `optimizer.state[p]`: W, and the masks m and m' where they are held."""
+SLOT_KEYS = ("nmflow_dense", "nmflow_mask", "nmflow_fading", "nmflow_scale")
+DENSE_KEY, KEPT_KEY, FADING_KEY, SCALE_KEY = SLOT_KEYS
+"""The keys of a weight in `optimizer.state[p]`: W, the masks m and m' where they are held, and β
+where a recipe scales each weight: one for each target in it, 0 before the first mask."""
 PENDING_KEY = "nmflow_pending"
 """The key in a saved state of the weights whose parameter has no state of its own yet."""
 
@@ -77,10 +79,16 @@ class Run:
 
     @property
     def held_keys(self) -> tuple[str, ...]:
-        """The masks that the run ever holds between steps, by their key in the state."""
-        if self.mask_interval == 1 and self.frozen_since() is None:
-            return ()
-        return (KEPT_KEY, FADING_KEY) if self.recipe.fades_between else (KEPT_KEY,)
+        """What the run ever holds of a weight beside W between steps, by its key in the state."""
+        scale = (SCALE_KEY,) if self.recipe.form == "soft-threshold" else ()
+        if self.mask_interval == 1 and self.recipe.stairs == 0 and self.frozen_since() is None:
+            return scale
+        fading = (FADING_KEY,) if self.recipe.fades_between else ()
+        return (KEPT_KEY, *fading, *scale)
+
+    def final(self, target: Target) -> Stage:
+        """The stage of a target at the end."""
+        return self.recipe.dressed(Stage("final", target.pattern), target.pattern)
 
     def holds(self, k: int) -> bool:
         """Whether the masks of step `k` are to be held, since a later step needs them."""

@@ -15,7 +15,7 @@ from nmflow.flow.edits import Edits
 from nmflow.flow.guard import Guard, overrides
 from nmflow.flow.observing import Observation
 from nmflow.flow.record import Record
-from nmflow.flow.sharding import local
+from nmflow.flow.sharding import local, sharded
 from nmflow.flow.slots import Slot
 from nmflow.flow.state import GROUP_KEYS, Run
 from nmflow.flow.steps import Steps
@@ -85,6 +85,11 @@ class Stepper:
                 raise WeightError(
                     f"'{slot.name}' holds a NaN or an infinity, which no magnitude mask can order: "
                     "mend the weight before attaching"
+                )
+            if self.run.recipe.form and sharded(slot.param):
+                raise FlowError(
+                    f"'{slot.name}' is sharded, but {self.run.recipe.name} looks at a whole weight "
+                    "at once: use DDP, or another recipe"
                 )
         if self.run.recipe.freezes_second_moment:
             preconditioner.check(self.optimizer)

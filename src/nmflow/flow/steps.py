@@ -98,7 +98,9 @@ class Steps:
     def _enter(self) -> None:
         self._counts = not self._is_phantom()
         if self._counts:
-            if self._weights.run.recipe.pull and not self._known and self._optimizer.state:
+            recipe = self._weights.run.recipe
+            moves = recipe.pull or recipe.lr_scale != 1.0
+            if moves and not self._known and self._optimizer.state:
                 hosts.check_masters(self._optimizer, self._weights.slots, self._weights.run.recipe)
                 self._known = True
             # Only a fused optimizer, which unscales inside its step, has a scale here.
@@ -107,6 +109,7 @@ class Steps:
             self._weights.apply_gradient_rule(self._record.k, scale, hosts.uphill(self._optimizer))
             if self._weights.run.recipe.pull and not self._found_inf():
                 self._weights.draw(self._record.k, hosts.rates(self._optimizer))
+            self._weights.remember(self._record.k)
         self._entered = True
         self._weights.enter()
         if (
@@ -144,6 +147,7 @@ class Steps:
         self._leave()
         self._weights.prepared.clear()
         if counts:
+            self._weights.rescale(self._record.k)
             self._reuse = self._weights.run.reuses(self._weights.targets, self._record.k + 1)
             self._record.k += 1
             if self._weights.pruned and self._record.k == self._weights.run.total_steps + 1:
@@ -230,6 +234,7 @@ class Steps:
         if not self._inside:
             return
         log.warning("an optimizer.step() was broken off after step %d", self._record.k)
+        self._weights.forget()
         try:
             if self._entered:
                 self._leave()

@@ -37,6 +37,7 @@ class Weights:
         self.targets = [r.target for s in slots for r in s.regions]
         self.prepared = Prepared()
         self._flags = Flags()
+        self._before: dict[int, Tensor] = {}
 
     def start(self) -> None:
         """Take the parameters as W."""
@@ -120,9 +121,36 @@ class Weights:
                 if self.prepared.drawn(region.target.label):
                     continue
                 part, sparse = region.of(dense), region.of(shown)
-                kept = slot.masks(region, stage, held)[0] if held and not stage.previous else None
-                gradients.drawn(part, sparse, lr, self.run.recipe.pull, kept, stage.delta)
+                by_mask = (held and not stage.previous) or stage.gain != 1.0
+                kept = slot.masks(region, stage, held)[0] if by_mask else None
+                pull = self.run.recipe.pull * stage.rate
+                gradients.drawn(part, sparse, lr, pull, kept, stage.delta)
                 self.prepared.draw(region.target.label)
+
+    def remember(self, k: int) -> None:
+        """Before the optimizer's step: keep W where its learning rate has a factor."""
+        if not self.prunes or self.run.recipe.lr_scale == 1.0:
+            return
+        stages = self.stages(k)
+        for slot in self.slots:
+            rated = any(stages[r.target.label].rate != 1.0 for r in slot.regions)
+            if rated and slot.param.grad is not None:
+                self._before[id(slot)] = local(slot.dense).clone()
+
+    def rescale(self, k: int) -> None:
+        """After the step: go on from W before it by so many times the way that it went."""
+        stages = self.stages(k) if self._before else {}
+        for slot in self.slots:
+            before = self._before.get(id(slot))
+            for region in slot.regions if before is not None else ():
+                w, rate = region.of(local(slot.dense)), stages[region.target.label].rate
+                if rate != 1.0 and region.count:
+                    w.copy_(torch.lerp(region.of(before), w, rate))
+        self._before.clear()
+
+    def forget(self) -> None:
+        """The step was broken off: what was kept for it is of no use."""
+        self._before.clear()
 
     def views(self, k: int, scale: Tensor | None) -> list[View]:
         """What an observer sees before step `k + 1`; `scale` as for the gradient rule."""
@@ -162,6 +190,8 @@ class Weights:
         later: Later = []  # what one launch does for all
         waiting: list[Slot] = []  # those that it writes
         for slot in self.pruned:
+            if self.run.recipe.form == "soft-threshold":
+                slot.take_scales(stages)
             before = len(later)
             flags = slot.write(stages, reuse, hold, later)
             if len(later) > before:

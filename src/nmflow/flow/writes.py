@@ -8,7 +8,7 @@ from torch import Tensor
 from nmflow.errors import StateError
 from nmflow.flow.sharding import local, sharded
 from nmflow.flow.slots import Slot, Stages
-from nmflow.flow.state import DENSE_KEY, SLOT_KEYS
+from nmflow.flow.state import DENSE_KEY, SCALE_KEY, SLOT_KEYS
 from nmflow.masks import touched
 
 
@@ -75,7 +75,7 @@ def take(slot: Slot, places: Tensor | None) -> None:
         tensors = slot.tensors
         for key in SLOT_KEYS:
             if key in tensors:
-                dtype = now.dtype if key == DENSE_KEY else torch.bool
+                dtype = now.dtype if key in (DENSE_KEY, SCALE_KEY) else torch.bool
                 tensors[key] = tensors[key].to(device=now.device, dtype=dtype)
         slot.store()
         dense = local(slot.dense)

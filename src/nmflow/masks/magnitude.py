@@ -173,6 +173,25 @@ def touched(places: Tensor, pattern: Pattern, dim: int, stacked: bool = False) -
     return (some.transpose(0, 1) if stacked else some).movedim(-1, dim)
 
 
+def largest_groups(
+    w: Tensor, pattern: Pattern, dim: int, share: float, stacked: bool = False
+) -> Tensor:
+    """Every place of a share of the groups of M, those of the largest Σ|w|; ties to the first.
+
+    With a panel, the groups of its rows go together.
+    """
+    sums = _grouped(w, pattern, dim, stacked).abs().sum(-1)
+    wide = _panels(sums, pattern.panel).sum(1) if pattern.panel > 1 else sums
+    count = int(share * wide.numel())
+    first = wide.flatten().argsort(descending=True, stable=True)[:count]
+    some = torch.zeros(wide.numel(), dtype=torch.bool, device=w.device)
+    some = some.index_fill_(0, first, True).view_as(wide)
+    if pattern.panel > 1:
+        some = some.repeat_interleave(pattern.panel, 0)[: sums.shape[0]]
+    some = some.unsqueeze(-1).expand(*some.shape, pattern.m).flatten(-2)
+    return (some.transpose(0, 1) if stacked else some).movedim(-1, dim)
+
+
 def one_pass_serves(
     w: Tensor, pattern: Pattern, dim: int, out: Tensor | None = None, stacked: bool = False
 ) -> bool:

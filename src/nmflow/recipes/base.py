@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from nmflow.errors import NMFlowWarning, RecipeError
 from nmflow.pattern import Pattern
@@ -19,6 +19,10 @@ GRADIENTS = ("straight-through", "masked")
 class Recipe:
     """What every recipe answers, all of it as pure functions of its fields and the step.
 
+    Args:
+        scale: γ, the factor of the weights that are kept. It grows from 1 with the sparsity.
+        lr_scale: the factor of the learning rate of weights under the recipe. It grows alike.
+
     Attributes:
         gradient: the rule for the dense weight's gradient, from g = ∂L/∂W̃:
             `"straight-through"` passes g, `"masked"` passes g ⊙ (m + (1 - m) ⊙ m' · δ).
@@ -28,6 +32,7 @@ class Recipe:
         fades_between: whether a stage has two masks, m and m'.
         stairs: how often δ, the pattern and the mask change in the decay phase, at equal distances,
             and for the last time when it ends; 0 lets them change at every step.
+        form: what a kept weight becomes, one of `masks.FORMS`; "" leaves it as it is.
         freezes_second_moment: whether Adam's second moment stays as it is from step d on.
     """
 
@@ -40,6 +45,11 @@ class Recipe:
     freezes_second_moment = False
     fades_between = False
     stairs = 0
+    form = ""
+    tau = 0.0
+
+    scale: float = field(default=1.0, kw_only=True)
+    lr_scale: float = field(default=1.0, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -81,6 +91,17 @@ class Recipe:
             pattern: the final pattern N:M.
             length: the length of the grouped axis, which a geometric frame has to divide.
         """
+        return self.dressed(self._bare(k, total_steps, pattern, length), pattern)
+
+    def dressed(self, stage: Stage, pattern: Pattern) -> Stage:
+        """A stage with the recipe's form, and with its scales, as far as the sparsity has come."""
+        if stage.pattern is None or (self.scale == self.lr_scale == 1.0 and not self.form):
+            return stage
+        come = min(1.0, stage.sparsity / pattern.sparsity) if pattern.sparsity else 0.0
+        gain, rate = (1.0 + (factor - 1.0) * come for factor in (self.scale, self.lr_scale))
+        return replace(stage, gain=gain, rate=rate, form=self.form, tau=self.tau)
+
+    def _bare(self, k: int, total_steps: int, pattern: Pattern, length: int) -> Stage:
         d, f = self.phases(total_steps)
         if k >= total_steps:
             return Stage("final", pattern)
@@ -130,7 +151,15 @@ class Decaying(Recipe):
 
 
 def check_phases(recipe: Recipe) -> None:
-    """Raise a `RecipeError` for phases that no run could have."""
+    """Raise a `RecipeError` for phases or scales that no run could have."""
+    for name in ("scale", "lr_scale"):
+        value = getattr(recipe, name)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
+            raise RecipeError(f"{name} is {value!r}: give a finite factor above 0; 1.0 is none")
     given = {n: getattr(recipe, n) for n in ("dense", "finetune") if hasattr(recipe, n)}
     for name, amount in given.items():
         check_amount(name, amount)

@@ -26,6 +26,13 @@ class Dense(Recipe):
     prunes: ClassVar[bool] = False
     name: ClassVar[str] = "dense"
 
+    def __post_init__(self) -> None:
+        if (self.scale, self.lr_scale) != (1.0, 1.0):
+            raise RecipeError(
+                f"scale is {self.scale!r} and lr_scale {self.lr_scale!r}, but the dense baseline "
+                "has no sparse weights: leave them out"
+            )
+
     def stage(self, k: int, total_steps: int, pattern: Pattern, length: int) -> Stage:
         """Dense at every step."""
         return DENSE
@@ -94,6 +101,33 @@ class SRSTE(Recipe):
 
     def __post_init__(self) -> None:
         check_strength("lam", self.lam)
+        check_phases(self)
+
+
+@dataclass(frozen=True)
+class SSTE(Recipe):
+    """S-STE: W̃ is a continuous function of W, since what is kept is what exceeds the threshold.
+
+    W̃ = β·sign(W) ⊙ max(|W| - t, 0) from step d, with t the largest |w| of a group that is not kept
+    (of 2:4, the third largest), and the dense weight receives g. β = ⟨W, S⟩/⟨S, S⟩, S being W̃ / β,
+    is the least-squares factor of a weight at step d, and stays.
+
+    Args:
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, in which `freeze_mask` may keep the mask.
+
+    References:
+        arXiv 2409.09099, equations 7 to 9, for 2:4. Differs from it: any N:M; a panel's rows share
+        the places, and each row has a threshold of its own; its unbiased estimate of activation
+        gradients and FP8 are left to whoever writes the backward pass.
+    """
+
+    dense: float = 0.0
+    finetune: float = 0.0
+    name: ClassVar[str] = "s-ste"
+    form: ClassVar[str] = "soft-threshold"
+
+    def __post_init__(self) -> None:
         check_phases(self)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from nmflow.errors import RecipeError
 from nmflow.pattern import Pattern
 from nmflow.recipes import schedules
 from nmflow.recipes.base import (
@@ -168,6 +169,51 @@ class Hybrid(Decaying):
     def note(self, pattern: Pattern, length: int) -> str:
         """Says which geometric frames had to shrink."""
         return frames_note(self.structure, pattern, length)
+
+
+@dataclass(frozen=True)
+class MaxQ(Decaying):
+    """MaxQ: important weights are enhanced by a soft mask, and groups become N:M one after another.
+
+    W̃ = W ⊙ m ⊙ (1 + q). q looks along the output row of a weight: among the share N/M of its
+    largest |w| it is σ((|w| - t)/τ), t halfway between the last that is among them and the first
+    that is not, and elsewhere 0. Of a convolution of several places a second term looks at all
+    weights of one place. In the decay phase m keeps all of a share of the groups, those of the
+    largest Σ|w|, which falls from 1 to 0. The dense weight receives g + λ·(1 - m) ⊙ W.
+
+    Args:
+        schedule: how the share falls: `"cosine"`, cos(½π·t/T), or `"linear"`.
+        lam: λ.
+        tau: τ.
+        dense: d, a fraction (float) or steps (int).
+        finetune: the last steps, with every group at N:M; a fraction or steps.
+
+    References:
+        arXiv 2312.07061, equations 4 to 9, and the authors' code. Differs from it: the share falls
+        at every step, where theirs falls by epochs.
+    """
+
+    schedule: str = "cosine"
+    lam: float = 2e-4
+    tau: float = 1e-2
+    dense: float = 0.0
+    finetune: float = 0.2
+    name: ClassVar[str] = "maxq"
+    form: ClassVar[str] = "multi-axis"
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, schedules.SHARES)
+        check_strength("lam", self.lam)
+        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or self.tau <= 0:
+            raise RecipeError(
+                f"tau is {self.tau!r}: give a number above 0, in units of the weights"
+            )
+        check_phases(self)
+
+    def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
+        """N:M, but for a share of the groups."""
+        share = schedules.SHARES[self.schedule](t, span)
+        return Stage("decay", pattern, whole=share)
 
 
 @dataclass(frozen=True)

@@ -18,24 +18,43 @@ from nmflow.pattern import Pattern
 class Stage:
     """What one weight goes through at one step.
 
-    The network computes with `W ⊙ (m + (1 - m) ⊙ m' · δ)`.
+    The network computes with `W ⊙ (γ · m + (1 - m) ⊙ m' · δ)`.
 
     Attributes:
         phase: `"dense"`, `"decay"`, `"sparse"`, `"finetune"` or `"final"`.
         pattern: the pattern of m; None while the weight is dense.
         previous: the pattern of m', the weights that may still fade; None lets all of them.
         delta: δ, the value of the mask where m is 0.
+        whole: the share of groups, those of the largest Σ|w|, of which m keeps all.
+        gain: γ, by which kept weights are multiplied.
+        rate: by which the learning rate is multiplied.
+        form: what a kept weight becomes, one of `masks.FORMS`; "" leaves it as it is.
+        tau: τ of the form `"multi-axis"`.
     """
 
     phase: str
     pattern: Pattern | None
     previous: Pattern | None = None
     delta: float = 0.0
+    whole: float = 0.0
+    gain: float = 1.0
+    rate: float = 1.0
+    form: str = ""
+    tau: float = 0.0
 
     @property
     def masks(self) -> tuple[Pattern | None, Pattern | None]:
         """The two patterns that the weight's masks are of: the second is None unless it matters."""
         return self.pattern, self.previous if self.delta else None
+
+    @property
+    def sparsity(self) -> float:
+        """1 minus the mean value of the mask: 0 while the weight is dense."""
+        if self.pattern is None:
+            return 0.0
+        kept = self.whole + (1.0 - self.whole) * self.pattern.density
+        most = self.previous.density if self.previous is not None else 1.0
+        return 1.0 - kept - self.delta * (most - kept)
 
 
 DENSE = Stage("dense", None, None, 1.0)
@@ -71,6 +90,14 @@ def exponential(t: int, span: int, beta: float | None) -> float:
 
 
 DECAYS = {"linear": linear, "exponential": exponential}
+
+
+def cosine_share(t: int, span: int) -> float:
+    """cos(½π·t/span): 1 at first, and 0 `span` steps later."""
+    return math.cos(0.5 * math.pi * t / span) if t < span else 0.0
+
+
+SHARES = {"cosine": cosine_share, "linear": lambda t, span: 1.0 - t / span}
 
 
 # Every weight asks for its stage several times a step, and a pattern is parsed from text.
