@@ -26,7 +26,16 @@ from harness import (
 )
 from models import BY_ID, FAMILIES, MLP, Family, loss_of
 from nmflow.errors import FlowError
-from settings import ADAM, CASES, INTERVAL_CASES, MORE_CASES, OPTIMIZERS, TOTAL, Case
+from settings import (
+    ADAM,
+    CASES,
+    INTERVAL_CASES,
+    MORE_CASES,
+    NORMS_CASES,
+    OPTIMIZERS,
+    TOTAL,
+    Case,
+)
 from settings import BY_ID as RECIPE
 
 ROWS = [
@@ -91,7 +100,7 @@ def test_row(case: Case, family: Family, optimizer: str) -> None:
     check_row(case, family, optimizer)
 
 
-@pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*MORE_CASES, *NORMS_CASES], ids=lambda case: case.id)
 def test_variant(case: Case) -> None:
     check_row(case, MLP, "adamw-foreach")
 

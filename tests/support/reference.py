@@ -242,7 +242,7 @@ class Reference:
             kept = self.frozen.setdefault(name, kept)
         fading = torch.ones_like(kept)
         if previous is not None:
-            fading = keep(weight, *previous, spec.dim, self.panel, spec.stacked)
+            fading = keep(self._scored(name, weight), *previous, spec.dim, self.panel, spec.stacked)
         factor = kept.to(weight.dtype) + (~kept & fading).to(weight.dtype) * delta
         if self.case.kind == "SSTE":
             factor = self._thresholded(name, weight, kept, spec)
@@ -277,6 +277,11 @@ class Reference:
             beta = self.betas[name] = float(torch.tensor(beta, dtype=w.dtype))
         return torch.where(over > 0, beta * over / size, torch.zeros_like(over))
 
+    def _scored(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What masks are chosen by: |w| times the norm of its input, where there are norms."""
+        norms = self.case.attach.get("norms")
+        return weight.detach() if norms is None else weight.detach().abs() * norms[name]
+
     def _kept(self, name: str, weight: torch.Tensor, nm: NM, spec: Spec) -> torch.Tensor:
         """The mask, held since the last step that `mask_interval` divides."""
         since, held, kept = self.held.get(name, (-1, (0, 0), weight))
@@ -285,7 +290,7 @@ class Reference:
             dense, finetune = (self.case.kwargs.get(x, 0) for x in ("dense", "finetune"))
             due = self.k - dense in treads(stairs, self.total - dense - finetune)
         if held != nm or (due and since != self.k):
-            kept = keep(weight, *nm, spec.dim, self.panel, spec.stacked)
+            kept = keep(self._scored(name, weight), *nm, spec.dim, self.panel, spec.stacked)
             if self.case.kind == "MaxQ":
                 kept |= spared(weight, self._share(), self.m, spec, self.panel)
             self.held[name] = (self.k, nm, kept)

@@ -136,7 +136,33 @@ INTERVAL_CASES = [
     ),
 ]
 
-BY_ID = {case.id: case for case in [*CASES, *MORE_CASES, *INTERVAL_CASES]}
+NORMS = {
+    "0.weight": torch.linspace(0.2, 3.0, 16).flip(0) ** 2,
+    "2.weight": torch.cat([torch.zeros(3), torch.linspace(0.5, 4.0, 29)]),
+}
+"""Of the inputs of the network of Linear layers alone; some inputs are always 0."""
+
+NORMS_CASES = [
+    Case("ste-norms", "STE", {"dense": 2}, {"norms": NORMS}),
+    Case("sr-ste-norms", "SRSTE", {"lam": 0.05, "dense": 2}, {"norms": NORMS}),
+    Case("mdgf-norms", "MDGF", _mdgf("exponential", "masked"), {"norms": NORMS}),
+    Case(
+        "settling-norms-frozen",
+        "Settling",
+        _mdgf("linear", "masked", pull=2.0),
+        {"norms": NORMS, "freeze_mask": True},
+    ),
+    Case("one-shot-norms", "OneShot", {"dense": 5}, {"norms": NORMS}),
+    Case("gradual-norms", "Gradual", {"dense": 2, "finetune": 4}, {"norms": NORMS}),
+    Case(
+        "hybrid-norms",
+        "Hybrid",
+        {"structure": "stepwise", **_mdgf("linear", "masked")},
+        {"norms": NORMS},
+    ),
+]
+
+BY_ID = {case.id: case for case in [*CASES, *MORE_CASES, *INTERVAL_CASES, *NORMS_CASES]}
 
 ADAM = ["adamw-foreach", "adamw-fused", "adamw-plain"]
 """The optimizers with a second moment that STEP can freeze."""

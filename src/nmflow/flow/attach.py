@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmflow.errors import RecipeError
+from nmflow.flow import scores
 from nmflow.flow.flow import Flow
 from nmflow.flow.hosts import check_model, optimizers_of
+from nmflow.flow.state import Run
 from nmflow.recipes import DEFAULT, Recipe, resolve
 from nmflow.select.plan import Names, Patterns, plan
 
@@ -26,6 +28,7 @@ def attach(
     remainder: str = "auto",
     mask_interval: int = 1,
     freeze_mask: bool = False,
+    norms: Mapping[str, Tensor] | None = None,
 ) -> Flow:
     r"""Train a model's weights to N:M sparsity: one line before an unchanged training loop.
 
@@ -46,6 +49,8 @@ def attach(
         mask_interval: take the mask from W every so many steps only, and hold it in between, at
             one byte a weight.
         freeze_mask: hold the mask through the fine-tune phase.
+        norms: ‖x‖ of each input of each target, by label or parameter name, `(in,)`: masks then
+            keep the largest |W|·‖x‖ of a group, not the largest |W|. Give a resumed run the same.
 
     Returns:
         The flow; the loop needs nothing of it but `finalize` at the end.
@@ -77,7 +82,9 @@ def attach(
     check_model(model)
     optimizers = optimizers_of(optimizer)
     chosen = plan(model, pattern, include, exclude, remainder=remainder, recipe=recipe)
-    flow = Flow(model, optimizers, recipe, chosen, total_steps, mask_interval, freeze_mask)
+    found = scores.of(chosen, norms) if norms is not None else {}
+    run = Run(recipe, total_steps, mask_interval, freeze_mask, norms=scores.digest(found))
+    flow = Flow(model, optimizers, chosen, run, found)
     flow._start()
     return flow
 

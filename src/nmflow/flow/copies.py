@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nmflow.errors import FlowError
 from nmflow.flow.pruning import prune_weights
+from nmflow.flow.scores import Norms
 from nmflow.flow.sharding import local
 from nmflow.flow.state import unwrapped
 from nmflow.select.plan import Plan
@@ -17,7 +18,7 @@ from nmflow.select.plan import Plan
 Copy = nn.Module | Mapping[str, Tensor]
 
 
-def prune(copy: Copy, model: nn.Module, plan: Plan) -> None:
+def prune(copy: Copy, model: nn.Module, plan: Plan, norms: Norms) -> None:
     """Make each target of a copy exactly N:M, by the copy's own magnitudes.
 
     Raises:
@@ -25,15 +26,15 @@ def prune(copy: Copy, model: nn.Module, plan: Plan) -> None:
             model; nothing is changed.
         WeightError: one of its weights is not finite; nothing is changed.
     """
-    prune_weights(_weights(copy, model, plan), plan, " of the copy")
+    prune_weights(_weights(copy, model, plan), plan, norms, " of the copy")
 
 
 @contextlib.contextmanager
-def pruned(copy: Copy, model: nn.Module, plan: Plan) -> Iterator[None]:
+def pruned(copy: Copy, model: nn.Module, plan: Plan, norms: Norms) -> Iterator[None]:
     """Show a copy as `prune` leaves it, and as it was afterwards."""
     weights = _weights(copy, model, plan)
     before = {name: local(weight).clone() for name, weight in weights.items()}
-    prune(copy, model, plan)
+    prune(copy, model, plan, norms)
     try:
         yield
     finally:

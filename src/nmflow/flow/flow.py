@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,18 +60,17 @@ class Flow:
         self,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
-        recipe: Recipe,
         chosen: Plan,
-        total_steps: int,
-        mask_interval: int,
-        freeze_mask: bool,
+        run: Run,
+        norms: Mapping[str, Tensor],
     ) -> None:
-        self.model, self.recipe, self.plan, self.total_steps = model, recipe, chosen, total_steps
+        self.model, self.plan, self._norms = model, chosen, norms
+        self.recipe: Recipe = run.recipe
+        self.total_steps = run.total_steps
         self._observations: list[Observation] = []
         self._finalized = False
         self._loading: list[Loading] = []
-        run = Run(recipe, total_steps, mask_interval, freeze_mask)
-        slots = slots_of(model, optimizers, recipe, chosen)
+        slots = slots_of(model, optimizers, run.recipe, chosen, norms)
         owned = {id(o): [s for s in slots if s.optimizer is o] for o in optimizers}
         self._steppers = [
             Stepper(run, o, owned[id(o)], self._observations) for o in optimizers if owned[id(o)]
@@ -171,7 +170,7 @@ class Flow:
             8
         """
         if copy is not None:
-            return copies.pruned(copy, self.model, self._to_prune)
+            return copies.pruned(copy, self.model, self._to_prune, self._norms)
         self._check_live("final_masks()")
         return FinalMasks(self._blocks)
 
@@ -282,7 +281,7 @@ class Flow:
             >>> nmflow.holds(average.module.weight, "1:4")
             True
         """
-        copies.prune(copy, self.model, self._to_prune)
+        copies.prune(copy, self.model, self._to_prune, self._norms)
 
     @property
     def _to_prune(self) -> Plan:

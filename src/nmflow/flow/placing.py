@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmflow.errors import FlowError
@@ -20,6 +20,7 @@ def slots_of(
     optimizers: Sequence[Optimizer],
     recipe: Recipe,
     chosen: Plan,
+    norms: Mapping[str, Tensor],
 ) -> list[Slot]:
     """One slot a parameter, with the optimizer that owns it."""
     params = dict(model.named_parameters(remove_duplicate=False))
@@ -46,5 +47,6 @@ def slots_of(
         for target in (t for t in chosen if t.name == name):
             used = recipe.patterns(target.pattern, target.length)
             regions.append(region(param, target, max(p.m for p in used)))
-        slots.append(Slot(name, param, owners[id(param)], regions, Home(model, places[id(param)])))
+        home = Home(model, places[id(param)])
+        slots.append(Slot(name, param, owners[id(param)], regions, home, norms))
     return slots

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nmflow.errors import FlowError, WeightError
 from nmflow.flow import owners
+from nmflow.flow.scores import Norms, scored
 from nmflow.flow.sharding import local, region
 from nmflow.masks import project as masked
 from nmflow.masks import select
@@ -61,17 +62,20 @@ def project(
                 f"'{name}' is trained by a recipe, which ends at its pattern: call finalize() on "
                 "that flow, or finalize_copy(copy) for a copy of the model"
             )
-    prune_weights(weights, chosen)
+    prune_weights(weights, chosen, {})
     return chosen
 
 
 @torch.no_grad()
-def prune_weights(weights: Mapping[str, Tensor], plan: Plan, of: str = "") -> None:
+def prune_weights(
+    weights: Mapping[str, Tensor], plan: Plan, norms: Norms, of: str = ""
+) -> None:
     """Make weights exactly N:M, by the targets of their names.
 
     Args:
         weights: the targets' weights by name; each is written in place.
         plan: the targets.
+        norms: of inputs by label; with none of them, magnitudes alone order the weights.
         of: what the weights are of, for errors.
 
     Raises:
@@ -85,7 +89,8 @@ def prune_weights(weights: Mapping[str, Tensor], plan: Plan, of: str = "") -> No
         if part.count == 0:
             continue
         w = part.of(local(weight))
-        kept, finite = select(w, target.pattern, target.dim, target.stacked)
+        by = scored(w, target, norms)
+        kept, finite = select(by, target.pattern, target.dim, target.stacked)
         if not bool(finite):
             raise WeightError(
                 f"'{target.name}'{of} holds a NaN or an infinity, which no magnitude mask can "

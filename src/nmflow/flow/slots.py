@@ -19,9 +19,10 @@ from nmflow.flow import gradients
 from nmflow.flow.homes import Home
 from nmflow.flow.loan import Loan
 from nmflow.flow.marks import Mark, blank
+from nmflow.flow.scores import Norms, scored
 from nmflow.flow.sharding import Region, local
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SCALE_KEY, SLOT_KEYS
-from nmflow.pattern import EVERY
+from nmflow.pattern import EVERY, Pattern
 from nmflow.recipes.schedules import Stage
 
 Stages = Mapping[str, Stage]
@@ -49,9 +50,10 @@ class Slot:
         optimizer: Optimizer,
         regions: Sequence[Region],
         home: Home,
+        norms: Norms,
     ) -> None:
         self.name, self.param, self.optimizer, self.regions = name, param, optimizer, regions
-        self.home = home
+        self.home, self._norms = home, norms
         self.tensors: dict[str, Tensor] = {}
         self.stepping = False
         self._loan = Loan(name, param)
@@ -153,7 +155,7 @@ class Slot:
         On a GPU `later` takes what `masks.project_all` is to do, where it is given.
         """
         w = region.of(local(self.dense))
-        if not held and g.dtype == w.dtype and _in_one_pass(region, stage, w, g):
+        if not held and g.dtype == w.dtype and self._in_one_pass(region, stage, w, g):
             now = later if stage.gain == 1.0 else None
             _project(region, stage, w, stage.delta / stage.gain, now, out=g, values=g)
         else:
@@ -167,7 +169,7 @@ class Slot:
     ) -> None:  # fmt: skip
         """SR-STE's term on `g`, as `fade`; `scale` is the loss scale still in it."""
         w = region.of(local(self.dense))
-        if not held and g.dtype == w.dtype and _in_one_pass(region, stage, w, g):
+        if not held and g.dtype == w.dtype and self._in_one_pass(region, stage, w, g):
             pull = lam * (1.0 - stage.delta)
             _project(region, stage, w, 1.0, later, out=g, values=g, pull=pull, scale=scale)
         else:
@@ -222,7 +224,7 @@ class Slot:
             stage, w, out = stages[region.target.label], region.of(source), region.of(sink)
             masked = stage.pattern is not None
             kept_as_is = not stage.form and not (masked and (held or hold))
-            if kept_as_is and _in_one_pass(region, stage, w, out):
+            if kept_as_is and self._in_one_pass(region, stage, w, out):
                 now = later if stage.gain == 1.0 else None  # what is put off is not scaled here
                 fine = _project(region, stage, w, stage.delta / stage.gain, now, out=out)
                 finite += [] if fine is None else [fine]
@@ -316,12 +318,28 @@ class Slot:
             fading = region.of(local(tensors[FADING_KEY])) if previous else None
             return kept, fading
         w, target = region.of(local(self.dense)), region.target
-        kept = masks.select(w, pattern, target.dim, target.stacked)[0]
+        kept = self.chosen(region, w, pattern)
         if stage.whole:
             share = stage.whole
             kept |= masks.largest_groups(w, pattern, target.dim, share, target.stacked)
-        fading = masks.select(w, previous, target.dim, target.stacked)[0] if previous else None
+        fading = self.chosen(region, w, previous) if previous else None
         return kept, fading
+
+    def chosen(self, region: Region, w: Tensor, pattern: Pattern) -> Tensor:
+        """The mask of a pattern on the weights of a region."""
+        target = region.target
+        return masks.select(scored(w, target, self._norms), pattern, target.dim, target.stacked)[0]
+
+    def _in_one_pass(self, region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
+        """Whether a kernel can go from W to W̃ in one pass over memory."""
+        if stage.pattern is not None and region.target.label in self._norms:
+            return False
+        (pattern, previous), target = stage.masks, region.target
+        return (
+            previous is None
+            and not stage.whole
+            and masks.one_pass_serves(w, pattern or EVERY, target.dim, out, target.stacked)
+        )
 
     def _in_one_pass_held(self, stages: Stages, held: bool, out: Tensor) -> bool:
         """Whether a kernel goes from W to all of W̃ by one mask that is held."""
@@ -355,13 +373,3 @@ def _project(
 def _waits(w: Tensor) -> bool:
     """Whether a launch a weight would cost more than the work: on a GPU."""
     return w.device.type == "cuda"
-
-
-def _in_one_pass(region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
-    """Whether a kernel can go from W to W̃ in one pass over memory."""
-    (pattern, previous), target = stage.masks, region.target
-    return (
-        previous is None
-        and not stage.whole
-        and masks.one_pass_serves(w, pattern or EVERY, target.dim, out, target.stacked)
-    )

@@ -42,6 +42,7 @@ class Run:
         freeze_mask: whether the mask is held through the fine-tune phase.
         begun: the number of steps by which the phases count, where the run was resumed with
             another K; None where it is K, see `prolonging`.
+        norms: the digest of the norms that masks are chosen by; empty without any.
     """
 
     recipe: Recipe
@@ -49,6 +50,7 @@ class Run:
     mask_interval: int = 1
     freeze_mask: bool = False
     begun: int | None = None
+    norms: str = ""
 
     @property
     def planned(self) -> int:
@@ -124,6 +126,8 @@ class Run:
         }
         if self.begun is not None:
             signature["begun"] = self.begun
+        if self.norms:
+            signature["norms"] = self.norms
         return json.dumps(signature, ensure_ascii=True)
 
     def resuming(self, saved: object, targets: Sequence[Target], k: int) -> Run:
@@ -170,7 +174,8 @@ def _read(saved: object) -> dict[str, Any]:
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """What two signatures differ in, but for their steps, in words; empty if nothing."""
     said = []
-    for key, value in ours.items():
+    for key in dict.fromkeys([*ours, *theirs]):
+        value = ours.get(key)
         if key not in _STEPS and theirs.get(key) != value:
             said.append(
                 "the weights (their names, shapes, axes or patterns) differ"

@@ -16,7 +16,7 @@ from nmflow.flow.prepared import Prepared
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Later, Slot
 from nmflow.flow.state import Run
-from nmflow.masks import project_all, select
+from nmflow.masks import project_all
 from nmflow.recipes.schedules import Stage
 
 
@@ -129,10 +129,10 @@ class Weights:
 
     def remember(self, k: int) -> None:
         """Before the optimizer's step: keep W where its learning rate has a factor."""
-        if not self.prunes or self.run.recipe.lr_scale == 1.0:
+        if self.run.recipe.lr_scale == 1.0:
             return
         stages = self.stages(k)
-        for slot in self.slots:
+        for slot in self.pruned:
             rated = any(stages[r.target.label].rate != 1.0 for r in slot.regions)
             if rated and slot.param.grad is not None:
                 self._before[id(slot)] = local(slot.dense).clone()
@@ -164,7 +164,7 @@ class Weights:
             for region in slot.regions:
                 stage, target = stages[region.target.label], region.target
                 if stage.pattern is None:
-                    mask, _ = select(region.of(weight), target.pattern, target.dim, target.stacked)
+                    mask = slot.chosen(region, region.of(weight), target.pattern)
                 else:
                     mask, _ = slot.masks(region, stage, held)
                 g = None if grad is None else region.of(grad)

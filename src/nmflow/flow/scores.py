@@ -1,0 +1,66 @@
+"""Norms of inputs, by which masks know the activations: checked, and named in a saved state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nmflow.errors import PlanError, WeightError
+from nmflow.masks import wanda_score
+from nmflow.select.plan import Plan
+from nmflow.select.target import Target
+
+Norms = Mapping[str, Tensor]
+
+
+def of(chosen: Plan, norms: Norms) -> dict[str, Tensor]:
+    """The norms of each target's inputs, by label.
+
+    Raises:
+        PlanError: a target has none, or norms are for no target.
+        WeightError: norms do not fit a target's inputs, or are no finite numbers of 0 or more.
+    """
+    found = {}
+    for target in chosen:
+        key = target.label if target.label in norms else target.name
+        if key not in norms:
+            raise PlanError(
+                f"norms has none for '{target.label}': give ‖x‖ of its {target.length} inputs, or "
+                "exclude it"
+            )
+        norm = norms[key]
+        if not isinstance(norm, Tensor):
+            raise WeightError(f"norms of '{key}' is a {type(norm).__name__}: give a tensor")
+        try:
+            # One place an input is enough to be told whether norms fit.
+            some = [1] * len(target.shape)
+            some[target.dim] = target.shape[target.dim]
+            wanda_score(torch.zeros(some), norm.cpu(), target.dim)
+        except WeightError as error:
+            raise WeightError(f"norms of '{key}': {error}") from None
+        found[target.label] = norm.detach().clone()
+    strange = set(norms) - {name for t in chosen for name in (t.label, t.name)}
+    if strange:
+        raise PlanError(
+            f"norms has {sorted(strange)[0]!r}, which is no target: give those of the plan alone"
+        )
+    return found
+
+
+def digest(norms: Norms) -> str:
+    """A text that two runs share when their norms are the same; empty without any."""
+    if not norms:
+        return ""
+    told = hashlib.sha256()
+    for label in sorted(norms):
+        told.update(label.encode() + norms[label].double().cpu().contiguous().numpy().tobytes())
+    return told.hexdigest()[:16]
+
+
+def scored(w: Tensor, target: Target, norms: Norms) -> Tensor:
+    """What a mask chooses by: |W|·‖x‖ where there are norms, else W."""
+    norm = norms.get(target.label)
+    return w if norm is None else wanda_score(w, norm, target.dim)
