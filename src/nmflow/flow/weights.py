@@ -142,7 +142,9 @@ class Weights:
         stages = self.stages(k) if self._before else {}
         for slot in self.slots:
             before = self._before.get(id(slot))
-            for region in slot.regions if before is not None else ():
+            if before is None:
+                continue
+            for region in slot.regions:
                 w, rate = region.of(local(slot.dense)), stages[region.target.label].rate
                 if rate != 1.0 and region.count:
                     w.copy_(torch.lerp(region.of(before), w, rate))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +101,7 @@ def _reorder(tensor: Tensor, axis: Axis, order: Tensor) -> None:
 
 
 def _block(
-    model: nn.Module, params: dict[str, Tensor], ups: tuple[Target, ...], down: Target
+    model: nn.Module, params: Mapping[str, Tensor], ups: tuple[Target, ...], down: Target
 ) -> HiddenBlock:
     units = down.shape[down.dim]
     axes = [Axis(down.name, params[down.name], down.dim)]
