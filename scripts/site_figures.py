@@ -144,7 +144,7 @@ def recipes() -> Drawing:
         "Every recipe is shown with its defaults, over a run of K steps.",
         "A blue line at 1 is a dense network; at 1/16 each group keeps one weight.",
         "The hybrid fades the weights that a frame drops, frame by frame.",
-        "The dense recipe and plain straight-through (ste) are left out.",
+        "Left out are dense, ste, and maxq and s-ste, which reshape what is kept.",
     )):  # fmt: skip
         made.text(292, 530 + 18 * i, said, size=11.5)
     return made
