@@ -93,7 +93,9 @@ def enhanced(weight: torch.Tensor, n: int, m: int, spec: Spec, tau: float) -> to
         flat = np.sort(row.ravel())
         pruned = len(flat) * (m - n) // m
         t = (flat[pruned - 1] + flat[pruned]) / 2
-        to += np.where(row >= flat[pruned], 1 / (1 + np.exp(-(row - t) / tau)), 0.0)
+        among = np.zeros(len(flat), dtype=bool)
+        among[np.argsort(-row.ravel(), kind="stable")[: len(flat) - pruned]] = True
+        to += np.where(among.reshape(row.shape), 1 / (1 + np.exp(-(row - t) / tau)), 0.0)
     return torch.from_numpy(found).to(weight)
 
 
@@ -370,6 +372,13 @@ class Reference:
                 w, old = (rows_of(x, spec) for x in (self.model.get_parameter(name), before[name]))
                 w.copy_(old + self._rate(frames[name]) * (w - old))
         self.k += 1
+        for name, spec in self.targets.items() if self.case.kind == "SSTE" else ():
+            weight = rows_of(self.model.get_parameter(name), spec)
+            if self._frame(weight, spec) is not None:  # beta is of the step, not of what is read
+                kept = keep(
+                    self._scored(name, weight), self.n, self.m, spec.dim, self.panel, spec.stacked
+                )
+                self._thresholded(name, weight, kept, spec)
 
     def _step(self) -> None:
         if self.case.kind == "STEP" and self.k >= self.case.kwargs["dense"]:
