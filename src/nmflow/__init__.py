@@ -134,6 +134,7 @@ __all__ = [
     "permute_hidden",
     "plan",
     "project",
+    "prune",
     "report_of",
     "save",
     "save_state",

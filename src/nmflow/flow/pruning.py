@@ -67,9 +67,7 @@ def project(
 
 
 @torch.no_grad()
-def prune_weights(
-    weights: Mapping[str, Tensor], plan: Plan, norms: Norms, of: str = ""
-) -> None:
+def prune_weights(weights: Mapping[str, Tensor], plan: Plan, norms: Norms, of: str = "") -> None:
     """Make weights exactly N:M, by the targets of their names.
 
     Args:
