@@ -36,9 +36,16 @@ def test_every_task_of_the_protocol_has_its_file(task: str) -> None:
     assert config.load(STUDY / f"{task}.yaml").training.steps
 
 
-@pytest.mark.parametrize(
-    "file", [f for f in sorted(STUDY.glob("*.yaml")) if f.stem not in TASKS], ids=lambda f: f.stem
-)
+FILES = sorted(STUDY.glob("*.yaml"))
+SWEEPS = [f for f in FILES if "\nbase: " in f.read_text()]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f not in SWEEPS], ids=lambda f: f.stem)
+def test_every_run_of_the_study_reads(file: Path) -> None:
+    assert config.load(file).training.steps
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda f: f.stem)
 def test_every_sweep_of_the_study_reads(file: Path) -> None:
     plan = sweep.load(file)
     assert len(plan.cells) == len({cell.run.hash for cell in plan.cells})
