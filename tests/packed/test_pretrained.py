@@ -22,6 +22,7 @@ from networks_of_hf import IDS, MODELS
 from nmflow.errors import CompressError, ConfigError, FileFormatError
 from nmflow.packed import compress, decompress, save
 from nmflow.packed.build import PACKED
+from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.modules import PackedLinear
 from pruned import prune
 
@@ -71,6 +72,29 @@ def test_a_packed_network_is_the_masked_dense_one(name: str, tmp_path: Path) -> 
     } == {}
     # Who shared a weight shares it again.
     assert {n for n, _ in again.named_parameters()} == {n for n, _ in packed.named_parameters()}
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("name", ["bert", "qwen3", "gpt2"])
+def test_8_bit_values_come_back_by_either_call(name: str, activations: str, tmp_path: Path) -> None:
+    make, inputs = MODELS[name]
+    torch.manual_seed(0)
+    model = prune(make()).eval()
+    packed = compress(model, measure=False, values="int8", activations=activations)
+    packed.save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = packed(**inputs)[0]
+        for again in (nmflow.from_pretrained(tmp_path), type(model).from_pretrained(tmp_path)):
+            assert torch.equal(again(**inputs)[0], want)
+            kept = [m for m in again.modules() if isinstance(m, Int8Linear)]
+            assert len(kept) == sum(isinstance(m, Int8Linear) for m in packed.modules()) > 0
+        headless = hf.AutoModel.from_pretrained(tmp_path)
+        assert type(headless) is type(model.base_model)
+        assert torch.equal(headless(**inputs)[0], packed.base_model(**inputs)[0])
+        # The dense network of the rounded weights, by arithmetic of its own.
+        near = {"float": 1e-4, "int8": 0.1}[activations]
+        rounded = decompress(again)(**inputs)[0]
+        assert float((want - rounded).abs().max() / rounded.abs().max()) < near
 
 
 def test_a_siglip_whose_head_is_an_attention_of_torch(tmp_path: Path) -> None:

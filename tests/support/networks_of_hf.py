@@ -42,6 +42,10 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
         IDS,
     ),
     "qwen2": (lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, num_key_value_heads=2)), IDS),
+    "qwen3": (
+        lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
+        IDS,
+    ),
     "gpt2": (
         lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=64,
