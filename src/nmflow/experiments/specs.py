@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, gt=0)]
 Globs = str | list[str]
+FILES = ("parquet", "csv", "json")  # sources of rows: one file a split
 
 
 class Strict(BaseModel):
@@ -34,13 +35,14 @@ class Data(Strict):
     """Where the examples come from.
 
     `pydoc` and `digits` need no file. `text` takes a file or a folder of `.txt` in `path`,
-    `parquet` one file a split in `files`, `images` a folder of classes (or of splits of classes) in
-    `path`, `hub` a data set's name in `path`. Paths are relative to the working folder.
+    `parquet`, `csv` (with a header) and `json` (an object a line) one file a split in `files`,
+    `images` a folder of classes (or of splits of classes) in `path`, `hub` a data set's name in
+    `path`. Paths are relative to the working folder. `columns` names the column of each role.
     `held_out` is how many training rows stand for a split that the source lacks, a tenth of them
     as a rule.
     """
 
-    source: Literal["pydoc", "digits", "text", "parquet", "images", "hub"]
+    source: Literal["pydoc", "digits", "text", "parquet", "csv", "json", "images", "hub"]
     path: str | None = None
     files: dict[Literal["train", "validation", "test"], str] = {}
     subset: str | None = None
@@ -57,9 +59,9 @@ class Data(Strict):
     def _complete(self) -> Data:
         if self.source in ("text", "images", "hub") and not self.path:
             raise ValueError(f"source '{self.source}' needs the key 'path'")
-        if self.source == "parquet" and "train" not in self.files:
-            raise ValueError("source 'parquet' needs the key 'files' with at least 'train'")
-        if self.held_out and self.source not in ("parquet", "images", "hub"):
+        if self.source in FILES and "train" not in self.files:
+            raise ValueError(f"source '{self.source}' needs the key 'files' with at least 'train'")
+        if self.held_out and self.source not in (*FILES, "images", "hub"):
             raise ValueError(f"source '{self.source}' has splits of its own: leave out 'held_out'")
         return self
 

@@ -13,10 +13,11 @@ import numpy as np
 
 from nmflow import disk
 from nmflow.errors import DataError
-from nmflow.experiments.specs import Data
+from nmflow.experiments.specs import FILES, Data
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import Table as Rows
 
 SPLITS = ("train", "validation", "test")
 TEXT_SPLIT = "the first 80 % of the text trains, the next 10 % validates, the last 10 % tests"
@@ -57,7 +58,7 @@ def corpus(data: Data) -> Corpus:
     Raises:
         DataError: an unreadable or empty text, a missing column.
     """
-    if data.source in ("parquet", "hub"):
+    if data.source in (*FILES, "hub"):
         table = rows(data)
         column = data.columns.get("text", "text")
         texts = {name: "\n".join(_texts(part, column, name)) for name, part in table.splits.items()}
@@ -79,7 +80,7 @@ def corpus(data: Data) -> Corpus:
 
 
 def rows(data: Data) -> Table:
-    """The rows of a Parquet, image-folder, hub or embedded source, with all three splits.
+    """The rows of a source of files, an image folder, the hub or Python, with all three splits.
 
     A validation or test split that the source lacks is cut from its training rows by a fixed
     permutation, so that the test rows are never trained on.
@@ -89,7 +90,7 @@ def rows(data: Data) -> Table:
     """
     if data.source == "digits":
         return _digits(data)
-    splits, name, sha, notes = _parquet(data) if data.source == "parquet" else _datasets(data)
+    splits, name, sha, notes = _files(data) if data.source in FILES else _datasets(data)
     splits, how = _complete(splits, data.held_out)
     if data.limit:
         splits = {k: part.select(range(min(data.limit, len(part)))) for k, part in splits.items()}
@@ -169,19 +170,44 @@ def _digits(data: Data) -> Table:
     )
 
 
-def _parquet(data: Data) -> tuple[dict[str, Dataset], str, str, list[str]]:
+def _files(data: Data) -> tuple[dict[str, Dataset], str, str, list[str]]:
     from datasets import Dataset
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException
 
     splits, sha = {}, hashlib.sha256()
     for split, file in sorted(data.files.items()):
         try:
-            sha.update(disk.read_bytes(file))
-            splits[split] = Dataset(parquet.read_table(file))
+            content = disk.read_bytes(file)
+            sha.update(content)
+            splits[split] = Dataset(_read(data.source, file, content))
         except (OSError, ArrowException) as error:
-            reason = getattr(error, "strerror", None) or "not a Parquet file"
+            what = {"parquet": "a Parquet file", "csv": "CSV", "json": "JSON, an object a line"}
+            reason = getattr(error, "strerror", None) or f"not {what[data.source]}"
+            if data.source != "parquet":
+                reason += f" ({' '.join(str(error).split())[:160]})"
             raise DataError(f"data.files.{split} is {file!r}: {reason}") from None
     return splits, Path(data.files["train"]).parent.name, sha.hexdigest(), []
+
+
+def _read(source: str, file: str, content: bytes) -> Rows:
+    """The rows of a file, as Arrow reads it.
+
+    Not `datasets.load_dataset`, which keeps a copy in a cache, draws a bar for each file, and takes
+    the words `null` and `NA` of a CSV file for nothing.
+    """
+    from pyarrow import BufferReader, csv, json, parquet
+
+    # In one block: a row may be of any length.
+    size = max(len(content), 1)
+    if source == "csv":
+        return csv.read_csv(
+            BufferReader(content),
+            csv.ReadOptions(block_size=size),
+            csv.ParseOptions(newlines_in_values=True),
+        )
+    if source == "json":
+        return json.read_json(BufferReader(content), json.ReadOptions(block_size=size))
+    return parquet.read_table(file)
 
 
 def _datasets(data: Data) -> tuple[dict[str, Dataset], str, str, list[str]]:

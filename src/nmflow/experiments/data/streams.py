@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from nmflow.errors import ConfigError, DataError
 from nmflow.experiments.config import Data, Run
 from nmflow.experiments.data.sources import SPLITS, Card
+from nmflow.experiments.specs import FILES
 
 if TYPE_CHECKING:
     import datasets
@@ -30,7 +31,7 @@ class Source:
 
 
 def source(data: Data) -> Source:
-    """Open the streams of a hub or Parquet source; nothing but its index is read yet.
+    """Open the streams of the hub or of files; nothing but its index is read yet.
 
     Raises:
         DataError: another kind of source, a data set that cannot be opened, or a split that is not
@@ -39,16 +40,20 @@ def source(data: Data) -> Source:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    if data.source not in ("hub", "parquet"):
-        raise DataError(f"data.source is {data.source!r}: only 'hub' and 'parquet' can be streamed")
+    if data.source not in ("hub", *FILES):
+        raise DataError(
+            f"data.source is {data.source!r}: only {', '.join(FILES)} and hub can be streamed"
+        )
     if data.limit:
         raise DataError("data.limit does not go with a stream: leave it out")
-    path = str(data.path) if data.source == "hub" else "parquet"
+    path = str(data.path) if data.source == "hub" else data.source
     name = path if data.source == "hub" else str(data.files["train"])
     files: Any = dict(data.files) or None
+    # The words `null` and `NA` are text, as they are where a file is read whole.
+    reading: Any = {"keep_default_na": False} if data.source == "csv" else {}
     try:
         found: Any = load_dataset(
-            path, data.subset, data_files=files, streaming=True, trust_remote_code=False
+            path, data.subset, data_files=files, streaming=True, trust_remote_code=False, **reading
         )
     except (DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
