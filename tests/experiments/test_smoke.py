@@ -43,7 +43,9 @@ def test_each_of_the_papers_systems_has_three_sizes() -> None:
             "transformer-multi30k.yaml"} <= found  # fmt: skip
 
 
-@pytest.mark.parametrize("system", ["streamed vit", "t5", "marian streamed", "lstm"])
+@pytest.mark.parametrize(
+    "system", ["streamed vit", "t5", "marian streamed", "lstm", "gpt2 instructed"]
+)
 def test_smoke_needs_no_network(
     system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,17 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "model": {"kind": "gpt2", "fields": {"n_embd": 32, "n_layer": 1, "n_head": 2}},
         "pattern": {"ff": "1:16", "qkv": "1:4"}, "include": ["ff", "qkv"],
     },
+    "gpt2 instructed": {
+        "task": "instruction-tuning", "options": {"length": 32, "tokens": {"size": 300}},
+        "model": {"kind": "gpt2", "fields": {"n_embd": 32, "n_layer": 1, "n_head": 2}},
+        "pattern": "1:4", "include": "ff",
+    },
+    "gpt2 instructed, padded": {
+        "task": "instruction-tuning",
+        "options": {"length": 32, "packing": False, "tokens": {"size": 300}},
+        "model": {"kind": "gpt2", "fields": {"n_embd": 32, "n_layer": 1, "n_head": 2}},
+        "pattern": "1:4", "include": "ff",
+    },
     "lstm": {
         "task": "token-modelling",
         "options": {"length": 16, "tokens": {"size": 60, "kind": "word"}},

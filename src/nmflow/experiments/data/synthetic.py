@@ -110,6 +110,19 @@ def _pairs(run: Run, folder: Path, draw: np.random.Generator) -> tuple[Data, str
     return _data(run, files), "made-up sentences that are no translations of each other"
 
 
+def _instructions(run: Run, folder: Path, draw: np.random.Generator) -> tuple[Data, str]:
+    from datasets import Features, Value
+
+    sides = [run.data.columns.get(role, role) for role in ("prompt", "completion")]
+    features = Features({side: Value("string") for side in sides})
+    files = {}
+    for split, count in ROWS.items():
+        rows = {side: [sentence(draw, 3) for _ in range(count)] for side in sides}
+        files[split] = _parquet(rows, features, folder / f"{split}.parquet")
+    columns = {k: v for k, v in run.data.columns.items() if k != "messages"}
+    return Data(source="parquet", files=files, columns=columns), "made-up prompts and completions"
+
+
 def _text(run: Run, folder: Path, draw: np.random.Generator) -> tuple[Data, str]:
     length = int(run.options.get("length", 64))
     # Each split needs a window: the smallest is a tenth of the text, a word at least a token.
@@ -142,4 +155,5 @@ _MAKERS: dict[str, Callable[[Run, Path, np.random.Generator], tuple[Data, str]]]
     "translation": _pairs,
     "language-modelling": _text,
     "token-modelling": _text,
+    "instruction-tuning": _instructions,
 }

@@ -29,6 +29,7 @@ FILES = {
     "text-to-text": "text_to_text",
     "translation": "translation",
     "token-modelling": "tokens",
+    "instruction-tuning": "instructions",
 }
 
 

@@ -78,12 +78,12 @@ def collate(pad: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """Batches padded to their longest sequence; padding is masked, and no label."""
 
     def batch(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        inputs, mask = _padded([row["input_ids"] for row in rows], pad)
+        inputs, mask = padded([row["input_ids"] for row in rows], pad)
         labels = [row["labels"] for row in rows]
         if np.ndim(labels[0]) == 0:
             wanted = torch.tensor([int(label) for label in labels])
             return {"input_ids": inputs, "attention_mask": mask, "labels": wanted}
-        wanted = _padded(labels, IGNORED)[0]
+        wanted = padded(labels, IGNORED)[0]
         # What the decoder sees is given, not left to the network to make of the labels: with label
         # smoothing the `Trainer` keeps the labels to itself.
         begin = torch.full((len(rows), 1), pad)
@@ -98,7 +98,8 @@ def collate(pad: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     return batch
 
 
-def _padded(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> tuple[Tensor, Tensor]:
+    """Rows of one width, filled up with `value`, and where there is no padding."""
     width = max(len(row) for row in rows)
     out = np.full((len(rows), width), value, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
@@ -194,6 +195,25 @@ def generation(length: int, beams: int) -> dict[str, Any]:
         "generation_max_length": length,
         "generation_num_beams": beams,
     }
+
+
+def scored(logits: Any, labels: Tensor) -> Tensor:
+    """Of each token but the first: was it the likeliest, its loss in nats, and does it count?"""
+    logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
+    wanted = labels[:, 1:]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORED
+    ).view(len(logits), -1)
+    counts = wanted != IGNORED
+    return torch.stack(((logits.argmax(-1) == wanted).float(), loss, counts.float()), -1)
+
+
+def figures(prediction: Any) -> dict[str, float]:
+    """Perplexity and accuracy of a token, of what `scored` says."""
+    rows = np.asarray(prediction.predictions, np.float64).reshape(-1, 3)
+    # Batches of unequal width are filled up with -100.
+    right, loss, _ = rows[rows[:, 2] == 1].mean(0)
+    return {"perplexity": float(np.exp(loss)), "accuracy": float(right)}
 
 
 def decoded(tokenizer: PreTrainedTokenizerFast, ids: Any) -> list[str]:

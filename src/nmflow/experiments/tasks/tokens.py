@@ -26,11 +26,10 @@ class Options(Strict):
 
 def build(run: Run) -> Problem:
     """The problem: windows of token ids; the perplexity is that of a token, not of a word."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from nmflow.experiments import models
-    from nmflow.experiments.tasks import Problem, lm
+    from nmflow.experiments.tasks import Problem, _text, lm
 
     options = Options(**run.options)
     length = options.length
@@ -51,14 +50,6 @@ def build(run: Run) -> Problem:
     }
     sets = lm.windows(ids, length)
 
-    def reduce(logits: Any, labels: Any) -> Any:
-        # Of each token but the first: was it the likeliest, and its loss in nats.
-        logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
-        ).view(len(logits), -1)
-        return torch.stack(((logits.argmax(-1) == labels[:, 1:]).float(), loss), -1)
-
     return Problem(
         data=card,
         train=sets["train"],
@@ -68,8 +59,8 @@ def build(run: Run) -> Problem:
         model=lambda: models.build(run.model, AutoModelForCausalLM, fields),
         example=sets["test"].__getitems__([0]),
         headline="perplexity",
-        metrics=_figures,
-        reduce=reduce,
+        metrics=_text.figures,
+        reduce=_text.scored,
         save=tokenizer.save_pretrained,
     )
 
@@ -89,8 +80,3 @@ def _cached(dump: str, options: str) -> Any:
         ends: Any = [made.eos_token_id]
         ids[split] = np.array([i for row in rows["input_ids"] for i in row + ends], np.int64)
     return ids, made, found.card
-
-
-def _figures(prediction: Any) -> dict[str, float]:
-    right, loss = np.asarray(prediction.predictions, np.float64).reshape(-1, 2).mean(0)
-    return {"perplexity": float(np.exp(loss)), "accuracy": float(right)}
