@@ -37,6 +37,12 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="With --values int8: float, or int8 to round inputs as well.")
     ] = "float",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="bfloat16 lets packed layers of float32 multiply in bfloat16. Needs a folder."
+        ),
+    ] = "",
     recipe: Annotated[
         str, typer.Option(help="How it was trained, for the model card; found for a run's network.")
     ] = "",
@@ -71,14 +77,14 @@ def compress(
         model, _, _ = network(checkpoint)
         made = packed.compress(
             model, held, counts or (1,), names, globs(exclude), bool(counts), inplace=True,
-            values=values or None, activations=activations,
+            values=values or None, activations=activations, dtype=dtype or None,
         )  # fmt: skip
         report = packed.report_of(made)
         save_beside(made, output, checkpoint, said, figures)
-    elif counts or values or activations != "float":
+    elif counts or values or dtype or activations != "float":
         raise CompressError(
             f"checkpoint is '{checkpoint}', which has no config.json to build a network from: "
-            "leave tokens, values and activations out, or give a folder of Hugging Face's"
+            "leave tokens, values, activations and dtype out, or give a folder of Hugging Face's"
         )
     else:
         state = open_state(checkpoint)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nmflow.errors import CompressError
 from nmflow.packed.attention import PackedAttention
+from nmflow.packed.bfloat16 import BFloat16Linear
 from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.layout import as_matrix
 from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
@@ -139,6 +140,8 @@ def from_parts(
         name = stored if whole else "Linear"
         if part.shape is None or part.index is None:
             made.append(dense_linear(part.values, own))
+        elif part.scale is None and part.values.dtype != dtype:
+            made.append(BFloat16Linear(part.values, part.index, part.shape, own, name, dtype))
         elif part.scale is None:
             made.append(PackedLinear(part.values, part.index, part.shape, own, name))
         else:

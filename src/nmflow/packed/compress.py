@@ -12,11 +12,12 @@ from torch.nn.parameter import is_lazy
 from nmflow.errors import CompressError
 from nmflow.kernels import Call, choose, int8
 from nmflow.packed import build
+from nmflow.packed.bfloat16 import with_bfloat16
 from nmflow.packed.build import PACKED, Run
 from nmflow.packed.faster import Verdict, judge, kind_of, on_onednn
 from nmflow.packed.fuse import Fused
 from nmflow.packed.fuse import fuse as fuse_activations
-from nmflow.packed.int8 import Int8Linear, with_int8
+from nmflow.packed.int8 import with_int8
 from nmflow.packed.modules import PackedLinear
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.packable import Found, survey
@@ -42,6 +43,7 @@ def compress(
     example_inputs: Any = None,
     values: str | None = None,
     activations: str = "float",
+    dtype: str | None = None,
 ) -> Model:
     """Replace every N:M weight by its kept values and their columns, where that is faster.
 
@@ -75,6 +77,9 @@ def compress(
             which `decompress` gives back; the report has each layer's error. None keeps their bits.
         activations: with `values="int8"`: `"float"` multiplies the inputs as they are; `"int8"`
             rounds each token to 8 bits first, which is faster and less exact.
+        dtype: `"bfloat16"` lets the packed layers of a float32 network multiply in bfloat16: kept
+            values are stored so, x is rounded at the layer's door, and y is float32 again. The
+            report has each layer's error. None multiplies in the dtype of the weight.
 
     Returns:
         A model that runs like `model`, for inference; `report_of` says what became of each weight,
@@ -84,8 +89,8 @@ def compress(
 
     Raises:
         CompressError: no weight holds a pattern that can be packed, `tokens` is empty or not
-            positive, `values` or `activations` is none of those above, or the copy would go on
-            running layers of `model` (see `inplace`).
+            positive, `values`, `activations` or `dtype` is none of those above, or the copy would
+            go on running layers of `model` (see `inplace`).
         PatternError, PlanError: as for `plan`.
 
     Example:
@@ -100,7 +105,7 @@ def compress(
     counts = tuple(tokens)
     if not counts or not all(isinstance(t, int) and t > 0 for t in counts):
         raise CompressError(f"tokens is {tokens!r}: give at least one positive number of tokens")
-    _check_values(values, activations)
+    _check_values(values, activations, dtype)
     weights = survey(model, pattern, include, exclude)
     sites = sites_of(weights)
     if not sites:
@@ -116,6 +121,8 @@ def compress(
             packed = build.pack(module, found)
             if values is not None:
                 packed = with_int8(packed, activations)
+            elif dtype is not None:
+                packed = with_bfloat16(packed)
         except CompressError as error:
             verdicts[path] = Verdict(str(error))
             continue
@@ -200,7 +207,15 @@ def sites_of(weights: Sequence[Found]) -> dict[str, Runs]:
     return sites
 
 
-def _check_values(values: str | None, activations: str) -> None:
+def _check_values(values: str | None, activations: str, dtype: str | None) -> None:
+    if dtype not in (None, "bfloat16"):
+        raise CompressError(
+            f"dtype is {dtype!r}: it must be 'bfloat16', or None to multiply in the weight's own"
+        )
+    if dtype is not None and values is not None:
+        raise CompressError(
+            f"dtype is {dtype!r} and values {values!r}: values are rounded once, so pass one"
+        )
     if values not in (None, "int8"):
         raise CompressError(f"values is {values!r}: it must be 'int8', or None to keep their bits")
     if activations not in int8.ACTIVATIONS:
@@ -228,13 +243,14 @@ def _row(
             small += part.get_parameter("weight").nbytes
             continue
         small += sum(buffer.nbytes for buffer in part.buffers())
-        if isinstance(part, Int8Linear) and part.error is not None:
+        if part.error is not None:
             errors.append(part.error)
         for t in counts:
             device, threads = parameter.device.type, torch.get_num_threads()
-            call = Call(part.shape, parameter.dtype, device, t, threads, values=part.rounding)
+            call = Call(part.shape, part.computes, device, t, threads, values=part.rounding)
             chosen = choose(call)
-            kernels.append(f"{chosen.backend} ({chosen.kernel})")
+            other = "" if part.computes == parameter.dtype else ", in bfloat16"
+            kernels.append(f"{chosen.backend} ({chosen.kernel}{other})")
     why = "by " + ", ".join(dict.fromkeys(kernels))
     return Row(w.layer.name, w.layer.shape, w.patterns, "packed", why, size, small, verdict.times,
                max(errors, default=None))  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nmflow.kernels import Call, choose
+from nmflow.packed.bfloat16 import BFloat16Linear
 from nmflow.packed.build import Run
 from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.layout import as_matrix
@@ -69,8 +70,12 @@ def judge(module: nn.Module, packed: nn.Module, counts: tuple[int, ...]) -> Verd
                         races.append(_race_on_gpu(matrix, bias, parts, x))
                         continue
                     ways = dense_ways(matrix, bias, x)
-                    if any(isinstance(m, Int8Linear) for m in parts.modules()):
-                        ways |= rounded_ways(matrix, bias, x)
+                    kinds = {type(m) for m in parts.modules()}
+                    if kinds & {Int8Linear, BFloat16Linear}:
+                        rounded = rounded_ways(matrix, bias, x)
+                        if Int8Linear not in kinds:  # what rounds more is no rival
+                            rounded.pop("int8 dynamic", None)
+                        ways |= rounded
                     if is_hf_conv1d(module):
                         ways["addmm"] = lambda x=x: module(x)
                     races.append(_race(ways, parts, x))
@@ -122,7 +127,7 @@ def _why_slow(packed: nn.Module, some: Tensor) -> str:
     """Why a device has no kernel for a packed module; empty where it has."""
     for part in packed.modules():
         if isinstance(part, PackedLinear):
-            kind, device = part.like.dtype, some.device.type
+            kind, device = part.computes, some.device.type
             call = Call(part.shape, kind, device, 1, values=part.rounding)
             if (found := choose(call)).backend == "reference":
                 return dict(found.refused).get(some.device.type, f"none is for {some.device.type}")

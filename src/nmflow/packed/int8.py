@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,8 @@ from nmflow.errors import CompressError
 from nmflow.kernels import int8, matmul_int8, unpack_int8
 from nmflow.kernels.layout import Shape
 from nmflow.packed.modules import PackedLinear, plain
+from nmflow.packed.rounded import each_linear, output_error
 from nmflow.packed.stands_for import StandsFor
-
-_ERROR_TOKENS = 32
 
 
 class Int8Linear(PackedLinear):
@@ -64,7 +62,6 @@ class Int8Linear(PackedLinear):
         self._describe(shape, stored)
         self.activations, self.dtype = activations, dtype
         self.rounding = "int8, activations too" if activations == "int8" else "int8"
-        self.error: float | None = None  # of its outputs, where `of` could measure it
         stream = int8.stream_from_canonical(q.detach(), scale.detach(), index, shape)
         self.register_buffer("stream", plain(stream))
         self.register_parameter("bias", bias)
@@ -90,13 +87,21 @@ class Int8Linear(PackedLinear):
             q, scale, index, linear.shape, linear.bias, linear.stored, activations, values.dtype
         )
         made.epilogue = linear.epilogue
-        made.error = made._error_beside(linear)
+        rounds = 1 if activations == "int8" else 0
+        made.error = output_error(
+            linear, lambda x: matmul_int8(x, made.stream, None, made.dims, rounds)
+        )
         return made.train(linear.training)
 
     @property
     def like(self) -> Tensor:
         """A tensor of the dtype and device of the weight it stands for."""
         return self.stream.new_empty(0, dtype=self.dtype)
+
+    @property
+    def computes(self) -> torch.dtype:
+        """The dtype of its inputs and outputs."""
+        return self.dtype
 
     def dense(self) -> Tensor:
         """The weight, rebuilt: `scale * q`, exact in float32, rounded once to the layer's dtype."""
@@ -122,20 +127,6 @@ class Int8Linear(PackedLinear):
     def extra_repr(self) -> str:
         """Sizes, pattern, dtype and activations."""
         return f"{super().extra_repr()}, values=int8, activations={self.activations}"
-
-    def _error_beside(self, linear: PackedLinear) -> float | None:
-        """The error of what this layer gives for normal inputs, beside an exact one's."""
-        if self.stream.is_meta:
-            return None
-        drawn = torch.randn(
-            _ERROR_TOKENS, self.in_features, generator=torch.Generator().manual_seed(0)
-        ).to(self.stream.device)
-        with torch.no_grad():
-            matrix = linear.dense().float()
-            want = drawn @ (matrix if self.stored == "Conv1D" else matrix.T)
-            rounds = 1 if self.activations == "int8" else 0
-            got = matmul_int8(drawn, self.stream, None, self.dims, rounds)
-        return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         # The stream is bytes, which no change of dtype touches; it moves with the rest.
@@ -171,10 +162,6 @@ def with_int8(module: nn.Module, activations: str) -> nn.Module:
     Raises:
         CompressError: as `Int8Linear.of`.
     """
-    if isinstance(module, Int8Linear):
-        return module
-    if isinstance(module, PackedLinear):
-        return Int8Linear.of(module, activations)
-    made = copy.copy(module)
-    made._modules = {n: m and with_int8(m, activations) for n, m in module._modules.items()}
-    return made
+    return each_linear(
+        module, lambda m: m if isinstance(m, Int8Linear) else Int8Linear.of(m, activations)
+    )

@@ -13,8 +13,9 @@ from nmflow.kernels.layout import LANES, LARGEST_M
 from nmflow.masks import holds
 from nmflow.pattern import Pattern
 
-# The layouts of files, stated in docs/layout.md; a reader refuses any other. The second has 8-bit
-# values besides, and is written only where there are any, so that older readers take the rest.
+# The layouts of files, stated in docs/layout.md; a reader refuses any other. The second has
+# rounded values besides (8-bit, bfloat16), and is written only where there are any, so that older
+# readers take the rest.
 LAYOUT_VERSIONS = (1, 2)
 # Denser than this is not worth its index, and a weight with a few zeros is no pattern.
 DENSEST = 0.75
@@ -39,9 +40,9 @@ def from_matrix(matrix: Tensor, size: tuple[int, ...], axis: int) -> Tensor:
     return matrix.reshape(moved).movedim(-1, axis).contiguous()
 
 
-def layout_version(has_int8: Iterable[bool]) -> int:
-    """The version that a file of weights needs, which have 8-bit values or not."""
-    return LAYOUT_VERSIONS[any(has_int8)]
+def layout_version(rounded: Iterable[bool]) -> int:
+    """The version that a file of weights needs, which have rounded values or not."""
+    return LAYOUT_VERSIONS[any(rounded)]
 
 
 def file_bits(m: int) -> int:

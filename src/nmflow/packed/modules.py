@@ -60,6 +60,7 @@ class PackedLinear(StandsFor):
     codes: Tensor
     bias: nn.Parameter | None
     rounding = ""  # `Call.values` of its products
+    error: float | None = None  # of its outputs, where values were rounded and it was measured
 
     def __init__(
         self,
@@ -101,6 +102,11 @@ class PackedLinear(StandsFor):
     def like(self) -> Tensor:
         """A tensor of the dtype and device of the weight it stands for."""
         return self.values
+
+    @property
+    def computes(self) -> torch.dtype:
+        """The dtype of its products."""
+        return self.values.dtype
 
     @property
     def pattern(self) -> Pattern:

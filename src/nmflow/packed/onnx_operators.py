@@ -79,10 +79,15 @@ def check_packed(model: nn.Module) -> None:
             "or leave packed=False"
         )
     for path, layer in layers.items():
-        if layer.like.dtype != torch.float32:
+        if layer.computes != torch.float32:
+            mend = (
+                "export packed.float()"
+                if layer.computes == layer.like.dtype
+                else "compress without dtype"
+            )
             raise CompressError(
-                f"packed is True and {path or 'the model'} is {layer.like.dtype}: onnxruntime "
-                "runs packed layers in float32, so export packed.float()"
+                f"packed is True and {path or 'the model'} multiplies in {layer.computes}: "
+                f"onnxruntime runs packed layers in float32, so {mend}"
             )
 
 

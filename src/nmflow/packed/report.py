@@ -28,7 +28,7 @@ class Row:
         dense_bytes: bytes of the dense weight.
         bytes: bytes of the weight as it now is.
         times: tokens to (µs packed, µs of the best dense way, that way); of the whole module.
-        error: with 8-bit values, the root mean square error of the layer's outputs relative to
+        error: with rounded values, the root mean square error of the layer's outputs relative to
             them, on normal inputs (the largest of a weight's runs); else None.
     """
 

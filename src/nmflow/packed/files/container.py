@@ -38,6 +38,8 @@ _EXPANSION = 64
 _ALWAYS = 1 << 30
 WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 Contents = tuple[dict[str, Stored], dict[str, Tensor], dict[str, str]]
+# What a part's `values` may be called where they are not of the parameter's dtype.
+_ROUNDED = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -92,7 +94,7 @@ def _read(path: Path) -> Contents:
         weights[key] = _weight(key, described, data)
         if key in data and not data[key].numel():  # for readers that know nothing of parts
             del data[key]
-    if header["layout"] != layout_version(w.is_int8 for w in weights.values()):
+    if header["layout"] != layout_version(w.is_int8 or w.is_bfloat16 for w in weights.values()):
         raise _bad("its layout version is not that of what it holds")
     aliases = _get(header, "aliases", dict)
     for alias, target in aliases.items():
@@ -256,9 +258,9 @@ def _part(
 ) -> Part:  # fmt: skip
     values = data.pop(f"{name}#{i}.values", None)
     kind = part.get("values")
-    if kind not in (None, "int8") or values is None:
+    if kind not in (None, *_ROUNDED) or values is None or (kind and dtype is _ROUNDED[kind]):
         raise _bad(f"the values of part {i} of {name!r} are missing or of a kind that cannot be")
-    if values.dtype != (torch.int8 if kind else dtype):
+    if values.dtype != (_ROUNDED[kind] if kind else dtype):
         raise _bad(f"the values of part {i} of {name!r} are of another dtype")
     pattern = part.get("pattern")
     if pattern is None:
@@ -276,7 +278,7 @@ def _part(
     if part.get("bits") != bits:
         raise _bad(f"part {i} of {name!r} does not have indices of {bits} bits")
     index = bytes_to_index(packed, shape.entries, shape.m)
-    if kind is None:
+    if kind != "int8":
         check_canonical(values, index, shape)
         return Part(rows[0], rows[1], shape, values, index)
     scale = data.pop(f"{name}#{i}.scale", None)

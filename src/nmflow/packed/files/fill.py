@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.packed import build
+from nmflow.packed.bfloat16 import with_bfloat16
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.int8 import with_int8
 
@@ -104,8 +105,10 @@ def packed_module(module: nn.Module, stored: dict[str, Stored], at: Values) -> n
         made = build.from_parts(module, weight.parts, bias, weight.activations, weight.dtype)
         return made.train(module.training)
     found = {own: weight.runs for own, weight in stored.items()}
-    rounded = [weight for weight in stored.values() if weight.is_int8]
-    dtype = torch.float32 if rounded else None  # in which 8-bit values are exact, and come back
+    eight = [weight for weight in stored.values() if weight.is_int8]
+    half = [weight for weight in stored.values() if weight.is_bfloat16]
+    rounded = [*eight, *half]
+    dtype = torch.float32 if rounded else None  # in which rounded values are exact, and come back
     values = dict(at)
     for own in found:
         holder = module
@@ -116,7 +119,8 @@ def packed_module(module: nn.Module, stored: dict[str, Stored], at: Values) -> n
     packed = build.pack(_shell(module, values), found)
     if not rounded:
         return packed
-    return with_int8(packed, rounded[0].activations).to(rounded[0].dtype)
+    made = with_int8(packed, eight[0].activations) if eight else with_bfloat16(packed)
+    return made.to(rounded[0].dtype)
 
 
 def _shell(module: nn.Module, at: Mapping[tuple[nn.Module, str], Tensor]) -> nn.Module:

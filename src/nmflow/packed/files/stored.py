@@ -84,6 +84,15 @@ class Stored:
         return any(part.scale is not None for part in self.parts)
 
     @property
+    def is_bfloat16(self) -> bool:
+        """Whether some of it has values that were rounded to bfloat16."""
+        return any(self.rounds(part) for part in self.parts)
+
+    def rounds(self, part: Part) -> bool:
+        """Whether a part has values of bfloat16 that stand for another dtype."""
+        return part.shape is not None and part.scale is None and part.values.dtype != self.dtype
+
+    @property
     def dense_bytes(self) -> int:
         """The bytes that `dense` takes."""
         return math.prod(self.shape) * self.dtype.itemsize

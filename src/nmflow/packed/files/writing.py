@@ -69,6 +69,8 @@ def write(
             if p.scale is not None:
                 part["values"] = "int8"
                 _add(data, f"{name}#{i}.scale", p.scale.cpu().contiguous())
+            elif w.rounds(p):
+                part["values"] = "bfloat16"
             parts.append(part)
         if beside:  # a reader that knows nothing of parts stops here, and makes no weights up
             _add(data, name, torch.empty(0, dtype=w.dtype))
@@ -93,7 +95,7 @@ def write(
     digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
     header = {
         "format": FORMAT,
-        "layout": layout_version(w.is_int8 for w in weights.values()),
+        "layout": layout_version(w.is_int8 or w.is_bfloat16 for w in weights.values()),
         "nmflow": __version__,
         "file": f"weights-{digest}.safetensors",
         "tensors": sums,
