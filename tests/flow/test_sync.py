@@ -228,18 +228,19 @@ def test_copies_and_pickles_in_mid_run_are_free_of_hooks() -> None:
 
 def test_a_whole_model_in_a_file_has_only_classes_that_torch_load_takes(tmp_path: Path) -> None:
     run = at("mdgf-linear", 5)
-    torch.save(run.model[0], tmp_path / "part.pt")
+    part: Any = run.model.get_submodule("0")
+    torch.save(part, tmp_path / "part.pt")
     with torch.serialization.safe_globals([nn.Linear]):
         loaded = torch.load(tmp_path / "part.pt", weights_only=True)
-    assert torch.equal(loaded.weight, run.model[0].weight)
+    assert torch.equal(loaded.weight, part.weight)
     assert type(loaded._load_state_dict_pre_hooks) is OrderedDict
     # Hooks of others go along, and can be removed.
-    handle = run.model[0].register_load_state_dict_pre_hook(_count)
-    other = pickle.loads(pickle.dumps(run.model[0]))
+    handle = part.register_load_state_dict_pre_hook(_count)
+    other = pickle.loads(pickle.dumps(part))
     assert [h.hook for h in other._load_state_dict_pre_hooks.values()] == [_count]
     handle.remove()
     run.flow.finalize()
-    assert not run.model[0]._load_state_dict_pre_hooks
+    assert not part._load_state_dict_pre_hooks
 
 
 def _count(*_: object) -> None:

@@ -321,7 +321,7 @@ def test_wrong_dtype_at_run_time_says_the_mend() -> None:
 
 
 def test_a_model_that_cannot_be_copied_is_compressed_in_place() -> None:
-    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 4))
+    model: Any = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 4))
     model[0].weight.data *= mask(model[0].weight, "1:16")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's old weight_norm is deprecated

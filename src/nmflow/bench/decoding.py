@@ -47,7 +47,7 @@ def by_llama_cpp(path: str | os.PathLike[str], threads: int) -> Decode:
         CompressError: the package is missing (`pip install 'nmflow[llama]'`), or the file is none.
     """
     try:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise CompressError(
             "llama.cpp's figures need the package 'llama-cpp-python': pip install 'nmflow[llama]'"

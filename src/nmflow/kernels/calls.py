@@ -13,6 +13,7 @@ from nmflow.kernels import reference
 
 _C: Any = torch._C
 LIBRARY = torch.library.Library("nmflow", "DEF")
+register_vmap: Any = torch.library.register_vmap  # torch types its decorator as perhaps None
 SHAPE = "int out, int inputs, int n, int m, int panel"
 MOST_BOUND = 65_536  # weights that an op keeps bound
 

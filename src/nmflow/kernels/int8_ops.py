@@ -23,6 +23,7 @@ from nmflow.kernels.calls import (
     is_plain_call,
     over_batch,
     refuse_batched_weights,
+    register_vmap,
     rows_of,
     version_of,
 )
@@ -155,7 +156,7 @@ def _unpack_fake(stream, out, inputs, n, m, panel):
     return stream.new_empty((out, inputs), dtype=torch.float32)
 
 
-@torch.library.register_vmap("nmflow::matmul_int8", lib=LIBRARY)
+@register_vmap("nmflow::matmul_int8", lib=LIBRARY)
 def _matmul_vmap(info, in_dims, x, stream, bias, *rest):
     refuse_batched_weights(in_dims[1])
     *numbers, epilogue = rest
@@ -226,7 +227,8 @@ def matmul_int8(
         y = _Differentiable.apply(x, stream, bias, shape, activations)
         return reference.apply_epilogue(y, epilogue)
     if is_plain_call(x, stream):
-        return _matmul_cpu(x, stream, bias, *shape, activations, epilogue)
+        out, inputs, n, m, panel = shape
+        return _matmul_cpu(x, stream, bias, out, inputs, n, m, panel, activations, epilogue)
     return _matmul(x, stream, bias, *shape, activations, epilogue)
 
 

@@ -28,6 +28,7 @@ from nmflow.kernels.calls import (
     is_plain_call,
     over_batch,
     refuse_batched_weights,
+    register_vmap,
     rows_of,
     version_of,
 )
@@ -221,7 +222,7 @@ def _unpack_fake(values, codes, out, inputs, n, m, panel):
     return values.new_empty((out, inputs))
 
 
-@torch.library.register_vmap("nmflow::matmul", lib=LIBRARY)
+@register_vmap("nmflow::matmul", lib=LIBRARY)
 def _matmul_vmap(info, in_dims, x, values, codes, bias, *rest):
     refuse_batched_weights(in_dims[1], in_dims[2])
     *dims, epilogue = rest
@@ -296,7 +297,8 @@ def matmul(
         y = _Differentiable.apply(x, values, codes, bias, shape)
         return reference.apply_epilogue(y, epilogue)
     if is_plain_call(x, values):
-        return _matmul_cpu(x, values, codes, bias, *shape, epilogue)
+        out, inputs, n, m, panel = shape
+        return _matmul_cpu(x, values, codes, bias, out, inputs, n, m, panel, epilogue)
     return _matmul(x, values, codes, bias, *shape, epilogue)
 
 

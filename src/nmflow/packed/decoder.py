@@ -179,7 +179,8 @@ class _Step(nn.Module):
             logits_to_keep=1,
             **{self.cache_name: cache},
         )
-        return found.logits, [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = list(cache.layers)
+        return found.logits, [(layer.keys, layer.values) for layer in layers]
 
 
 def _program(step: _Step, example: tuple[Tensor, Past]) -> ExportedProgram:

@@ -246,7 +246,7 @@ def _datasets(data: Data) -> tuple[dict[str, Dataset], str, str, list[str]]:
 
 
 def _complete(
-    splits: dict[str, Dataset], wanted: Mapping[str, int]
+    splits: dict[str, Dataset], wanted: Mapping[Any, int]
 ) -> tuple[dict[str, Dataset], str]:
     missing = [name for name in SPLITS[1:] if name not in splits]
     for name in wanted:
