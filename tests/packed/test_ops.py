@@ -388,12 +388,11 @@ def test_choose_says_why() -> None:
     assert choose(Call(shape, torch.float32, "cuda", 3)).backend == "reference"
 
 
-@pytest.mark.parametrize("size", [(4, 2**25, "1:16"), (4, 32, f"1:16@{2**32 + 16}")], ids=str)
-def test_what_the_kernels_cannot_hold_goes_to_the_reference(size: tuple[int, int, str]) -> None:
-    call = Call(Shape.of(*size), torch.float32, "cpu", 1)
+def test_what_the_kernels_cannot_hold_goes_to_the_reference() -> None:
+    call = Call(Shape.of(4, 2**25, "1:16"), torch.float32, "cpu", 1)
     assert choose(call).backend == "reference"
     if native.available():
-        assert "bits" in str(choose(call)) or "overflows" in str(choose(call))
+        assert "overflows" in str(choose(call))
 
 
 def test_explain_names_module_and_kernel() -> None:

@@ -99,8 +99,6 @@ def why_not(call: Call) -> str | None:
         return f"the native library is not available: {native.why_not()}"
     if call.dtype not in native.DTYPES:
         return f"dtype {call.dtype} is not float32, bfloat16 or float16"
-    if call.shape.panel >= 2**31:
-        return f"its panels of {call.shape.panel} rows do not fit 32 bits"
     number = _choose(call)
     return None if number >= 0 else f"the weight {native.REASONS[number]}"
 
