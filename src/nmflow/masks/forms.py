@@ -31,7 +31,7 @@ def soft_threshold(
         [[1.0, -3.0, 0.0, 0.0]]
 
     References:
-        arXiv 2409.09099, equation 7.
+        arXiv 2409.09099.
     """
     size = w.abs().masked_fill(kept, 0.0)
     t = size.unflatten(dim, (-1, pattern.m)).amax(dim % w.ndim + 1, keepdim=True)

@@ -117,7 +117,7 @@ class SSTE(Recipe):
         finetune: the last steps, in which `freeze_mask` may keep the mask.
 
     References:
-        arXiv 2409.09099, equations 7 to 9, for 2:4. Differs from it: any N:M; a panel's rows share
+        arXiv 2409.09099, for 2:4. Differs from it: any N:M; a panel's rows share
         the places, and each row has a threshold of its own; its unbiased estimate of activation
         gradients and FP8 are left to whoever writes the backward pass.
     """

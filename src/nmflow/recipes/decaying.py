@@ -189,7 +189,7 @@ class MaxQ(Decaying):
         finetune: the last steps, with every group at N:M; a fraction or steps.
 
     References:
-        arXiv 2312.07061, equations 4 to 9, and the authors' code. Differs from it: the share falls
+        arXiv 2312.07061 and the authors' code. Differs from it: the share falls
         at every step, where theirs falls by epochs.
     """
 
