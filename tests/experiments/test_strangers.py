@@ -333,6 +333,7 @@ def test_compress_never_copies_over_its_own_files(copy: Path, tmp_path: Path) ->
     assert json.loads((out / "nmflow.json").read_text())["format"] == "nmflow"
     assert {f.name for f in out.iterdir() if not f.name.startswith("weights-")} == {
         "nmflow.json", "config.json", "generation_config.json", "tokenizer.json", "merges.txt",
+        "README.md", "model.safetensors.index.json",
     }  # fmt: skip
     assert run("audit", out).exit_code == 0
     again = run("compress", copy, "-o", out)  # the same once more

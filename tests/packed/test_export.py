@@ -109,7 +109,7 @@ def test_the_page_on_packed_networks_runs(
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "packed.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 6
+    assert blocks
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     for block in blocks:

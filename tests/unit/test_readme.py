@@ -169,7 +169,9 @@ def test_every_public_name_is_in_the_reference():
         owner, _, last = name.rpartition(".")
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name == "jax":  # an extra, which only nmflow.jax needs
+                continue
             assert hasattr(importlib.import_module(owner), last), f"{name} is not there"
     ends = {name.rpartition(".")[2] for name in shown}
     for name in nmflow.__all__:
