@@ -5,7 +5,7 @@
 
 The model is a Llama in a GGUF file, such as the wheel's SmolLM2-135M. Every linear layer of its
 blocks is pruned by magnitude without training: only the speed is of interest. `--work` keeps what
-takes long to make (the exported step, the file that llama.cpp quantizes), so that a second run
+takes long to make (the exported steps, the files that llama.cpp quantizes), so that a second run
 only measures. Prints Markdown.
 """
 
@@ -38,14 +38,15 @@ from nmflow.packed import compress
 PROMPT = [504, 3575, 282, 4649, 314, 260, 1919, 1330, 327, 1379, 14262, 28, 284, 655, 314, 253]
 
 
-def quantized(source: Path, target: Path) -> Path:
-    """The file in llama.cpp's Q8_0."""
+def quantized(source: Path, work: Path, kind: str) -> Path:
+    """The file in another type of llama.cpp, such as Q8_0."""
+    target = work / f"{kind.lower()}.gguf"
     if not target.exists():
         import llama_cpp
 
         wanted = llama_cpp.llama_model_quantize_default_params()
         wanted.allow_requantize, wanted.nthread = True, 1
-        wanted.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+        wanted.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         paths = str(source).encode(), str(target).encode()
         if llama_cpp.llama_model_quantize(*paths, ctypes.byref(wanted)):
             raise CompressError(f"llama.cpp cannot quantize '{source}'")
@@ -74,7 +75,8 @@ def ways_of(source: Path, pattern: str, work: Path, threads: int) -> dict[str, D
         ways[f"{name}, int8 head, onnxruntime"] = by_onnxruntime(step, threads)
     try:
         ways[f"llama.cpp, {source.stem.rpartition('.')[2]}"] = by_llama_cpp(source, threads)
-        ways["llama.cpp, Q8_0"] = by_llama_cpp(quantized(source, work / "q8_0.gguf"), threads)
+        for kind in ("Q4_0", "Q8_0"):
+            ways[f"llama.cpp, {kind}"] = by_llama_cpp(quantized(source, work, kind), threads)
     except CompressError as error:
         print(f"not measured, llama.cpp: {error}", file=sys.stderr)
     return ways

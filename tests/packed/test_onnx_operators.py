@@ -18,7 +18,7 @@ from networks_of_hf import MODELS
 from nmflow import mask, native
 from nmflow.errors import CompressError
 from nmflow.kernels import reference
-from nmflow.packed import compress, export_onnx, onnxruntime_session_options
+from nmflow.packed import compress, export_onnx, onnx_operators, onnxruntime_session_options
 from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.modules import PackedLinear
 from nmflow.packed.onnx_operators import ATTRIBUTES
@@ -197,6 +197,31 @@ def test_a_packed_network_of_8_bit_values_runs_in_onnxruntime(tmp_path: Path) ->
     got = session(path).run(None, {"input_ids": inputs["input_ids"].numpy()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(got, packed(**inputs).logits.numpy(), atol=2e-3)
+
+
+def test_files_with_8_bit_inputs_are_compared_without_that_rounding(tmp_path: Path) -> None:
+    """Many layers make per cents of a last bit, so two right networks differ where they round."""
+    torch.manual_seed(0)
+    deep = prune(nn.Sequential(*[nn.Linear(32, 32) for _ in range(40)]).eval())
+    for layer in deep:
+        layer.weight.data *= 3
+    packed = compress(deep, measure=False, values="int8", activations="int8")
+    floats = compress(deep, measure=False, values="int8")
+    x = torch.randn(3, 32)
+    path = export_onnx(packed, x, tmp_path / "packed.onnx", packed=True)
+    assert [f.name for f in tmp_path.iterdir()] == ["packed.onnx"]
+    rounds = [
+        a.i for n in onnx.load(path).graph.node for a in n.attribute if a.name == "activations"
+    ]
+    assert rounds == [1] * 40
+    with torch.no_grad(), onnx_operators.inputs_not_rounded(packed, path) as twin:
+        got = session(twin).run(None, {session(twin).get_inputs()[0].name: x.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(got), floats(x), rtol=1e-3, atol=1e-4)
+        assert torch.equal(packed(x), floats(x))
+    assert {layer.activations for layer in packed} == {"int8"}
+    assert [f.name for f in tmp_path.iterdir()] == ["packed.onnx"]
+    with onnx_operators.inputs_not_rounded(floats, path) as same:
+        assert same == path
 
 
 @pytest.mark.parametrize(
