@@ -91,7 +91,7 @@ def rows(data: Data) -> Table:
     if data.source == "digits":
         return _digits(data)
     splits, name, sha, notes = _files(data) if data.source in FILES else _datasets(data)
-    splits, how = _complete(splits, data.held_out)
+    splits, how = _complete(splits, {**data.held_out})
     if data.limit:
         splits = {k: part.select(range(min(data.limit, len(part)))) for k, part in splits.items()}
         notes.append(f"only the first {data.limit:,} rows of each split are used")

@@ -73,7 +73,8 @@ class Packed(Conversations):
             {"input_ids": self.inputs[i].tolist(), "labels": self.labels[i].tolist()}
             for i in indices
         ]
-        return DataCollatorWithFlattening()(rows)
+        flat: Any = DataCollatorWithFlattening()(rows)
+        return flat
 
 
 def build(run: Run) -> Problem:
@@ -86,11 +87,11 @@ def build(run: Run) -> Problem:
     options = Options(**run.options)
     rows, tokenizer, card = _cached(run.data.model_dump_json(), options.model_dump_json())
     pad = int(tokenizer.pad_token_id)
-    kind = {"train": Packed if options.packing else Sorted}
-    sets = {
-        split: kind.get(split, Conversations)(*map(_text.Ragged, zip(*found, strict=True)), pad)
-        for split, found in rows.items()
-    }
+    kind: dict[str, type[Conversations]] = {"train": Packed if options.packing else Sorted}
+    sets = {}
+    for split, found in rows.items():
+        inputs, labels = (_text.Ragged(side) for side in zip(*found, strict=True))
+        sets[split] = kind.get(split, Conversations)(inputs, labels, pad)
     fields = {
         "vocab_size": len(tokenizer),
         "n_positions": options.length,
@@ -101,7 +102,7 @@ def build(run: Run) -> Problem:
     }
 
     def model() -> PreTrainedModel:
-        made = models.build(run.model, AutoModelForCausalLM, fields)
+        made: Any = models.build(run.model, AutoModelForCausalLM, fields)
         made.config.use_cache = False
         room = made.get_input_embeddings().weight.shape[0]
         if room < len(tokenizer):
