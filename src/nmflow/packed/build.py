@@ -138,14 +138,15 @@ def from_parts(
     for part in parts:
         own = bias if whole else _rows(bias, part.start, part.stop)
         name = stored if whole else "Linear"
-        if part.shape is None or part.index is None:
+        index = part.index
+        if part.shape is None or index is None:
             made.append(dense_linear(part.values, own))
         elif part.scale is None and part.values.dtype != dtype:
             made.append(BFloat16Linear(part.values, part.index, part.shape, own, name, dtype))
         elif part.scale is None:
-            made.append(PackedLinear(part.values, part.index, part.shape, own, name))
+            made.append(PackedLinear(part.values, index, part.shape, own, name))
         else:
-            found = (part.values, part.scale, part.index, part.shape)
+            found = (part.values, part.scale, index, part.shape)
             made.append(Int8Linear(*found, own, name, activations, dtype))
     if type(module) in _CONV:
         return PackedConv(module, made[0])  # pyright: ignore[reportArgumentType]

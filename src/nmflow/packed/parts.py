@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nmflow.kernels.layout import Shape
 from nmflow.packed.attention import PackedAttention
+from nmflow.packed.layout import bytes_to_index
 from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
 
 
@@ -17,15 +18,23 @@ class Part(NamedTuple):
     Attributes:
         shape: None where the rows are dense, which `values` then holds.
         values: kept values, or 8-bit ones if there is a `scale` (of each row).
-        index: None where the rows are dense.
+        places: the index, canonical or `in_bits` as a file holds it; None where the rows are dense.
     """
 
     start: int
     stop: int
     shape: Shape | None
     values: Tensor
-    index: Tensor | None = None
+    places: Tensor | None = None
     scale: Tensor | None = None
+    in_bits: bool = False
+
+    @property
+    def index(self) -> Tensor | None:
+        """The canonical index, a byte each; of bits it is made anew at each call."""
+        if self.shape is None or self.places is None or not self.in_bits:
+            return self.places
+        return bytes_to_index(self.places, self.shape.entries, self.shape.m)
 
 
 def parts_of(module: nn.Module) -> dict[str, list[nn.Module]]:

@@ -93,9 +93,8 @@ def _bytes(stored: Stored) -> int:
     """The bytes that the file takes for a weight."""
     size = stored.stored_bytes
     for part in stored.parts:
-        if part.shape is not None and part.index is not None:
-            lists, entries = part.index.shape
-            size += lists * -(-entries * file_bits(part.shape.m) // 8)
+        if part.shape is not None:
+            size += part.shape.lists * -(-part.shape.entries * file_bits(part.shape.m) // 8)
         size += 0 if part.scale is None else part.scale.nbytes
     return size
 

@@ -277,15 +277,16 @@ def _part(
         raise _bad(f"the index of part {i} of {name!r} is missing or not uint8 {size}")
     if part.get("bits") != bits:
         raise _bad(f"part {i} of {name!r} does not have indices of {bits} bits")
+    # Checked now, and kept in bits until its layer is built: of a whole network, bytes are many.
     index = bytes_to_index(packed, shape.entries, shape.m)
     if kind != "int8":
         check_canonical(values, index, shape)
-        return Part(rows[0], rows[1], shape, values, index)
+        return Part(rows[0], rows[1], shape, values, packed, in_bits=True)
     scale = data.pop(f"{name}#{i}.scale", None)
     if scale is None:
         raise _bad(f"the scales of part {i} of {name!r} are missing")
     int8.check_canonical(values, scale, index, shape)
-    return Part(rows[0], rows[1], shape, values, index, scale)
+    return Part(rows[0], rows[1], shape, values, packed, scale, in_bits=True)
 
 
 def _is_size(value: object, least: int = 1) -> bool:

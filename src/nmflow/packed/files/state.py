@@ -85,9 +85,9 @@ def _row(name: str, w: Tensor, stored: Stored | None) -> Row:
     small, said = 0, []
     for part in stored.parts:
         small += part.values.nbytes
-        if part.shape is not None and part.index is not None:
+        if part.shape is not None:
             bits = file_bits(part.shape.m)
-            small += part.index.shape[0] * -(-part.index.shape[1] * bits // 8)
+            small += part.shape.lists * -(-part.shape.entries * bits // 8)
             rows = f" [{part.start}:{part.stop}]" if len(stored.parts) > 1 else ""
             said.append(f"{part.shape.pattern}{rows}")
     return Row(name, tuple(w.shape), ", ".join(said), "packed", "in the file", size, small)

@@ -117,7 +117,8 @@ class Stored:
 
 
 def _rows(part: Part) -> Tensor:
-    if part.shape is None or part.index is None:
+    index = part.index
+    if part.shape is None or index is None:
         return part.values
     values = part.values if part.scale is None else float_values(part.values, part.scale)
-    return dense_from_canonical(values, part.index, part.shape)
+    return dense_from_canonical(values, index, part.shape)

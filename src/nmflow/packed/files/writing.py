@@ -62,10 +62,11 @@ def write(
         for i, p in enumerate(w.parts):
             part: dict[str, Any] = {"rows": [p.start, p.stop], "pattern": None}
             _add(data, f"{name}#{i}.values", p.values.cpu().contiguous())
-            if p.shape is not None and p.index is not None:
+            index = p.index
+            if p.shape is not None and index is not None:
                 part["pattern"] = str(p.shape.pattern)
                 part["bits"] = file_bits(p.shape.m)
-                _add(data, f"{name}#{i}.index", index_to_bytes(p.index, p.shape.m).cpu())
+                _add(data, f"{name}#{i}.index", index_to_bytes(index, p.shape.m).cpu())
             if p.scale is not None:
                 part["values"] = "int8"
                 _add(data, f"{name}#{i}.scale", p.scale.cpu().contiguous())
