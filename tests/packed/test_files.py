@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -301,6 +302,8 @@ EDITS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
 
 @pytest.mark.parametrize("name", EDITS)
 def test_hostile_folders_are_refused_and_the_model_is_left_alone(tmp_path: Path, name: str) -> None:
+    if "complex" in name and torch.complex64 not in safetensors.torch._SIZE:
+        pytest.skip("this safetensors writes no complex numbers")
     save(sparse(), tmp_path)
     load(tmp_path, network())
     _edit(tmp_path, EDITS[name])

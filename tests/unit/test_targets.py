@@ -136,10 +136,17 @@ def under(prefixes, leaves):
 def expectations():
     """(model, ff, q and k, v, o): written out by hand from the architectures."""
     two = range(2)
-    vit_layers = [f"vit.layers.{i}." for i in two]
-    att = [f"{p}attention." for p in vit_layers]
-    yield (vit, under(vit_layers, ["mlp.fc1", "mlp.fc2"]), under(att, ["q_proj", "k_proj"]),
-           under(att, ["v_proj"]), under(att, ["o_proj"]))  # fmt: skip
+    if "vit.layers.0.mlp.fc1.weight" in dict(vit().named_parameters()):
+        layers = [f"vit.layers.{i}." for i in two]
+        att = [f"{p}attention." for p in layers]
+        leaves = ["mlp.fc1", "mlp.fc2"], ["q_proj", "k_proj"], ["v_proj"], ["o_proj"]
+    else:  # transformers before 5
+        layers = [f"vit.encoder.layer.{i}." for i in two]
+        att = [f"{p}attention." for p in layers]
+        leaves = (["intermediate.dense", "output.dense"], ["attention.query", "attention.key"],
+                  ["attention.value"], ["output.dense"])  # fmt: skip
+    ff, qk, v, o = leaves
+    yield vit, under(layers, ff), under(att, qk), under(att, v), under(att, o)
     stages = [f"swinv2.encoder.layers.{i}.blocks.0." for i in two]
     yield (swinv2, under(stages, ["intermediate.dense", "output.dense"]),
            under(stages, ["attention.self.query", "attention.self.key"]),
