@@ -142,7 +142,7 @@ def from_parts(
         if part.shape is None or index is None:
             made.append(dense_linear(part.values, own))
         elif part.scale is None and part.values.dtype != dtype:
-            made.append(BFloat16Linear(part.values, part.index, part.shape, own, name, dtype))
+            made.append(BFloat16Linear(part.values, index, part.shape, own, name, dtype))
         elif part.scale is None:
             made.append(PackedLinear(part.values, index, part.shape, own, name))
         else:
