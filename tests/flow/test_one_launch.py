@@ -12,7 +12,7 @@ from harness import Run, assert_near, parameters_of
 from models import BY_ID as FAMILY
 from nmflow import masks
 from nmflow.errors import FlowError, WeightError
-from nmflow.flow import marks, slots, weights
+from nmflow.flow import marks, slot_masks, weights
 from nmflow.masks import triton as gpu
 from settings import BY_ID
 
@@ -30,7 +30,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(jobs))
         return gpu.project_all(jobs)
 
-    monkeypatch.setattr(slots, "_waits", lambda w: w.dtype == torch.float32)
+    monkeypatch.setattr(slot_masks, "_waits", lambda w: w.dtype == torch.float32)
     monkeypatch.setattr(marks, "_together", lambda x: x.numel() > 0)
     monkeypatch.setattr(weights, "project_all", project_all)
     return counts
@@ -48,7 +48,7 @@ def test_runs_equal_those_that_write_one_by_one(
     batches = family.batches(4, torch.float32)
     together.train(batches)
     assert max(launches) > 1
-    monkeypatch.setattr(slots, "_waits", lambda w: False)
+    monkeypatch.setattr(slot_masks, "_waits", lambda w: False)
     alone = Run(family, BY_ID[case], dtype=torch.float32)
     alone.train(batches)
     assert_near(parameters_of(together.model), parameters_of(alone.model))

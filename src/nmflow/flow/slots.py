@@ -8,7 +8,6 @@ on W. Nothing else lives between steps, but for a mask that is held on purpose.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +18,14 @@ from nmflow.flow import gradients
 from nmflow.flow.homes import Home
 from nmflow.flow.loan import Loan
 from nmflow.flow.marks import Mark, blank
-from nmflow.flow.scores import Norms, scored
+from nmflow.flow.scores import Norms
 from nmflow.flow.sharding import Region, local
+from nmflow.flow.slot_masks import Later, SlotMasks, Stages, project_region
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SCALE_KEY, SLOT_KEYS
-from nmflow.pattern import EVERY, Pattern
 from nmflow.recipes.schedules import Stage
 
-Stages = Mapping[str, Stage]
-Later = list[masks.Job]
 
-
-class Slot:
+class Slot(SlotMasks):
     """One parameter, in one optimizer, with the targets that lie in it.
 
     Attributes:
@@ -63,11 +59,6 @@ class Slot:
         self._covered = rows == local(param).shape[regions[0].target.out_dim]
 
     # -- where the tensors are -----------------------------------------------------------------
-
-    @property
-    def dense(self) -> Tensor:
-        """The dense weights W, shaped and sharded like the parameter."""
-        return self.tensors[DENSE_KEY]
 
     @property
     def weight(self) -> Tensor:
@@ -157,7 +148,7 @@ class Slot:
         w = region.of(local(self.dense))
         if not held and g.dtype == w.dtype and self._in_one_pass(region, stage, w, g):
             now = later if stage.gain == 1.0 else None
-            _project(region, stage, w, stage.delta / stage.gain, now, out=g, values=g)
+            project_region(region, stage, w, stage.delta / stage.gain, now, out=g, values=g)
         else:
             gradients.masked(g, *self.masks(region, stage, held), stage.delta / stage.gain)
         if stage.gain != 1.0:
@@ -171,7 +162,7 @@ class Slot:
         w = region.of(local(self.dense))
         if not held and g.dtype == w.dtype and self._in_one_pass(region, stage, w, g):
             pull = lam * (1.0 - stage.delta)
-            _project(region, stage, w, 1.0, later, out=g, values=g, pull=pull, scale=scale)
+            project_region(region, stage, w, 1.0, later, out=g, values=g, pull=pull, scale=scale)
         else:
             gradients.refined(g, w, self.masks(region, stage, held)[0], lam, scale)
 
@@ -226,7 +217,7 @@ class Slot:
             kept_as_is = not stage.form and not (masked and (held or hold))
             if kept_as_is and self._in_one_pass(region, stage, w, out):
                 now = later if stage.gain == 1.0 else None  # what is put off is not scaled here
-                fine = _project(region, stage, w, stage.delta / stage.gain, now, out=out)
+                fine = project_region(region, stage, w, stage.delta / stage.gain, now, out=out)
                 finite += [] if fine is None else [fine]
             elif not masked:
                 out.copy_(w)
@@ -242,30 +233,6 @@ class Slot:
             if stage.gain != 1.0:
                 out.mul_(stage.gain)
         return finite
-
-    def formed(self, region: Region, stage: Stage, kept: Tensor) -> Tensor:
-        """What the kept weights of a region become by the form of its stage."""
-        w, target = region.of(local(self.dense)), region.target
-        assert stage.pattern is not None
-        if stage.form == "multi-axis":
-            tau = stage.tau
-            return w + w * masks.importance(w, stage.pattern, target.dim, target.stacked, tau)
-        sparse = masks.soft_threshold(w, kept, stage.pattern, target.dim, target.stacked)
-        scale = self.tensors[SCALE_KEY][self.regions.index(region)]
-        # Not yet taken where a dense phase shows its final masks.
-        return sparse * (scale if bool(scale) else masks.least_squares(w, sparse))
-
-    def take_scales(self, stages: Stages) -> None:
-        """Take β of each region that has its first mask now, once and for all."""
-        scales = self.tensors[SCALE_KEY]
-        for i, region in enumerate(self.regions):
-            stage, target = stages[region.target.label], region.target
-            if stage.pattern is None or bool(scales[i]) or region.count == 0:
-                continue
-            w = region.of(local(self.dense))
-            kept = self.masks(region, stage, False)[0]
-            sparse = masks.soft_threshold(w, kept, stage.pattern, target.dim, target.stacked)
-            scales[i] = masks.least_squares(w, sparse)
 
     def rest(self) -> None:
         """Show W itself: what is left to do when W is not finite and has no mask."""
@@ -305,71 +272,3 @@ class Slot:
     def loaded(self) -> bool:
         """Whether a `load_state_dict` wrote all of the parameter since it was seen."""
         return self._loading is not None and local(self.param)._version > self._loading
-
-    # -- masks ---------------------------------------------------------------------------------
-
-    def masks(self, region: Region, stage: Stage, held: bool) -> tuple[Tensor, Tensor | None]:
-        """The masks m and m' of a region whose stage has a pattern."""
-        pattern, previous = stage.masks
-        assert pattern is not None
-        if held:
-            tensors = self.tensors
-            kept = region.of(local(tensors[KEPT_KEY]))
-            fading = region.of(local(tensors[FADING_KEY])) if previous else None
-            return kept, fading
-        w, target = region.of(local(self.dense)), region.target
-        kept = self.chosen(region, w, pattern)
-        if stage.whole:
-            share = stage.whole
-            kept |= masks.largest_groups(w, pattern, target.dim, share, target.stacked)
-        fading = self.chosen(region, w, previous) if previous else None
-        return kept, fading
-
-    def chosen(self, region: Region, w: Tensor, pattern: Pattern) -> Tensor:
-        """The mask of a pattern on the weights of a region."""
-        target = region.target
-        return masks.select(scored(w, target, self._norms), pattern, target.dim, target.stacked)[0]
-
-    def _in_one_pass(self, region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
-        """Whether a kernel can go from W to W̃ in one pass over memory."""
-        if stage.pattern is not None and region.target.label in self._norms:
-            return False
-        (pattern, previous), target = stage.masks, region.target
-        return (
-            previous is None
-            and not stage.whole
-            and masks.one_pass_serves(w, pattern or EVERY, target.dim, out, target.stacked)
-        )
-
-    def _in_one_pass_held(self, stages: Stages, held: bool, out: Tensor) -> bool:
-        """Whether a kernel goes from W to all of W̃ by one mask that is held."""
-        if not (held and self._covered and len(self.regions) == 1):
-            return False
-        stage = stages[self.regions[0].target.label]
-        kept = local(self.tensors[KEPT_KEY])
-        bare = not stage.form and stage.gain == 1.0
-        fits = bare and stage.pattern is not None and stage.masks[1] is None
-        return fits and masks.one_pass_holds(local(self.dense), kept, out)
-
-    def hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
-        """Put the masks of a region into the state."""
-        region.of(local(self.tensors[KEPT_KEY])).copy_(kept)
-        if fading is not None:
-            region.of(local(self.tensors[FADING_KEY])).copy_(fading)
-
-
-def _project(
-    region: Region, stage: Stage, w: Tensor, delta: float, later: Later | None, **more: Any
-) -> Tensor | None:
-    """The kernel by the pattern of a stage; whether `w` was finite, or None if it is put off."""
-    target = region.target
-    pattern = stage.pattern or EVERY
-    if later is not None and _waits(w):
-        later.append(masks.Job(w, pattern, target.dim, delta, **more))
-        return None
-    return masks.one_pass(w, pattern, target.dim, delta, stacked=target.stacked, **more)
-
-
-def _waits(w: Tensor) -> bool:
-    """Whether a launch a weight would cost more than the work: on a GPU."""
-    return w.device.type == "cuda"

@@ -14,7 +14,8 @@ from nmflow.flow.marks import fingerprints
 from nmflow.flow.observing import View
 from nmflow.flow.prepared import Prepared
 from nmflow.flow.sharding import local
-from nmflow.flow.slots import Later, Slot
+from nmflow.flow.slot_masks import Later
+from nmflow.flow.slots import Slot
 from nmflow.flow.state import Run
 from nmflow.masks import project_all
 from nmflow.recipes.schedules import Stage

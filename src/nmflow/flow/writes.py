@@ -7,7 +7,8 @@ from torch import Tensor
 
 from nmflow.errors import StateError
 from nmflow.flow.sharding import local, sharded
-from nmflow.flow.slots import Slot, Stages
+from nmflow.flow.slot_masks import Stages
+from nmflow.flow.slots import Slot
 from nmflow.flow.state import DENSE_KEY, SCALE_KEY, SLOT_KEYS
 from nmflow.masks import touched
 
