@@ -46,8 +46,8 @@ def weight(spec: str, out: int, groups: int) -> tuple[torch.Tensor, Shape]:
 
 def run(stream, shape, x, bias=None, activations=0, epilogue=0, kernel=0):
     y = torch.full((len(x), shape.out), torch.nan).to(x.dtype)
-    bound = cpu_int8.bind(stream, shape, x.dtype)
-    bound(x, bias, y, len(x), activations, epilogue, kernel)
+    bound = cpu_int8.bind(stream, shape, x.dtype, activations)
+    bound(x, bias, y, len(x), epilogue, kernel)
     return y
 
 
@@ -165,7 +165,7 @@ def test_validation_finds_damage_and_products_stay_inside(isa, name):
         for place, byte in bytes_of.items():
             stream[tile, place] = byte
         with pytest.raises(FileFormatError, match="packed weight of shape"):
-            cpu_int8.bind(stream, shape, torch.float32)
+            cpu_int8.bind(stream, shape, torch.float32, 0)
         struct = cpu_int8.Int8Struct.of(stream, shape, torch.float32)
         x, y = torch.randn(9, shape.inputs), torch.empty(9, shape.out)
         multiply = partial(cpu_int8.lib().nmflow_int8_matmul, ctypes.byref(struct))

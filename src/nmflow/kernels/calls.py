@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from nmflow.errors import CompressError
 from nmflow.kernels import reference
@@ -16,6 +17,23 @@ LIBRARY = torch.library.Library("nmflow", "DEF")
 register_vmap: Any = torch.library.register_vmap  # torch types its decorator as perhaps None
 SHAPE = "int out, int inputs, int n, int m, int panel"
 MOST_BOUND = 65_536  # weights that an op keeps bound
+
+# Bound functions of an op. A bound function holds addresses, so its key is all that it relies on:
+# which memory (a storage is known by its weak reference, so that its place in memory cannot be
+# taken for it), the version of what is in it, and the layout.
+Bound = dict[tuple[Any, ...], tuple[Callable[..., None], list[StorageWeakRef]]]
+
+
+def keep(bound: Bound, key: tuple[Any, ...], run: Callable[..., None], *buffers: Tensor) -> None:
+    """Keep a bound function for as long as its buffers live."""
+    if len(bound) >= MOST_BOUND:
+        bound.clear()
+    bound[key] = run, [StorageWeakRef(buffer.untyped_storage()) for buffer in buffers]
+
+
+def alive(run: Callable[..., None], *buffers: Tensor) -> Callable[..., None]:
+    """The bound function, holding the copies whose addresses are bound to it."""
+    return lambda *args, held=buffers: run(*args)
 
 
 def version_of(t: Tensor) -> int:
@@ -32,6 +50,37 @@ def rows_of(x: Tensor, inputs: int) -> Tensor:
     """`(..., inputs)` as rows in order; a copy where they are not, such as expanded ones."""
     flat = x.reshape(-1, inputs)
     return flat.contiguous() if flat.stride(1) != 1 or flat.stride(0) < inputs else flat
+
+
+def product(
+    run: Callable[..., None], x: Tensor, bias: Tensor | None, out: int, inputs: int, epilogue: int
+) -> Tensor:
+    """`(..., inputs)` to `(..., out)` by a bound function; a copy of x only where it is needed."""
+    size = x.shape
+    y = x.new_empty((*size[:-1], out))
+    x = aligned(x)
+    if len(size) == 2 and x.stride(1) == 1 and x.stride(0) >= inputs:
+        run(x, bias, y, size[0], epilogue)
+    elif y.numel():
+        flat = rows_of(x, inputs)
+        run(flat, bias, y.view(-1, out), flat.shape[0], epilogue)
+    return y
+
+
+def gradients(
+    grad: Tensor, weight: Tensor, of_x: bool, of_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and of the bias, from that of `y = x Wᵀ + bias`."""
+    rows = tuple(range(grad.dim() - 1))
+    bias = (grad.sum(rows) if rows else grad) if of_bias else None
+    return grad @ weight if of_x else None, bias
+
+
+def refuse_features(x: Tensor, inputs: int) -> None:
+    """Raise `CompressError` if the last axis of x is not the weight's."""
+    if not x.shape or x.shape[-1] != inputs:
+        has = f"{x.shape[-1]} features" if x.shape else "no axis"
+        raise CompressError(f"x has {has} where the packed weight takes {inputs} features")
 
 
 def is_plain_call(x: Tensor, weight: Tensor) -> bool:

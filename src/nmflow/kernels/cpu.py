@@ -120,21 +120,27 @@ def _choose(call: Call) -> int:
     return lib().nmflow_choose(shape, tokens)
 
 
-def bind(
-    values: Tensor, codes: Tensor, shape: Shape
-) -> Callable[[Tensor, Tensor | None, Tensor, int, int], None]:
-    """Prepare one tiled weight, checked here once; the result runs it."""
+def bind(values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]:
+    """Prepare one tiled weight, checked here once; its memory must outlive the result."""
     validate(values, codes, shape)
     weight = PackedStruct.of(values, codes, shape)
-    address, call = ctypes.byref(weight), lib().nmflow_matmul
+    return runner(functools.partial(lib().nmflow_matmul, ctypes.byref(weight)), shape)
+
+
+def runner(call: Callable[..., int], shape: Shape) -> Callable[..., None]:
+    """`run` as `backend` describes it, over a function of the C ABI that has its weight.
+
+    `run(x, bias, y, tokens, epilogue, kernel=0)` takes the number of a kernel of `KERNELS`, too.
+    """
     inputs, out = shape.inputs, shape.out
     get_threads = torch.get_num_threads
 
-    def run(x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int) -> None:
+    def run(
+        x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int, kernel: int = 0
+    ) -> None:
         # A single row may carry any stride; only between rows does it mean something.
         many = tokens > 1
         status = call(
-            address,
             x.data_ptr(),
             x.stride(0) if many else inputs,
             None if bias is None else bias.data_ptr(),
@@ -143,7 +149,7 @@ def bind(
             tokens,
             epilogue,
             get_threads(),
-            0,
+            kernel,
         )
         if status:
             raise CompressError(f"{name_of(shape)} {native.REASONS[status]}")

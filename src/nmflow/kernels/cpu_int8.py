@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nmflow import native
-from nmflow.errors import CompressError, FileFormatError
-from nmflow.kernels.cpu import ShapeStruct, lib, name_of
+from nmflow.errors import FileFormatError
+from nmflow.kernels.cpu import ShapeStruct, lib, name_of, runner
 
 if TYPE_CHECKING:
     from nmflow.kernels.layout import Shape
@@ -28,41 +29,13 @@ class Int8Struct(ctypes.Structure):
         return cls(ShapeStruct.of(shape, dtype), stream.data_ptr(), stream.nbytes)
 
 
-def bind(stream: Tensor, shape: Shape, dtype: torch.dtype) -> Callable[..., None]:
-    """Prepare one weight for inputs of a dtype, checked here once.
-
-    Returns:
-        `run(x, bias, y, tokens, activations, epilogue, kernel=0)`, as `bind` of `backend`; the
-        weight's memory must outlive it.
+def bind(stream: Tensor, shape: Shape, dtype: torch.dtype, activations: int) -> Callable[..., None]:
+    """Prepare one weight for inputs of a dtype, checked here once; its memory must outlive it.
 
     Raises:
         FileFormatError: the stream is not a weight of this shape and pattern.
     """
-    weight = Int8Struct.of(stream, shape, dtype)
-    address, call = ctypes.byref(weight), lib().nmflow_int8_matmul
+    address = ctypes.byref(Int8Struct.of(stream, shape, dtype))
     if status := lib().nmflow_int8_validate(address):
         raise FileFormatError(f"{name_of(shape)} {native.REASONS[status]}")
-    inputs, out, get_threads = shape.inputs, shape.out, torch.get_num_threads
-
-    def run(
-        x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, activations: int, epilogue: int,
-        kernel: int = 0,
-    ) -> None:  # fmt: skip
-        many = tokens > 1  # the stride of a single row means nothing
-        status = call(
-            address,
-            activations,
-            x.data_ptr(),
-            x.stride(0) if many else inputs,
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            y.stride(0) if many else out,
-            tokens,
-            epilogue,
-            get_threads(),
-            kernel,
-        )
-        if status:
-            raise CompressError(f"{name_of(shape)} {native.REASONS[status]}")
-
-    return run
+    return runner(functools.partial(lib().nmflow_int8_matmul, address, activations), shape)

@@ -10,21 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.kernels import int8, reference, registry
 from nmflow.kernels.calls import (
     LIBRARY,
-    MOST_BOUND,
     SHAPE,
+    Bound,
     aligned,
+    alive,
     autocast_dtype,
+    gradients,
     is_plain_call,
+    keep,
     over_batch,
+    product,
     refuse_batched_weights,
+    refuse_features,
     register_vmap,
-    rows_of,
     version_of,
 )
 from nmflow.kernels.layout import Shape
@@ -35,7 +38,7 @@ LIBRARY.define(
 )
 LIBRARY.define(f"unpack_int8(Tensor stream, {SHAPE}) -> Tensor")
 
-_BOUND: dict[tuple[Any, ...], tuple[Callable[..., None], StorageWeakRef]] = {}
+_BOUND: Bound = {}
 
 
 def _matmul_cpu(
@@ -53,7 +56,7 @@ def _matmul_cpu(
     size = x.shape
     key = (
         stream.untyped_storage()._cdata, stream.data_ptr(), stream.shape, stream.stride(),
-        version_of(stream), x.dtype, out, inputs, n, m, panel,
+        version_of(stream), x.dtype, out, inputs, n, m, panel, activations,
     )  # fmt: skip
     known = _BOUND.get(key)
     if not size or size[-1] != inputs or not x.is_cpu or not stream.is_cpu:
@@ -70,13 +73,7 @@ def _matmul_cpu(
             return int8.matmul(x, held, bias, shape, activations, epilogue)
     else:
         run = known[0]
-    y = x.new_empty((*size[:-1], out))
-    if len(size) == 2 and x.stride(1) == 1 and x.stride(0) >= inputs:
-        run(aligned(x), bias, y, size[0], activations, epilogue)
-    elif y.numel():
-        flat = rows_of(aligned(x), inputs)
-        run(flat, bias, y.view(-1, out), flat.shape[0], activations, epilogue)
-    return y
+    return product(run, x, bias, out, inputs, epilogue)
 
 
 def _bind(
@@ -91,19 +88,15 @@ def _bind(
         raise CompressError(f"{error}: its buffer was written, so pack it again") from error
     if run is None:
         return None
-    if held is not stream:  # a copy at another address, alive for as long as what is bound to it
-        return lambda *args, inner=run, held=held: inner(*args)
+    if held is not stream:
+        return alive(run, held)
     if key is not None:
-        if len(_BOUND) >= MOST_BOUND:
-            _BOUND.clear()
-        _BOUND[key] = run, StorageWeakRef(stream.untyped_storage())
+        keep(_BOUND, key, run, stream)
     return run
 
 
 def _refuse(x: Tensor, stream: Tensor, inputs: int) -> None:
-    if not x.shape or x.shape[-1] != inputs:
-        has = f"{x.shape[-1]} features" if x.shape else "no axis"
-        raise CompressError(f"x has {has} where the packed weight takes {inputs} features")
+    refuse_features(x, inputs)
     raise CompressError(
         f"x is on {x.device} and the packed weight on {stream.device}: move the model whole, for "
         "instance packed.to(device), and load its weights if it is on meta"
@@ -190,9 +183,9 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad = grads[0]
         weight = _unpack_op(*ctx.saved_tensors, *ctx.shape).to(grad.dtype)
-        rows = tuple(range(grad.dim() - 1))
-        bias = (grad.sum(rows) if rows else grad) if ctx.needs_input_grad[2] else None
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, bias, None, None
+        wanted = ctx.needs_input_grad
+        of_x, of_bias = gradients(grad, weight, wanted[0], wanted[2])
+        return of_x, None, of_bias, None, None
 
 
 def matmul_int8(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from nmflow.errors import CompressError, FileFormatError
@@ -21,15 +20,19 @@ from nmflow.kernels import gpu, reference, registry
 from nmflow.kernels.backend import Call
 from nmflow.kernels.calls import (
     LIBRARY,
-    MOST_BOUND,
     SHAPE,
+    Bound,
     aligned,
+    alive,
     autocast_dtype,
+    gradients,
     is_plain_call,
+    keep,
     over_batch,
+    product,
     refuse_batched_weights,
+    refuse_features,
     register_vmap,
-    rows_of,
     version_of,
 )
 from nmflow.kernels.layout import Shape, check_tiled
@@ -39,10 +42,7 @@ LIBRARY.define(
 )
 LIBRARY.define(f"unpack(Tensor values, Tensor codes, {SHAPE}) -> Tensor")
 
-# Bound functions of the CPU backend. A bound function holds addresses, so its key is all that it
-# relies on: which memory (a storage is known by its weak reference, so that its place in memory
-# cannot be taken for it), the version of what is in it, and the layout.
-_BOUND: dict[tuple[Any, ...], tuple[Callable[..., None], StorageWeakRef, StorageWeakRef]] = {}
+_BOUND: Bound = {}
 
 
 def _matmul_cpu(
@@ -81,14 +81,7 @@ def _matmul_cpu(
         ):
             _refuse_bias(bias, values, out)
         bias = aligned(bias.contiguous())
-    y = x.new_empty((*size[:-1], out))
-    x = aligned(x)
-    if len(size) == 2 and x.stride(1) == 1 and x.stride(0) >= inputs:
-        run(x, bias, y, size[0], epilogue)
-    elif y.numel():
-        flat = rows_of(x, inputs)
-        run(flat, bias, y.view(-1, out), flat.shape[0], epilogue)
-    return y
+    return product(run, x, bias, out, inputs, epilogue)
 
 
 def _bind(
@@ -103,33 +96,26 @@ def _bind(
             "instance packed.to(device), and load its weights if it is on meta"
         )
     if aligned(values) is not values or aligned(codes) is not codes:
-        # Copies at other addresses, alive for as long as the function that is bound to them.
         values, codes = aligned(values), aligned(codes)
-        _, inner = registry.bind(values, codes, shape)
-        return lambda *args, held=(values, codes): inner(*args)
+        return alive(registry.bind(values, codes, shape)[1], values, codes)
     try:
         backend, run = registry.bind(values, codes, shape)
     except FileFormatError as error:
         raise CompressError(f"{error}: its buffers were written, so pack it again") from error
     if key is not None and backend == "cpu":
-        if len(_BOUND) >= MOST_BOUND:
-            _BOUND.clear()
-        memory = (StorageWeakRef(values.untyped_storage()), StorageWeakRef(codes.untyped_storage()))
-        _BOUND[key] = run, *memory
+        keep(_BOUND, key, run, values, codes)
     return run
 
 
 def _refuse(x: Tensor, values: Tensor, inputs: int) -> None:
-    if not x.shape or x.shape[-1] != inputs:
-        has = f"{x.shape[-1]} features" if x.shape else "no axis"
-        raise CompressError(f"x has {has} where the packed weight takes {inputs} features")
+    refuse_features(x, inputs)
     raise CompressError(
         f"x is {x.dtype} on {x.device} and the packed weight {values.dtype} on {values.device}: "
         "convert one of them, for instance packed.to(dtype) or x.to(dtype)"
     )
 
 
-def _matmul_any(
+def _matmul_elsewhere(
     x: Tensor,
     values: Tensor,
     codes: Tensor,
@@ -141,28 +127,10 @@ def _matmul_any(
     panel: int,
     epilogue: int,
 ) -> Tensor:
-    """Every device but the CPU: the reference, which is what the registry would say."""
+    """Every device but the CPU: nothing here waits for it, so a CUDA graph can capture it."""
     shape = _shape(out, inputs, n, m, panel)
     _check(x, values, codes, bias, shape)
-    return reference.matmul(x, values, codes, bias, shape, epilogue)
-
-
-def _matmul_cuda(
-    x: Tensor,
-    values: Tensor,
-    codes: Tensor,
-    bias: Tensor | None,
-    out: int,
-    inputs: int,
-    n: int,
-    m: int,
-    panel: int,
-    epilogue: int,
-) -> Tensor:
-    """A GPU: nothing here waits for it, so that calls can be captured in a CUDA graph."""
-    shape = _shape(out, inputs, n, m, panel)
-    _check(x, values, codes, bias, shape)
-    way = gpu if gpu.why_not(Call(shape, values.dtype, "cuda", 1)) is None else reference
+    way = gpu if gpu.why_not(Call(shape, values.dtype, x.device.type, 1)) is None else reference
     return way.matmul(x, values, codes, bias, shape, epilogue)
 
 
@@ -203,7 +171,7 @@ def _unpack(
 
 LIBRARY.impl("matmul", _matmul_cpu, "CPU")
 for _key in ("CUDA", "MPS", "XPU"):
-    LIBRARY.impl("matmul", _matmul_cuda if _key == "CUDA" else _matmul_any, _key)
+    LIBRARY.impl("matmul", _matmul_elsewhere, _key)
     LIBRARY.impl("unpack", _unpack, _key)
 LIBRARY.impl("unpack", _unpack, "CPU")
 
@@ -256,9 +224,9 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad = grads[0]
         weight = _unpack_op(*ctx.saved_tensors, *ctx.shape)
-        rows = tuple(range(grad.dim() - 1))
-        bias = (grad.sum(rows) if rows else grad) if ctx.needs_input_grad[3] else None
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, bias, None
+        wanted = ctx.needs_input_grad
+        of_x, of_bias = gradients(grad, weight, wanted[0], wanted[3])
+        return of_x, None, None, of_bias, None
 
 
 def matmul(

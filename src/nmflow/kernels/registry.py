@@ -66,7 +66,7 @@ def bind_int8(
     values = "int8, activations too" if activations else "int8"
     choice = choose(Call(shape, dtype, stream.device.type, 1, values=values))
     _tell(choice)
-    return cpu_int8.bind(stream, shape, dtype) if choice.backend == "cpu" else None
+    return cpu_int8.bind(stream, shape, dtype, activations) if choice.backend == "cpu" else None
 
 
 def _tell(choice: Choice) -> None:
