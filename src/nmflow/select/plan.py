@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import replace
 
 from torch import nn
 
@@ -15,6 +13,7 @@ from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
 from nmflow.select.layer import Layer, Part
 from nmflow.select.presets import NOT_IN_ALL, PRESETS
+from nmflow.select.rules import Rule, Run, append, matches
 from nmflow.select.target import LeftOut, Plan, Target, rows_of
 from nmflow.select.weights import layers_of
 from nmflow.select.wording import could_have, did_you_mean, falls_short, few, uneven, why
@@ -101,40 +100,6 @@ def plan(
     return chosen
 
 
-@dataclass
-class _Rule:
-    """A key with its pattern, and what became of the weights that it matches."""
-
-    key: str
-    pattern: Pattern
-    took: int = 0
-    missed: dict[str, str] = field(default_factory=dict)
-    taken: int = 0
-    lost: dict[str, tuple[int, str]] = field(default_factory=dict)
-
-    def lose(self, layer: Layer, part: Part, reason: str) -> None:
-        """Note a part that the key's role has, and that it cannot take."""
-        self.missed[layer.name] = reason
-        told = layer.is_matrix and (self.key != "all" or part.role != "other")
-        if self.key in PRESETS and told and not layer.frozen:
-            self.lose_rows(layer, part.stop - part.start, reason)
-
-    def lose_rows(self, layer: Layer, rows: int, reason: str) -> None:
-        """Note some rows of a weight."""
-        before, _ = self.lost.get(layer.name, (0, ""))
-        self.lost[layer.name] = before + _count(layer, rows), reason
-
-
-@dataclass
-class _Run:
-    """Neighbouring rows that share their fate: a pattern, or a reason why they have none."""
-
-    what: Pattern | str
-    start: int
-    stop: int
-    rules: list[_Rule]
-
-
 def choose(
     layers: Sequence[tuple[Layer, str]],
     pattern: Patterns,
@@ -148,11 +113,11 @@ def choose(
     narrow = _names("include", include)
     out = _names("exclude", exclude)
     if isinstance(pattern, Mapping):
-        rules = [_Rule(key, Pattern(spec)) for key, spec in pattern.items()]
+        rules = [Rule(key, Pattern(spec)) for key, spec in pattern.items()]
         _names("pattern", list(pattern))
         narrow = [] if narrow == ["all"] else narrow
     else:
-        rules = [_Rule(key, Pattern(pattern)) for key in narrow]
+        rules = [Rule(key, Pattern(pattern)) for key in narrow]
         narrow = []
     if not rules:
         raise PlanError("include is empty: name a preset or a glob, such as 'ff' or '*.mlp.*'")
@@ -161,10 +126,10 @@ def choose(
     others: list[LeftOut] = []
     odd: list[Target] = []
     for layer, why_not in layers:
-        runs: list[_Run] = []
+        runs: list[Run] = []
         for part in layer.parts or (Part("other", 0, 0),):
             what, rule = _decide(layer, part, why_not, rules, limits, out)
-            _append(runs, what, part, rule)
+            append(runs, what, part, rule)
         for run in runs:
             rows = None if run.stop - run.start in (0, layer.out) else (run.start, run.stop)
             if isinstance(run.what, str):
@@ -204,12 +169,12 @@ def _decide(
     layer: Layer,
     part: Part,
     why_not: str,
-    rules: list[_Rule],
+    rules: list[Rule],
     limits: dict[str, bool],
     exclude: list[str],
-) -> tuple[Pattern | str, _Rule | None]:
+) -> tuple[Pattern | str, Rule | None]:
     """The pattern of one part of a weight and the rule that gives it, or why it has none."""
-    hits = [rule for rule in rules if _matches(rule.key, layer, part)]
+    hits = [rule for rule in rules if matches(rule.key, layer, part)]
     keys = ", ".join(repr(rule.key) for rule in rules)
     if not hits:
         if part.role in ("qkv", "kv") and any(rule.key == "qk" for rule in rules):
@@ -217,7 +182,7 @@ def _decide(
                 "its query, key and value rows are interleaved or not of equal size, so they can "
                 "only be taken whole, with 'qkv', 'attn' or a glob"
             )
-            barred = any(_matches(key, layer, part) for key in exclude)
+            barred = any(matches(key, layer, part) for key in exclude)
             for rule in rules if not barred else ():
                 if rule.key == "qk":
                     rule.lose(layer, part, why_not or reason)
@@ -225,8 +190,8 @@ def _decide(
         if part.role in NOT_IN_ALL and any(rule.key == "all" for rule in rules):
             return NOT_IN_ALL[part.role], None
         return f"not chosen by {keys}", None
-    within = [key for key in limits if _matches(key, layer, part)]
-    barred = next((key for key in exclude if _matches(key, layer, part)), None)
+    within = [key for key in limits if matches(key, layer, part)]
+    barred = next((key for key in exclude if matches(key, layer, part)), None)
     meant = ""
     if limits and not within:
         meant = f"outside of include, {', '.join(map(repr, limits))}"
@@ -247,27 +212,6 @@ def _decide(
     return hits[0].pattern, hits[0]
 
 
-def _matches(key: str, layer: Layer, part: Part) -> bool:
-    if key in PRESETS:
-        return part.role in PRESETS[key]
-    return any(fnmatchcase(t, key) or fnmatchcase(f".{t}", key) for t in layer.paths)
-
-
-def _append(runs: list[_Run], what: Pattern | str, part: Part, rule: _Rule | None) -> None:
-    """Add a part, joined to the one before it where they share their fate."""
-    by = [] if rule is None else [rule]
-    if runs and runs[-1].what == what and runs[-1].stop == part.start:
-        runs[-1].stop = part.stop
-        runs[-1].rules += [one for one in by if one not in runs[-1].rules]
-    else:
-        runs.append(_Run(what, part.start, part.stop, by))
-
-
-def _count(layer: Layer, rows: int) -> int:
-    """The weights in some output rows."""
-    return math.prod(layer.shape) // max(1, layer.out) * rows
-
-
 def _names(argument: str, given: Names) -> list[str]:
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
@@ -278,9 +222,7 @@ def _names(argument: str, given: Names) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check(
-    rules: list[_Rule], limits: dict[str, bool], layers: Sequence[tuple[Layer, str]]
-) -> None:
+def _check(rules: list[Rule], limits: dict[str, bool], layers: Sequence[tuple[Layer, str]]) -> None:
     """Raise if a key took nothing: a misspelt glob must not pass in silence."""
     for rule in rules:
         wanted = {n: why for n, why in rule.missed.items() if not why.startswith(_EXCLUDED)}
