@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from nmflow import mask
 from nmflow.errors import CompressError, PlanError
 from nmflow.packed import compress, decompress, load, report_of, save
-from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
+from nmflow.packed.convolution import PackedConv
+from nmflow.packed.modules import FusedLinear, PackedLinear
 from pruned import NETWORKS, Attend, flat, prune, vit
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

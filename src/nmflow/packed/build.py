@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from nmflow.errors import CompressError
 from nmflow.packed.attention import PackedAttention
 from nmflow.packed.bfloat16 import BFloat16Linear
+from nmflow.packed.convolution import PackedConv
 from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.layout import as_matrix
-from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
+from nmflow.packed.modules import FusedLinear, PackedLinear
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.parts import Part
 from nmflow.pattern import Pattern

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nmflow.kernels import Call, choose
 from nmflow.packed.bfloat16 import BFloat16Linear
 from nmflow.packed.build import Run
+from nmflow.packed.convolution import PackedConv
 from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.layout import as_matrix
 from nmflow.packed.measure import (
@@ -25,7 +26,7 @@ from nmflow.packed.measure import (
     time_on_gpu,
     time_ways,
 )
-from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
+from nmflow.packed.modules import FusedLinear, PackedLinear
 from nmflow.packed.onednn import OneDNNLinear, onednn_takes
 from nmflow.packed.report import Times
 from nmflow.select.weights import is_hf_conv1d

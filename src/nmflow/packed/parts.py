@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from nmflow.kernels.layout import Shape
 from nmflow.packed.attention import PackedAttention
+from nmflow.packed.convolution import PackedConv
 from nmflow.packed.layout import bytes_to_index
-from nmflow.packed.modules import FusedLinear, PackedConv, PackedLinear
+from nmflow.packed.modules import FusedLinear, PackedLinear
 
 
 class Part(NamedTuple):
