@@ -13,7 +13,7 @@ from claims import better, claim_one
 from noise import noise
 from overview import PAGE, overview
 from pilot import pilot
-from pretrained import pretrained
+from pretrained_page import pretrained
 from questions import hybrid, longer, low_sparsity, panels, phases, rule
 from rivals import rivals
 from spending import equal_flops, sparsest
@@ -35,7 +35,7 @@ BUILT: dict[str, tuple[Callable[[], str], str]] = {
     "pilot.md": (pilot, "lm-pilot"),
     "settling.md": (better, "*-main-*"),
     "l-smaller-dense.md": (rivals, "*-dense"),
-    "n-pretrained.md": (pretrained, "cola-*rates"),
+    "n-pretrained.md": (pretrained, "*-rates"),
 }
 """Each page, what makes it, and the tables without which there is no page."""
 

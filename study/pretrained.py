@@ -1,31 +1,47 @@
-"""The study's second part: which runs come next, from the tables of those that are finished.
-
-    python study/pretrained.py cola     # writes the sweeps that the tables allow, in their order
+"""The study's second part: which sweeps come next, from the tables of those that are finished.
 
 A choice is the best figure of the task on GLUE's validation rows, on the tuning seed, as the
 protocol says. The held-out test rows are never looked at before the main runs.
+`pretrained_runs.py` runs what this module names; `pretrained_page.py` says what came out.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
-from choose import SEEDS, SWEEPS, TITLES, results, write
-from compare import Cell, by_seed, family
-from tables import gain, spread, table, there
+from choose import SEEDS, TITLES, results
+from tables import there
 
-from nmflow.experiments.report.statistics import summary
+MAIN = ("sr-ste", "mdgf-exponential", "settling")
+OTHERS = ("one-shot", "gradual", "sdgf-stepwise")
 
-METRICS = {"cola": ("CoLA", "matthews")}
-"""The tasks of this part: their titles, and the figures that they are judged by."""
-RATES = (2e-4, 4e-4, 8e-4)
+
+class Task(NamedTuple):
+    """A task of this part: its title, the figure that it is judged by, the patterns of its runs."""
+
+    title: str
+    metric: str
+    groups: Mapping[str, tuple[str, ...]]
+    patterns: tuple[str, ...] = ()
+
+
+TASKS = {
+    "cola": Task("CoLA", "matthews", {"": MAIN, "-others": OTHERS}, ("1:16", "1:4", "1:32", "2:4")),
+    "mrpc": Task("MRPC", "score", {"": MAIN}),
+    "sst2-minilm": Task("SST-2", "accuracy", {"": MAIN}),
+}
+RATES, DENSE_RATES = [2e-4, 4e-4, 8e-4], [1e-4, 2e-4, 4e-4]
 PATTERN = "1:8"
-_RATE = "training.learning_rate"
+RATE = "training.learning_rate"
+MORE = range(5, 10)
+NOISY = 2.5
+"""Points: a greater paired standard deviation gets the seeds `MORE`."""
 CONVENTIONAL, TAUGHT = "SR-STE", ", distilled"
+NARROWER, SHALLOWER = f"Dense, FF 192{TAUGHT}", f"Dense, 3 layers{TAUGHT}"
+CUTS = {NARROWER: {"model.keep_units": 192}, SHALLOWER: {"model.fields.num_hidden_layers": 3}}
+"""The rivals of a network at 1:8 in FF: the same FLOPs in FF, and half of the layers."""
 _DECAYING = [
     {"gradient": "masked", "finetune": 0.2},
     {"gradient": "masked", "finetune": 0.4},
@@ -46,205 +62,223 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 """Three settings for every recipe: the first with three rates, the others at the best of them."""
 
 
+class Sweep(NamedTuple):
+    """A sweep that may run: the place in the order of all, its name's end, what it is for."""
+
+    turn: int
+    part: str
+    about: str
+    axes: dict[str, Any]
+
+
 class Choice(NamedTuple):
     """What a recipe runs with."""
 
     options: dict[str, Any]
     rate: float
 
-    def keys(self, name: str, title: str) -> dict[str, Any]:
+    def keys(self, name: str, title: str, **more: Any) -> dict[str, Any]:
         """As the keys of a configuration."""
         recipe = {"name": name, "label": title.partition(TAUGHT)[0], **self.options}
-        return {"label": title, "recipe": recipe, "training.learning_rate": self.rate}
+        return {"label": title, "recipe": recipe, RATE: self.rate, **more}
 
 
 def joined(task: str, *parts: str) -> pd.DataFrame | None:
     """The tables of a task that are there, one below the other."""
     found = [results(f"{task}-{part}") for part in parts if there(f"{task}-{part}")]
     for i, frame in enumerate(found):
-        if "setup" in frame and "training.learning_rate" not in frame:  # said at its label's end
-            rates_of = frame["setup"].str.rpartition(" at ")[2]
-            found[i] = frame.assign(**{_RATE: pd.to_numeric(rates_of, errors="coerce")})
+        if "setup" in frame and RATE not in frame:  # said at its label's end
+            ends = frame["setup"].str.rpartition(" at ")[2]
+            found[i] = frame.assign(**{RATE: pd.to_numeric(ends, errors="coerce")})
     return pd.concat(found, ignore_index=True) if found else None
 
 
 def tuned(frame: pd.DataFrame, task: str, by: str) -> pd.DataFrame:
     """The validation figure of each of `by` and rate, in points, best first."""
-    figure = f"validation_{METRICS[task][1]}"
-    found = frame.groupby([by, _RATE], sort=False, dropna=False)[figure].mean().mul(100)
-    return found.rename("points").reset_index().sort_values("points", ascending=False)
+    figure = f"validation_{TASKS[task].metric}"
+    found = frame.groupby([by, RATE], sort=False, dropna=False)[figure].mean().mul(100)
+    return (
+        found.rename("points").reset_index().sort_values("points", ascending=False, kind="stable")
+    )
 
 
-def rates(task: str) -> dict[str, float]:
-    """The best rate of each recipe, and of the dense network, by title."""
-    frame = joined(task, "rates", "rates-others", "dense-rates", "rates-edges")
+def rates(task: str, part: str) -> dict[str, float]:
+    """The best rate of each recipe of a search and of its edges, by title."""
+    frame = joined(task, part, f"{part}-edges")
     best = None if frame is None else tuned(frame, task, "recipe").drop_duplicates("recipe")
-    return {} if best is None else dict(zip(best["recipe"], best[_RATE], strict=True))
+    return {} if best is None else dict(zip(best["recipe"], best[RATE], strict=True))
 
 
-def edges(task: str) -> Iterator[tuple[str, float]]:
-    """Recipes that are best at the least or the greatest rate, and the next one."""
-    frame = joined(task, "rates", "rates-others", "dense-rates")
-    for title, best in rates(task).items() if frame is not None else ():
-        tried = frame.loc[frame["recipe"] == title, _RATE]  # type: ignore[index]
-        if best in (tried.min(), tried.max()):
-            yield title, best * 2 if best == tried.max() else best / 2
+def edges(task: str, part: str) -> list[tuple[str, float]]:
+    """Recipes that are best at the least or the greatest of the three rates, and the next one."""
+    frame = joined(task, part)
+    if frame is None:
+        return []
+    best = tuned(frame, task, "recipe").drop_duplicates("recipe")
+    found = []
+    for title, rate in zip(best["recipe"], best[RATE], strict=True):
+        tried = frame.loc[frame["recipe"] == title, RATE]
+        if rate in (tried.min(), tried.max()):
+            found.append((title, rate * 2 if rate == tried.max() else rate / 2))
+    return found
 
 
-def choices(task: str) -> dict[str, Choice]:
-    """The rate and the options of every recipe whose tuning is finished, by name."""
-    own = rates(task)
-    frame = joined(task, "options")
-    points = {} if frame is None else dict(tuned(frame, task, "setup")[["setup", "points"]].values)
-    first = joined(task, "rates", "rates-others", "rates-edges")
+def settled(task: str, part: str) -> bool:
+    """Whether a search of rates is finished, with the rate beyond each edge."""
+    return there(f"{task}-{part}") and (not edges(task, part) or there(f"{task}-{part}-edges"))
+
+
+def choices(task: str, group: str) -> dict[str, Choice]:
+    """The rate and the options of every recipe of a group whose tuning is finished, by name."""
+    if not there(f"{task}-options{group}"):
+        return {}
+    own = rates(task, f"rates{group}")
+    at_rates = joined(task, f"rates{group}", f"rates{group}-edges")
+    options = joined(task, f"options{group}")
+    assert at_rates is not None
+    assert options is not None
+    first = tuned(at_rates, task, "recipe").groupby("recipe")["points"].max()
+    points = dict(tuned(options, task, "setup")[["setup", "points"]].values)
     found = {}
-    for name, every in OPTIONS.items():
-        title = TITLES[name]
-        labels = [_said(title, options) for options in every[1:]]
-        if title not in own or first is None or not set(labels) <= set(points):
-            continue
-        at_first = tuned(first, task, "recipe").set_index("recipe")["points"]
-        scores = [float(at_first.loc[[title]].max()), *(points[label] for label in labels)]
+    for name in TASKS[task].groups[group]:
+        title, every = TITLES[name], OPTIONS[name]
+        scores = [first[title], *(points[said(title, one)] for one in every[1:])]
         found[name] = Choice(every[scores.index(max(scores))], own[title])
     return found
 
 
-def sweeps(task: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every sweep that the finished tables allow: its name, what it is for, its axes."""
-    own = rates(task)
-    tuning = {"seed": [100]}
-    if beyond := list(edges(task)):
-        setups = [_first(title, rate) for title, rate in beyond]
-        yield "rates-edges", "One rate beyond an edge.", {"setup": setups, **tuning}
-    known = [name for name in OPTIONS if TITLES[name] in own]
-    if known:
-        setups = [
-            Choice(options, own[TITLES[name]]).keys(name, _said(TITLES[name], options))
-            for name in known
-            for options in OPTIONS[name][1:]
-        ]
-        yield "options", "Two more settings at the best rate.", {"setup": setups, **tuning}
-    if "Dense" in own:
-        best = {"label": "Dense", "recipe": "dense", "training.learning_rate": own["Dense"]}
-        saved = {**best, "training.save_model": True}
-        yield "teacher", "The teacher: dense, of the tuning seed.", {"setup": [saved], **tuning}
-        yield "dense", "The dense network at every seed.", {"setup": [best], "seed": SEEDS}
-    chosen = choices(task)
-    if not chosen:
+def sweeps(task: str) -> Iterator[Sweep]:
+    """Every sweep that the finished tables allow, those that have run among them."""
+    yield from _searches(task)
+    if not settled(task, "dense-rates"):
         return
-    plain = [choice.keys(name, TITLES[name]) for name, choice in chosen.items()]
-    main = {"setup": plain, "pattern": [PATTERN], "seed": SEEDS}
-    yield "main-1-8", "The main runs at 1:8, without a teacher.", main
-    distill = {"teacher": f"runs/study-{task}/teacher"}
+    rate = rates(task, "dense-rates")["Dense"]
+    best = {"label": "Dense", "recipe": "dense", RATE: rate}
+    saved = {**best, "training.save_model": True}
+    about = "The teacher: dense, of the tuning seed."
+    yield Sweep(3, "teacher", about, {"setup": [saved], "seed": [100]})
+    yield Sweep(4, "dense", "The dense network at every seed.", {"setup": [best], "seed": SEEDS})
+    taught = {"distill": {"teacher": f"runs/study-{task}/teacher"}}
+    if there(f"{task}-teacher"):
+        yield from _rivals(task, taught)
+    for number, group in enumerate(TASKS[task].groups):
+        turn = 4 * number
+        chosen = choices(task, group)
+        if not chosen:
+            continue
+        plain = [choice.keys(name, TITLES[name]) for name, choice in chosen.items()]
+        about = "The main runs, without a teacher."
+        yield Sweep(4 + turn, f"main-1-8{group}", about, _main(plain, PATTERN))
+        if not number and noisy(task, "main-1-8", CONVENTIONAL):
+            axes = _main(plain, PATTERN, MORE)
+            yield Sweep(6, "main-1-8-more", "Seeds 5 to 9, since differences vary.", axes)
+        if there(f"{task}-teacher"):
+            yield from _distilled(task, group, chosen, taught, 4 + turn)
+        for pattern in TASKS[task].patterns if not number else ():
+            part = f"main-{pattern.replace(':', '-')}"
+            yield Sweep(7, part, about, _main(plain, pattern))
+
+
+def _searches(task: str) -> Iterator[Sweep]:
+    """Rates, the rate beyond an edge, and settings at the best rate."""
+    tuning = {"seed": [100]}
+    axes = {"recipe": [{"name": "dense", "label": "Dense"}], RATE: DENSE_RATES, **tuning}
+    yield Sweep(0, "dense-rates", "Learning rates of the dense network.", axes)
+    about = "One rate beyond an edge."
+    if beyond := edges(task, "dense-rates"):
+        setups = [Choice({}, rate).keys("dense", title) for title, rate in beyond]
+        yield Sweep(2, "dense-rates-edges", about, {"setup": _told(setups), **tuning})
+    for number, (group, names) in enumerate(TASKS[task].groups.items()):
+        turn = 6 * number
+        recipes = [{"name": n, "label": TITLES[n], **OPTIONS[n][0]} for n in names]
+        axes = {"recipe": recipes, RATE: RATES, **tuning}
+        yield Sweep(1 + turn, f"rates{group}", "Learning rates, on the tuning seed.", axes)
+        known = {TITLES[name]: name for name in names}
+        if beyond := edges(task, f"rates{group}"):
+            setups = [
+                Choice(OPTIONS[known[title]][0], rate).keys(known[title], title)
+                for title, rate in beyond
+            ]
+            axes = {"setup": _told(setups), **tuning}
+            yield Sweep(2 + turn, f"rates{group}-edges", about, axes)
+        if settled(task, f"rates{group}"):
+            own = rates(task, f"rates{group}")
+            setups = [
+                Choice(options, own[title]).keys(name, said(title, options))
+                for title, name in known.items()
+                for options in OPTIONS[name][1:]
+            ]
+            axes = {"setup": setups, **tuning}
+            yield Sweep(3 + turn, f"options{group}", "Two more settings at the best rate.", axes)
+
+
+def _distilled(
+    task: str, group: str, chosen: Mapping[str, Choice], taught: dict[str, Any], turn: int
+) -> Iterator[Sweep]:
     each = [
-        {
-            **Choice(c.options, rate).keys(name, f"{TITLES[name]}{TAUGHT}"),
-            "label": _at(f"{TITLES[name]}{TAUGHT}", rate),
-            "distill": distill,
-        }
-        for name, c in chosen.items()
+        Choice(choice.options, rate).keys(name, f"{TITLES[name]}{TAUGHT}", **taught)
+        for name, choice in chosen.items()
         for rate in RATES
     ]
-    yield "distilled-rates", "Learning rates with a teacher.", {"setup": each, **tuning}
-    frame = joined(task, "distilled-rates")
-    if frame is not None:
-        best_of: dict[str, str] = {}
-        for label in tuned(frame, task, "setup")["setup"]:
-            best_of.setdefault(label.rpartition(" at ")[0], label)
-        taught = [
-            {**one, "label": title}
-            for title, best in best_of.items()
-            for one in each
-            if one["label"] == best
-        ]
-        main = {"setup": taught, "pattern": [PATTERN], "seed": SEEDS}
-        yield "distilled-1-8", "The main runs at 1:8, distilled.", main
+    axes = {"setup": _told(each), "seed": [100]}
+    yield Sweep(turn, f"distilled-rates{group}", "Learning rates with a teacher.", axes)
+    if there(f"{task}-distilled-rates{group}"):
+        best = _best(task, f"distilled-rates{group}", each)
+        saved = [{**setup, "training.save_model": True} for setup in best]
+        about = "The main runs, distilled."
+        yield Sweep(turn + 1, f"distilled-1-8{group}", about, _main(saved, PATTERN))
+        if not group and noisy(task, "distilled-1-8", CONVENTIONAL + TAUGHT):
+            axes = _main(best, PATTERN, MORE)
+            yield Sweep(6, "distilled-1-8-more", "Seeds 5 to 9, since differences vary.", axes)
 
 
-def _said(title: str, options: Mapping[str, Any]) -> str:
+def _rivals(task: str, taught: dict[str, Any]) -> Iterator[Sweep]:
+    each = [
+        {"label": title, "recipe": "dense", RATE: rate, **cut, **taught}
+        for title, cut in CUTS.items()
+        for rate in DENSE_RATES
+    ]
+    axes = {"setup": _told(each), "seed": [100]}
+    yield Sweep(5, "rivals-rates", "Learning rates of smaller dense networks.", axes)
+    if there(f"{task}-rivals-rates"):
+        axes = {"setup": _best(task, "rivals-rates", each), "seed": SEEDS}
+        yield Sweep(6, "rivals", "Smaller dense networks at every seed.", axes)
+
+
+def _best(task: str, part: str, each: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The setups of a search at their best rates."""
+    frame = joined(task, part)
+    assert frame is not None
+    best: dict[str, str] = {}
+    for label in tuned(frame, task, "setup")["setup"]:
+        best.setdefault(label.rpartition(" at ")[0], label)
+    return [one for one in each if best[one["label"]] == _at(one["label"], one[RATE])]
+
+
+def noisy(task: str, part: str, rival: str) -> bool:
+    """Whether five seeds are too few: a paired standard deviation above `NOISY` points."""
+    frame = joined(task, part)
+    if frame is None or frame["seed"].nunique() < len(SEEDS):
+        return False
+    figure = frame.pivot(index="seed", columns="setup", values=f"test_{TASKS[task].metric}")
+    return bool((figure.sub(figure[rival], axis=0).std() * 100 > NOISY).any())
+
+
+def _main(
+    setups: list[dict[str, Any]], pattern: str, seeds: Sequence[int] = SEEDS
+) -> dict[str, Any]:
+    return {"setup": setups, "pattern": [pattern], "seed": list(seeds)}
+
+
+def _told(setups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Setups that differ in their rate, with the rate in their labels."""
+    return [{**one, "label": _at(one["label"], one[RATE])} for one in setups]
+
+
+def said(title: str, options: Mapping[str, Any]) -> str:
+    """What the tables call a recipe with other settings than its first."""
     return f"{title}: " + ", ".join(f"{key} {value}" for key, value in options.items())
-
-
-def _first(title: str, rate: float) -> dict[str, Any]:
-    name = next(name for name, one in TITLES.items() if one == title)
-    keys = Choice(OPTIONS[name][0] if name in OPTIONS else {}, rate).keys(name, title)
-    return {**keys, "label": _at(title, rate)}
 
 
 def _at(title: str, rate: float) -> str:
     return f"{title} at {rate:g}"
-
-
-def pretrained() -> str:
-    """The page of this part: what has run, what it shows, what is missing."""
-    out = ["# n. Pretrained networks", "", f"*{_MISSING}*", ""]
-    for task, (title, metric) in METRICS.items():
-        out += [f"## {title}, MiniLM-L6", "", "Tuning, validation points on seed 100:", ""]
-        frame = joined(task, "dense-rates", "rates", "rates-others", "rates-edges")
-        if frame is not None:
-            found = tuned(frame, task, "recipe")
-            tried = sorted(found[_RATE].unique())
-            rows = []
-            for name in dict.fromkeys(frame["recipe"]):
-                one = found[found["recipe"] == name].set_index(_RATE)["points"]
-                rows.append([name, *(f"{one[r]:.1f}" if r in one else "" for r in tried)])
-            out += [table(["recipe", *(f"{rate:g}" for rate in tried)], rows)]
-        main = joined(task, "dense", "main-1-8", "distilled-1-8")
-        if main is None:
-            out += ["*The main runs have not been made yet: nothing is judged.*", ""]
-            continue
-        out += _judged(main.assign(points=100 * main[f"test_{metric}"]), metric)
-    return "\n".join(out)
-
-
-def _judged(frame: pd.DataFrame, metric: str) -> list[str]:
-    names = list(dict.fromkeys(frame["setup"]))
-    taught = [name for name in names if name.endswith(TAUGHT)]
-    plain = [name for name in names if name not in taught and name != "Dense"]
-
-    def against(some: list[str], rival: str) -> list[Cell]:
-        rest = [name for name in some if name != rival]
-        return family(frame, [(name, PATTERN, rival, PATTERN) for name in rest], "points")
-
-    families = {
-        "against SR-STE": against(plain, CONVENTIONAL) + against(taught, CONVENTIONAL + TAUGHT),
-        "against no teacher": family(
-            frame, [(t, PATTERN, t.removesuffix(TAUGHT), PATTERN) for t in taught], "points"
-        ),
-    }
-    rows = []
-    for name in names:
-        own = summary(list(by_seed(frame, name, None, "points").values()))
-        beside = frame.loc[frame["setup"] == name, f"validation_{metric}"].mean() * 100
-        cells = {key: next((c for c in found if c.setup == name), None)
-                 for key, found in families.items()}  # fmt: skip
-        said = [gain(cell) if cell else "–" for cell in cells.values()]
-        rows.append([name, spread(own), f"{beside:.2f}", str(own.n), *said])
-    head = ["", "held-out points", "validation, mean", "seeds", *families]
-    return [f"Held-out rows at {PATTERN}, mean ± sd:", "", table(head, rows)]
-
-
-_MISSING = (
-    "Under way: what a table does not have has not run, and the protocol says what is planned. The "
-    "network is pretrained and fine-tuned; the other pages are of small networks from scratch."
-)
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("task", choices=METRICS)
-    task = parser.parse_args().task
-    for part, about, axes in sweeps(task):
-        path = SWEEPS / f"{task}-{part}.yaml"
-        if path.is_file() and there(f"{task}-{part}"):
-            continue
-        write(f"{task}-{part}", about, task, {"axes": axes}, script="study/pretrained.py")
-        if part == "teacher":  # alone in its folder, which the configurations name
-            text = path.read_text("utf-8").replace(f"study-{task}/cells", f"study-{task}/teacher")
-            path.write_text(text, "utf-8")
-        sys.stdout.write(f"{path}\n")
-
-
-if __name__ == "__main__":
-    main()

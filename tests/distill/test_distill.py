@@ -43,6 +43,15 @@ def test_positions_that_do_not_count_may_hold_anything():
     assert found.isfinite()
 
 
+def test_a_shallower_student_is_compared_with_every_kth_state():
+    student = [torch.randn(2, 3, 4) for _ in range(3)]
+    teacher = [torch.randn(2, 3, 4) for _ in range(7)]
+    assert torch.equal(hidden_loss(student, teacher), hidden_loss(student, teacher[::3]))
+    for states, taught in ((0, 7), (1, 7), (3, 6), (4, 3)):
+        with pytest.raises(DistillError, match="as many layers or a multiple"):
+            hidden_loss([student[0]] * states, teacher[:taught])
+
+
 def test_the_hidden_loss_is_normalised_by_layer_and_masked():
     torch.manual_seed(0)
     h = [torch.randn(2, 3, 4) for _ in range(2)]

@@ -58,17 +58,21 @@ def hidden_loss(
     r"""Squared distance of hidden states, normalised by the teacher's: SquareHead.
 
     `mean over layers of Σ ‖h - h_T‖² / Σ ‖h_T‖²`, in float32, over the positions that `mask` keeps.
+    The first state is the embedding. A student of a k-th of the layers is compared with every k-th
+    state of the teacher.
 
     Args:
-        student: hidden states `(batch, ..., width)`, a layer each.
-        teacher: hidden states of the same number and shapes; they receive no gradient.
+        student: hidden states `(batch, ..., width)`: the embedding, then a layer each.
+        teacher: hidden states of the same shapes, of as many layers or a multiple; they receive no
+            gradient.
         mask: bool or numbers of the leading axes, such as an attention mask; None takes all.
 
     Returns:
         A scalar.
 
     Raises:
-        DistillError: the numbers of layers or the shapes differ, or there is no layer.
+        DistillError: the teacher's layers are no multiple of the student's, the shapes differ, or
+            there is no state.
 
     Example:
         >>> import torch
@@ -78,13 +82,14 @@ def hidden_loss(
     References:
         SquareHead: Kurtic et al., arXiv 2310.06927.
     """
-    if len(student) != len(teacher) or not student:
+    matching = _matching(student, teacher)
+    if not matching:
         raise DistillError(
             f"the student has {len(student)} hidden states and the teacher {len(teacher)}: take a "
-            "teacher with as many layers, or set hidden=0"
+            "teacher with as many layers or a multiple, or set hidden=0"
         )
     total = student[0].new_zeros((), dtype=torch.float32)
-    for h, h_t in zip(student, teacher, strict=True):
+    for h, h_t in zip(student, matching, strict=True):
         if h.shape != h_t.shape:
             raise DistillError(
                 f"a hidden state of the student is {tuple(h.shape)} and of the teacher "
@@ -97,6 +102,14 @@ def hidden_loss(
             distance, size = distance * kept, size * kept
         total = total + distance.sum() / size.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return total / len(student)
+
+
+def _matching(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The teacher's states that the student's stand for; none where there are none."""
+    if len(student) == len(teacher):
+        return teacher
+    layers, taught = len(student) - 1, len(teacher) - 1
+    return teacher[:: taught // layers] if 0 < layers < taught and taught % layers == 0 else ()
 
 
 def _mean(each: Tensor, mask: Tensor | None) -> Tensor:

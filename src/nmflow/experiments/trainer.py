@@ -109,7 +109,8 @@ def _arguments(run: Run, folder: RunFolder, problem: Problem) -> TrainingArgumen
         "max_grad_norm": t.clip,
         "bf16": t.precision == "bf16",
         "fp16": t.precision == "fp16",
-        "use_cpu": t.device == "cpu",
+        # Said where there is nothing else, or bfloat16 is refused.
+        "use_cpu": t.device == "cpu" or not torch.accelerator.is_available(),
         "logging_steps": t.log_every,
         "eval_strategy": "steps",
         "eval_steps": t.interval("eval_every"),

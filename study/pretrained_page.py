@@ -1,0 +1,190 @@
+"""The page of the study's second part: what has run, what it shows, what is missing."""
+
+from __future__ import annotations
+
+import pandas as pd
+from choose import TITLES
+from compare import Cell, by_seed, family
+from pretrained import (
+    CONVENTIONAL,
+    NARROWER,
+    OPTIONS,
+    PATTERN,
+    RATE,
+    SHALLOWER,
+    TASKS,
+    TAUGHT,
+    choices,
+    joined,
+    tuned,
+)
+from tables import gain, spread, table
+
+from nmflow.experiments.report.statistics import summary
+
+GAIN = 5.0
+"""The paper's gain over SR-STE in fine-tuning, in points."""
+_SEARCHES = (
+    "dense-rates",
+    "dense-rates-edges",
+    *(f"rates{group}{end}" for group in ("", "-others") for end in ("", "-edges")),
+)
+_MAIN = (
+    "dense",
+    *(
+        f"{part}{group}{more}"
+        for group in ("", "-others")
+        for part in ("main-1-8", "distilled-1-8")
+        for more in ("", "-more")
+    ),
+    "rivals",
+)
+
+
+def pretrained() -> str:
+    """Tuning, held-out figures, and the families of comparisons that the protocol names."""
+    out = ["# n. Pretrained networks", "", f"*{_ABOUT}*", ""]
+    verdicts = []
+    for task, told in TASKS.items():
+        frame = joined(task, *_MAIN)
+        out += [f"## {told.title}", ""]
+        if frame is None or not (frame["setup"] == CONVENTIONAL).any():
+            out += ["*The main runs have not been made: nothing is judged.*", ""]
+        else:
+            frame = _in_points(frame, task)
+            out += _judged(frame, task)
+            verdicts += [f"* {told.title}: {line}" for line in _verdict(frame)]
+        out += _patterns(task) + _tuning(task)
+    if verdicts:
+        out[4:4] = ["**Claim 1 in fine-tuning, at 1:8 in FF:**", "", *verdicts, ""]
+    return "\n".join(out)
+
+
+def _in_points(frame: pd.DataFrame, task: str) -> pd.DataFrame:
+    metric = TASKS[task].metric
+    return frame.assign(
+        points=100 * frame[f"test_{metric}"], beside=100 * frame[f"validation_{metric}"]
+    )
+
+
+def _judged(frame: pd.DataFrame, task: str) -> list[str]:
+    names = list(dict.fromkeys(frame["setup"]))
+    sparse = [name for name in names if not name.startswith("Dense")]
+    taught = [name for name in sparse if name.endswith(TAUGHT)]
+    plain = [name for name in sparse if name not in taught]
+    families = {
+        "over SR-STE": _against(frame, plain, CONVENTIONAL)
+        + _against(frame, taught, CONVENTIONAL + TAUGHT),
+        "over no teacher": family(
+            frame, [(t, PATTERN, t.removesuffix(TAUGHT), PATTERN) for t in taught], "points"
+        ),
+        "over dense": _against(frame, sparse, "Dense"),
+        "over FF 192, distilled": _against(frame, taught, NARROWER),
+        "over 3 layers, distilled": _against(frame, taught, SHALLOWER),
+    }
+    families = {head: cells for head, cells in families.items() if cells}
+    rows = []
+    for name in names:
+        mine = frame[frame["setup"] == name]
+        found = [next((c for c in cells if c.setup == name), None) for cells in families.values()]
+        own = summary(list(by_seed(frame, name, None, "points").values()))
+        beside = f"{mine['beside'].mean():.2f}"
+        gains = [gain(c) if c else "–" for c in found]
+        rows.append([name, spread(own), beside, str(own.n), *gains])
+    metric = {"matthews": "Matthews × 100", "score": "mean of accuracy and F1"}
+    said = metric.get(TASKS[task].metric, "accuracy")
+    return [
+        f"Held-out rows at {PATTERN} ({said}): mean ± standard deviation over seeds, and "
+        "differences paired by seed with their 95 % intervals. Bold: p is below 0.05 after Holm's "
+        "correction over the column; in the first, rows with a teacher are a family of their own. "
+        "Validation stands beside and is not judged.",
+        "",
+        table(["", "held-out rows", "validation", "seeds", *families], rows),
+    ]
+
+
+def _against(frame: pd.DataFrame, some: list[str], rival: str) -> list[Cell]:
+    pairs = [(name, PATTERN, rival, None) for name in some if name != rival]
+    return family(frame, pairs, "points")
+
+
+def _verdict(frame: pd.DataFrame) -> list[str]:
+    """A line for the runs without a teacher, and one for those with it."""
+    lines = []
+    for end, word in (("", "without a teacher"), (TAUGHT, "distilled")):
+        names = [n for n in dict.fromkeys(frame["setup"]) if not n.startswith("Dense")]
+        some = [n for n in names if n.endswith(TAUGHT) == bool(end)]
+        cells = _against(frame, some, CONVENTIONAL + end)
+        if not cells:
+            continue
+        each = [
+            f"{c.setup.removesuffix(TAUGHT)} {gain(c)} ({c.verdict(GAIN)})"
+            for c in sorted(cells, key=lambda c: -c.difference.mean)
+        ]
+        shown = max(c.detectable for c in cells)
+        lines.append(
+            f"{word}, over SR-STE: {'; '.join(each)}. A difference of {shown:.1f} points would "
+            "have been shown in every cell (power 80 %, before correction)."
+        )
+    return lines
+
+
+def _patterns(task: str) -> list[str]:
+    """The main runs at other patterns, without a teacher."""
+    parts = [f"main-{p.replace(':', '-')}" for p in TASKS[task].patterns]
+    others = joined(task, *parts)
+    if others is None:
+        return []
+    first = joined(task, "main-1-8", "main-1-8-more")
+    frame = _in_points(pd.concat([others, first]), task)
+    names = [n for n in TITLES.values() if (others["setup"] == n).any()]
+    order = [p for p in ("2:4", "1:4", "1:8", "1:16", "1:32") if (frame["pattern"] == p).any()]
+    pairs = [(n, p, CONVENTIONAL, p) for p in order for n in names if n != CONVENTIONAL]
+    cells = {(c.setup, c.pattern): c for c in family(frame, pairs, "points")}
+    rows, gains = [], []
+    for name in names:
+        figures = [list(by_seed(frame, name, p, "points").values()) for p in order]
+        rows.append([name, *(spread(summary(f)) if f else "–" for f in figures)])
+        if name != CONVENTIONAL:
+            found = [cells.get((name, p)) for p in order]
+            gains.append([f"{name} over SR-STE", *(gain(c) if c else "–" for c in found)])
+    return ["Other patterns, without a teacher, at what was tuned at 1:8:", "",
+            table(["", *order], rows + gains)]  # fmt: skip
+
+
+def _tuning(task: str) -> list[str]:
+    frame = joined(task, *_SEARCHES)
+    if frame is None:
+        return []
+    found = tuned(frame, task, "recipe")
+    tried = sorted(found[RATE].unique())
+    rows = []
+    for name in dict.fromkeys(frame["recipe"]):
+        one = found[found["recipe"] == name].set_index(RATE)["points"]
+        rows.append([name, *(f"{one[r]:.1f}" if r in one else "" for r in tried)])
+    out = ['??? note "Tuning: validation points on seed 100, by learning rate"', ""]
+    out += [f"    {line}" for line in table(["", *(f"{r:g}" for r in tried)], rows).splitlines()]
+    for group in TASKS[task].groups:
+        if chosen := choices(task, group):
+            each = [
+                f"{TITLES[name]} {c.rate:g}, "
+                + (", ".join(f"{k} {v}" for k, v in c.options.items()) or "no option")
+                for name, c in chosen.items()
+                if name in OPTIONS
+            ]
+            out += ["", f"    Chosen: {'; '.join(each)}."]
+    taught = joined(task, "distilled-rates", "distilled-rates-others", "rivals-rates")
+    if taught is not None:
+        best = tuned(taught, task, "setup")
+        name = best["setup"].str.rpartition(" at ")[0]
+        top = best.assign(name=name).drop_duplicates("name")
+        each = [f"{n} {r:g} ({p:.1f})" for n, r, p in top[["name", RATE, "points"]].values]
+        out += ["", f"    With a teacher, the best of three rates: {'; '.join(each)}."]
+    return [*out, ""]
+
+
+_ABOUT = (
+    "MiniLM-L6 (22.7 M parameters), pretrained, fine-tuned for 800 steps of 32 rows; FF is sparse. "
+    "The [protocol](protocol.md#second-part-pretrained-networks) was committed before the runs; "
+    "what a table does not have has not run. The other pages are of small networks from scratch."
+)

@@ -1,0 +1,147 @@
+"""Run the study's second part, as far as its tables and the seconds go.
+
+    python study/pretrained_runs.py cola mrpc sst2-minilm --workers 16 --seconds 300
+
+Sweeps of several tasks share the workers; a sweep that is finished is tabled, and the sweeps that
+its table allows are written to configs/study and join. Where the seconds end, runs at work are
+stopped: the same command goes on. On one GPU, start NVIDIA's MPS before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import queue
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from choose import write
+from pretrained import TASKS, sweeps
+from tables import there
+
+from nmflow.experiments import sweep as experiments
+from nmflow.experiments.config import Run
+from nmflow.experiments.run_folder import RunFolder
+from nmflow.experiments.sweep_table import write_table
+
+
+def work(todo: Any, done: Any) -> None:
+    """A worker: trains runs until it is told None, and says what became of each."""
+    import torch
+
+    from nmflow.errors import NMFlowError
+    from nmflow.experiments.training import train
+
+    torch.set_num_threads(1)
+    while (given := todo.get()) is not None:
+        store, text = given
+        run = Run.model_validate_json(text)
+        start = time.monotonic()
+        try:
+            train(run, RunFolder(Path(store) / run.id))
+            said = f"{time.monotonic() - start:.1f} s"
+        except (NMFlowError, RuntimeError) as error:
+            said = f"failed: {error}"
+        done.put((run.id, said))
+
+
+class Plan:
+    """The sweeps that are known so far, and the runs that wait, in their turns."""
+
+    def __init__(self, tasks: list[str]) -> None:
+        self.tasks = tasks
+        self.known: dict[str, tuple[int, experiments.Sweep]] = {}
+        self.tabled: set[str] = set()
+        self.given: set[str] = set()
+        self.failed: set[str] = set()
+
+    def look(self) -> None:
+        """Table what is finished, until no table allows another sweep."""
+        while True:
+            for task in self.tasks:
+                for turn, part, about, axes in sweeps(task):
+                    if (name := f"{task}-{part}") not in self.known:
+                        self.known[name] = turn, _read(task, part, about, axes)
+            finished = [
+                name
+                for name, (_, sweep) in self.known.items()
+                if name not in self.tabled and len(sweep.finished) == len(sweep.cells)
+            ]
+            if not finished:
+                return
+            for name in finished:
+                write_table(self.known[name][1])
+                self.tabled.add(name)
+
+    def next(self) -> tuple[str, str] | None:
+        """The store and the text of the next run, or None while there is none."""
+        for _, sweep in sorted(self.known.values(), key=lambda pair: pair[0]):
+            if sweep.name in self.tabled:
+                continue
+            for run in sweep.runs:
+                if run.id not in self.given and not RunFolder(sweep.store / run.id).finished:
+                    self.given.add(run.id)
+                    return str(sweep.store), run.model_dump_json()
+        return None
+
+    def table_what_is_there(self) -> None:
+        """Table main runs that lack seeds: a search is tabled whole or not at all."""
+        for name, (_, sweep) in self.known.items():
+            search = "rates" in name or "options" in name
+            if name not in self.tabled and not search and sweep.finished:
+                write_table(sweep)
+
+
+def _read(task: str, part: str, about: str, axes: dict[str, Any]) -> experiments.Sweep:
+    path = write(f"{task}-{part}", about, task, {"axes": axes}, script="study/pretrained_runs.py")
+    if part == "teacher":  # alone in its folder, which the configurations name
+        text = path.read_text("utf-8").replace(f"study-{task}/cells", f"study-{task}/teacher")
+        path.write_text(text, "utf-8")
+    sweep = experiments.load(path)
+    experiments.prepare(sweep)
+    return sweep
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("tasks", nargs="+", choices=TASKS)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    args = parser.parse_args()
+    start = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    todo, done = context.Queue(), context.Queue()
+    workers = [
+        context.Process(target=work, args=(todo, done), daemon=True) for _ in range(args.workers)
+    ]
+    for one in workers:
+        one.start()
+    plan, busy, failed = Plan(args.tasks), 0, 0
+    plan.look()
+    while time.monotonic() - start < args.seconds and any(one.is_alive() for one in workers):
+        while busy < args.workers and (item := plan.next()) is not None:
+            todo.put(item)
+            busy += 1
+        if not busy:
+            break
+        try:
+            name, said = done.get(timeout=1.0)
+        except queue.Empty:
+            continue
+        busy -= 1
+        failed += said.startswith("failed")
+        sys.stdout.write(f"{time.monotonic() - start:6.1f} {name} {said}\n")
+        sys.stdout.flush()
+        plan.look()
+    for one in workers:
+        one.terminate()
+    plan.table_what_is_there()
+    waiting = [name for name in plan.known if not there(name)]
+    sys.stdout.write(f"{failed} runs failed; without a table: {', '.join(waiting) or 'none'}\n")
+
+
+if __name__ == "__main__":
+    main()
