@@ -1,15 +1,19 @@
 """Packed products on a GPU against cuBLAS: microseconds in CUDA graphs, weights past the L2.
 
-    python benchmarks/gpu.py decode [--seconds 150] [--csv FILE] [--search]
-    python benchmarks/gpu.py panels [--seconds 60]
-    python benchmarks/gpu.py llama [--seconds 90]
+    python benchmarks/gpu.py tables [--search] [--seconds 90] [--csv FILE] [--kernels FOLDER]
+    python benchmarks/gpu.py decode panels llama roof steps [--seconds 90] [--csv FILE]
     python benchmarks/gpu.py check
+    python benchmarks/gpu.py compile --kernels FOLDER [--search] [--workers 8] [--seconds 60]
+    python benchmarks/gpu.py warm [--workers 4] [--seconds 60]
 
 `decode` is products of up to 64 tokens, `panels` of many, `llama` tokens a second of a network
-of the shape of Llama-2-7B with random weights and 1:8 in every linear layer. `--search` times every
-plan of the first shape rather than the one that is taken, to judge `gpu_plan.cost`. `check` runs
-a few small products once, for compute-sanitizer. Rows are written as they are found, and a run ends
-with its seconds, so that nothing is lost.
+of the shape of Llama-2-7B with random weights and 1:8 in every linear layer, `steps` training steps
+that are bound by launches, `roof` what memory gives to a copy. `tables` is all of them in one
+process. With `--search` other plans than the one that is taken are timed too, last, to judge
+`gpu_plan.cost` and `gpu_panels.block`. `check` runs a few small products once, for
+compute-sanitizer. `compile` compiles the kernels of `decode` on many cores and needs no GPU, `warm`
+those of `panels`. Rows are written as they are found, and a run ends with its seconds, so that
+nothing is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +21,12 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import hashlib
+import multiprocessing
+import os
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,19 +37,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmflow.kernels import gpu, gpu_driver, gpu_panels, gpu_plan
-from nmflow.kernels.layout import Shape, tiled_from_canonical
+from nmflow.kernels.gpu_plan import Card, Kernel, Plan
+from nmflow.kernels.layout import Shape, canonical_from_dense, tiled_from_canonical
+from nmflow.masks import mask
 from nmflow.packed.measure import copies_past_cache, gpu_ways, time_on_gpu
 
 DEVICE = "cuda"
-LAYERS = [(11008, 4096), (28672, 8192), (4096, 4096), (4096, 11008), (3072, 768), (768, 3072)]
-PATTERNS = ["1:8", "1:16", "1:4", "2:4", "1:32", "1:16@16", "1:8@16"]
-TOKENS = [1, 16, 64, 4, 8, 32]
+Row = dict[str, Any]
+# What decides comes first: (out, in), patterns, tokens.
+DECODE = [
+    ([(28672, 8192), (11008, 4096)], ["1:8", "1:16", "1:4", "2:4"], [1, 16, 64, 4]),
+    ([(11008, 4096)], ["1:32", "1:16@16", "1:8@16"], [1, 16, 64]),
+    ([(4096, 4096), (4096, 11008), (768, 3072)], ["1:8", "1:16"], [1, 16]),
+]
 MANY = [
     ((11008, 4096), 4096, "1:16@64"), ((11008, 4096), 4096, "1:8@64"),
     ((11008, 4096), 4096, "1:16@128"), ((11008, 4096), 256, "1:16@64"),
     ((4096, 11008), 4096, "1:16@64"), ((3072, 768), 25216, "1:16@64"),
     ((768, 3072), 25216, "1:16@64"), ((11008, 4096), 4096, "1:16"), ((11008, 4096), 256, "1:8"),
 ]  # fmt: skip
+SEARCHED_PANELS = 3  # of MANY
+SEARCHED = 18  # plans of a product
+TOLD = ("NT", "RT", "WARPS", "SLICES", "CHUNK", "STAGES")
 
 
 def random_packed(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -52,184 +70,352 @@ def random_packed(shape: Shape) -> tuple[Tensor, Tensor]:
     return tiled_from_canonical(values, index, shape)
 
 
-def error(y: Tensor, x: Tensor, buffers: tuple[Tensor, Tensor], shape: Shape) -> float:
+def error(y: Tensor, want: Tensor) -> float:
     """The relative error of a product."""
-    want = x.double() @ gpu.expand(*buffers, shape).double().t()
     return float((y.double() - want).norm() / want.norm())
 
 
-def copies(buffers: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """As many copies as do not fit into the L2."""
-    count = copies_past_cache(sum(b.nbytes for b in buffers), buffers[0].device)
-    return [(buffers[0].clone(), buffers[1].clone()) for _ in range(count)]
+def rested() -> None:
+    """Give back what earlier rows held."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-def decode(search: bool) -> Iterator[dict[str, Any]]:
+# --- few tokens -------------------------------------------------------------------------------
+
+
+def candidates(shape: Shape, tokens: int, card: Card, search: bool) -> list[Plan | None]:
+    """The plan that is taken, and with `search` those next in cost and some from all over."""
+    taken = gpu_plan.plan(shape, False, tokens, card)
+    if not search or taken is None:
+        return [taken]
+    every = sorted(
+        gpu_plan.plans(shape, False, tokens, card),
+        key=lambda one: gpu_plan.cost(one, shape, tokens, card),
+    )
+    half = SEARCHED // 2
+    rest = every[half:]
+    return [*every[:half], *rest[:: max(1, -(-len(rest) // (SEARCHED - half)))]]
+
+
+def points() -> Iterator[tuple[tuple[int, int], int, list[str]]]:
+    """Layers and tokens of `decode`, with their patterns."""
+    for layers, patterns, tokens in DECODE:
+        for count in tokens:
+            for layer in layers:
+                yield layer, count, patterns
+
+
+def decode(search: bool) -> Iterator[Row]:
     """Few tokens; the rows that decide come first."""
-    for tokens in TOKENS:
-        for out, inputs in LAYERS[:1] if search else LAYERS:
-            gc.collect()
-            torch.cuda.empty_cache()
-            x = torch.randn(tokens, inputs, device=DEVICE).bfloat16()
-            some = torch.randn(out, inputs, device=DEVICE).bfloat16() * 0.02
-            dense = time_on_gpu(gpu_ways(some, None, x))
-            xt = x.t().contiguous()
-            pair = [partial(torch.matmul, w, xt) for w in (some, some.clone())]
-            other = time_on_gpu({"w @ xt": pair * 2})
-            best = min(t.median for t in (*dense.values(), *other.values()))
-            for spec in PATTERNS:
-                shape = Shape.of(out, inputs, spec)
-                buffers = random_packed(shape)
-                many = copies(buffers)
-                card = gpu_driver.driver(0).card
-                taken = gpu_plan.plan(shape, False, tokens, card)
-                tried = list(gpu_plan.plans(shape, False, tokens, card)) if search else [taken]
-                for plan in tried:
-                    gpu._planned = lambda *args, plan=plan: plan  # pyright: ignore
-                    y = gpu.matmul(x, *buffers, None, shape)
-                    off = error(y, x, buffers, shape)
-                    calls = [partial(gpu.matmul, x, *b, None, shape) for b in many]
-                    took = time_on_gpu({"packed": calls}, 8 if search else 20)["packed"]
-                    size = sum(b.nbytes for b in buffers)
-                    yield {
-                        "what": "decode", "out": out, "inputs": inputs, "tokens": tokens,
-                        "pattern": spec, "dense_us": best, "packed_us": took.median,
-                        "ratio": best / took.median, "tb_per_s": size / took.median / 1e6,
-                        "error": off, "taken": plan == taken,
-                        "cost": plan and gpu_plan.cost(plan, shape, tokens, card),
-                        "plan": plan and {**dict(plan.kernel.constants), "grid": plan.grid},
-                    }  # fmt: skip
+    card = gpu_driver.driver(0).card
+    for (out, inputs), tokens, patterns in points():
+        if search and len(patterns) != 4:
+            return
+        rested()
+        x = torch.randn(tokens, inputs, device=DEVICE).bfloat16()
+        some = torch.randn(out, inputs, device=DEVICE).bfloat16() * 0.02
+        ways: dict[str, Any] = dict(gpu_ways(some, None, x))
+        xt = x.t().contiguous()
+        ways["w @ xt"] = [partial(torch.matmul, w, xt) for w in (some, some.clone())] * 2
+        best = min(t.median for t in time_on_gpu(ways).values())
+        ways.clear()
+        yield {
+            "what": "dense", "out": out, "inputs": inputs, "tokens": tokens, "dense_us": best,
+            "tb_per_s": some.nbytes / best / 1e6,
+        }  # fmt: skip
+        for spec in patterns:
+            shape = Shape.of(out, inputs, spec)
+            buffers = random_packed(shape)
+            want = x.double() @ gpu.expand(*buffers, shape).double().t()
+            count = copies_past_cache(sum(b.nbytes for b in buffers), buffers[0].device)
+            many = [tuple(b.clone() for b in buffers) for _ in range(count)]
+            size = sum(b.nbytes for b in buffers)
+            taken = gpu_plan.plan(shape, False, tokens, card)
+            for plan in candidates(shape, tokens, card, search):
+                row: Row = {
+                    "what": "search" if search else "decode", "out": out, "inputs": inputs,
+                    "tokens": tokens, "pattern": spec, "dense_us": best, "taken": plan == taken,
+                    "cost": plan and gpu_plan.cost(plan, shape, tokens, card),
+                    "plan": plan and {
+                        **{k: v for k, v in plan.kernel.constants if k in TOLD},
+                        "grid": plan.grid, "shared": plan.shared, "chunks": plan.chunks,
+                    },
+                }  # fmt: skip
+                if search and plan is not None and not compiled(plan.kernel):
+                    continue
+                calls = [partial(gpu.matmul, x, *b, None, shape) for b in many]
+                planned = gpu._planned
+                gpu._planned = lambda *args, plan=plan: plan  # pyright: ignore
+                try:
+                    row["error"] = error(calls[0](), want)
+                    took = time_on_gpu({"packed": calls}, 6 if search else 20)["packed"].median
+                finally:
+                    gpu._planned = planned
+                yield row | {"packed_us": took, "ratio": best / took, "tb_per_s": size / took / 1e6}
 
 
-def panels() -> Iterator[dict[str, Any]]:
-    """Many tokens."""
-    for (out, inputs), tokens, spec in MANY:
-        gc.collect()
-        torch.cuda.empty_cache()
+# --- many tokens ------------------------------------------------------------------------------
+
+
+def blocks(shape: Shape) -> list[gpu_panels.Block]:
+    """Cuts of a product of panels that are worth a measurement."""
+    return [
+        gpu_panels.Block(rows, entries, step, warps, stages)
+        for rows in (64, 128) if shape.panel % rows == 0
+        for entries in (32, 64) for stages in (3, 4)
+        for step, warps in ((128, 4), (128, 8), (256, 8))
+    ]  # fmt: skip
+
+
+def panels(search: bool) -> Iterator[Row]:
+    """Many tokens; what turning x costs is in a column of its own."""
+    for (out, inputs), tokens, spec in MANY[:SEARCHED_PANELS] if search else MANY:
+        rested()
         shape = Shape.of(out, inputs, spec)
         x = torch.randn(tokens, inputs, device=DEVICE).bfloat16()
         buffers = random_packed(shape)
         w = gpu.expand(*buffers, shape)
         xt = x.t().contiguous()
         ways = {"x @ wt": partial(F.linear, x, w), "w @ xt": partial(torch.matmul, w, xt)}
-        dense = time_on_gpu({name: [way] * 4 for name, way in ways.items()})
-        best = min(t.median for t in dense.values())
-        cuts: list[gpu_panels.Block | None] = [None]
-        if gpu_panels.serves(shape):
-            cuts += [
-                gpu_panels.Block(rows, entries, step, warps, stages)
-                for rows in (64, 128) if shape.panel % rows == 0
-                for entries in (32, 64) for step in (128, 256)
-                for warps in (4, 8) for stages in (3, 4)
-            ]  # fmt: skip
-        for cut in cuts:
+        ways["turn"] = lambda x=x: x.t().contiguous()
+        took = {n: t.median for n, t in time_on_gpu({n: [f] * 4 for n, f in ways.items()}).items()}
+        best, turn = min(took["x @ wt"], took["w @ xt"]), took["turn"]
+        want = x.double() @ w.double().t()
+        for cut in blocks(shape) if search else [None]:
+            row: Row = {
+                "what": "panels-search" if search else "panels", "out": out, "inputs": inputs,
+                "tokens": tokens, "pattern": spec, "dense_us": best, "turn_us": turn, "plan": cut,
+                "taken": not search or cut == gpu_panels.block(shape),
+            }  # fmt: skip
+            call = partial(gpu.matmul, x, *buffers, None, shape)
+            if cut is not None:
+                call = partial(gpu_panels.matmul, x, *buffers, None, shape, cut=cut)
             try:
-                if cut is None:
-                    call = partial(gpu.matmul, x, *buffers, None, shape)
-                else:
-                    call = partial(gpu_panels.matmul, x, *buffers, None, shape, cut=cut)
-                off = error(call(), x, buffers, shape)
-                took = time_on_gpu({"packed": [call] * 4}, 8)["packed"]
+                row["error"] = error(call(), want)
+                one = time_on_gpu({"packed": [call] * 4}, 8)["packed"].median
+                row |= {"packed_us": one, "ratio": best / one}
             except Exception as problem:  # noqa: BLE001 -- a cut that does not fit is a result
-                yield {
-                    "what": "panels",
-                    "pattern": spec,
-                    "plan": cut,
-                    "failed": repr(problem)[:200],
-                }
-                continue
+                row["failed"] = repr(problem)[:200]
+            yield row
+
+
+def warm(part: int, parts: int, seconds: float) -> None:
+    """Compile every cut of `panels` once, so that Triton's cache has them."""
+    end = time.monotonic() + seconds
+    todo = []
+    for (out, inputs), tokens, spec in MANY:
+        shape = Shape.of(out, inputs, spec)
+        if gpu_panels.serves(shape):
+            todo.append((shape, tokens, None))
+    for (out, inputs), tokens, spec in MANY[:SEARCHED_PANELS]:
+        shape = Shape.of(out, inputs, spec)
+        todo += [(shape, tokens, cut) for cut in blocks(shape)]
+    for shape, tokens, cut in todo[part::parts]:
+        if time.monotonic() > end:
+            return
+        buffers = random_packed(shape)
+        x = torch.randn(min(tokens, 256), shape.inputs, device=DEVICE).bfloat16()
+        try:
+            gpu_panels.matmul(x, *buffers, None, shape, cut=cut)
+        except Exception as problem:  # noqa: BLE001 -- a cut that does not fit is a result
+            print(shape, cut, repr(problem)[:200])
+    torch.cuda.synchronize()
+
+
+# --- networks and steps -----------------------------------------------------------------------
+
+
+def llama(search: bool = False) -> Iterator[Row]:
+    """Tokens a second of one sequence; a step is one CUDA graph, with a static cache."""
+    import _llama
+
+    yield from _llama.tokens_a_second()
+
+
+def roof(search: bool = False) -> Iterator[Row]:
+    """Bytes that a copy of 2 GiB reads and writes a second."""
+    some = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE).zero_()
+    other = torch.empty_like(some)
+    took = time_on_gpu({"copy": [partial(other.copy_, some)] * 2})["copy"].median
+    yield {"what": "roof", "packed_us": took, "tb_per_s": 2 * some.nbytes / took / 1e6}
+
+
+def steps(search: bool = False) -> Iterator[Row]:
+    """Training steps of feed-forward pairs of ViT-Base that are bound by launches."""
+    import overhead
+
+    args = argparse.Namespace(
+        device=DEVICE, layers=12, amp=True, fused=True, pattern="1:16", rounds=11
+    )
+    for pattern in ("1:16", "2:4"):
+        args.pattern = pattern
+        with torch.enable_grad():
+            found = overhead.measure(3152, args)
+        for one in found:
             yield {
-                "what": "panels", "out": out, "inputs": inputs, "tokens": tokens, "pattern": spec,
-                "dense_us": best, "packed_us": took.median, "ratio": best / took.median,
-                "error": off, "taken": cut is None, "plan": cut,
+                "what": "steps", "tokens": 3152, "pattern": pattern, "plan": one["way"],
+                "packed_us": one["ms"] * 1e3, "ratio": one["ratio"],
+                "failed": f"quartiles {one['ratio_q25']:.3f} {one['ratio_q75']:.3f}",
             }  # fmt: skip
 
 
-def llama() -> Iterator[dict[str, Any]]:
-    """Tokens a second of one sequence, in CUDA graphs, with a static cache."""
-    import transformers
-
-    import nmflow
-    from nmflow.packed.modules import PackedLinear
-
-    config = transformers.LlamaConfig()  # 7B
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = transformers.LlamaForCausalLM(config).eval()
-    ids = torch.ones(1, 16, dtype=torch.long, device=DEVICE)
-    for name in ("dense", "1:8"):
-        if name != "dense":
-            for layer in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
-                if layer.out_features != config.vocab_size:
-                    layer.weight.data *= nmflow.mask(layer.weight, name)
-            model = nmflow.compress(model, name, exclude="lm_head", measure=False, inplace=True)
-            assert any(isinstance(m, PackedLinear) for m in model.modules())
-        options = {"do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
-        model.forward = torch.compile(type(model).forward.__get__(model), mode="reduce-overhead")
-        took = []
-        for new in (8, 8, 128):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
-            torch.cuda.synchronize()
-            took.append(time.perf_counter() - start)
-        del model.forward
-        torch.compiler.reset()
-        yield {"what": "llama-7b", "pattern": name, "tokens_per_s": 120 / (took[2] - took[1])}
+# --- without tables ---------------------------------------------------------------------------
 
 
-def check() -> Iterator[dict[str, Any]]:
-    """Small products of every kind, once."""
+def check(search: bool = False) -> Iterator[Row]:
+    """Small products of every kind, once; all else is done on the CPU, which needs no checks."""
     cases = [("1:16", 3), ("2:4", 9), ("1:8", 1), ("1:32", 2), ("3:8", 1), ("1:16@16", 20)]
-    for spec, tokens in [*cases, ("1:16", 64), ("3:16", 70)]:
+    for spec, tokens in [*cases, ("1:16", 64), ("1:4", 16), ("3:16", 70)]:
         shape = Shape.of(100, 1056 if "32" in spec else 1040, spec)
-        buffers = random_packed(shape)
-        x = torch.randn(tokens, shape.inputs, device=DEVICE).bfloat16()
-        y = gpu.matmul(x, *buffers, None, shape, 1)
-        torch.cuda.synchronize()
-        yield {
-            "what": "check",
-            "pattern": spec,
-            "tokens": tokens,
-            "finite": bool(y.isfinite().all()),
-        }
+        w = torch.randn(shape.out, shape.inputs).bfloat16()
+        w = w * mask(w, spec)
+        buffers = tiled_from_canonical(*canonical_from_dense(w, shape), shape)
+        x, b = torch.randn(tokens, shape.inputs).bfloat16(), torch.randn(shape.out).bfloat16()
+        there = [t.to(DEVICE) for t in (x, *buffers, b)]
+        y = gpu.matmul(*there, shape, 2).cpu()
+        want = (x.double() @ w.double().t() + b.double()).relu()
+        yield {"what": "check", "pattern": spec, "tokens": tokens, "error": error(y, want)}
 
 
+_FOLDER: list[Path] = []
+
+
+def _place(kernel: Kernel, architecture: int) -> Path | None:
+    name = hashlib.sha256(repr((kernel, architecture)).encode()).hexdigest()[:24]
+    return _FOLDER[0] / name if _FOLDER else None
+
+
+def compiled(kernel: Kernel) -> bool:
+    """Whether a kernel was compiled ahead; True where none was."""
+    place = _place(kernel, gpu_driver.driver(0).architecture)
+    return place is None or place.exists()
+
+
+def keep_kernels(folder: Path) -> None:
+    """Take kernels from a folder where they are there, and put them there where they are not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _FOLDER[:] = [folder]
+    make = gpu_driver.compile_kernel
+
+    def kept(kernel: Kernel, architecture: int) -> bytes:
+        place = _place(kernel, architecture)
+        assert place is not None
+        if not place.exists():
+            place.with_suffix(f".{time.monotonic_ns()}").write_bytes(make(kernel, architecture))
+            next(folder.glob(f"{place.name}.*")).rename(place)
+        return place.read_bytes()
+
+    gpu_driver.compile_kernel = kept
+
+
+def _compile_some(kernels: list[Kernel], end: float) -> int:
+    os.nice(10)  # the tests that run beside it come first
+    done = 0
+    for kernel in kernels:
+        if time.monotonic() < end:
+            gpu_driver.compile_kernel(kernel, 90)
+            done += 1
+    return done
+
+
+def compile_all(search: bool, workers: int, seconds: float) -> None:
+    """The kernels of `decode` on a card like an H100, those of the search last."""
+    end, card = time.monotonic() + seconds, Card()
+    kernels: dict[Kernel, None] = {}
+    for wide in (False, True) if search else (False,):
+        for layer, tokens, patterns in points():
+            for spec in patterns if not wide or len(patterns) == 4 else ():
+                for plan in candidates(Shape.of(*layer, spec), tokens, card, wide):
+                    if plan is not None:
+                        kernels.setdefault(plan.kernel)
+    todo = list(kernels)
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        shares = [(todo[i::workers], end) for i in range(workers)]
+        print(f"{sum(pool.starmap(_compile_some, shares))} of {len(todo)} kernels compiled")
+
+
+PARTS = {
+    "decode": decode, "panels": panels, "llama": llama, "roof": roof, "steps": steps,
+    "check": check,
+}  # fmt: skip
+TABLES = ["roof", "decode", "panels", "steps", "llama"]
 FIELDS = [
     "what", "out", "inputs", "tokens", "pattern", "dense_us", "packed_us", "ratio", "tb_per_s",
-    "tokens_per_s", "error", "finite", "taken", "cost", "plan", "failed", "device", "torch",
+    "turn_us", "tokens_per_s", "error", "taken", "cost", "plan", "failed", "device", "torch",
 ]  # fmt: skip
 
 
-def main() -> None:
-    """Run one part, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["decode", "panels", "llama", "check"])
-    parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--search", action="store_true")
-    args = parser.parse_args()
-    parts = {
-        "decode": lambda: decode(args.search),
-        "panels": panels,
-        "llama": llama,
-        "check": check,
-    }
-    end = time.monotonic() + args.seconds
+def best_of(rows: list[Row]) -> Iterator[str]:
+    """A line for each product that was searched: the best plan beside the taken one."""
+    products: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if "ratio" in row and row["what"] in ("search", "panels-search"):
+            key = tuple(row[k] for k in ("what", "out", "inputs", "tokens", "pattern"))
+            products.setdefault(key, []).append(row)
+    for key, found in products.items():
+        best = max(found, key=lambda one: one["ratio"])
+        taken = next((f"{one['ratio']:.2f}" for one in found if one["taken"]), "-")
+        yield f"{key}: best {best['ratio']:.2f}, taken {taken}, of {len(found)}: {best['plan']}"
+
+
+def measure(names: list[str], args: argparse.Namespace) -> None:
+    """Run parts, row by row; a part that fails is told, and the next one follows."""
+    begin = time.monotonic()
+    end = begin + args.seconds
     where = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     file = args.csv.open("a", newline="") if args.csv else None
     writer = csv.DictWriter(file, FIELDS) if file else None
     if writer and file and not file.tell():
         writer.writeheader()
-    for row in parts[args.part]():
-        short = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-        print(*(f"{k}={v}" for k, v in short.items()), flush=True)
-        if writer and file:
-            writer.writerow({**short, **where})
-            file.flush()
-        if time.monotonic() > end:
-            print(f"stopped after {args.seconds} seconds", flush=True)
-            break
+    rows: list[Row] = []
+    todo = [(name, False) for name in names]
+    todo += [(name, True) for name in ("panels", "decode") if args.search and name in names]
+    for name, search in todo:
+        print(f"--- {name}{', searched' * search}, {time.monotonic() - begin:.0f} s", flush=True)
+        try:
+            for row in PARTS[name](search):
+                rows.append(row)
+                short = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+                print(*(f"{k}={v}" for k, v in short.items()), flush=True)
+                if writer and file:
+                    writer.writerow({**short, **where})
+                    file.flush()
+                if time.monotonic() > end:
+                    print(f"stopped after {args.seconds} seconds", flush=True)
+                    print(*best_of(rows), sep="\n", flush=True)
+                    return
+        except Exception:  # noqa: BLE001 -- the other parts are worth their time
+            print(traceback.format_exc(), flush=True)
+            print(f"{name} failed", flush=True)
+    print(*best_of(rows), sep="\n", flush=True)
+
+
+def main() -> None:
+    """Run some parts, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "tables", "compile", "warm"])
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--kernels", type=Path, help="a folder of compiled kernels")
+    parser.add_argument("--workers", type=int, default=4)
+    args = parser.parse_args()
+    if args.kernels:
+        keep_kernels(args.kernels)
+    if args.parts == ["compile"]:
+        compile_all(args.search, args.workers, args.seconds)
+    elif args.parts == ["warm"]:
+        context = multiprocessing.get_context("spawn")
+        each = [(i, args.workers, args.seconds) for i in range(args.workers)]
+        running = [context.Process(target=warm, args=some) for some in each]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join()
+        sys.exit(any(process.exitcode for process in running))
+    else:
+        measure(TABLES if args.parts == ["tables"] else args.parts, args)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 def check(spec: str, out: int, inputs: int, tokens: int, dtype: torch.dtype, epilogue: int) -> None:
-    shape, w, values, codes = packed(spec, out, inputs, dtype)
-    x, b = torch.randn(tokens, inputs).to(dtype), torch.randn(out).to(dtype)
-    y = gpu.matmul(x.cuda(), values.cuda(), codes.cuda(), b.cuda(), shape, epilogue).cpu()
+    shape, *buffers = packed(spec, out, inputs, dtype)
+    x, b = torch.randn(tokens, inputs).to(dtype).cuda(), torch.randn(out).to(dtype).cuda()
+    w, values, codes = (t.cuda() for t in buffers)
+    y = gpu.matmul(x, values, codes, b, shape, epilogue)
     want = apply_epilogue(x.double() @ w.double().t() + b.double(), epilogue)
     size = x.double().abs() @ w.double().abs().t() + b.double().abs()
     assert ((y.double() - want).abs() <= TOLERANCE[dtype] * size).all()

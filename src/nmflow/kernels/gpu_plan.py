@@ -107,7 +107,8 @@ def make(
     count = -(-shape.inputs // chunk)
     chunks = -(-count // shares)
     stride = -(-chunks * chunk // 64) * 64 + 16
-    shared = tiles * 8 * stride * 2 + warps * stages * rows * bytes_of(shape, chunk)
+    held = tokens if tiles == 1 else tiles * 8  # rows of x
+    shared = held * stride * 2 + warps * stages * rows * bytes_of(shape, chunk)
     shared = max(shared, (slices - 1) * (warps // slices) * rows * tiles * 4 * 32 * 4)
     if shared > card.shared:
         return None

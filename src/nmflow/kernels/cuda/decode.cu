@@ -1,6 +1,7 @@
 // y = epilogue(x Wᵀ + bias) for few tokens, W packed as `nmflow.kernels.layout` tiles it.
 //
-// A block of threads holds x for its share of the inputs in shared memory. A warp takes RT tiles of
+// A block of threads holds x for its share of the inputs in shared memory; of fewer than eight tokens
+// only those, since what a lane multiplies beyond them is dropped. A warp takes RT tiles of
 // sixteen rows, and every SLICES-th chunk of CHUNK inputs, which it copies to shared memory STAGES
 // - 1 chunks ahead.
 //
@@ -187,10 +188,11 @@ decode(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
   const int mine = all - first < chunks ? all - first : chunks;
   const int token0 = blockIdx.z * TOKENS;
   const int here = tokens - token0 < TOKENS ? tokens - token0 : TOKENS;
+  const int rows = NT == 1 ? here : TOKENS;
   const int tile = blockIdx.x * TILES + warp / SLICES * RT;
   const Packed w = {values, codes, entries, (out + 15) / 16, panel};
   u16* xs = (u16*)shared;
-  u8* stages = shared + TOKENS * stride * 2 + warp * (STAGES * RT * TILE_BYTES);
+  u8* stages = shared + rows * stride * 2 + warp * (STAGES * RT * TILE_BYTES);
 
   // Chunks of this warp: slice, slice + SLICES, ...; the i-th lies in stage i % STAGES.
   auto fetch_all = [&](int i) {
@@ -203,7 +205,7 @@ decode(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
   };
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) fetch_all(i);
-  for (int i = threadIdx.x; i < TOKENS * (wide / 8); i += WARPS * 32) {
+  for (int i = threadIdx.x; i < rows * (wide / 8); i += WARPS * 32) {
     const int n = i / (wide / 8), c = i % (wide / 8) * 8, k = first * CHUNK + c;
     const u16* from = x + (token0 + n) * ldx + k;
     u16* to = xs + n * stride + c;
@@ -226,7 +228,7 @@ decode(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
     for (int n = 0; n < NT; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) sums[t][n][e] = 0.0f;
-  const u16* row = xs + r * stride;
+  const u16* row = xs + (r < rows ? r : rows - 1) * stride;
 #pragma unroll 1
   for (int i = 0; i * SLICES + slice < mine; i++) {
     copies_wait<STAGES - 2>();
