@@ -174,3 +174,39 @@ def test_generate(kind: str) -> None:
         _near(packed(prompt).logits, dense(prompt).logits)
         made = packed.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert made.shape == (1, 17)
+
+
+def _pruned_network(model: Any) -> Any:
+    """Every linear layer whose inputs 16 divides holds 1:16."""
+    model = model.bfloat16().eval()
+    for module in model.modules():
+        if type(module) is nn.Linear and module.in_features % 16 == 0:
+            module.weight.data *= nmflow.mask(module.weight, "1:16")
+    return model
+
+
+def test_vit_and_t5() -> None:
+    transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    packed = nmflow.compress(_pruned_network(transformers.ViTModel(config)), measure=False).cuda()
+    dense = nmflow.decompress(packed)
+    pixels = torch.randn(3, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        _near(packed(pixels).last_hidden_state, dense(pixels).last_hidden_state)
+    config = transformers.T5Config(
+        vocab_size=128, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = _pruned_network(transformers.T5ForConditionalGeneration(config))
+    packed = nmflow.compress(model, measure=False).cuda()
+    dense = nmflow.decompress(packed)
+    prompt = torch.randint(2, 128, (2, 9), device="cuda")
+    with torch.no_grad():
+        logits = (one(input_ids=prompt, decoder_input_ids=prompt).logits for one in (packed, dense))
+        _near(*logits)
+        made = packed.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert made.shape == (2, 7)
