@@ -12,6 +12,7 @@ One text says it, wherever a configuration names a network or a tokeniser:
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -185,6 +186,7 @@ def _card_licence(folder: Path) -> str:
     return ""
 
 
+@functools.cache  # it reads the files of every package, half a second for each run of a sweep
 def _package_licence(module: str) -> str:
     for name in importlib.metadata.packages_distributions().get(module, [])[:1]:
         about: Any = importlib.metadata.metadata(name)
