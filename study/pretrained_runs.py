@@ -58,22 +58,21 @@ class Plan:
         self.failed: set[str] = set()
 
     def look(self) -> None:
-        """Table what is finished, until no table allows another sweep."""
-        while True:
+        """Table what is finished, and learn which sweeps that allows."""
+        while self._table() or not self.known:
             for task in self.tasks:
                 for turn, part, about, axes in sweeps(task):
                     if (name := f"{task}-{part}") not in self.known:
                         self.known[name] = turn, _read(task, part, about, axes)
-            finished = [
-                name
-                for name, (_, sweep) in self.known.items()
-                if name not in self.tabled and len(sweep.finished) == len(sweep.cells)
-            ]
-            if not finished:
-                return
-            for name in finished:
-                write_table(self.known[name][1])
+
+    def _table(self) -> bool:
+        """Write the tables that are due; whether there were any."""
+        before = len(self.tabled)
+        for name, (_, sweep) in self.known.items():
+            if name not in self.tabled and len(sweep.finished) == len(sweep.cells):
+                write_table(sweep)
                 self.tabled.add(name)
+        return len(self.tabled) > before
 
     def next(self) -> tuple[str, str] | None:
         """The store and the text of the next run, or None while there is none."""
@@ -122,7 +121,8 @@ def main() -> None:
     plan, busy, failed = Plan(args.tasks), 0, 0
     plan.look()
     while time.monotonic() - start < args.seconds and any(one.is_alive() for one in workers):
-        while busy < args.workers and (item := plan.next()) is not None:
+        # Some wait in the queue, so that no worker does.
+        while busy < args.workers + args.workers // 4 and (item := plan.next()) is not None:
             todo.put(item)
             busy += 1
         if not busy:
