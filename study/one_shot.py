@@ -51,7 +51,7 @@ def main() -> None:
         for method in nmflow.oneshot.METHODS:
             model, began = copy.deepcopy(dense), time.process_time()
             read = None if method == "magnitude" else batches
-            nmflow.prune(model, pattern, read, method, include="ff")
+            nmflow.prune(model, pattern, include="ff", method=method, calibration=read)
             took = time.process_time() - began
             found = perplexity(model, last)
             sys.stdout.write(f"{pattern} {method} {found:.2f} after {took:.0f} s of CPU\n")

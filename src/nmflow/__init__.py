@@ -20,7 +20,7 @@ from nmflow.errors import (
     StateError,
     WeightError,
 )
-from nmflow.flow import Flow, FlowStage, attach, project
+from nmflow.flow import Flow, FlowStage, attach
 from nmflow.inspect.audit import Audit, audit
 from nmflow.inspect.cost import Cost, cost
 from nmflow.integrations import registering
@@ -133,7 +133,6 @@ __all__ = [
     "onnxruntime_session_options",
     "permute_hidden",
     "plan",
-    "project",
     "prune",
     "report_of",
     "save",

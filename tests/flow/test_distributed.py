@@ -326,8 +326,33 @@ def _full_state(rank: int, folder: Path) -> None:
     agree(whole(run.model), torch.load(folder / "single.pt"), "resumed in one process")
 
 
+def _prunes(rank: int, folder: Path) -> None:
+    """`prune` of shards is that of the whole, and says the same; what cuts a group is refused."""
+    for family in (FAMILY["linear"], FAMILY["fused-qkv"]):
+        whole_one, model = family.build(), shard(family.build())
+        want = nmflow.prune(whole_one, family.pattern, family.include)
+        with pytest.raises(NMFlowError, match="is sharded"):
+            nmflow.prune(
+                model, family.pattern, family.include, method="wanda",
+                calibration=list(family.batches(1)),
+            )  # fmt: skip
+        found = nmflow.prune(model, family.pattern, family.include)
+        assert_same(whole(model), parameters_of(whole_one), family.id)
+        assert [one.label for one in found] == [one.label for one in want]
+        for one, other in zip(found, want, strict=True):
+            assert one.kept == pytest.approx(other.kept, rel=1e-12), one.label
+    for what, make, options, words in REFUSED[:2]:
+        model = shard(make().double())
+        before = copy.deepcopy(whole(model))
+        with pytest.raises(NMFlowError) as caught:
+            nmflow.prune(model, **options)
+        assert all(word in str(caught.value) for word in words), (what, str(caught.value))
+        assert_same(whole(model), before, what)
+
+
 def _fsdp(rank: int, folder: Path) -> None:
     _refusals(rank, folder)
+    _prunes(rank, folder)
     _first_save(rank, folder)
     _full_state(rank, folder)
     for family, case in PAIRS:

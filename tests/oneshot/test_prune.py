@@ -61,7 +61,7 @@ def test_a_weight_is_judged_by_what_it_multiplies(kind: str, method: str):
     model = nn.Sequential(module)
     name, before = next((n, p.detach().clone()) for n, p in model.named_parameters() if p.ndim > 1)
     batches = [x, 3 * x.flip(0) + 1] if x.ndim == 3 and before.ndim == 3 else [x, 3 * x + 1]
-    prune(model, "1:4", batches, method, include="*")
+    prune(model, "1:4", "*", method=method, calibration=batches)
     found, whole = model.get_parameter(name).detach(), torch.cat(batches, dim=-2)
     stacks = before if before.ndim == 3 else before[None]
     seen = whole if before.ndim == 3 else whole.flatten(0, -2)[None]
@@ -95,6 +95,11 @@ def batch(seed: int, pad: int = 0) -> dict[str, Tensor]:
 BATCHES = [batch(0), batch(1)]
 
 
+def read_by(method: str) -> list[Any] | None:
+    """The batches that a method reads."""
+    return None if method == "magnitude" else BATCHES
+
+
 def taken(model: nn.Module, modules: list[Any]) -> list[tuple[Any, Tensor]]:
     """Modules with all that they are given."""
     seen: list[list[Tensor]] = [[] for _ in modules]
@@ -123,7 +128,7 @@ def test_every_layer_is_judged_behind_those_that_are_pruned(method: str):
                 w.mul_(mask(wanda_score(w, x.norm(dim=0)), "1:4"))
             else:
                 w.copy_(sparsegpt(w, x.T @ x, "1:4"))
-    found = prune(ours, "1:4", BATCHES, method, include="ff")
+    found = prune(ours, "1:4", "ff", method=method, calibration=BATCHES)
     assert [one.label for one in found] == [t.label for t in nmflow.plan(ours, "1:4", "ff")]
     for (name, p), q in zip(ours.named_parameters(), model.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-5), name
@@ -132,8 +137,9 @@ def test_every_layer_is_judged_behind_those_that_are_pruned(method: str):
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_padding_changes_nothing(method: str):
     one, other = bert(), bert()
-    prune(one, "1:4", BATCHES, method, include=["ff", "qkv"])
-    prune(other, "1:4", [batch(0, 4), batch(1, 2)], method, include=["ff", "qkv"])
+    prune(one, "1:4", ["ff", "qkv"], method=method, calibration=BATCHES)
+    padded = [batch(0, 4), batch(1, 2)]
+    prune(other, "1:4", ["ff", "qkv"], method=method, calibration=padded)
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-5)
 
@@ -144,7 +150,7 @@ def test_the_network_holds_its_pattern_and_packs(method: str, pattern: Any):
     model = bert()
     include = "ff" if isinstance(pattern, str) else ["ff", "qk"]
     was = [m.training for m in model.modules()]
-    found = prune(model, pattern, None if method == "magnitude" else BATCHES, method, include)
+    found = prune(model, pattern, include, method=method, calibration=read_by(method))
     assert nmflow.audit(model, pattern, include).ok
     assert all(0 < one.kept < 1 for one in found)
     assert "kept of" in str(found)
@@ -159,7 +165,7 @@ def test_calibrated_networks_are_nearer_to_the_dense_one():
     far = {}
     for method in METHODS:
         dense, model = bert().eval(), bert()
-        prune(model, "1:8", None if method == "magnitude" else BATCHES, method, include="ff")
+        prune(model, "1:8", "ff", method=method, calibration=read_by(method))
         with torch.no_grad():
             h, h_dense = (m.eval().bert(**batch(7)).last_hidden_state for m in (model, dense))
         far[method] = (h - h_dense).square().sum().item()
@@ -181,14 +187,14 @@ def test_experts_of_a_library_are_pruned_or_the_error_says_what_to_do(method: st
     before = copy.deepcopy(model.state_dict())
     said = ""
     try:
-        prune(model, "1:4", batches, method, include="ff")
+        prune(model, "1:4", "ff", method=method, calibration=batches)
     except WeightError as error:
         said = str(error)
     if said:  # a version whose experts are multiplied by a grouped kernel
         assert "saw no input" in said
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         model.set_experts_implementation("eager")
-        prune(model, "1:4", batches, method, include="ff")
+        prune(model, "1:4", "ff", method=method, calibration=batches)
     assert nmflow.audit(model, "1:4", "ff").ok
 
 
@@ -240,7 +246,7 @@ def test_weights_under_a_recipe_are_refused():
     flow = nmflow.attach(
         model, torch.optim.SGD(model.parameters(), 0.1), "sr-ste", "1:4", "*", total_steps=2
     )
-    with pytest.raises(FlowError, match="under a recipe"):
+    with pytest.raises(FlowError, match="trained by a recipe"):
         prune(model, "1:4", include="*")
     assert issubclass(FlowError, NMFlowError)
     del flow
@@ -256,10 +262,9 @@ def test_every_kind_of_weight_is_pruned_or_the_error_says_why_not(family: Family
     model = family.build(torch.float32)
     before = copy.deepcopy(model.state_dict())
     batches = None if method == "magnitude" else list(family.batches(6, torch.float32))
-    how: dict[str, Any] = {"include": family.include}
     said, found = "", nmflow.oneshot.Pruned()
     try:
-        found = prune(model, family.pattern, batches, method, **how)
+        found = prune(model, family.pattern, family.include, method=method, calibration=batches)
     except WeightError as error:
         said = str(error)
     if said:
@@ -270,4 +275,4 @@ def test_every_kind_of_weight_is_pruned_or_the_error_says_why_not(family: Family
     else:
         assert method == "magnitude" or family.id not in NEVER
         assert {one.label.partition("[")[0] for one in found} == set(family.targets)
-        assert nmflow.audit(model, family.pattern, **how).ok
+        assert nmflow.audit(model, family.pattern, family.include).ok

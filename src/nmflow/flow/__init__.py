@@ -3,6 +3,5 @@
 from nmflow.flow.attach import attach
 from nmflow.flow.flow import Flow, FlowStage
 from nmflow.flow.observing import Observation, Observer, View
-from nmflow.flow.pruning import project
 
-__all__ = ["Flow", "FlowStage", "Observation", "Observer", "View", "attach", "project"]
+__all__ = ["Flow", "FlowStage", "Observation", "Observer", "View", "attach"]

@@ -34,6 +34,16 @@ def local(x: Tensor) -> Tensor:
     return x.detach()
 
 
+def summed(value: Tensor, x: Tensor) -> Tensor:
+    """The sum over all of `x` of what each rank has summed over its own part."""
+    if not sharded(x):
+        return value
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placed = [Partial() if p.is_shard() else Replicate() for p in x.placements]
+    return DTensor.from_local(value, x.device_mesh, placed).full_tensor()
+
+
 @dataclass(frozen=True)
 class Region:
     """The rows of one target that lie on this rank.

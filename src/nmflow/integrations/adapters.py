@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from nmflow.errors import FlowError
-from nmflow.flow import project
+from nmflow.oneshot import prune
 from nmflow.select.plan import Names, Patterns
 
 __all__ = ["merge"]
@@ -52,8 +52,8 @@ def merge(
     if not callable(getattr(model, "merge_and_unload", None)):
         raise FlowError(
             f"model is a {type(model).__name__}, which has no adapters to merge: give a network of "
-            "PEFT's get_peft_model with adapters such as LoRA's, or call nmflow.project"
+            "PEFT's get_peft_model with adapters such as LoRA's, or call nmflow.prune"
         )
     merged = (model if inplace else copy.deepcopy(model)).merge_and_unload()
-    project(merged, pattern, include, exclude)
+    prune(merged, pattern, include, exclude)
     return merged

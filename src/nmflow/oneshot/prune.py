@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmflow.errors import FlowError, PlanError, WeightError
+from nmflow.errors import FlowError, NMFlowWarning, PlanError, WeightError
 from nmflow.flow.owners import is_owned
-from nmflow.flow.sharding import sharded
+from nmflow.flow.pruning import prune_weights
+from nmflow.flow.sharding import local, region, sharded, summed
 from nmflow.masks import mask, project, wanda_score
 from nmflow.oneshot import calibration as calibrating
 from nmflow.oneshot.calibration import Calibration, Inputs
 from nmflow.oneshot.sparsegpt import BLOCK, DAMPING, sparsegpt
-from nmflow.select.plan import Names, Patterns, Target, plan, rows_of
+from nmflow.select.plan import Names, Patterns, Plan, Target, choose, rows_of
+from nmflow.select.weights import layers_of
 from nmflow.text_table import table
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -40,7 +43,15 @@ class PrunedWeight:
 
 
 class Pruned(list[PrunedWeight]):
-    """The weights that were pruned; as `str`, a table."""
+    """The weights that were pruned; as `str`, a table.
+
+    Attributes:
+        plan: their targets, and why not the other weights.
+    """
+
+    def __init__(self, weights: Iterable[PrunedWeight] = (), plan: Plan | None = None) -> None:
+        super().__init__(weights)
+        self.plan = Plan() if plan is None else plan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON."""
@@ -54,18 +65,19 @@ class Pruned(list[PrunedWeight]):
 def prune(
     model: nn.Module,
     pattern: Patterns,
-    calibration: Iterable[Any] | None = None,
-    method: str = "magnitude",
     include: Names = "all",
     exclude: Names = (),
     *,
+    method: str = "magnitude",
+    calibration: Iterable[Any] | None = None,
     remainder: str = "auto",
     damping: float = DAMPING,
     block: int = BLOCK,
 ) -> Pruned:
     r"""Prune a network to N:M in place, in one shot: for whoever cannot train, or to start from.
 
-    * `"magnitude"` keeps the largest `|w|`, and needs no data.
+    * `"magnitude"` keeps the largest `|w|`, and needs no data: `W ← W ⊙ m`. Sharded weights stay
+      sharded.
     * `"wanda"` keeps the largest `|w| · ‖x‖`, see `nmflow.masks.wanda_score`.
     * `"sparsegpt"` lets the weights that stay make up for the others, see
       `nmflow.oneshot.sparsegpt`.
@@ -78,34 +90,41 @@ def prune(
     are found where torch multiplies them; of others, such as convolutions, an error says why not.
     Tokens whose `attention_mask` is 0 do not count.
 
-    Training, if you can, is far better at N:M: see the [comparison](../howto/pretrained.md).
+    Frozen weights are pruned too. To train on with the masks held, attach `OneShot(dense=0)`
+    afterwards. Training, if you can, is far better at N:M: see the
+    [comparison](../howto/pretrained.md).
 
     Args:
-        model: the network, on one device; batches have to be there, too.
+        model: the network. For `"wanda"` and `"sparsegpt"` it is whole and on one device, where
+            the batches are, too.
         pattern: a pattern, or patterns by glob or preset, as for `nmflow.plan`.
-        calibration: batches, such as a list or a `DataLoader`: mappings of keyword arguments,
-            tuples of positional ones, or tensors.
-        method: one of the three.
         include: presets or globs of the weights, see `nmflow.plan`.
         exclude: presets or globs to leave out.
+        method: one of the three.
+        calibration: batches, such as a list or a `DataLoader`: mappings of keyword arguments,
+            tuples of positional ones, or tensors.
         remainder: as for `nmflow.plan`.
         damping: of SparseGPT.
         block: of SparseGPT.
 
     Returns:
-        What was pruned, with the share of its norm that was kept.
+        What was pruned, with the share of its norm that was kept; its `plan` says why not the rest.
+
+    Warns:
+        NMFlowWarning: as `nmflow.plan`.
 
     Raises:
         PlanError: an unknown method; nothing to prune.
         WeightError: no calibration where one is needed, or one where none is; a weight that saw no
             input; values that are not finite. The network is then as it was.
-        FlowError: a weight under a recipe, or sharded.
+        FlowError: a weight under a recipe; one that is sharded, where inputs are read; a shard
+            that cuts a group.
 
     Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 2))
         >>> batches = [torch.randn(32, 16) for _ in range(4)]
-        >>> pruned = prune(model, "2:4", batches, method="sparsegpt", include="0.*")
+        >>> pruned = prune(model, "2:4", "0.*", method="sparsegpt", calibration=batches)
         >>> pruned[0].label, int((model[0].weight != 0).sum())
         ('0.weight', 64)
 
@@ -117,60 +136,80 @@ def prune(
     if (calibration is None) != (method == "magnitude"):
         need = "needs batches" if calibration is None else "reads none: leave it out"
         raise WeightError(f"calibration: the method {method!r} {need}")
-    targets = list(plan(model, pattern, include, exclude, remainder))
-    params = dict(model.named_parameters())
-    for target in targets:
+    layers = [(layer, layer.why_not) for layer in layers_of(model)]
+    plan = choose(layers, pattern, include, exclude, remainder)
+    for text in plan.warnings:
+        warnings.warn(text, NMFlowWarning, stacklevel=2)
+    params = dict(model.named_parameters(remove_duplicate=False))
+    for target in plan:
         _check(target, params[target.name], method)
-    before = {t.name: params[t.name].detach().clone() for t in targets}
+    if calibration is None:
+        whole = [_norm(t, params[t.name]) for t in plan]
+        prune_weights({t.name: params[t.name] for t in plan}, plan, {})
+        kept = [_norm(t, params[t.name]) / all_ for t, all_ in zip(plan, whole, strict=True)]
+        told = [
+            PrunedWeight(t.label, str(t.pattern), k, k) for t, k in zip(plan, kept, strict=True)
+        ]
+        return Pruned(told, plan)
+    before = {t.name: params[t.name].detach().clone() for t in plan}
     try:
         with torch.no_grad():
-            if calibration is None:
-                for target in targets:
-                    _by_score(target, params[target.name], None)
-            else:
-                whole = method == "sparsegpt"
-                for layer, inputs in Calibration(model, calibration, targets, whole).layers():
-                    for target in layer:
-                        if whole:
-                            _by_update(target, params[target.name], inputs, damping, block)
-                        else:
-                            _by_score(target, params[target.name], inputs)
+            update = method == "sparsegpt"
+            for layer, inputs in Calibration(model, calibration, plan, update).layers():
+                for target in layer:
+                    if update:
+                        _by_update(target, params[target.name], inputs, damping, block)
+                    else:
+                        _by_score(target, params[target.name], inputs)
     except BaseException:
         for name, was in before.items():
             params[name].data.copy_(was)
         raise
-    return Pruned(_told(t, before[t.name], params[t.name]) for t in targets)
+    return Pruned([_told(t, before[t.name], params[t.name]) for t in plan], plan)
 
 
 def _check(target: Target, param: Tensor, method: str) -> None:
     if is_owned(param):
         raise FlowError(
-            f"'{target.name}' is under a recipe: call flow.finalize() or flow.detach() first"
+            f"'{target.name}' is trained by a recipe, which ends at its pattern: call finalize() "
+            "on that flow, or finalize_copy(copy) for a copy of the model"
         )
+    if method == "magnitude":
+        return
     if sharded(param):
-        raise FlowError(f"'{target.name}' is sharded: prune before the model is sharded")
-    if method != "magnitude" and (param.ndim > 3 or (param.ndim == 3 and not target.stacked)):
+        raise FlowError(
+            f"'{target.name}' is sharded, and the method {method!r} reads the inputs of whole "
+            "weights: prune before the model is sharded, or by magnitude"
+        )
+    if param.ndim > 3 or (param.ndim == 3 and not target.stacked):
         raise WeightError(
             f"'{target.name}' is a convolution, whose inputs the method {method!r} does not read: "
             "exclude it, or prune it by magnitude"
         )
-    if method != "magnitude" and target.unit:
+    if target.unit:
         raise WeightError(
             f"'{target.name}' holds matrices one after the other along its inputs, which the "
             f"method {method!r} does not take: exclude it, or prune it by magnitude"
         )
 
 
-def _by_score(target: Target, param: Tensor, inputs: Inputs | None) -> None:
-    """Keep the largest `|w|`, or `|w| · ‖x‖`."""
-    w, score = rows_of(param.data, target), rows_of(param.data, target)
-    if inputs is not None:
-        norms = [
-            calibrating.of(target, i, inputs).sqrt()
-            for i in range(target.shape[0] if target.stacked else 1)
-        ]
-        score = wanda_score(w, torch.stack(norms) if target.stacked else norms[0], target.dim)
-    kept = mask(score.contiguous(), target.pattern, target.dim, target.stacked)
+@torch.no_grad()
+def _norm(target: Target, param: Tensor) -> float:
+    """‖W‖² of the rows that are pruned, over all shards; a tiny number instead of 0."""
+    part = region(param, target, target.pattern.m)
+    squares = part.of(local(param)).double().square().sum()
+    return float(summed(squares, param).clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _by_score(target: Target, param: Tensor, inputs: Inputs) -> None:
+    """Keep the largest `|w| · ‖x‖`."""
+    w = rows_of(param.data, target)
+    norms = [
+        calibrating.of(target, i, inputs).sqrt()
+        for i in range(target.shape[0] if target.stacked else 1)
+    ]
+    score = wanda_score(w, torch.stack(norms) if target.stacked else norms[0], target.dim)
+    kept = mask(score.contiguous(), target.pattern, target.dim, stacked=target.stacked)
     w.copy_(project(w, kept))
 
 
@@ -181,7 +220,7 @@ def _by_update(target: Target, param: Tensor, inputs: Inputs, damping: float, bl
         inner = target.dim - 1 if target.stacked else target.dim
         matrix = one if inner == 1 else one.T
         gram = calibrating.of(target, i, inputs)
-        matrix.copy_(sparsegpt(matrix, gram, target.pattern, damping, block))
+        matrix.copy_(sparsegpt(matrix, gram, target.pattern, damping=damping, block=block))
 
 
 def _told(target: Target, before: Tensor, param: Tensor) -> PrunedWeight:

@@ -1,4 +1,4 @@
-"""`project`: every family by the reference; adapters on a sparse base, and merged into it."""
+"""`prune` by magnitude: every family by the reference; adapters on a sparse base, and merged."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_every_family_by_the_reference(family: Family) -> None:
     for p in model.parameters():
         p.requires_grad_(False)  # frozen weights too
     before = parameters_of(model)
-    chosen = nmflow.project(model, family.pattern, family.include)
-    assert {target.name for target in chosen} == set(family.targets)
+    pruned = nmflow.prune(model, family.pattern, family.include)
+    assert {target.name for target in pruned.plan} == set(family.targets)
     after = parameters_of(model)
     for name, weight in before.items():
         want = weight.clone()
@@ -35,14 +35,14 @@ def test_every_family_by_the_reference(family: Family) -> None:
             kept = reference.keep(rows, n, m, spec.dim, panel, spec.stacked)
             reference.rows_of(want, spec).copy_(torch.where(kept, rows, 0.0))
         assert torch.equal(after[name], want), name
-    nmflow.project(model, family.pattern, family.include)
+    nmflow.prune(model, family.pattern, family.include)
     assert_same(parameters_of(model), after)  # once more changes nothing
 
 
 def test_it_ends_where_a_run_at_rate_0_ends() -> None:
     run = Run(MLP, BY_ID["mdgf-linear"])
     other = MLP.build()
-    nmflow.project(other, MLP.pattern, MLP.include)
+    nmflow.prune(other, MLP.pattern, MLP.include)
     run.flow.finalize()
     assert_same(parameters_of(other), parameters_of(run.model))
 
@@ -59,7 +59,7 @@ def test_what_it_refuses_changes_nothing() -> None:
     ):
         before = parameters_of(model)
         with pytest.raises(kind, match=words):
-            nmflow.project(model, MLP.pattern, **{"include": "*", **options})
+            nmflow.prune(model, MLP.pattern, **{"include": "*", **options})
         for name, weight in before.items():
             assert torch.equal(model.get_parameter(name).nan_to_num(), weight.nan_to_num())
 
@@ -77,7 +77,7 @@ def adapted() -> tuple[nn.Module, Any]:
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     base = transformers.LlamaForCausalLM(config)
-    nmflow.project(base, "1:8", "ff")
+    nmflow.prune(base, "1:8", "ff")
     lora = peft.LoraConfig(r=4, target_modules=["up_proj", "down_proj", "q_proj"])
     model = peft.get_peft_model(copy.deepcopy(base), lora)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
