@@ -95,7 +95,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     ways = ways_of(args.gguf, args.pattern, args.work, args.threads)
-    found = tokens_a_second(ways, PROMPT, args.new, args.rounds)
+    found = tokens_a_second(ways, PROMPT, new=args.new, rounds=args.rounds)
     base = found["torch bfloat16"][0]
     print(f"`python benchmarks/decoding.py {' '.join(sys.argv[1:])}`")
     print(f"{cpu_name()}; threads: {args.threads}; {version_text()}\n")

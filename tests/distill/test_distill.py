@@ -29,7 +29,7 @@ def test_the_logit_loss_is_the_divergence_that_scipy_finds(seed: int, t: float, 
     q = special.softmax(s.double().numpy() / t, -1)
     each = t**2 * special.rel_entr(p, q).sum(-1)
     expected = each[mask.numpy()].mean() if mask.any() else 0.0
-    found = logit_loss(s, teacher, t, mask if masked else None)
+    found = logit_loss(s, teacher, temperature=t, mask=mask if masked else None)
     assert found.item() == pytest.approx(expected, rel=2e-4, abs=1e-5)
 
 
@@ -62,7 +62,7 @@ def test_the_hidden_loss_is_normalised_by_layer_and_masked():
         np.square((a - b).numpy()[kept]).sum() / np.square(b.numpy()[kept]).sum()
         for a, b in zip(h, t, strict=True)
     ]
-    assert hidden_loss(h, t, mask).item() == pytest.approx(np.mean(ratios), rel=1e-5)
+    assert hidden_loss(h, t, mask=mask).item() == pytest.approx(np.mean(ratios), rel=1e-5)
     assert hidden_loss(h, h).item() == 0.0
 
 
@@ -154,7 +154,7 @@ def test_a_causal_model_is_compared_where_it_predicts_a_label_that_counts():
     distiller = Distiller(teacher, task=0.0, logits=1.0, hidden=0.0)
     with torch.no_grad():
         at = [m(batch["input_ids"]).logits[0, 2] for m in (model, teacher)]
-    expected = logit_loss(at[0], at[1], 2.0)
+    expected = logit_loss(at[0], at[1], temperature=2.0)
     assert distiller(model, batch).loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 

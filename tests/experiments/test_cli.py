@@ -75,21 +75,21 @@ def test_train_then_report_then_audit(file: Path, tmp_path: Path):
     assert str(page) in found.output.replace("\n", "")
     assert "sr-ste" in page.read_text()
     sparse = next((tmp_path / "runs").glob("sr-ste*seed0*")) / "model"
-    found = run("audit", sparse, "1:8", "--include", "ff")
+    found = run("audit", sparse, "--pattern", "1:8", "--include", "ff")
     assert found.exit_code == 0, found.output
     assert "every weight holds" in found.output
     found = run("audit", sparse)  # judges what the run pruned, and nothing else
     assert found.exit_code == 0, found.output
     assert "every weight holds its pattern, as recorded by the run" in found.output
     assert "not pruned by the run" in found.output
-    assert run("audit", sparse, "1:8").exit_code == 0
-    assert run("audit", sparse, "1:16").exit_code == 1
+    assert run("audit", sparse, "--pattern", "1:8").exit_code == 0
+    assert run("audit", sparse, "--pattern", "1:16").exit_code == 1
     assert json.loads(run("audit", sparse, "--json").output)["judged"] == "record"
     dense = next((tmp_path / "runs").glob("dense*seed0*")) / "model"
     found = run("audit", dense)
     assert found.exit_code == 0
     assert "no weight holds an N:M pattern" in found.output
-    found = run("audit", dense, "1:8", "--include", "ff")
+    found = run("audit", dense, "--pattern", "1:8", "--include", "ff")
     assert found.exit_code == 1
     assert "break the pattern" in found.output
     found = run("plan", dense, "--pattern", "1:4", "--include", "ff")
@@ -144,7 +144,7 @@ def test_mistakes_are_sentences(file: Path, tmp_path: Path):
     assert "no such folder" in refused("report", tmp_path / "none")
     assert "no finished run" in refused("report", tmp_path)
     assert "holds no model" in refused("plan", tmp_path)
-    assert "holds no weights" in refused("audit", tmp_path, "1:4")
+    assert "holds no weights" in refused("audit", tmp_path, "--pattern", "1:4")
     sentence = refused("train", file, "--workers", "1", "--set", "include=nothing.*")
     assert "nothing.*" in sentence
     assert "4 of 4 runs failed" in sentence

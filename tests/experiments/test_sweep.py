@@ -113,7 +113,7 @@ def test_a_base_is_a_file_and_its_lists_are_axes(tmp_path: Path):
 
 def test_overrides_reach_the_sweep_and_its_base(tmp_path: Path):
     given = ["axes.seed=[4, 5]", "training.budget=1e9", "threads=2", "overrides.mask_interval=2"]
-    found = sweep.load(file(tmp_path), given, tmp_path / "other")
+    found = sweep.load(file(tmp_path), given, output=tmp_path / "other")
     assert found.threads == 2
     assert found.folder == tmp_path / "other"
     assert found.store == tmp_path / "other" / "cells"
@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path):
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.rglob("sweep.json"))
     with pytest.raises(ConfigError, match="backend is 'slurm': choose from processes, ray"):
-        sweep.run(found, "slurm")  # type: ignore[arg-type]
+        sweep.run(found, backend="slurm")  # type: ignore[arg-type]
 
 
 def test_every_sweep_of_configs_reads():
@@ -449,7 +449,7 @@ def test_a_local_ray_trains_what_processes_do(tmp_path: Path):
     axes = {"recipe": ["sr-ste"], "pattern": ["1:7", "1:8"], "seed": [0, 1]}
     plan = sweep.load(file(tmp_path, axes))
     seen: list[Progress] = []
-    failed = sweep.run(plan, "ray", workers=2, notify=seen.append)
+    failed = sweep.run(plan, backend="ray", workers=2, notify=seen.append)
     assert sorted(run for run, _ in failed) == sorted(r.id for r in plan.runs if r.pattern == "1:7")
     assert all("7" in sentence and "\n" not in sentence for _, sentence in failed)
     good = [run for run in plan.runs if run.pattern == "1:8"]
@@ -466,4 +466,4 @@ def test_without_ray_the_backend_says_what_to_install(
 ):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'nmflow\[experiments,ray\]'"):
-        sweep.run(sweep.load(file(tmp_path)), "ray")
+        sweep.run(sweep.load(file(tmp_path)), backend="ray")

@@ -93,7 +93,7 @@ def test_a_mode_of_evaluation_shows_its_own_weights_sparse(case: str) -> None:
                 one.optimizer.eval()  # type: ignore[attr-defined]
             if case not in ("ste-interval", "one-shot"):
                 assert_near(parameters_of(run.model), ref.weights(), f"evaluated after {k + 1}")
-            with run.flow.hard():
+            with run.flow.final_masks():
                 assert all_hold(run.model, MLP.targets, MLP.pattern)
             if case != "settling":  # which has drawn its weights when it is refused
                 with pytest.raises(RuntimeError, match="train mode"):

@@ -22,12 +22,12 @@ from settings import Case
 
 RECIPES: list[Recipe] = [
     nmflow.Dense(),
-    nmflow.OneShot(0.5),
-    nmflow.OneShot(6),
-    nmflow.STE(0.0),
-    nmflow.STE(0.25, 0.25),
+    nmflow.OneShot(dense=0.5),
+    nmflow.OneShot(dense=6),
+    nmflow.STE(dense=0.0),
+    nmflow.STE(dense=0.25, finetune=0.25),
     nmflow.SRSTE(dense=3),
-    nmflow.STEP(0.5),
+    nmflow.STEP(dense=0.5),
     nmflow.Gradual(dense=0.2),
     nmflow.MDGF(dense=0.2),
     nmflow.MDGF("linear", dense=4, finetune=6),
@@ -36,7 +36,7 @@ RECIPES: list[Recipe] = [
     nmflow.Hybrid(dense=0.2, finetune=0.3),
     nmflow.Settling(),
     nmflow.MDGF("linear", dense=4, finetune=6, stairs=4),
-    nmflow.SSTE(0.25, 0.25),
+    nmflow.SSTE(dense=0.25, finetune=0.25),
     nmflow.MaxQ(dense=0.2),
     nmflow.Settling(scale=1.6, lr_scale=2.0),
 ]

@@ -28,7 +28,10 @@ def test_the_figures_are_those_of_the_tracker(case: str, every: int) -> None:
     """And they change nothing."""
     family = FAMILY["encoder-layer"]
     run, plain = Run(family, BY_ID[case]), Run(family, BY_ID[case])
-    metrics, tracker = Metrics(run.flow, every), nmflow.track(run.flow, every, per_target=False)
+    metrics, tracker = (
+        Metrics(run.flow, every=every),
+        nmflow.track(run.flow, every=every, per_target=False),
+    )
     assert not set(metrics()) & {f"nmflow_{name}" for name in SEEN}
     for x in family.batches(8):
         run.step(x)

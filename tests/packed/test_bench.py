@@ -50,7 +50,7 @@ def found() -> Bench:
     model = vit()
     example = networks.example(model, 2, 8)
     rivals = ("int8", "bfloat16")
-    return bench(model, example, "1:16", "ff", (), (1, 5), rivals=rivals, seconds=0.002,
+    return bench(model, example, "1:16", "ff", (), tokens=(1, 5), rivals=rivals, seconds=0.002,
                  name="small")  # fmt: skip
 
 

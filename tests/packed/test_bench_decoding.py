@@ -28,7 +28,7 @@ def test_tokens_are_counted_without_the_prompt() -> None:
 
         return run
 
-    found = tokens_a_second({"a": way("a", 0.001), "b": way("b", 0.004)}, [1, 2], 8, 3)
+    found = tokens_a_second({"a": way("a", 0.001), "b": way("b", 0.004)}, [1, 2], new=8, rounds=3)
     assert asked[:2] == [("a", 2), ("b", 2)]  # warm-up
     assert asked[2:] == [("a", 1), ("a", 9), ("b", 1), ("b", 9)] * 3
     for name, most in (("a", 1000.0), ("b", 250.0)):

@@ -103,7 +103,7 @@ def test_onnxruntime_decodes_as_torch(written: tuple[Any, Path]) -> None:
         greedy = decoder.generate(text, 9)
         assert torch.equal(greedy, by_hand(packed, text, 9, lambda z: z.argmax(-1)))
         assert torch.equal(
-            decoder.generate(text, 9, sample(3)), by_hand(packed, text, 9, sample(3))
+            decoder.generate(text, 9, choose=sample(3)), by_hand(packed, text, 9, sample(3))
         )
     stop = int(greedy[0, 3])
     stopped = decoder.generate(PROMPT[:1, :1], 9, stop=stop)
@@ -130,14 +130,14 @@ def test_every_kind_decodes_in_onnxruntime(name: str, tmp_path: Path) -> None:
         kinds = {node.op_type for node in onnx.load(path).graph.node}
         dense_head = not isinstance(packed.lm_head, PackedLinear)
         assert ("MatMulInteger" in kinds) == (head == "int8" and dense_head)
-        decoder = OnnxDecoder(path, 1)
+        decoder = OnnxDecoder(path, threads=1)
         near = (decoder.step(PROMPT) - logits).abs().max() / logits.abs().max()
         assert near < (1e-5 if head == "float32" else 0.05)
         if head == "float32":
             assert torch.equal(decoder.generate(PROMPT, 8), want)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["float32.onnx", "int8.onnx"]
     dense = export_decoder(pruned(name), tmp_path / "dense.onnx", packed=False)
-    assert torch.equal(OnnxDecoder(dense, 1).generate(PROMPT, 8), want)
+    assert torch.equal(OnnxDecoder(dense, threads=1).generate(PROMPT, 8), want)
 
 
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def test_int8_weights_are_the_rounded_ones_and_hold_the_pattern(
     model = mlp()
     given = compress(model, measure=False) if packed else model
     calibration = [torch.randn(8, 64) for _ in range(4)]
-    path = nmflow.export_onnx_int8(given, torch.randn(2, 64), tmp_path / "a.onnx", calibration)
+    path = nmflow.export_onnx_int8(
+        given, torch.randn(2, 64), tmp_path / "a.onnx", calibration=calibration
+    )
     found = weights_of(path)
     assert len(found) == 2
     for layer in (model[0], model[2]):
@@ -87,7 +89,7 @@ def test_openvino_reads_the_int8_graph(tmp_path: Path) -> None:
     ov = pytest.importorskip("openvino", reason="openvino is not installed")
     model = mlp()
     x = torch.randn(4, 64)
-    path = nmflow.export_onnx_int8(model, x, tmp_path / "a.onnx", [torch.randn(64, 64)])
+    path = nmflow.export_onnx_int8(model, x, tmp_path / "a.onnx", calibration=[torch.randn(64, 64)])
     core = ov.Core()
     for options in ({}, {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.5}):
         compiled = core.compile_model(core.read_model(path), "CPU", options)
@@ -103,7 +105,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ([x * 1e-6], "differs by .* of its largest value"),
     ):  # fmt: skip
         with pytest.raises(CompressError, match=said):
-            nmflow.export_onnx_int8(mlp(), x, tmp_path / "a.onnx", calibration)
+            nmflow.export_onnx_int8(mlp(), x, tmp_path / "a.onnx", calibration=calibration)
     assert not list(tmp_path.iterdir())
     for model, said in (
         (mlp("2:4"), "its weight is torch.float32: call model.half"),

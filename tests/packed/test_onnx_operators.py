@@ -73,7 +73,7 @@ def model_of(
 
 
 def session(model: bytes | Path, threads: int = 1) -> Any:
-    options = onnxruntime_session_options(threads)
+    options = onnxruntime_session_options(threads=threads)
     options.log_severity_level = 4
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
@@ -281,10 +281,10 @@ def test_refusals_are_one_sentence_and_leave_no_file(
     with pytest.raises(CompressError, match=r"torch.bfloat16.*packed.float\(\)"):
         export_onnx(half, x.bfloat16(), tmp_path / "a.onnx", packed=True)
     with pytest.raises(CompressError, match="threads is 0"):
-        onnxruntime_session_options(0)
+        onnxruntime_session_options(threads=0)
     assert not list(tmp_path.iterdir())
     own = onnxruntime.SessionOptions()
-    assert nmflow.onnxruntime_session_options(2, own) is own
+    assert nmflow.onnxruntime_session_options(threads=2, options=own) is own
     assert own.intra_op_num_threads == 2
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(CompressError, match=r"pip install 'nmflow\[onnxruntime\]'"):

@@ -70,7 +70,7 @@ def test_the_function_of_real_networks_stays(name: str, pattern: str) -> None:
     model.eval()
     before = first(model(x))
     model.train()
-    done = nmflow.permute_hidden(model, pattern, (x,))
+    done = nmflow.permute_hidden(model, (x,), pattern)
     assert model.training
     assert len(done) == 2
     assert not done.left_out
@@ -154,7 +154,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(make: type, under_flow: bool) 
     for k, x in enumerate(data):
         if k == 5:
             more: dict[str, Any] = {"flow": flow} if under_flow else {"optimizer": optimizers[0]}
-            (done,) = nmflow.permute_hidden(model, "1:4", x, include="*", **more)
+            (done,) = nmflow.permute_hidden(model, x, "1:4", include="*", **more)
             assert not torch.equal(done.order, torch.arange(32))
         for m, o in zip((model, twin), optimizers, strict=True):
             o.zero_grad()
@@ -186,7 +186,7 @@ def test_a_block_that_an_order_changes_is_put_back_and_named() -> None:
     model, x = Normed(), torch.randn(4, 8).double()
     old = {n: p.clone() for n, p in model.named_parameters()}
     y = model(x)
-    done = nmflow.permute_hidden(model, "1:4", x, include="*")
+    done = nmflow.permute_hidden(model, x, "1:4", include="*")
     assert [block.name for block in done] == ["a"]
     assert ("b", "another order of its units changes the outputs") in done.left_out
     assert "left out: b" in str(done)
@@ -201,7 +201,7 @@ def test_refusals_change_nothing() -> None:
     def refused(match: str, error: type = FlowError, **more: object) -> None:
         old = {n: p.clone() for n, p in model.named_parameters()}
         with pytest.raises(error, match=match):
-            nmflow.permute_hidden(model, "1:4", x, include="*", **more)  # type: ignore[arg-type]
+            nmflow.permute_hidden(model, x, "1:4", include="*", **more)  # type: ignore[arg-type]
         assert all(torch.equal(p, old[n]) for n, p in model.named_parameters())
 
     model = mlp()

@@ -274,7 +274,7 @@ def test_dense_weights_tell_kept_from_pruned_while_a_recipe_runs():
     flow = attach(model, optimizer, "ste", "1:4", total_steps=5)
     batches = torch.randn(8, 4, 16)
     # Under a binary mask the network's own weights tell the same; and nothing is disturbed.
-    dense = gradient_noise(model, square_loss, batches, flow.plan, flow.dense_weights())
+    dense = gradient_noise(model, square_loss, batches, flow.plan, weights=flow.dense_weights())
     own = gradient_noise(model, square_loss, batches, flow.plan)
     assert dense == own
     assert dense.of("kept").weights == 32

@@ -35,8 +35,8 @@ def test_soft_threshold_is_continuous(
         if w is None:
             last = None
             continue
-        kept = mask(w, p, dim, stacked)
-        s = soft_threshold(w, kept, p, dim, stacked)
+        kept = mask(w, p, dim, stacked=stacked)
+        s = soft_threshold(w, kept, p, dim, stacked=stacked)
         if last is not None:
             assert float((s - last).abs().max()) <= 3 * float((b - a).abs().max()) / steps
         if kept_last is not None:
@@ -53,8 +53,8 @@ def test_soft_threshold_of_each_group(
     """|w| less the largest |w| of its group that is not kept: group by group, in plain Python."""
     torch.manual_seed(1)
     p, w = Pattern(pattern), torch.randn(shape).double()
-    kept = mask(w, p, dim, stacked)
-    s = soft_threshold(w, kept, p, dim, stacked)
+    kept = mask(w, p, dim, stacked=stacked)
+    s = soft_threshold(w, kept, p, dim, stacked=stacked)
     groups = [x.movedim(dim, -1).reshape(-1, p.m).tolist() for x in (w, kept, s)]
     for values, keeps, made in zip(*groups, strict=True):
         t = max(abs(v) for v, k in zip(values, keeps, strict=True) if not k)
@@ -79,7 +79,7 @@ def test_importance_looks_along_output_rows(
     """A row is enhanced as it is alone, whatever the others hold, by one half at the threshold."""
     torch.manual_seed(0)
     p, w = Pattern("1:4"), torch.randn(shape).double()
-    q = importance(w, p, dim, stacked, 0.1)
+    q = importance(w, p, dim, stacked=stacked, tau=0.1)
     assert q.shape == w.shape
     assert float(q.min()) == 0.0
     assert float(q.max()) <= (2.0 if w.ndim == 4 else 1.0)

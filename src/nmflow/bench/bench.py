@@ -33,6 +33,7 @@ def bench(
     pattern: Patterns | None = "1:16",
     include: Names = "all",
     exclude: Names = (),
+    *,
     tokens: Sequence[int] = (1, 16, 197),
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     layers: bool = True,
@@ -102,7 +103,7 @@ def pruned(
             w = model.get_parameter(target.name).detach()
             if target.rows is not None:
                 w = w.narrow(target.out_dim, target.rows[0], target.rows[1] - target.rows[0])
-            w.mul_(mask(w, target.pattern, target.dim, target.stacked))
+            w.mul_(mask(w, target.pattern, target.dim, stacked=target.stacked))
     return model
 
 

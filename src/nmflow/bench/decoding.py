@@ -32,7 +32,7 @@ def by_generate(model: Any) -> Decode:
 
 def by_onnxruntime(path: str | os.PathLike[str], threads: int) -> Decode:
     """A file of `nmflow.export_decoder`; raises `CompressError` as `OnnxDecoder`."""
-    decoder = OnnxDecoder(path, threads)
+    decoder = OnnxDecoder(path, threads=threads)
 
     def run(prompt: Sequence[int], new: int) -> Tensor:
         return decoder.generate(torch.tensor([list(prompt)]), new)
@@ -68,7 +68,7 @@ def by_llama_cpp(path: str | os.PathLike[str], threads: int) -> Decode:
 
 
 def tokens_a_second(
-    ways: Mapping[str, Decode], prompt: Sequence[int], new: int = 32, rounds: int = 5
+    ways: Mapping[str, Decode], prompt: Sequence[int], *, new: int = 32, rounds: int = 5
 ) -> dict[str, tuple[float, float, float]]:
     """Tokens a second of every way, turn by turn: median, least and most of some rounds.
 

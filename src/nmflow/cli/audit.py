@@ -1,4 +1,4 @@
-"""`nmflow audit CHECKPOINT [PATTERN]`: which weights hold their pattern."""
+"""`nmflow audit CHECKPOINT`: which weights hold their pattern."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def audit(
     checkpoint: Annotated[Path, typer.Argument(help="A safetensors file or a model's folder.")],
     pattern: Annotated[
         str,
-        typer.Argument(
+        typer.Option(
             help="N:M with N kept of every M, such as 1:16. Without it the weights are judged that "
             "the run recorded; where nothing is recorded, the pattern of each is shown.",
             show_default=False,

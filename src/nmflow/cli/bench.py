@@ -78,14 +78,14 @@ def bench(
             None if pattern == "held" else pattern,
             globs(include),
             globs(exclude),
-            counts,
-            globs(dtype),
-            layers,
-            network,
-            globs(rivals),
-            seconds,
-            Path(model).name,
-            lambda what: status.update(Text(f"measuring {what}")),
+            tokens=counts,
+            dtypes=globs(dtype),
+            layers=layers,
+            network=network,
+            rivals=globs(rivals),
+            seconds=seconds,
+            name=Path(model).name,
+            progress=lambda what: status.update(Text(f"measuring {what}")),
         )
     show(found, as_json)
     if output is not None:

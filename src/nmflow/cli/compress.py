@@ -76,8 +76,8 @@ def compress(
     if os.path.lexists(checkpoint / "config.json"):
         model, _, _ = network(checkpoint)
         made = packed.compress(
-            model, held, counts or (1,), names, globs(exclude), bool(counts), inplace=True,
-            values=values or None, activations=activations, dtype=dtype or None,
+            model, held, names, globs(exclude), tokens=counts or (1,), measure=bool(counts),
+            inplace=True, values=values or None, activations=activations, dtype=dtype or None,
         )  # fmt: skip
         report = packed.report_of(made)
         save_beside(made, output, checkpoint, said, figures)

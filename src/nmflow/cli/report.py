@@ -11,7 +11,8 @@ import typer
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders with finished runs.")],
     output: Annotated[
-        Path | None, typer.Option(help="The folder of the report; by default RUNS/report.")
+        Path | None,
+        typer.Option("--output", "-o", help="The folder of the report; by default RUNS/report."),
     ] = None,
     baseline: Annotated[
         str, typer.Option(help="The recipe that the others are compared with.")

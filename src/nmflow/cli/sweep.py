@@ -14,7 +14,9 @@ from nmflow.cli._catalog import list_option
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="A YAML file, or a name such as demo.")],
-    output: Annotated[Path | None, typer.Option(help="The folder of the results.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder of the results.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Cells at work at a time; 0 chooses.")
     ] = None,
@@ -45,7 +47,7 @@ def sweep(
     from nmflow.experiments import origins, stopping
     from nmflow.experiments import sweep as sweeps
 
-    found = sweeps.load(file, set_ or (), output)
+    found = sweeps.load(file, set_ or (), output=output)
     # Under torchrun only the first process speaks.
     first = os.environ.get("RANK", "0") == "0"
     out = console(json_, quiet or not first)
@@ -56,7 +58,7 @@ def sweep(
         out.print(line)
     watching = watcher(found.runs, found.store, out)
     with stopping.watched(stopping_soon), watching:
-        failed = sweeps.run(found, backend, workers, watching.notify)  # type: ignore[arg-type]
+        failed = sweeps.run(found, backend=backend, workers=workers, notify=watching.notify)  # type: ignore[arg-type]
     if json_ and first:
         typer.echo(_as_json(found, failed))
     for _, sentence in failed[1:]:

@@ -13,7 +13,9 @@ from nmflow.cli._catalog import list_option
 
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file, or a name such as demo.")],
-    output: Annotated[Path | None, typer.Option(help="The folder of the runs.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder of the runs.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes side by side; 0 chooses.")
     ] = None,

@@ -125,7 +125,9 @@ class Distiller:
         outputs["loss"] = self.loss(outputs, batch)
         return outputs
 
-    def loss(self, outputs: Any, batch: Mapping[str, Any], share: float | Tensor = 1.0) -> Tensor:
+    def loss(
+        self, outputs: Any, batch: Mapping[str, Any], *, share: float | Tensor = 1.0
+    ) -> Tensor:
         """The whole loss of a student's outputs.
 
         Args:
@@ -149,12 +151,12 @@ class Distiller:
         total = outputs["logits"].new_zeros((), dtype=torch.float32)
         if self.logits:
             s, t, mask = _aligned(outputs["logits"], told["logits"], batch, self._causal)
-            total = total + self.logits * logit_loss(s, t, self.temperature, mask)
+            total = total + self.logits * logit_loss(s, t, temperature=self.temperature, mask=mask)
         if self.hidden:
             states = [_hidden(one, who) for one, who in ((outputs, "student"), (told, "teacher"))]
             masks = [batch.get("attention_mask"), _counting(batch.get("labels"))]
             for s, t, mask in zip(*states, masks, strict=False):
-                part = hidden_loss(s, t, _fitting(mask, s[0])) / len(states[0])
+                part = hidden_loss(s, t, mask=_fitting(mask, s[0])) / len(states[0])
                 total = total + self.hidden * part
         total = share * total
         return total + self.task * own if self.task else total

@@ -11,7 +11,7 @@ from nmflow.errors import DistillError
 
 
 def logit_loss(
-    student: Tensor, teacher: Tensor, temperature: float = 2.0, mask: Tensor | None = None
+    student: Tensor, teacher: Tensor, *, temperature: float = 2.0, mask: Tensor | None = None
 ) -> Tensor:
     r"""Kullback-Leibler divergence of softened predictions, times T².
 
@@ -33,7 +33,8 @@ def logit_loss(
 
     Example:
         >>> import torch
-        >>> round(logit_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]), 1.0).item(), 4)
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+        >>> round(logit_loss(student, teacher, temperature=1.0).item(), 4)
         0.3278
 
     References:
@@ -53,7 +54,7 @@ def logit_loss(
 
 
 def hidden_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, mask: Tensor | None = None
 ) -> Tensor:
     r"""Squared distance of hidden states, normalised by the teacher's: SquareHead.
 

@@ -102,6 +102,8 @@ def most(spent: Callable[[int], int], budget: float, guess: int) -> int:
 
 
 def _dense_step(run: Run, model: Any, example: Any, processes: int) -> int:
-    found = cost(model, example, run.pattern, run.include, run.exclude, "dense", 1)
+    found = cost(
+        model, example, run.pattern, run.include, run.exclude, recipe="dense", total_steps=1
+    )
     t = run.training
     return max(1, found.dense_step * t.batch_size * t.accumulate * processes)

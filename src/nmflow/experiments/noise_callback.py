@@ -55,7 +55,7 @@ class NoiseCallback(TrainerCallback):
         """Track the flow that has just been attached, on from where the tracker was."""
         if not self.every or self.attached.flow is None:
             return
-        self.tracker = track(self.attached.flow, self.every, per_target=False)
+        self.tracker = track(self.attached.flow, every=self.every, per_target=False)
         file = None if self.checkpoint is None else self.checkpoint / _file(args)
         if file is not None and file.is_file():
             held = torch.load(file, map_location=args.device, weights_only=True)
@@ -92,7 +92,11 @@ class NoiseCallback(TrainerCallback):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             found = gradient_noise(
-                model, _loss, self._batches(device), flow.plan, flow.dense_weights()
+                model,
+                _loss,
+                self._batches(device),
+                flow.plan,
+                weights=flow.dense_weights(),
             )
         out = {}
         for part in PARTS:

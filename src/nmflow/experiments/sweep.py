@@ -25,6 +25,7 @@ BACKENDS: tuple[Backend, ...] = ("processes", "ray")
 
 def run(
     sweep: Sweep,
+    *,
     backend: Backend = "processes",
     workers: int | None = None,
     notify: Notify | None = None,

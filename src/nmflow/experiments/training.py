@@ -236,7 +236,7 @@ def _audit(run: Run, model: nn.Module) -> dict[str, Any]:
 def _save(run: Run, model: Any, problem: tasks.Problem, path: Path) -> None:
     model.save_pretrained(path)
     if run.recipe.name != "dense":  # what `nmflow audit` judges
-        chosen = plan(model, run.pattern, run.include, run.exclude, run.remainder)
+        chosen = plan(model, run.pattern, run.include, run.exclude, remainder=run.remainder)
         write_record(path, chosen, dict(model.named_parameters()))
     if problem.save is not None:
         problem.save(path)

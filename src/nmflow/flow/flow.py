@@ -123,7 +123,7 @@ class Flow:
         slots = [slot for stepper in self._steppers for slot in stepper.slots]
         return {s.name: s.weight for s in slots}
 
-    def observe(self, observer: Observer, every: int = 1) -> Observation:
+    def observe(self, observer: Observer, *, every: int = 1) -> Observation:
         """Call `observer(step, views)` before an optimizer step, on what it will step with.
 
         Args:
@@ -173,8 +173,6 @@ class Flow:
             return copies.pruned(copy, self.model, self._to_prune, self._norms)
         self._check_live("final_masks()")
         return FinalMasks(self._blocks)
-
-    hard = final_masks  # its name before
 
     def dense(self) -> contextlib.AbstractContextManager[None]:
         """Show the dense weights W, take what the block makes of them, and show W̃ again.

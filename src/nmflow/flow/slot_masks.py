@@ -91,8 +91,10 @@ class SlotMasks:
         assert stage.pattern is not None
         if stage.form == "multi-axis":
             tau = stage.tau
-            return w + w * masks.importance(w, stage.pattern, target.dim, target.stacked, tau)
-        sparse = masks.soft_threshold(w, kept, stage.pattern, target.dim, target.stacked)
+            return w + w * masks.importance(
+                w, stage.pattern, target.dim, stacked=target.stacked, tau=tau
+            )
+        sparse = masks.soft_threshold(w, kept, stage.pattern, target.dim, stacked=target.stacked)
         scale = self.tensors[SCALE_KEY][self.regions.index(region)]
         # Not yet taken where a dense phase shows its final masks.
         return sparse * (scale if bool(scale) else masks.least_squares(w, sparse))
@@ -106,7 +108,9 @@ class SlotMasks:
                 continue
             w = region.of(local(self.dense))
             kept = self.masks(region, stage, False)[0]
-            sparse = masks.soft_threshold(w, kept, stage.pattern, target.dim, target.stacked)
+            sparse = masks.soft_threshold(
+                w, kept, stage.pattern, target.dim, stacked=target.stacked
+            )
             scales[i] = masks.least_squares(w, sparse)
 
 

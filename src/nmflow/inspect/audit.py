@@ -242,7 +242,7 @@ def _compare(chosen: Plan, layers: Layers, read: Callable[[str], Tensor], judged
     rows, others = [], []
     for target in chosen:
         weight = rows_of(_comparable(target.name, read(target.name)), target)
-        held = holds(weight, target.pattern, target.dim, target.stacked)
+        held = holds(weight, target.pattern, target.dim, stacked=target.stacked)
         rows.append(_row(target.label, target.shape, target.pattern, held, weight))
     for other in chosen.others:
         layer = known[other.name]

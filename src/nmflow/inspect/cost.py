@@ -133,6 +133,7 @@ def cost(
     pattern: Patterns | None = None,
     include: Names = "all",
     exclude: Names = (),
+    *,
     recipe: str | Recipe | None = None,
     total_steps: int | None = None,
 ) -> Cost:
@@ -171,7 +172,9 @@ def cost(
         arXiv 2402.04744, section 4.4 (FLOPs); the rule for the backward pass is stated in `RULE`.
     """
     known = _checked(recipe, pattern, total_steps)
-    targets = [] if pattern is None else list(plan(model, pattern, include, exclude, "skip"))
+    targets = (
+        [] if pattern is None else list(plan(model, pattern, include, exclude, remainder="skip"))
+    )
     passes = count(model, example_inputs, backward=known is not None)
     final = known is None or known.prunes
     sizes = {name: p.element_size() for name, p in model.named_parameters()}

@@ -85,6 +85,7 @@ def gradient_noise(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     batches: Iterable[Any],
     targets: Sequence[Target],
+    *,
     weights: Mapping[str, Tensor] | None = None,
 ) -> GradientNoise:
     r"""Signal-to-noise of the gradients of many independent batches at frozen weights.
@@ -158,7 +159,7 @@ def _rows(
     rows: list[NoiseRow] = []
     for target in targets:
         weight = rows_of(weights[target.name].detach(), target)
-        kept = mask(weight, target.pattern, target.dim, target.stacked)
+        kept = mask(weight, target.pattern, target.dim, stacked=target.stacked)
         first = rows_of(mean[target.name], target).double().square()
         noise = rows_of(spread[target.name], target).double() / (count - 1)
         second = first + noise * ((count - 1) / count)

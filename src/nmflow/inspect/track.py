@@ -55,7 +55,7 @@ class Tracker:
         self._masks: dict[str, Tensor] = {}
         # Several optimizers report a step one after the other.
         self._open: dict[int, dict[str, tuple[View, list[float]]]] = {}
-        self._observation = flow.observe(self._observe, every)
+        self._observation = flow.observe(self._observe, every=every)
 
     def stop(self) -> None:
         """End the stream; `rows` stay, the masks that were held for comparison go."""
@@ -155,7 +155,7 @@ class Tracker:
         return torch.stack([s.double() for s in sums])
 
 
-def track(flow: Flow, every: int = 1, per_target: bool = True) -> Tracker:
+def track(flow: Flow, *, every: int = 1, per_target: bool = True) -> Tracker:
     """Record gradients, masks and distances of a flow's targets before each optimizer step.
 
     A dense run (`attach(recipe="dense")`) is tracked alike: its mask is the one that its pattern
@@ -207,7 +207,7 @@ def _off(view: View, pruned: Tensor) -> Tensor:
         return pruned.new_zeros(())
     left = pruned * (1.0 - stage.delta)
     if stage.previous is not None and stage.delta > 0:
-        fading = mask(view.weight, stage.previous, view.target.dim, view.target.stacked)
+        fading = mask(view.weight, stage.previous, view.target.dim, stacked=view.target.stacked)
         left = torch.where(fading, left, pruned)
     return (left * left).sum()
 

@@ -50,5 +50,5 @@ class Distillation:
             if trainer.args.average_tokens_across_devices:
                 # The items are those of all processes, whose gradients are then averaged.
                 share = share * trainer.accelerator.num_processes
-        loss = self.distiller.loss(outputs, inputs, share)
+        loss = self.distiller.loss(outputs, inputs, share=share)
         return (loss, outputs) if return_outputs else loss

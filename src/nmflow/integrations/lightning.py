@@ -105,7 +105,7 @@ class NMFlowCallback(pl.Callback):
         self._live = True
         every = getattr(trainer, "log_every_n_steps", 0)  # a connector puts it there
         if trainer.loggers and every:
-            self._metrics = Metrics(self.flow, every)
+            self._metrics = Metrics(self.flow, every=every)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Show the masks of the step again."""

@@ -52,12 +52,12 @@ class Metrics:
         ['nmflow_delta', 'nmflow_density', 'nmflow_pattern_m']
     """
 
-    def __init__(self, flow: Flow, every: int = 1) -> None:
+    def __init__(self, flow: Flow, *, every: int = 1) -> None:
         self._flow = flow
         self._masks: dict[str, Tensor] = {}
         self._seen: dict[str, float] = {}
         self._step, self._total = -1, torch.zeros(8, dtype=_SUM)
-        flow.observe(self._observe, every)
+        flow.observe(self._observe, every=every)
 
     def __call__(self) -> dict[str, float]:
         """The figures now: plain numbers, by name."""

@@ -129,7 +129,7 @@ class NMFlowCallback(Witness, TrainerCallback):
         steps = self._total_steps or state.max_steps
         self.flow = attach(model, optimizer, total_steps=steps, **self._how)
         self.live = True
-        self._metrics = Metrics(self.flow, max(1, int(state.logging_steps or 1)))
+        self._metrics = Metrics(self.flow, every=max(1, int(state.logging_steps or 1)))
         _before_the_trackers(self)
         if args.eval_on_start:
             self._show()

@@ -11,7 +11,7 @@ from nmflow.pattern import Pattern
 
 
 def soft_threshold(
-    w: Tensor, kept: Tensor, pattern: Pattern, dim: int = 1, stacked: bool = False
+    w: Tensor, kept: Tensor, pattern: Pattern, dim: int = 1, *, stacked: bool = False
 ) -> Tensor:
     r"""What of each kept |w| exceeds the largest |w| of its group that is not kept.
 
@@ -48,7 +48,7 @@ def least_squares(w: Tensor, sparse: Tensor) -> float:
 
 
 def importance(
-    w: Tensor, pattern: Pattern, dim: int = 1, stacked: bool = False, tau: float = 1e-2
+    w: Tensor, pattern: Pattern, dim: int = 1, *, stacked: bool = False, tau: float = 1e-2
 ) -> Tensor:
     r"""By how much a weight is enhanced: how far it lies above the threshold of its row.
 

@@ -17,7 +17,7 @@ from nmflow.pattern import Pattern
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def mask(w: Tensor, pattern: str | Pattern, dim: int = 1, stacked: bool = False) -> Tensor:
+def mask(w: Tensor, pattern: str | Pattern, dim: int = 1, *, stacked: bool = False) -> Tensor:
     r"""Magnitude mask of a weight: True at the N largest `|w|` of every M along `dim`.
 
     `m = 1` for the N largest of each group `|w[M*g : M*(g+1)]|`, else 0. Ties go to the lowest
@@ -59,7 +59,7 @@ def mask(w: Tensor, pattern: str | Pattern, dim: int = 1, stacked: bool = False)
     return kept
 
 
-def holds(w: Tensor, pattern: str | Pattern, dim: int = 1, stacked: bool = False) -> bool:
+def holds(w: Tensor, pattern: str | Pattern, dim: int = 1, *, stacked: bool = False) -> bool:
     """Say whether a weight keeps a pattern: at most N non-zeros in every group of M along `dim`.
 
     Args:

@@ -16,6 +16,7 @@ def sparsegpt(
     w: Tensor,
     gram: Tensor,
     pattern: str | Pattern,
+    *,
     damping: float = DAMPING,
     block: int = BLOCK,
 ) -> Tensor:

@@ -33,9 +33,10 @@ Runs = dict[str, list[Run]]
 def compress(
     model: Model,
     pattern: Patterns | None = None,
-    tokens: Sequence[int] = (1, 197),
     include: Names = "*",
     exclude: Names = (),
+    *,
+    tokens: Sequence[int] = (1, 197),
     measure: bool = True,
     onednn: bool = False,
     fuse: bool = True,
@@ -60,9 +61,9 @@ def compress(
         model: a model whose weights hold N:M, such as after `flow.finalize()`.
         pattern: a pattern, or patterns by preset or glob as for `plan`; None finds the sparsest
             pattern that each weight holds, also for single blocks of rows of a fused `qkv`.
-        tokens: the token counts (rows of a layer's input) to be fast at.
         include: presets or globs, as for `plan`; the default takes every weight.
         exclude: presets or globs to leave dense.
+        tokens: the token counts (rows of a layer's input) to be fast at.
         measure: False packs everything that can be packed, without timing.
         onednn: True also measures the linear layers that hold no pattern, and runs them on packed
             oneDNN where that is faster; they then hold their weight twice.
@@ -153,7 +154,7 @@ def compress(
     return made
 
 
-def decompress(model: Model, inplace: bool = False) -> Model:
+def decompress(model: Model, *, inplace: bool = False) -> Model:
     """Give every packed module its dense one back, with exactly the weights that were packed.
 
     Kept weights come back bit by bit and pruned ones as +0.0 (`torch.equal` holds; a pruned -0.0

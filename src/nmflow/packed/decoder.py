@@ -22,6 +22,7 @@ Past = list[tuple[Tensor, Tensor]]
 def export_decoder(
     model: nn.Module,
     path: str | os.PathLike[str],
+    *,
     packed: bool = True,
     head: str = "float32",
 ) -> Path:
@@ -84,8 +85,8 @@ class OnnxDecoder:
         CompressError: as `onnxruntime_session_options`; or the file is no such step.
     """
 
-    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
-        options = onnx_operators.onnxruntime_session_options(threads)
+    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
+        options = onnx_operators.onnxruntime_session_options(threads=threads)
         import onnxruntime
 
         self._values = onnxruntime.OrtValue
@@ -125,6 +126,7 @@ class OnnxDecoder:
         self,
         input_ids: Tensor,
         max_new_tokens: int,
+        *,
         choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
         stop: int | None = None,
     ) -> Tensor:

@@ -23,7 +23,7 @@ Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def export_program(
-    model: nn.Module, example_inputs: Example, dynamic_batch: bool = True, packed: bool = False
+    model: nn.Module, example_inputs: Example, *, dynamic_batch: bool = True, packed: bool = False
 ) -> ExportedProgram:
     """Export with `torch.export`: the masked dense network, or the packed one with nmflow's ops.
 
@@ -44,6 +44,7 @@ def export_onnx(
     model: nn.Module,
     example_inputs: Example,
     path: str | os.PathLike[str],
+    *,
     dynamic_batch: bool = True,
     verify: bool = True,
     packed: bool = False,

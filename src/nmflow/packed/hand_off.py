@@ -28,6 +28,7 @@ def export_onnx_int8(
     model: nn.Module,
     example_inputs: Example,
     path: str | os.PathLike[str],
+    *,
     calibration: Iterable[Example] | None = None,
     dynamic_batch: bool = True,
     verify: bool = True,
@@ -69,7 +70,7 @@ def export_onnx_int8(
     try:
         with disk.staging(target.parent) as folder:
             dense = folder / "dense.onnx"
-            export_onnx(model, example_inputs, dense, dynamic_batch, verify=False)
+            export_onnx(model, example_inputs, dense, dynamic_batch=dynamic_batch, verify=False)
             names = _inputs(dense)
             part = folder / target.name
             quantize_static(

@@ -27,7 +27,7 @@ ATTRIBUTES = ("out_features", "in_features", "n", "m", "panel", "epilogue")
 THREADS = f"custom_op.{NAME}.threads"
 
 
-def onnxruntime_session_options(threads: int | None = None, options: Any = None) -> Any:
+def onnxruntime_session_options(*, threads: int | None = None, options: Any = None) -> Any:
     """Session options under which onnxruntime runs packed networks, on its own threads.
 
     Args:

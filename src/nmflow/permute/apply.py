@@ -71,8 +71,8 @@ class Permuted(list[PermutedBlock]):
 @torch.no_grad()
 def permute_hidden(
     model: nn.Module,
-    pattern: Patterns,
     example_inputs: Any,
+    pattern: Patterns,
     include: Names = "ff",
     exclude: Names = (),
     *,
@@ -93,9 +93,9 @@ def permute_hidden(
 
     Args:
         model: the network; run in eval mode, and put back into its own.
-        pattern: as for `attach`: the patterns that the order is for.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of named
             ones.
+        pattern: as for `attach`: the patterns that the order is for.
         include: presets or globs of the weights, see `plan`.
         exclude: presets or globs to leave out.
         optimizer: the optimizers of a run that has begun: what they keep of each weight is permuted
@@ -118,7 +118,7 @@ def permute_hidden(
         >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
         >>> x = torch.randn(4, 8)
         >>> before = mlp(x)
-        >>> done = permute_hidden(mlp, "1:4", x, include="*")
+        >>> done = permute_hidden(mlp, x, "1:4", include="*")
         >>> torch.allclose(mlp(x), before, atol=1e-5), done[0].down[1] >= done[0].down[0]
         (True, True)
 
@@ -187,13 +187,15 @@ def _order(block: HiddenBlock, rounds: int, seed: int) -> Tensor:
     wide = max((t.pattern for t in block.ups), key=lambda p: p.panel)
     down = _matrix(block, block.down)
     if wide.panel == 1:
-        return order_for_groups(down, pattern, rounds, seed)
+        return order_for_groups(down, pattern, rounds=rounds, seed=seed)
     same = [t for t in block.ups if t.pattern == wide]
     order = order_for_panels(torch.cat([m for t in same for m in _halves(block, t)], 1), wide)
     order = order.to(down.device)
     # Inside a panel, units may trade places for the sake of the groups of the second matrix.
     if wide.panel % (2 * pattern.m) == 0 and units % wide.panel == 0:
-        inner = order_for_groups(down[:, order], pattern, rounds, seed, wide.panel)
+        inner = order_for_groups(
+            down[:, order], pattern, rounds=rounds, seed=seed, within=wide.panel
+        )
         order = order[inner.to(order.device)]
     return order.cpu()
 

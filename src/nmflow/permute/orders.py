@@ -25,7 +25,7 @@ def kept_share(w: Tensor, pattern: Pattern) -> float:
 
 
 def order_for_groups(
-    w: Tensor, pattern: Pattern, rounds: int = 40, seed: int = 0, within: int = 0
+    w: Tensor, pattern: Pattern, *, rounds: int = 40, seed: int = 0, within: int = 0
 ) -> Tensor:
     r"""An order of the columns of `w`, so that large weights of a row fall into different groups.
 

@@ -38,7 +38,7 @@ class Dense(Recipe):
         return DENSE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OneShot(Recipe):
     """Dense until step d, then a magnitude mask taken once and kept: one-shot and fine-tune.
 
@@ -60,7 +60,7 @@ class OneShot(Recipe):
         return self.phases(total_steps)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class STE(Recipe):
     """Straight-through: W̃ = W ⊙ m from step d, and the dense weight receives g.
 
@@ -77,7 +77,7 @@ class STE(Recipe):
         check_phases(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SRSTE(Recipe):
     """Sparse-refined straight-through: STE with g + λ·(1 - m) ⊙ W.
 
@@ -104,7 +104,7 @@ class SRSTE(Recipe):
         check_phases(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SSTE(Recipe):
     """S-STE: W̃ is a continuous function of W, since what is kept is what exceeds the threshold.
 
@@ -131,7 +131,7 @@ class SSTE(Recipe):
         check_phases(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class STEP(Recipe):
     """STEP: a dense phase with Adam, whose second moment is then frozen as a preconditioner.
 
@@ -168,7 +168,7 @@ class STEP(Recipe):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gradual(Decaying):
     """Gradual magnitude pruning: binary masks that keep fewer of every M by the cubic law.
 

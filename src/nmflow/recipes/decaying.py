@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 from nmflow.errors import RecipeError
@@ -46,11 +46,12 @@ class MDGF(Decaying):
     """
 
     decay: str = "exponential"
+    _: KW_ONLY
     beta: float | None = None
     gradient: str = "masked"
     dense: float = 0.0
     finetune: float = 0.2
-    stairs: int = field(default=0, kw_only=True)
+    stairs: int = 0
 
     def __post_init__(self) -> None:
         check_choice("decay", self.decay, schedules.DECAYS)
@@ -93,10 +94,11 @@ class SDGF(Decaying):
     """
 
     structure: str = "stepwise"
+    _: KW_ONLY
     gradient: str = "straight-through"
     dense: float = 0.0
     finetune: float = 0.2
-    stairs: int = field(default=0, kw_only=True)
+    stairs: int = 0
 
     def __post_init__(self) -> None:
         check_choice("structure", self.structure, schedules.FRAMES)
@@ -142,6 +144,7 @@ class Hybrid(Decaying):
     """
 
     structure: str = "stepwise"
+    _: KW_ONLY
     decay: str = "exponential"
     beta: float | None = None
     gradient: str = "masked"
@@ -194,6 +197,7 @@ class MaxQ(Decaying):
     """
 
     schedule: str = "cosine"
+    _: KW_ONLY
     lam: float = 2e-4
     tau: float = 1e-2
     dense: float = 0.0
@@ -216,7 +220,7 @@ class MaxQ(Decaying):
         return Stage("decay", pattern, whole=share)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settling(MDGF):
     """MDGF whose dense weights are drawn to the sparse ones, so that the mask settles.
 

@@ -32,6 +32,7 @@ def plan(
     pattern: Patterns,
     include: Names = "all",
     exclude: Names = (),
+    *,
     remainder: str = "auto",
     recipe: str | Recipe | None = None,
 ) -> Plan:

@@ -28,7 +28,7 @@ Folder = str | os.PathLike[str]
 
 def save(
     model: nn.Module, folder: Folder, pattern: Patterns | None = None, include: Names = "*",
-    exclude: Names = (), recipe: object = None, quality: Mapping[str, float] | None = None,
+    exclude: Names = (), *, recipe: object = None, quality: Mapping[str, float] | None = None,
 ) -> None:  # fmt: skip
     """Write a network to a folder, its N:M weights as kept values and their columns.
 
@@ -118,7 +118,7 @@ def save_beside(
         raise CompressError(f"folder '{folder}' cannot be written: {error}") from error
 
 
-def load(folder: Folder, model: Model, fuse: bool = True) -> Model:
+def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
     """Load what `save` wrote into a dense model of the same architecture.
 
     Args:

@@ -58,7 +58,7 @@ def save_state(
     )
 
 
-def load_state(folder: Folder, max_bytes: int | None = None) -> dict[str, Tensor]:
+def load_state(folder: Folder, *, max_bytes: int | None = None) -> dict[str, Tensor]:
     """The dense state dict of a saved network, without a model.
 
     A file of 1:256 names a dense network of up to 256 times its size, so the size is checked
