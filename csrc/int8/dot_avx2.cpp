@@ -13,6 +13,7 @@ static inline int64_t windows_of(const nmf_job *job) {
 }
 
 #define DOT_OFFSET 0
+#define DOT_LINE 0
 #define DOT_INPUTS(job) ((windows_of(job) * pieces_of((job)->g) * 16 + 63) / 64 * 64)
 #define DOT_EXTRA(job) (quads_of((job)->g) * pieces_of((job)->g) * 32)
 #include "dot_impl.h"

@@ -1,6 +1,7 @@
 #include "decode.h"
 
 #define DOT_OFFSET 0
+#define DOT_LINE 0
 #define DOT_INPUTS(job) (((job)->g.in + 63) / 64 * 64)
 #define DOT_EXTRA(job) ((job)->g.entries * 128)
 #include "dot_impl.h"

@@ -8,6 +8,7 @@ static inline int64_t windows_of(const nmf_job *job) {
 }
 
 #define DOT_OFFSET 128
+#define DOT_LINE 64
 #define DOT_INPUTS(job) (windows_of(job) * window_of((job)->g))
 #define DOT_EXTRA(job) (quads_of((job)->g) * 64)
 #include "dot_impl.h"
@@ -19,12 +20,13 @@ struct Quads {
   int64_t count;       /* quads of a window */
 };
 
-/* QW: quads of a window where a block holds whole windows, else 0. */
-template <int BITS, int QW, bool WIDE, int NT, int TILES>
+/* QW: quads of a window where a block holds whole windows, else 0. AHEAD: bytes, of the weights to come;
+ * they go to the second-level cache where x fills the first. */
+template <int BITS, int QW, bool WIDE, int NT, int TILES, bool FULL>
 NMF_INLINE void block(const nmf_job *job, Quads quads, int64_t token, int64_t tile, const int8_t *x,
-                      int64_t stride, const float *steps) {
+                      int64_t line, const float *steps) {
   const int PER = 8 / BITS, U = NT * TILES >= 8 ? 1 : NT * TILES >= 4 ? (PER < 2 ? PER : 2) : PER;
-  const int WINDOW = WIDE ? 128 : 64, BYTES = 64 + PER * 64, AHEAD = 4096;
+  const int BYTES = 64 + PER * 64, AHEAD = FULL ? 4096 : 2048;
   __m512i acc[U][TILES][NT];
   const char *w[TILES];
 #pragma GCC unroll 4
@@ -48,7 +50,8 @@ NMF_INLINE void block(const nmf_job *job, Quads quads, int64_t token, int64_t ti
     for (int i = 0; i < TILES; ++i) {
       code[i] = _mm512_loadu_si512(w[i]);
 #pragma GCC unroll 8
-      for (int line = 0; line < BYTES; line += 64) _mm_prefetch(w[i] + AHEAD + line, _MM_HINT_T0);
+      for (int at = 0; at < BYTES; at += 64)
+        _mm_prefetch(w[i] + AHEAD + at, FULL ? _MM_HINT_T1 : _MM_HINT_T0);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < PER; ++j) {
@@ -63,8 +66,8 @@ NMF_INLINE void block(const nmf_job *job, Quads quads, int64_t token, int64_t ti
       }
 #pragma GCC unroll 16
       for (int t = 0; t < NT; ++t) {
-        const __m512i low = _mm512_loadu_si512(x + t * stride);
-        const __m512i high = WIDE ? _mm512_loadu_si512(x + t * stride + 64) : low;
+        const __m512i low = _mm512_loadu_si512(x + t * 64);
+        const __m512i high = WIDE ? _mm512_loadu_si512(x + t * 64 + line) : low;
 #pragma GCC unroll 4
         for (int i = 0; i < TILES; ++i) {
           const __m512i picked = WIDE ? _mm512_permutex2var_epi8(low, index[i], high)
@@ -73,7 +76,7 @@ NMF_INLINE void block(const nmf_job *job, Quads quads, int64_t token, int64_t ti
         }
       }
       if (QW ? (j + 1) % (QW ? QW : 1) == 0 : ++quad == quads.count) {
-        x += WINDOW;
+        x += WIDE ? 2 * line : line;
         quad = 0;
       }
     }
@@ -105,53 +108,64 @@ NMF_INLINE void block(const nmf_job *job, Quads quads, int64_t token, int64_t ti
 }
 
 template <int BITS, int QW, bool WIDE>
-void tiles_of(const nmf_job *job, const nmf_part *part, Quads quads, const int8_t *x, int64_t stride,
+void tiles_of(const nmf_job *job, const nmf_part *part, Quads quads, const int8_t *x, int64_t line,
               const float *steps) {
-#define NMF_BLOCK(NT, TILES)                                                             \
-  block<BITS, QW, WIDE, NT, TILES>(job, quads, part->token + t, tile, x + t * stride, stride, \
-                                   steps + t)
+#define NMF_BLOCK(NT, TILES, FULL)                                                                \
+  block<BITS, QW, WIDE, NT, TILES, FULL>(job, quads, part->token + t, tile, x + t * 64, line, steps + t)
   const int64_t tokens = part->token_end - part->token;
+  const bool full = tokens * DOT_INPUTS(job) > 24576; /* bytes of x: they fill the first-level cache */
   int64_t tile = part->tile;
-  if (tokens % 16 == 0) /* as many sums as there are registers for, and one stream of weights */
-    for (; tile < part->tile_end; ++tile)
-      for (int64_t t = 0; t < tokens; t += 16) NMF_BLOCK(16, 1);
+  if (QW == 1 && full && tokens % 8 == 0) /* x is loaded from afar for each quad: for three tiles */
+    for (; tile + 3 <= part->tile_end; tile += 3)
+      for (int64_t t = 0; t < tokens; t += 8) NMF_BLOCK(8, 3, true);
   if (tokens >= 4)
     for (; tile + 2 <= part->tile_end; tile += 2) {
+      const int64_t pair = tile;
       int64_t t = 0;
-      for (; t + 8 <= tokens; t += 8) NMF_BLOCK(8, 2);
+      for (; t + 16 <= tokens; t += 16) { /* as many sums as registers, and one stream of weights */
+        for (int64_t tile = pair; tile < pair + 2; ++tile)
+          if (full)
+            NMF_BLOCK(16, 1, true);
+          else
+            NMF_BLOCK(16, 1, false);
+      }
+      if (t + 8 <= tokens) {
+        NMF_BLOCK(8, 2, false);
+        t += 8;
+      }
       if (t + 4 <= tokens) {
-        NMF_BLOCK(4, 2);
+        NMF_BLOCK(4, 2, false);
         t += 4;
       }
-      for (; t < tokens; ++t) NMF_BLOCK(1, 2);
+      for (; t < tokens; ++t) NMF_BLOCK(1, 2, false);
     }
   for (; tile < part->tile_end; ++tile) {
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) NMF_BLOCK(4, 1);
-    for (; t < tokens; ++t) NMF_BLOCK(1, 1);
+    for (; t + 4 <= tokens; t += 4) NMF_BLOCK(4, 1, false);
+    for (; t < tokens; ++t) NMF_BLOCK(1, 1, false);
   }
 #undef NMF_BLOCK
 }
 
-void dot_tiles(const nmf_job *job, const nmf_part *part, const int8_t *x, int64_t stride,
+void dot_tiles(const nmf_job *job, const nmf_part *part, const int8_t *x, int64_t line,
                const float *steps, char *scratch) {
   const nmf_geometry &g = job->g;
   const Quads quads = {scratch, quads_of(g)};
   for (int64_t k = 0; k < quads.count; ++k)
     for (int i = 0; i < 64; ++i)
       scratch[k * 64 + i] = static_cast<char>((k * 4 + i % 4) / g.n * g.m);
-  if (window_of(g) == 128) return tiles_of<8, 1, true>(job, part, quads, x, stride, steps);
+  if (window_of(g) == 128) return tiles_of<8, 1, true>(job, part, quads, x, line, steps);
   switch (job->q.bits * 8 + quads.count) {
     case 2 * 8 + 4: /* 1:4 */
-      return tiles_of<2, 4, false>(job, part, quads, x, stride, steps);
+      return tiles_of<2, 4, false>(job, part, quads, x, line, steps);
     case 4 * 8 + 1: /* 1:16 */
-      return tiles_of<4, 1, false>(job, part, quads, x, stride, steps);
+      return tiles_of<4, 1, false>(job, part, quads, x, line, steps);
     case 4 * 8 + 2: /* 1:8 and 2:16 */
-      return tiles_of<4, 2, false>(job, part, quads, x, stride, steps);
+      return tiles_of<4, 2, false>(job, part, quads, x, line, steps);
     default:
-      if (job->q.bits == 2) return tiles_of<2, 0, false>(job, part, quads, x, stride, steps);
-      if (job->q.bits == 4) return tiles_of<4, 0, false>(job, part, quads, x, stride, steps);
-      return tiles_of<8, 0, false>(job, part, quads, x, stride, steps);
+      if (job->q.bits == 2) return tiles_of<2, 0, false>(job, part, quads, x, line, steps);
+      if (job->q.bits == 4) return tiles_of<4, 0, false>(job, part, quads, x, line, steps);
+      return tiles_of<8, 0, false>(job, part, quads, x, line, steps);
   }
 }
 

@@ -105,6 +105,10 @@ __attribute__((noinline)) void write_rows(const nmf_job *job, int64_t token, int
 /* The bias of a tile's 16 rows as fp32; zero where there is none. */
 NMF_INLINE void read_bias(const nmf_job *job, int64_t tile, float *bias) {
   const int64_t row = tile * 16;
+  if (job->bias != nullptr && job->g.dtype == NMFLOW_F32 && row + 16 <= job->g.out) {
+    memcpy(bias, static_cast<const float *>(job->bias) + row, 64);
+    return;
+  }
   for (int i = 0; i < 16; ++i)
     bias[i] = job->bias && row + i < job->g.out ? element(job->bias, row + i, job->g.dtype) : 0.0f;
 }
