@@ -39,6 +39,24 @@ def by_pattern(frame: pd.DataFrame, patterns: list[str], path: Path) -> None:
     write(path, plots.draw(paint, height=4.2))
 
 
+def curves(spread: pd.DataFrame, dense: float, name: str) -> str:
+    """A figure that falls over training, a row of `spread` a line; returns the Markdown for it."""
+
+    def paint(axes: list[Axes]) -> None:
+        ax = axes[0]
+        ax.axhline(dense, label="Dense, as it is", color="#000000", lw=1)
+        for place, (label, row) in enumerate(spread.iterrows()):
+            xs = [float(tokens) / 1e6 for tokens in spread.columns]
+            ax.plot(xs, row.to_list(), label=label, lw=1.4, markersize=4.5, **plots.style(place))
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel("tokens of training, millions")
+        ax.set_ylabel("held-out perplexity")
+
+    write(PAGES / "figures" / f"{name}.svg", plots.draw(paint, height=4.2))
+    return f"![Perplexity over tokens](figures/{name}.svg)"
+
+
 def forest(cells: list[Cell], name: str, where: list[str] | None = None) -> str:
     """Differences with their intervals, a row a comparison; returns the Markdown that shows it."""
     places = where or [c.pattern for c in cells]

@@ -16,6 +16,7 @@ from pilot import pilot
 from pretrained_page import pretrained
 from questions import hybrid, longer, low_sparsity, panels, phases, rule
 from rivals import rivals
+from smollm import language_model
 from spending import equal_flops, sparsest
 from tables import PAGES
 from tuning import tuning
@@ -36,6 +37,7 @@ BUILT: dict[str, tuple[Callable[[], str], str]] = {
     "settling.md": (better, "*-main-*"),
     "l-smaller-dense.md": (rivals, "*-dense"),
     "n-pretrained.md": (pretrained, "*-rates"),
+    "o-language-model.md": (language_model, "smollm*"),
 }
 """Each page, what makes it, and the tables without which there is no page."""
 

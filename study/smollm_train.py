@@ -1,0 +1,321 @@
+"""SmolLM2-135M at N:M in FF: held-out perplexity over tokens of training, in the seconds given.
+
+    python study/smollm_train.py WEIGHTS.gguf smollm-tokens.npz smollm.parquet --seconds 80
+
+The runs come in the order of the protocol: learning rates on the tuning documents, then main runs.
+The table is written anew after every run, so a stop keeps what is finished. The tokens are those of
+`study/smollm_text.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, rms_norm
+from transformers import AutoModelForCausalLM
+
+import nmflow
+from nmflow.distill import hidden_loss, logit_loss
+from nmflow.recipes import Recipe
+
+LENGTH, ROWS, BETAS, WARMUP, CLIP = 512, 16, (0.9, 0.95), 0.05, 1.0
+RATES = (5e-4, 1e-3, 2e-3)
+DENSE_RATE = 2e-4
+MARKS = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
+"""The shares of a run after which it is evaluated."""
+RECIPES: dict[str, Recipe] = {
+    "Settling": nmflow.Settling(),
+    "SR-STE": nmflow.SRSTE(lam=2e-3),
+    "MDGF-Exponential": nmflow.MDGF("exponential"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: what the table says of it, beside what came out."""
+
+    setup: str
+    pattern: str
+    taught: bool
+    rate: float
+    part: str
+    tokens: int
+    seed: int = 0
+
+
+class Stopped(Exception):
+    """The seconds are over."""
+
+
+class Norm(nn.Module):
+    """Llama's norm in one kernel, whose result every product after it reads without a cast."""
+
+    def __init__(self, old: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = old.weight, old.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In float32, rounded to what products take."""
+        made = rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return made.to(torch.bfloat16)
+
+
+class Network:
+    """A Llama with its hidden states at hand. It has no dropout, so it stays in evaluation mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model.eval()
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits for every next token that is there, and the hidden states after each layer."""
+        body = self.model.model
+        hidden = body.embed_tokens(ids)
+        places = torch.arange(ids.shape[1], device=ids.device)[None]
+        turned = body.rotary_emb(hidden, position_ids=places)
+        states = []
+        for layer in body.layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=turned)
+            states.append(hidden)
+        return self.model.lm_head(body.norm(hidden[:, :-1])), states
+
+
+def taught_loss(logits: Tensor, told: Tensor, ids: Tensor) -> Tensor:
+    """Half the text's loss, half the teacher's."""
+    return 0.5 * own_loss(logits, ids) + 0.5 * logit_loss(logits, told, temperature=1.0)
+
+
+def own_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Cross entropy of the next token."""
+    return cross_entropy(logits.flatten(0, -2).float(), ids[:, 1:].flatten())
+
+
+def loaded(weights: Path) -> Any:
+    """The dense network in float32, with frozen embeddings."""
+    more, folder = {}, weights
+    if weights.is_file():
+        more, folder = {"gguf_file": weights.name}, weights.parent
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
+    model.model.embed_tokens.requires_grad_(False)
+    for part in list(model.modules()):
+        for name, child in list(part.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(part, name, Norm(child))
+    return model
+
+
+class Study:
+    """The networks, the tokens and the clock that all runs share."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.began, self.seconds = time.perf_counter(), given.seconds
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.compiled, self.hidden, self.to = given.compile, given.hidden, given.to
+        self.tokens = {name: rows_of(x) for name, x in np.load(given.tokens).items()}
+        self.dense = loaded(given.weights).to(self.device)
+        # The teacher's weights are rounded once, not in every step; the products are the same.
+        self.teacher = Network(copy.deepcopy(self.dense).to(torch.bfloat16).requires_grad_(False))
+        torch._dynamo.config.suppress_errors = True  # a compiler that is missing costs time alone
+        self.taught_loss: Any = torch.compile(taught_loss) if self.compiled else taught_loss
+        self.table: list[dict[str, Any]] = []
+        self.cost: dict[bool, float] = {}
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.seconds - (time.perf_counter() - self.began)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 products."""
+        return torch.autocast(self.device, torch.bfloat16)
+
+    @torch.no_grad()
+    def perplexity(self, network: Network, part: str) -> float:
+        """Of every second row's tokens after its first."""
+        losses = []
+        with self.autocast():
+            for some in self.tokens[part][::2].split(ROWS):
+                if len(some) == ROWS:
+                    ids = some.to(self.device)
+                    losses.append(own_loss(network(ids)[0], ids))
+        return float(torch.stack(losses).mean().exp())
+
+    def note(self, run: Run, step: int, seconds: float, perplexity: float, loss: float) -> None:
+        """One row of the table."""
+        tokens = step * ROWS * LENGTH
+        self.table.append(
+            {
+                **dataclasses.asdict(run),
+                "trained_tokens": tokens,
+                "train_seconds": round(seconds, 3),
+                "perplexity": round(perplexity, 4),
+                "train_loss": round(loss, 4),
+                "at_second": round(time.perf_counter() - self.began, 1),
+            }
+        )
+        sys.stdout.write(f"{self.table[-1]}\n")
+        sys.stdout.flush()
+
+    def save(self) -> None:
+        """The table, with what made it."""
+        name = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
+        about = {"device": name, "torch": torch.__version__, "compiled": self.compiled}
+        pd.DataFrame(self.table).assign(**about).to_parquet(self.to, index=False)
+
+    def train(self, run: Run, noted: bool = True) -> float:
+        """Train and judge; returns the last perplexity. What is not noted warms the device up."""
+        gc.collect()  # the network of the run before
+        model = copy.deepcopy(self.dense)
+        network = Network(model)
+        steps = run.tokens // (ROWS * LENGTH)
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            params, lr=run.rate, betas=BETAS, weight_decay=0.0, fused=self.device == "cuda"
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _linear(steps))
+        recipe = RECIPES.get(run.setup)
+        flow = recipe and nmflow.attach(
+            model, optimizer, recipe, run.pattern, include="ff", total_steps=steps
+        )
+        marks = {max(1, round(mark * steps)) for mark in MARKS if run.part != "tuning" or mark == 1}
+        seconds, since = 0.0, self.now()
+        for step, ids in enumerate(self.batches(run.seed, steps), 1):
+            loss = self.loss(network, ids, run.taught)
+            loss.backward()
+            nn.utils.clip_grad_norm_(params, CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 10 == 0 and self.left() < 0:
+                raise Stopped
+            if step in marks:
+                seconds += self.now() - since
+                with flow.final_masks() if flow else contextlib.nullcontext():
+                    found = self.perplexity(network, run.part)
+                if noted:
+                    self.note(run, step, seconds, found, loss.item())
+                since = self.now()
+        if flow:
+            flow.finalize()
+            if not nmflow.audit(model, run.pattern, include="ff").ok:
+                raise AssertionError(f"{run}: not {run.pattern}")
+        self.cost[run.taught] = seconds / steps
+        self.save()
+        return found
+
+    def loss(self, network: Network, ids: Tensor, taught: bool) -> Tensor:
+        """Of one batch."""
+        with self.autocast():
+            logits, states = network(ids)
+            if not taught:
+                return own_loss(logits, ids)
+            with torch.no_grad():
+                told, wanted = self.teacher(ids)
+            loss = self.taught_loss(logits, told, ids)
+            if self.hidden:
+                # The first place holds a few huge numbers, beside which no other would count.
+                cut = [[h[:, 1:] for h in some] for some in (states, wanted)]
+                loss = loss + self.hidden * hidden_loss(*cut)
+        return loss
+
+    def batches(self, seed: int, steps: int) -> Iterator[Tensor]:
+        """Rows in an order of the seed: the same for every run of it."""
+        rows = self.tokens["train"]
+        made = torch.Generator().manual_seed(seed)
+        order = torch.cat([torch.randperm(len(rows), generator=made)
+                           for _ in range(steps * ROWS // len(rows) + 1)])  # fmt: skip
+        for i in range(steps):
+            yield rows[order[i * ROWS : (i + 1) * ROWS]].to(self.device, non_blocking=True)
+
+    def now(self) -> float:
+        """The time, once the device is done."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def tuned(self, setup: str, pattern: str, taught: bool, tokens: int) -> float:
+        """The best of three rates on the tuning documents; one more where it lies at an edge."""
+        found: dict[float, float] = {}
+        for rate in RATES:
+            found[rate] = self.train(Run(setup, pattern, taught, rate, "tuning", tokens))
+        best = min(found, key=lambda rate: found[rate])
+        beyond = {min(RATES): best / 2, max(RATES): best * 2}.get(best)
+        if beyond:
+            found[beyond] = self.train(Run(setup, pattern, taught, beyond, "tuning", tokens))
+        return min(found, key=lambda rate: found[rate])
+
+
+def rows_of(tokens: Any) -> Tensor:
+    """Whole rows of a stream of tokens."""
+    count = len(tokens) // LENGTH
+    return torch.from_numpy(tokens[: count * LENGTH].astype(np.int64)).view(count, LENGTH)
+
+
+def _linear(steps: int) -> Callable[[int], float]:
+    warm = max(1, round(WARMUP * steps))
+    return lambda k: min((k + 1) / warm, (steps - k) / max(1, steps - warm))
+
+
+def work(study: Study, given: argparse.Namespace) -> None:
+    """Every run, the most wanted first."""
+    study.train(Run("Settling", "1:4", True, RATES[0], "tuning", 3 * ROWS * LENGTH), noted=False)
+    for part in ("held_out", "tuning"):
+        found = study.perplexity(Network(study.dense), part)
+        study.note(Run("Dense, as it is", "", False, 0.0, part, 0), 0, 0.0, found, 0.0)
+    rate = {n: study.tuned(n, "1:4", True, given.tuning) for n in ("Settling", "SR-STE")}
+    # What is left goes to these two and to the dense one, which has no teacher: 2.6 such runs.
+    room = int(0.9 * study.left() / (2.6 * study.cost[True])) * ROWS * LENGTH
+    if room < given.tuning:
+        raise Stopped
+    tokens = min(given.budget, room)
+
+    def judged(name: str, pattern: str, taught: bool, rate: float) -> None:
+        study.train(Run(name, pattern, taught, rate, "held_out", tokens))
+
+    for name in rate:
+        judged(name, "1:4", True, rate[name])
+    judged("Dense, trained on", "", False, DENSE_RATE)
+    for name in rate:
+        judged(name, "1:4", False, study.tuned(name, "1:4", False, given.tuning))
+    for name in rate:
+        judged(name, "1:8", True, rate[name])
+    other = "MDGF-Exponential"
+    judged(other, "1:4", True, study.tuned(other, "1:4", True, given.tuning))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("weights", type=Path, help="a GGUF file, or a folder of transformers")
+    parser.add_argument("tokens", type=Path, help="what study/smollm_text.py wrote")
+    parser.add_argument("to", type=Path, help="the table to write")
+    parser.add_argument("--seconds", type=float, default=80, help="after these no step is made")
+    parser.add_argument(
+        "--budget", type=int, default=8_000_000, help="tokens of a main run, at most"
+    )
+    parser.add_argument("--tuning", type=int, default=500_000, help="tokens of a tuning run")
+    parser.add_argument("--hidden", type=float, default=1.0, help="weight of the hidden states")
+    parser.add_argument("--compile", action="store_true", help="compile the loss with a teacher")
+    given = parser.parse_args()
+    study = Study(given)
+    try:
+        work(study, given)
+    except Stopped:
+        sys.stdout.write("the seconds are over\n")
+    finally:
+        study.save()
+
+
+if __name__ == "__main__":
+    main()
