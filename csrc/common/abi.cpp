@@ -7,7 +7,6 @@
 #if (defined(__x86_64__) || defined(__i386__)) && defined(NMFLOW_X86)
 #define NMF_HAS_X86 1
 #include <cpuid.h>
-#include <immintrin.h>
 #endif
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -16,23 +15,35 @@
 
 namespace {
 
+#if defined(NMF_HAS_X86)
+/* The registers that the system saves (XCR0): a feature whose registers it does not is not there.
+ * __builtin_cpu_supports would know, but needs a runtime that clang does not link on Windows. */
+unsigned saved_registers(unsigned leaf1_ecx) {
+  if (!(leaf1_ecx & bit_OSXSAVE)) return 0;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+bool all_of(unsigned word, unsigned bits) { return (word & bits) == bits; }
+#endif
+
 int detect_features() {
   int features = 0;
 #if defined(NMF_HAS_X86)
-  /* __builtin_cpu_supports checks XGETBV too: a feature the system does not save is not there. */
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    unsigned a, b, c, d;
-    if (__get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C)) features |= 1;
-  }
-  if ((features & 1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  unsigned a, b, c, d, more_b, more_c, more_d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  if (!__get_cpuid_count(7, 0, &a, &more_b, &more_c, &more_d)) return 0;
+  const unsigned saved = saved_registers(c);
+  if (all_of(saved, 0x6) && all_of(c, bit_AVX | bit_FMA | bit_F16C) && (more_b & bit_AVX2))
+    features |= 1;
+  const unsigned wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  if ((features & 1) && all_of(saved, 0xe6) && all_of(more_b, wide)) {
     features |= 2;
-    unsigned a, b, c, d;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16)) features |= 4;
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) features |= 16;
+    if (all_of(more_c, bit_AVX512VNNI | bit_AVX512VBMI)) features |= 16;
 #if defined(__linux__) && defined(SYS_arch_prctl)
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22)) && (d & (1u << 24))) {
+    if (all_of(more_d, (1u << 22) | (1u << 24))) {
       /* Linux hands out the tile registers on request only (ARCH_REQ_XCOMP_PERM, XTILEDATA). */
       if (syscall(SYS_arch_prctl, 0x1023, 18) == 0) features |= 8;
     }
