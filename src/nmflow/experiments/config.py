@@ -24,7 +24,7 @@ from nmflow.experiments.specs import (
     Strict,
     Training,
 )
-from nmflow.experiments.tasks import options
+from nmflow.experiments.tasks.registry import options
 from nmflow.experiments.yaml_values import plain
 from nmflow.pattern import Pattern
 

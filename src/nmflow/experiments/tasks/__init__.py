@@ -1,16 +1,12 @@
-"""Tasks: what to learn, from which data, scored how. A new task is one file and one row here."""
+"""Tasks: what to learn, of which data, scored how; a new one is a file and a row of `registry`."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nmflow.errors import ConfigError
-from nmflow.experiments.config_errors import parse
+from nmflow.experiments.tasks.registry import FILES, module, options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,18 +15,7 @@ if TYPE_CHECKING:
     from nmflow.experiments.config import Run
     from nmflow.experiments.data.sources import Card
 
-# Each file has `Options`, a pydantic model, and `build(run) -> Problem`; imported when it is asked
-# for, so that a configuration is checked without any heavy import.
-FILES = {
-    "language-modelling": "lm",
-    "image-classification": "vision",
-    "image-classification-stream": "image_stream",
-    "text-classification": "classification",
-    "text-to-text": "text_to_text",
-    "translation": "translation",
-    "token-modelling": "tokens",
-    "instruction-tuning": "instructions",
-}
+__all__ = ["FILES", "Problem", "build", "module", "options"]
 
 
 @dataclass(frozen=True)
@@ -64,20 +49,6 @@ class Problem:
     trainer: type[Trainer] | None = None
     arguments: Mapping[str, Any] | None = None
     save: Callable[[Any], None] | None = None
-
-
-def module(task: str) -> ModuleType:
-    """The file of a task."""
-    if task not in FILES:
-        close = difflib.get_close_matches(task, FILES, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(FILES)}"
-        raise ConfigError(f"task is {task!r}: {hint}")
-    return importlib.import_module(f"nmflow.experiments.tasks.{FILES[task]}")
-
-
-def options(task: str, raw: Mapping[str, Any]) -> Any:
-    """The task's options, checked."""
-    return parse(module(task).Options, dict(raw), "options")
 
 
 def build(run: Run) -> Problem:
