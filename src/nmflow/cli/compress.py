@@ -59,7 +59,7 @@ def compress(
     from nmflow.errors import CompressError
     from nmflow.inspect.checkpoints import open_state
     from nmflow.packed.files.container import is_packed
-    from nmflow.packed.files.folder import save_beside
+    from nmflow.packed.files.saving import save_beside
 
     if not all(count.isdigit() for count in globs(tokens)):
         raise CompressError(f"tokens is {tokens!r}: give numbers such as 1,197")

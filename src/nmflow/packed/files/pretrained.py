@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nmflow.errors import CompressError
+from nmflow.packed.files.saving import save
 
 # What other calls pass along, and what it has to be: a packed network is one file, its own state.
 _ONLY: dict[str, Any] = {
@@ -36,8 +37,6 @@ class SavePretrained:
         Raises:
             CompressError: as `save`; an option that asks for another kind of file.
         """
-        from nmflow.packed.files.folder import save  # which puts packed modules into networks
-
         for name, value in options.items():
             if name in _ANY or (name in _ONLY and value == _ONLY[name]):
                 continue

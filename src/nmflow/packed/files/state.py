@@ -11,7 +11,7 @@ from torch import Tensor
 from nmflow.errors import CompressError
 from nmflow.packed import build
 from nmflow.packed.files import container, writing
-from nmflow.packed.files.folder import Folder
+from nmflow.packed.files.saving import Folder
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.layout import as_matrix, file_bits, fits, runs
 from nmflow.packed.report import Report, Row
