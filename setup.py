@@ -232,7 +232,7 @@ setup(
         Extension(
             "nmflow._native",
             sources=sources(),
-            include_dirs=["csrc/common", "csrc/masks", "csrc/matmul", "csrc/int8"],
+            include_dirs=["csrc/common", "csrc/masks", "csrc/matmul", "csrc/int8", "csrc/steps"],
             depends=sorted(p.relative_to(HERE).as_posix() for p in (HERE / "csrc").rglob("*.h")),
             language="c++",
         )

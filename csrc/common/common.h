@@ -19,6 +19,9 @@
 NMF_INLINE int64_t nmf_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 NMF_INLINE int64_t nmf_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* The bytes of the words that a row of so many bytes is made of. */
+NMF_INLINE int64_t nmf_word(int64_t bytes) { return bytes % 8 == 0 ? 8 : bytes % 4 == 0 ? 4 : 2; }
+
 NMF_INLINE int nmf_item_bytes(int dtype) { return dtype == NMFLOW_F32 ? 4 : 2; }
 
 NMF_INLINE float nmf_float_of_bits(uint32_t bits) {

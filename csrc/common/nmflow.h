@@ -39,7 +39,7 @@ extern "C" {
 #define NMFLOW_API __attribute__((visibility("default")))
 #endif
 
-#define NMFLOW_ABI_VERSION 6
+#define NMFLOW_ABI_VERSION 7
 #define NMFLOW_LAYOUT_VERSION 1
 
 enum nmflow_dtype { NMFLOW_F32 = 0, NMFLOW_BF16 = 1, NMFLOW_F16 = 2 };
@@ -50,6 +50,7 @@ enum nmflow_isa { NMFLOW_PORTABLE = 0, NMFLOW_AVX2 = 1, NMFLOW_AVX512 = 2 };
 enum nmflow_status {
   NMFLOW_OK = 0,
   NMFLOW_NOT_FINITE = 1,    /* nmflow_project: w holds a NaN or an infinity */
+  NMFLOW_NOT_KEPT = 2,      /* a group keeps more than N, or a row than was said */
   NMFLOW_BAD_PATTERN = -1,  /* not 1 <= N <= M, M out of range, in not a multiple of M, panel < 1 */
   NMFLOW_BAD_SHAPE = -2,    /* a size is negative, zero where it may not be, or overflows */
   NMFLOW_BAD_DTYPE = -3,    /* unknown dtype or epilogue */
@@ -146,6 +147,38 @@ enum nmflow_kernel {
 /* The kernel that nmflow_matmul takes for this call (or a refusal, negative), and its name. */
 NMFLOW_API int32_t nmflow_choose(const nmflow_shape *shape, int64_t tokens);
 NMFLOW_API const char *nmflow_kernel_name(int32_t kernel);
+
+/* ---------------------------------------------------------------------------------------------
+ * Training on kept places: fp32, on AVX-512, rows of patterns with M <= 16 or panels of multiples of
+ * 16 rows. Everything is contiguous and row-major. With nmflow_matmul for y these are the products of
+ * a step.
+ * --------------------------------------------------------------------------------------------- */
+/* NMFLOW_OK where the three below serve a shape on this machine. */
+NMFLOW_API int32_t nmflow_trains(const nmflow_shape *shape);
+
+/* Packs w, [out][in], into kernel layout: places that `mask` (may be null) keeps or that are not 0; a
+ * group, or a panel's, with fewer than N of them is filled up with its lowest others. The buffers
+ * have the sizes that the layout demands. NMFLOW_NOT_KEPT: a group has more; they are unspecified. */
+NMFLOW_API int32_t nmflow_pack(const nmflow_shape *shape, const float *w, const uint8_t *mask,
+                               float *values, int64_t values_bytes, void *codes, int64_t codes_bytes,
+                               int32_t threads);
+/* dx = dy W: dy is [tokens][out], dx [tokens][in]. */
+NMFLOW_API int32_t nmflow_input_grad(const nmflow_packed *packed, const float *dy, float *dx,
+                                     int64_t tokens, int32_t threads);
+/* dw = (dy^T x) at the kept places and +0.0 elsewhere, [out][in]; bias (may be null) = sum of dy, [out].
+ * Of packed only the shape and the codes are read. */
+NMFLOW_API int32_t nmflow_weight_grad(const nmflow_packed *packed, const float *x, const float *dy,
+                                      float *dw, float *bias, int64_t tokens, int32_t threads);
+
+/* Kept elements of [rows][cols] together: the elements of row r where mask is set go, in their order,
+ * to together[starts[r]] and on; starts has rows + 1 entries, and starts[r + 1] - starts[r] is what row r
+ * keeps. NMFLOW_NOT_KEPT where it is not; NMFLOW_NO_KERNEL without AVX-512. */
+NMFLOW_API int32_t nmflow_take(const float *apart, const uint8_t *mask, const int64_t *starts,
+                               int64_t rows, int64_t cols, float *together, int32_t threads);
+/* And back, with +0.0 elsewhere; odd and prints (may be null) as in nmflow_hold. */
+NMFLOW_API int32_t nmflow_put(const float *together, const uint8_t *mask, const int64_t *starts,
+                              int64_t rows, int64_t cols, float *apart, const int64_t *odd,
+                              int64_t *prints, int32_t threads);
 
 /* ---------------------------------------------------------------------------------------------
  * Weights with 8-bit values, and one fp32 scale a row: W[o][i] = scale[o] * q[o][i], -127 <= q <= 127.

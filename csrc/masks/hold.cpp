@@ -1,12 +1,10 @@
 /* nmflow_hold: what is checked before it runs, and how it is shared out to threads. */
 #include "hold.h"
+#include "send.h"
 
 #include <atomic>
 
 namespace {
-
-/* Bytes of a new result that is not worth a stay in the caches, nor the reading of what it covers. */
-const int64_t NMF_PAST = INT64_C(4) << 20;
 
 struct Run {
   nmf_holding job;

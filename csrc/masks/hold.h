@@ -21,9 +21,6 @@ struct nmf_holding {
 /* A dtype for sums alone, of rows of bytes. */
 const int NMF_BYTES = -1;
 
-/* The bytes of the words that a row of so many bytes is made of. */
-NMF_INLINE int64_t nmf_word(int64_t bytes) { return bytes % 8 == 0 ? 8 : bytes % 4 == 0 ? 4 : 2; }
-
 /* One for each instruction set. Does rows [first, last) and returns whether w holds no NaN and no
  * infinity there. */
 typedef bool (*nmf_holder)(const nmf_holding *job, int64_t first, int64_t last);

@@ -1,7 +1,9 @@
 /* W by a mask that is held (hold.h): one pass over memory, with the fingerprint of what it writes.
  * The same source is compiled once for each instruction set. Everything is static: see common.h. */
 #include "hold.h"
+#include "prints.h"
 #include "project_write.h"
+#include "send.h"
 
 namespace {
 
@@ -24,54 +26,6 @@ NMF_INLINE vecu largest(const typename nmf_element<DTYPE>::type *w, int64_t coun
     seen = larger(seen, splat(bits & (DTYPE == NMFLOW_F32 ? 0x7fffffffu : 0x7fffu)));
   }
   return seen;
-}
-
-/* Sums of words times factors modulo 2^64, lane by lane. */
-typedef uint64_t vecl __attribute__((vector_size(4 * LANES)));
-const int64_t WIDE = LANES / 2;
-
-template <class WORD>
-NMF_INLINE vecl sum_words(const char *words, const int64_t *odd, int64_t count, vecl sums) {
-  typedef WORD vecw __attribute__((vector_size(sizeof(WORD) * (LANES / 2))));
-  int64_t i = 0;
-  for (; i + WIDE <= count; i += WIDE)
-    sums += __builtin_convertvector(get<vecw>(words + i * sizeof(WORD)), vecl) * get<vecl>(odd + i);
-  for (; i < count; ++i) {
-    const int64_t word = get<WORD>(words + i * sizeof(WORD));
-    sums[0] += static_cast<uint64_t>(word) * static_cast<uint64_t>(odd[i]);
-  }
-  return sums;
-}
-
-/* The same of bytes, in words as wide as a row of them allows. */
-NMF_INLINE vecl sum_bytes_of(const void *from, const int64_t *odd, int64_t bytes, int64_t width,
-                             vecl sums) {
-  const char *words = static_cast<const char *>(from);
-  if (width == 8) return sum_words<int64_t>(words, odd, bytes / 8, sums);
-  if (width == 4) return sum_words<int32_t>(words, odd, bytes / 4, sums);
-  return sum_words<int16_t>(words, odd, bytes / 2, sums);
-}
-
-NMF_INLINE int64_t total_of(vecl sums) {
-  uint64_t sum = 0;
-  for (int64_t lane = 0; lane < WIDE; ++lane) sum += sums[lane];
-  return static_cast<int64_t>(sum);
-}
-
-/* Bytes to memory without a stay in the caches. */
-NMF_INLINE void send(void *to, const void *from, int64_t bytes) {
-#if defined(__AVX512BW__)
-  char *at = static_cast<char *>(to);
-  const char *end = at + bytes, *source = static_cast<const char *>(from);
-  const int64_t odd = -reinterpret_cast<intptr_t>(at) & 63, head = nmf_min(odd, bytes);
-  memcpy(at, source, static_cast<size_t>(head));
-  at += head, source += head;
-  for (; at + 64 <= end; at += 64, source += 64)
-    _mm512_stream_si512(reinterpret_cast<__m512i *>(at), get<__m512i>(source));
-  memcpy(at, source, static_cast<size_t>(end - at));
-#else
-  memcpy(to, from, static_cast<size_t>(bytes));
-#endif
 }
 
 template <int DTYPE>
@@ -100,9 +54,7 @@ bool hold_typed(const nmf_holding *job, int64_t first, int64_t last) {
     }
     if (job->prints != nullptr) job->prints[row] = total_of(sums);
   }
-#if defined(__AVX512BW__)
-  if (job->past) _mm_sfence();
-#endif
+  if (job->past) sent();
   uint32_t most = 0;
   for (int lane = 0; lane < LANES; ++lane) most = seen[lane] > most ? seen[lane] : most;
   return most < (DTYPE == NMFLOW_F32 ? 0x7f800000u : nmf_element<DTYPE>::infinity);

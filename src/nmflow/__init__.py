@@ -20,7 +20,7 @@ from nmflow.errors import (
     StateError,
     WeightError,
 )
-from nmflow.flow import Flow, FlowStage, attach
+from nmflow.flow import Flow, FlowStage, LayerStep, LayerSteps, attach
 from nmflow.inspect.audit import Audit, audit
 from nmflow.inspect.cost import Cost, cost
 from nmflow.integrations import registering
@@ -93,6 +93,8 @@ __all__ = [
     "FlowStage",
     "Gradual",
     "Hybrid",
+    "LayerStep",
+    "LayerSteps",
     "MaxQ",
     "Memory",
     "NMFlowError",

@@ -17,7 +17,7 @@ import torch
 
 from nmflow.errors import NMFlowError
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("portable", "avx2", "avx512")
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "avx512_vnni")
@@ -25,6 +25,7 @@ NOT_FINITE = 1
 # What `nmflow_status` says, in words; the caller adds the parameter's name and its value.
 REASONS = {
     NOT_FINITE: "holds a NaN or an infinity",
+    2: "keeps more than its pattern allows",
     -1: "has a pattern that does not fit it (1 <= N <= M <= 256, inputs a multiple of M)",
     -2: "has a size that is negative or overflows",
     -3: "has a dtype or an epilogue that the kernels do not know",

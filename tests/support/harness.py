@@ -156,3 +156,53 @@ def use(run: Run, what: str) -> None:
             pass
     else:
         getattr(run.flow, what)()
+
+
+def check_row(
+    case: Case, family: Family, optimizer: str, dtype: torch.dtype = torch.float64
+) -> None:
+    """Train a row of the contract table beside the reference; compare step for step, and resume."""
+    make = OPTIMIZERS[optimizer]
+    run = Run(family, case, make, dtype=dtype, attached=False)
+    ref = twin(run, make)
+    keys = list(run.model.state_dict())
+    objects = dict(run.model.named_parameters())
+    batches = family.batches(TOTAL, dtype)
+    resume_at = 1 + sum(map(ord, case.id + family.id + optimizer)) % (TOTAL - 1)
+
+    run.attach()
+    planned = {(t.name, t.dim, t.rows) for t in run.flow.plan}
+    assert planned == {(name, spec.dim, spec.rows) for name, spec in family.targets.items()}
+
+    saved = None
+    for k, x in enumerate(batches):
+        assert run.flow.steps_done == k
+        assert_near(parameters_of(run.model), ref.weights(), f"after {k} steps")
+        if k == resume_at:
+            saved = through_file((run.model.state_dict(), run.optimizer.state_dict()))
+        run.step(x)
+        reference_step(ref, x)
+        assert list(run.model.state_dict()) == keys
+        now = dict(run.model.named_parameters())
+        assert list(now) == list(objects)
+        assert all(now[name] is p for name, p in objects.items())
+
+    last = parameters_of(run.model)
+    assert_near(last, ref.weights(), "at the end")
+    assert run.flow.stage.phase == ("dense" if case.kind == "Dense" else "final")
+    assert case.kind == "Dense" or all_hold(run.model, family.targets, family.pattern)
+
+    run.flow.finalize()
+    assert_same(parameters_of(run.model), last, "after finalize")
+    assert all(p is objects[name] for name, p in run.model.named_parameters())
+    assert list(run.model.state_dict()) == keys
+    assert traces(run.optimizer) == []
+
+    assert saved is not None
+    again = Run(family, case, make, dtype=dtype, seed=99, attached=False)
+    again.model.load_state_dict(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    again.attach()
+    assert again.flow.steps_done == resume_at
+    again.train(batches[resume_at:])
+    assert_same(parameters_of(again.model), last, f"resumed at {resume_at}")

@@ -3,5 +3,15 @@
 from nmflow.flow.attach import attach
 from nmflow.flow.flow import Flow, FlowStage
 from nmflow.flow.observing import Observation, Observer, View
+from nmflow.flow.sparse_steps import LayerStep, LayerSteps
 
-__all__ = ["Flow", "FlowStage", "Observation", "Observer", "View", "attach"]
+__all__ = [
+    "Flow",
+    "FlowStage",
+    "LayerStep",
+    "LayerSteps",
+    "Observation",
+    "Observer",
+    "View",
+    "attach",
+]

@@ -11,6 +11,7 @@ from nmflow.errors import RecipeError
 from nmflow.flow import scores
 from nmflow.flow.flow import Flow
 from nmflow.flow.hosts import check_model, optimizers_of
+from nmflow.flow.sparse_steps import Mode, check_mode
 from nmflow.flow.state import Run
 from nmflow.recipes import DEFAULT, Recipe, resolve
 from nmflow.select.plan import Names, Patterns, plan
@@ -29,6 +30,7 @@ def attach(
     mask_interval: int = 1,
     freeze_mask: bool = False,
     norms: Mapping[str, Tensor] | None = None,
+    sparse_steps: Mode = "off",
 ) -> Flow:
     r"""Train a model's weights to N:M sparsity: one line before an unchanged training loop.
 
@@ -51,6 +53,10 @@ def attach(
         freeze_mask: hold the mask through the fine-tune phase.
         norms: ‖x‖ of each input of each target, by label or parameter name, `(in,)`: masks then
             keep the largest |W|·‖x‖ of a group, not the largest |W|. Give a resumed run the same.
+        sparse_steps: `"on"` computes the forward and backward pass of a layer on kept places, once
+            its mask is binary and pruned weights cannot come back by their gradient, which is then
+            0 in `.grad`; `"auto"` where that is faster, by the first step; `"off"` never. Results
+            are equal within rounding. `Flow.explain` says which layers do.
 
     Returns:
         The flow; the loop needs nothing of it but `finalize` at the end.
@@ -79,12 +85,13 @@ def attach(
     recipe = resolve(recipe)
     recipe.check(total_steps)
     _check_options(recipe, mask_interval, freeze_mask)
+    check_mode(sparse_steps)
     check_model(model)
     optimizers = optimizers_of(optimizer)
     chosen = plan(model, pattern, include, exclude, remainder=remainder, recipe=recipe)
     found = scores.of(chosen, norms) if norms is not None else {}
     run = Run(recipe, total_steps, mask_interval, freeze_mask, norms=scores.digest(found))
-    flow = Flow(model, optimizers, chosen, run, found)
+    flow = Flow(model, optimizers, chosen, run, found, sparse_steps)
     flow._start()
     return flow
 

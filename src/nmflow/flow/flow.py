@@ -19,6 +19,7 @@ from nmflow.flow.copies import Copy
 from nmflow.flow.loading import Loading, watch
 from nmflow.flow.observing import Observation, Observer
 from nmflow.flow.placing import slots_of
+from nmflow.flow.sparse_steps import LayerSteps, Mode
 from nmflow.flow.state import Run
 from nmflow.flow.stepper import Stepper
 from nmflow.pattern import Pattern
@@ -63,6 +64,7 @@ class Flow:
         chosen: Plan,
         run: Run,
         norms: Mapping[str, Tensor],
+        sparse_steps: Mode = "off",
     ) -> None:
         self.model, self.plan, self._norms = model, chosen, norms
         self.recipe: Recipe = run.recipe
@@ -73,7 +75,9 @@ class Flow:
         slots = slots_of(model, optimizers, run.recipe, chosen, norms)
         owned = {id(o): [s for s in slots if s.optimizer is o] for o in optimizers}
         self._steppers = [
-            Stepper(run, o, owned[id(o)], self._observations) for o in optimizers if owned[id(o)]
+            Stepper(run, o, owned[id(o)], self._observations, sparse_steps)
+            for o in optimizers
+            if owned[id(o)]
         ]
         self._blocks = Blocks(self._steppers)
 
@@ -140,7 +144,27 @@ class Flow:
             raise FlowError(f"every is {every!r}: give a whole number of steps, at least 1")
         observation = Observation(observer, every, self._observations)
         self._observations.append(observation)
+        for stepper in self._steppers:
+            stepper.layers.show(stepper.run, stepper.k)
         return observation
+
+    def explain(self) -> LayerSteps:
+        """How each weight's layer computes now, on kept places or dense, and why; see `attach`.
+
+        Returns:
+            An entry a weight; as text it is a table.
+
+        Example:
+            >>> import nmflow, torch
+            >>> model = torch.nn.Linear(16, 8)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> flow = nmflow.attach(model, optimizer, "ste", "1:8", include="*", total_steps=9)
+            >>> print(flow.explain())
+            weight  forward and backward  because
+            ---------------------------------------------------
+            weight  dense                 sparse_steps is 'off'
+        """
+        return LayerSteps(tuple(x for s in self._steppers for x in s.layers.explain()))
 
     # -- what one does with it -----------------------------------------------------------------
 

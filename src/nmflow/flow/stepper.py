@@ -17,6 +17,7 @@ from nmflow.flow.observing import Observation
 from nmflow.flow.record import Record
 from nmflow.flow.sharding import local, sharded
 from nmflow.flow.slots import Slot
+from nmflow.flow.sparse_steps import Mode, SparseSteps
 from nmflow.flow.state import GROUP_KEYS, Run
 from nmflow.flow.steps import Steps
 from nmflow.flow.weights import Weights
@@ -28,10 +29,16 @@ class Stepper:
     Attributes:
         slots: the parameters that it owns and a recipe targets.
         edits: what may be done to them between two steps.
+        layers: how the layers of the weights compute.
     """
 
     def __init__(
-        self, run: Run, optimizer: Optimizer, slots: Sequence[Slot], observations: list[Observation]
+        self,
+        run: Run,
+        optimizer: Optimizer,
+        slots: Sequence[Slot],
+        observations: list[Observation],
+        sparse_steps: Mode,
     ) -> None:
         self.optimizer, self.slots = optimizer, slots
         self._weights = Weights(run, slots)
@@ -39,6 +46,8 @@ class Stepper:
         self._record = Record(run, optimizer, self._weights, self.edits)
         self._steps = Steps(optimizer, self._weights, self.edits, self._record, observations)
         self._handles: list[Any] = []  # of hooks and guards
+        self.layers = SparseSteps(sparse_steps, self._weights.pruned, optimizer, observations)
+        self._weights.told.append(self.layers.show)
 
     @property
     def k(self) -> int:
@@ -164,6 +173,7 @@ class Stepper:
 
     def unhook(self) -> None:
         """Take no further part in what the optimizer does."""
+        self.layers.stop()
         for handle in reversed(self._handles):
             handle.remove()
         for slot in self.slots:

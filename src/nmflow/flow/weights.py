@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Weights:
         pruned: those of them that have dense weights beside the network's own: all, or none where
             the recipe does not prune.
         targets: the targets of all slots, in the same order.
+        told: called with the run and k whenever W̃ of step k was written.
     """
 
     def __init__(self, run: Run, slots: Sequence[Slot]) -> None:
@@ -37,6 +38,7 @@ class Weights:
         self.pruned = slots if run.recipe.prunes else ()
         self.targets = [r.target for s in slots for r in s.regions]
         self.prepared = Prepared()
+        self.told: list[Callable[[Run, int], None]] = []
         self._flags = Flags()
         self._before: dict[int, Tensor] = {}
 
@@ -210,6 +212,8 @@ class Weights:
         for slot, known in zip(waiting, prints, strict=True):
             slot.wrote(known)
         self._flags.send(raised)
+        for tell in self.told:
+            tell(self.run, k)
 
     def read_finite(self, k: int) -> None:
         """Raise a `WeightError` if the last write on a device met a weight that is not finite."""

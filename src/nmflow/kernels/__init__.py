@@ -7,6 +7,7 @@ from nmflow.kernels.explain import Explanation, explain
 from nmflow.kernels.int8_ops import matmul_int8, unpack_int8
 from nmflow.kernels.ops import matmul, unpack
 from nmflow.kernels.registry import BACKENDS, Choice, choose
+from nmflow.kernels.step_ops import kept_linear
 
 __all__ = [
     "BACKENDS",
@@ -16,6 +17,7 @@ __all__ = [
     "Explanation",
     "choose",
     "explain",
+    "kept_linear",
     "matmul",
     "matmul_int8",
     "unpack",

@@ -1,0 +1,228 @@
+/* Training on kept places: what is checked before it runs, and how it is shared out to threads. */
+#include "steps.h"
+
+#include <atomic>
+
+#include "scratch.h"
+#include "send.h"
+
+namespace {
+
+thread_local Scratch t_scratch, t_sorted;
+
+struct Run {
+  nmf_stepping job;
+  nmf_gathering gathering;
+  int64_t chunk, bytes; /* panels, tiles or rows of a task, and its scratch */
+  std::atomic<bool> failed, not_kept;
+};
+
+char *room(Run *run) {
+  char *scratch = t_scratch.at_least(run->bytes + 64);
+  if (scratch == nullptr) run->failed.store(true, std::memory_order_relaxed);
+  return scratch;
+}
+
+int32_t result_of(const Run &run) {
+  return run.failed.load() ? NMFLOW_NO_MEMORY : run.not_kept.load() ? NMFLOW_NOT_KEPT : NMFLOW_OK;
+}
+
+int32_t check(const nmflow_shape *shape, nmf_geometry *g) {
+  const int status = nmf_geometry_of(shape, g);
+  if (status != NMFLOW_OK) return status;
+  if (nmf_isa() != NMFLOW_AVX512 || !nmf_trains(g)) return NMFLOW_NO_KERNEL;
+  /* Entries are counted in 32 bits, and so are places in a block of rows. */
+  return g->tiles * 16 * g->entries > INT32_MAX / 2 ? NMFLOW_NO_KERNEL : NMFLOW_OK;
+}
+
+int32_t check(const nmflow_packed *packed, int64_t tokens, Run *run) {
+  if (packed == nullptr) return NMFLOW_BAD_POINTER;
+  nmf_geometry &g = run->job.g;
+  const int status = check(&packed->shape, &g);
+  if (status != NMFLOW_OK) return status;
+  if (packed->codes_bytes != g.codes_bytes) return NMFLOW_BAD_BYTES;
+  if (packed->codes == nullptr) return NMFLOW_BAD_POINTER;
+  const int64_t limit = INT64_C(1) << 56;
+  if (tokens < 0 || tokens > limit / g.in || tokens > limit / g.out) return NMFLOW_BAD_SHAPE;
+  run->job.codes = const_cast<void *>(packed->codes);
+  run->job.tokens = tokens;
+  run->failed.store(false);
+  run->not_kept.store(false);
+  return NMFLOW_OK;
+}
+
+#if defined(NMFLOW_X86)
+void pack_task(void *context, int64_t task) {
+  Run *run = static_cast<Run *>(context);
+  const nmf_geometry &g = run->job.g;
+  char *scratch = room(run);
+  if (scratch == nullptr) return;
+  const int64_t panels = nmf_ceil_div(g.out, g.panel), from = task * run->chunk;
+  if (!nmf_pack_avx512(&run->job, from, nmf_min(from + run->chunk, panels), scratch))
+    run->not_kept.store(true, std::memory_order_relaxed);
+}
+
+void sort_task(void *context, int64_t task) {
+  nmf_sort_avx512(&static_cast<Run *>(context)->job, task);
+}
+
+void input_grad_task(void *context, int64_t task) {
+  Run *run = static_cast<Run *>(context);
+  char *scratch = room(run);
+  if (scratch != nullptr) nmf_input_grad_avx512(&run->job, task, scratch);
+}
+
+void weight_grad_task(void *context, int64_t task) {
+  Run *run = static_cast<Run *>(context);
+  char *scratch = room(run);
+  const int64_t tile = task * run->chunk, end = nmf_min(tile + run->chunk, run->job.g.tiles);
+  if (scratch != nullptr) nmf_weight_grad_avx512(&run->job, tile, end, scratch);
+}
+
+void take_task(void *context, int64_t task) {
+  Run *run = static_cast<Run *>(context);
+  const int64_t row = task * run->chunk;
+  if (!nmf_take_avx512(&run->gathering, row, nmf_min(row + run->chunk, run->gathering.rows)))
+    run->not_kept.store(true, std::memory_order_relaxed);
+}
+
+void put_task(void *context, int64_t task) {
+  Run *run = static_cast<Run *>(context);
+  char *scratch = room(run);
+  const int64_t row = task * run->chunk;
+  if (scratch == nullptr) return;
+  if (!nmf_put_avx512(&run->gathering, row, nmf_min(row + run->chunk, run->gathering.rows), scratch))
+    run->not_kept.store(true, std::memory_order_relaxed);
+}
+#else
+/* No kernel is there, and `check` has said so. */
+void none(void *, int64_t) {}
+const nmf_task pack_task = none, sort_task = none, input_grad_task = none, weight_grad_task = none,
+               take_task = none, put_task = none;
+int64_t nmf_none() { return 0; }
+#define nmf_pack_scratch(g) nmf_none()
+#define nmf_input_grad_scratch(g) nmf_none()
+#define nmf_weight_grad_scratch(g, tiles) nmf_none()
+#endif
+
+int32_t gather_all(Run *run, nmf_task task, int threads) {
+  nmf_gathering &job = run->gathering;
+  if (nmf_isa() != NMFLOW_AVX512) return NMFLOW_NO_KERNEL;
+  int64_t total;
+  if (job.rows < 0 || job.cols < 0 || __builtin_mul_overflow(job.rows, job.cols, &total) ||
+      total > (INT64_C(1) << 56))
+    return NMFLOW_BAD_SHAPE;
+  if (total == 0) return NMFLOW_OK;
+  if (job.mask == nullptr || job.starts == nullptr || job.together == nullptr || job.apart == nullptr ||
+      (job.odd == nullptr) != (job.prints == nullptr))
+    return NMFLOW_BAD_POINTER;
+  for (int64_t r = 0; r < job.rows; ++r)
+    if (job.starts[r + 1] < job.starts[r] || job.starts[r + 1] - job.starts[r] > job.cols)
+      return NMFLOW_BAD_SHAPE;
+  run->failed.store(false);
+  run->not_kept.store(false);
+  run->bytes = job.cols * 4 + 64;
+  run->chunk = nmf_ceil_div(32768, job.cols);
+  nmf_parallel(nmf_ceil_div(job.rows, run->chunk), threads < 1 ? 1 : threads, task, run);
+  return result_of(*run);
+}
+
+}  // namespace
+
+int32_t nmflow_trains(const nmflow_shape *shape) {
+  nmf_geometry g;
+  return check(shape, &g);
+}
+
+int32_t nmflow_pack(const nmflow_shape *shape, const float *w, const uint8_t *mask, float *values,
+                    int64_t values_bytes, void *codes, int64_t codes_bytes, int32_t threads) {
+  Run run;
+  run.job = {};
+  nmf_geometry &g = run.job.g;
+  const int status = check(shape, &g);
+  if (status != NMFLOW_OK) return status;
+  if (values_bytes != g.values_bytes || codes_bytes != g.codes_bytes) return NMFLOW_BAD_BYTES;
+  if (w == nullptr || values == nullptr || codes == nullptr) return NMFLOW_BAD_POINTER;
+  if (g.out % 16) { /* lanes of the last tile that no row fills */
+    const int64_t last = g.tiles - 1;
+    memset(values + last * g.entries * 16, 0, static_cast<size_t>(g.entries) * 64);
+    if (!g.panels)
+      memset(static_cast<uint32_t *>(codes) + last * g.words * 16, 0, static_cast<size_t>(g.words) * 64);
+  }
+  run.job.w = w;
+  run.job.mask = mask;
+  run.job.values = values;
+  run.job.codes = codes;
+  run.failed.store(false);
+  run.not_kept.store(false);
+  run.bytes = nmf_pack_scratch(&g);
+  const int64_t panels = nmf_ceil_div(g.out, g.panel);
+  run.chunk = nmf_ceil_div(64, g.panel);
+  nmf_parallel(nmf_ceil_div(panels, run.chunk), threads < 1 ? 1 : threads, pack_task, &run);
+  return result_of(run);
+}
+
+int32_t nmflow_input_grad(const nmflow_packed *packed, const float *dy, float *dx, int64_t tokens,
+                          int32_t threads) {
+  Run run;
+  run.job = {};
+  const int status = check(packed, tokens, &run);
+  if (status != NMFLOW_OK || tokens == 0) return status;
+  const nmf_geometry &g = run.job.g;
+  if (packed->values_bytes != g.values_bytes) return NMFLOW_BAD_BYTES;
+  if (packed->values == nullptr || dy == nullptr || dx == nullptr) return NMFLOW_BAD_POINTER;
+  threads = threads < 1 ? 1 : threads;
+  run.job.values = static_cast<float *>(const_cast<void *>(packed->values));
+  run.job.dy = dy;
+  run.job.dx = dx;
+  run.bytes = nmf_input_grad_scratch(&g);
+  if (!g.panels) {
+    const int64_t blocks = nmf_ceil_div(g.out, NMF_ROW_BLOCK);
+    const int64_t starts = nmf_ceil_div(blocks * (g.in + 1) * 4, 64) * 64;
+    const int64_t entries = g.tiles * 16 * g.entries * static_cast<int64_t>(sizeof(nmf_entry));
+    char *sorted = t_sorted.at_least(starts + entries);
+    if (sorted == nullptr) return NMFLOW_NO_MEMORY;
+    run.job.starts = reinterpret_cast<int32_t *>(sorted);
+    run.job.entries = reinterpret_cast<nmf_entry *>(sorted + starts);
+    nmf_parallel(blocks, threads, sort_task, &run);
+  }
+  nmf_parallel(nmf_ceil_div(tokens, NMF_TOKEN_BLOCK), threads, input_grad_task, &run);
+  return result_of(run);
+}
+
+int32_t nmflow_weight_grad(const nmflow_packed *packed, const float *x, const float *dy, float *dw,
+                           float *bias, int64_t tokens, int32_t threads) {
+  Run run;
+  run.job = {};
+  const int status = check(packed, tokens, &run);
+  if (status != NMFLOW_OK) return status;
+  const nmf_geometry &g = run.job.g;
+  if (dw == nullptr || (tokens > 0 && (x == nullptr || dy == nullptr))) return NMFLOW_BAD_POINTER;
+  run.job.x = x;
+  run.job.dy = dy;
+  run.job.dw = dw;
+  run.job.bias = bias;
+  run.job.past = g.out * g.in * 4 >= NMF_PAST;
+  /* Each thread packs x for its own tiles: the sums of a place have one order for any number. */
+  threads = threads < 1 ? 1 : threads;
+  const int64_t step = g.panels ? g.panel / 16 : 1;
+  run.chunk = nmf_ceil_div(nmf_ceil_div(g.tiles, threads), step) * step;
+  run.bytes = nmf_weight_grad_scratch(&g, run.chunk);
+  nmf_parallel(nmf_ceil_div(g.tiles, run.chunk), threads, weight_grad_task, &run);
+  return result_of(run);
+}
+
+int32_t nmflow_take(const float *apart, const uint8_t *mask, const int64_t *starts, int64_t rows,
+                    int64_t cols, float *together, int32_t threads) {
+  Run run;
+  run.gathering = {mask, starts, rows, cols, together, const_cast<float *>(apart), nullptr, nullptr, false};
+  return gather_all(&run, take_task, threads);
+}
+
+int32_t nmflow_put(const float *together, const uint8_t *mask, const int64_t *starts, int64_t rows,
+                   int64_t cols, float *apart, const int64_t *odd, int64_t *prints, int32_t threads) {
+  Run run;
+  run.gathering = {mask, starts, rows, cols, const_cast<float *>(together), apart, odd, prints, false};
+  run.gathering.past = rows * cols * 4 >= NMF_PAST;
+  return gather_all(&run, put_task, threads);
+}

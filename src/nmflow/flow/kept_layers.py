@@ -1,0 +1,146 @@
+"""Layers that compute on kept places: a class that a `Linear` or HF `Conv1D` has for a while.
+
+Nothing else of the module changes: same object, same parameters, same keys, same hooks. A copy and
+a pickle of it are of the class that it had before.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from nmflow.kernels.step_ops import kept_linear
+from nmflow.kernels.step_speed import seconds
+from nmflow.select.weights import is_hf_conv1d
+
+WAY = "_nmflow_way"
+_C: Any = torch._C
+_NEW: Any = copyreg._reconstructor  # type: ignore[attr-defined]
+
+
+@dataclass
+class Way:
+    """How a layer computes.
+
+    Attributes:
+        pattern: N, M and V of W̃.
+        kept: the mask that is held, shaped like the parameter; None where W̃ itself says it.
+        decided: whether the layer computes on kept places; None is not measured yet.
+        said: why it does not, by what its last call or its measurement said.
+        compiled: whether a compiler traced a call, where nothing can be measured.
+    """
+
+    pattern: tuple[int, int, int]
+    kept: Tensor | None
+    decided: bool | None
+    said: str = ""
+    compiled: bool = False
+
+    def dense_call(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether a call is to be dense, whatever was decided."""
+        said = _said(x, weight)
+        if self.decided is not None or said:
+            if said != self.said and self.decided is not False:
+                self.said = said
+            return bool(said) or self.decided is False
+        return False
+
+    def decide(self, x: Tensor, weight: Tensor, kept: Tensor | None) -> None:
+        """Measure both ways on a training step's input, and take the faster one."""
+        dense, sparse = seconds(x, weight, kept, *self.pattern)
+        self.decided = sparse < dense
+        ratio = f"{dense / sparse:.2f} × as fast as dense"
+        self.said = "" if self.decided else f"kept places were {ratio} when they were measured"
+
+
+def _said(x: Tensor, weight: Tensor) -> str:
+    """Why a call is dense, in one clause; or ""."""
+    if torch.is_autocast_enabled(x.device.type):
+        return "it was called under autocast, and no kernel of its dtype is there"
+    if not (x.dtype == weight.dtype == torch.float32):
+        return f"it was called with {x.dtype} on weights of {weight.dtype}"
+    if x.device.type != "cpu" or weight.device.type != "cpu":
+        return f"it was called on {x.device}"
+    if torch.compiler.is_compiling():
+        return ""
+    if _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "it was called under a transform of torch.func, or forward-mode gradients"
+    return ""
+
+
+class OnKept(nn.Module):
+    """What the classes of such layers share."""
+
+    transposed = False  # whether the weight is stored (in, out)
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer itself, within rounding."""
+        way: Way = self.__dict__[WAY]
+        if way.dense_call(x, self.weight):
+            return super().forward(x)
+        weight, kept = self.weight, way.kept
+        if self.transposed:
+            weight, kept = weight.t(), None if kept is None else kept.t()
+        if torch.compiler.is_compiling():
+            way.compiled = True
+        elif way.decided is None:
+            if not (torch.is_grad_enabled() and weight.requires_grad):
+                return super().forward(x)  # no step that could be measured
+            way.decide(x, weight, kept)
+            if not way.decided:
+                return super().forward(x)
+        return kept_linear(x, weight, self.bias, kept, *way.pattern)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy, or a pickle, is of the class that the layer had, and knows nothing of this."""
+        state = {key: value for key, value in vars(self).items() if key != WAY}
+        return _NEW, (plain(type(self)), object, None), state
+
+
+class KeptLinear(OnKept, nn.Linear):
+    """A `Linear` that computes on kept places."""
+
+
+@functools.cache
+def _conv1d(base: type[nn.Module]) -> type[nn.Module]:
+    return type("KeptConv1D", (OnKept, base), {"transposed": True, "__module__": __name__})
+
+
+def plain(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a layer has when it computes as ever."""
+    return kind.__mro__[2] if issubclass(kind, OnKept) else kind
+
+
+def served(module: nn.Module) -> bool:
+    """Whether a layer is of a class that can compute on kept places; subclasses may do more."""
+    kind = plain(type(module))
+    return kind is nn.Linear or (is_hf_conv1d(module) and kind.__name__ == "Conv1D")
+
+
+def swap(module: nn.Module, way: Way) -> None:
+    """Have a layer compute so from now on."""
+    module.__dict__[WAY] = way
+    if not isinstance(module, OnKept):
+        kind = type(module)
+        module.__class__ = KeptLinear if kind is nn.Linear else _conv1d(kind)
+
+
+def unswap(module: nn.Module) -> None:
+    """Have a layer compute as ever."""
+    if isinstance(module, OnKept):
+        own: Any = module
+        own.__class__ = plain(type(module))
+        own.__dict__.pop(WAY, None)
+
+
+def way_of(module: nn.Module) -> Way | None:
+    """How a layer computes, where it has such a class."""
+    return module.__dict__.get(WAY)

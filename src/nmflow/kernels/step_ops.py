@@ -1,0 +1,197 @@
+"""Ops of training on kept places, behind `torch.library`: `nmflow::kept_linear`, its backward.
+
+Both are functions of their inputs alone. The weight is packed at each forward pass, from what it
+holds then, so no write of it goes unseen; the backward pass gets what was packed. A weight with a
+group that keeps more than N is multiplied as it is: the result is always that of `F.linear`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmflow.kernels import cpu_steps, reference
+from nmflow.kernels.calls import LIBRARY
+from nmflow.kernels.layout import Shape
+
+LIBRARY.define(
+    "kept_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? kept, int n, int m, int panel) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "kept_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor values, Tensor codes, "
+    "Tensor fits, int n, int m, int panel, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def kept_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None, n: int, m: int,
+    panel: int = 1,
+) -> Tensor:  # fmt: skip
+    r"""`y = x Wᵀ + bias` for a weight that keeps N of every M, on the kept places alone.
+
+    The gradient of the weight is `dyᵀ x` at the kept places and 0 elsewhere, which is what the
+    masked rule makes of it; those of x and the bias are as ever. Kept is what is not 0, and what
+    `kept` says; a group with fewer than N of them is filled up with its lowest others. Where a
+    group keeps more than N, or no kernel serves the call, all of it is dense, as in `F.linear`.
+
+    Args:
+        x: `(..., in)`.
+        weight: W̃, `(out, in)`.
+        bias: `(out,)` or None.
+        kept: a bool mask like the weight, or None.
+        n: N, what is kept of every M.
+        m: M.
+        panel: V, consecutive rows that share what they keep.
+
+    Returns:
+        `(..., out)`.
+
+    Example:
+        >>> w = torch.tensor([[0.0, 2.0], [3.0, 0.0]], requires_grad=True)
+        >>> kept_linear(torch.ones(1, 2), w, None, None, 1, 2).sum().backward()
+        >>> w.grad
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
+    return torch.ops.nmflow.kept_linear(x, weight, bias, kept, n, m, panel)[0]
+
+
+@functools.lru_cache(4096)
+def _served(out: int, inputs: int, n: int, m: int, panel: int, isa: str) -> Shape | None:
+    shape = Shape.of(out, inputs, f"{n}:{m}@{panel}")
+    return None if cpu_steps.why_not(shape) else shape
+
+
+def _of(weight: Tensor, n: int, m: int, panel: int) -> Shape:
+    out, inputs = weight.shape
+    return Shape(out, inputs, n, m, panel)
+
+
+def _shape(weight: Tensor, n: int, m: int, panel: int) -> Shape | None:
+    """The shape of a weight whose kernels are there, else None."""
+    floats = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > 0
+    isa = cpu_steps.isa()
+    return _served(*weight.shape, n, m, panel, isa) if floats and isa else None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None, n: int, m: int, panel: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = _shape(weight, n, m, panel)
+    if shape is not None and x.dtype == weight.dtype and x.shape[-1:] == weight.shape[1:]:
+        mask = None if kept is None else kept.contiguous()
+        values, codes, fits = cpu_steps.pack(weight.contiguous(), mask, shape)
+        if fits:
+            bias = None if bias is None else bias.contiguous()
+            y = cpu_steps.forward(_rows(x), values, codes, bias, shape)
+            return y.view(*x.shape[:-1], shape.out), values, codes, torch.tensor(True)
+    else:
+        asked = _of(weight, n, m, panel)
+        sizes, kind = asked.tiled_sizes(torch.float32), asked.code_dtype()
+        values, codes = weight.new_zeros(sizes[0]), weight.new_zeros(sizes[1], dtype=kind)
+    y = F.linear(x, weight, bias)
+    return y, values, codes, torch.zeros((), dtype=torch.bool, device="cpu")
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, values: Tensor, codes: Tensor, fits: Tensor,
+    n: int, m: int, panel: int, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, dw, bias = (dy.new_empty(0) for _ in range(3))
+    if not bool(fits):
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = dy @ weight if wanted[0] else dx
+        dw = flat.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else dw
+        return dx, dw, flat.sum(0) if wanted[2] else bias
+    shape, rows = _of(weight, n, m, panel), _rows(dy)
+    if wanted[0]:
+        dx = cpu_steps.input_grad(rows, values, codes, shape).view(x.shape)
+    if wanted[1]:
+        dw, found = cpu_steps.weight_grad(_rows(x), rows, values, codes, shape, wanted[2])
+        return dx, dw, bias if found is None else found
+    return dx, dw, rows.sum(0) if wanted[2] else bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+for _key in ("CPU", "CUDA", "MPS", "XPU"):
+    LIBRARY.impl("kept_linear", _forward, _key)
+    LIBRARY.impl("kept_linear_backward", _backward, _key)
+
+
+@torch.library.register_fake("nmflow::kept_linear", lib=LIBRARY)
+def _forward_fake(x, weight, bias, kept, n, m, panel):
+    shape = _of(weight, n, m, panel)
+    values, codes = shape.tiled_sizes(torch.float32)
+    return (
+        x.new_empty((*x.shape[:-1], shape.out)),
+        weight.new_empty(values),
+        weight.new_empty(codes, dtype=shape.code_dtype()),
+        torch.empty((), dtype=torch.bool, device="cpu"),
+    )
+
+
+@torch.library.register_fake("nmflow::kept_linear_backward", lib=LIBRARY)
+def _backward_fake(dy, x, weight, values, codes, fits, n, m, panel, wanted):
+    sizes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(
+        dy.new_empty(size if want else (0,)) for size, want in zip(sizes, wanted, strict=True)
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, _, *ctx.pattern = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, *output[1:])
+
+
+def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, weight, values, codes, fits = ctx.saved_tensors
+    wanted = [bool(w) for w in ctx.needs_input_grad[:3]]
+    found = torch.ops.nmflow.kept_linear_backward(
+        dy, x, weight, values, codes, fits, *ctx.pattern, wanted
+    )
+    return *(g if want else None for g, want in zip(found, wanted, strict=True)), *[None] * 4
+
+
+torch.library.register_autograd(
+    "nmflow::kept_linear", _gradients, setup_context=_setup, lib=LIBRARY
+)
+
+
+def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    dy, x, weight, _, codes, fits, *ctx.pattern, ctx.wanted = inputs
+    ctx.save_for_backward(dy, x, weight, codes, fits)
+
+
+def _gradients_twice(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
+    """Of dx = dy W, dw = K ⊙ dyᵀ x and Σ dy, with K the kept places; dense, and differentiable."""
+    dy, x, weight, codes, fits = ctx.saved_tensors
+    to_dx, to_dw, to_bias = (g if w else None for g, w in zip(given, ctx.wanted, strict=True))
+    kept = weight.new_ones(weight.shape)
+    if bool(fits):
+        shape = _of(weight, *ctx.pattern)
+        ones = weight.new_ones(shape.tiled_sizes(torch.float32)[0])
+        kept = reference.dense(ones, codes, shape)
+    of_dy, of_x, of_w = torch.zeros_like(dy), torch.zeros_like(x), torch.zeros_like(weight)
+    flat = dy.reshape(-1, dy.shape[-1])
+    if to_dx is not None:
+        of_dy = of_dy + to_dx @ weight.t()
+        of_w = of_w + kept * (flat.t() @ to_dx.reshape(-1, to_dx.shape[-1]))
+    if to_dw is not None:
+        of_dy, of_x = of_dy + x @ (kept * to_dw).t(), of_x + dy @ (kept * to_dw)
+    if to_bias is not None:
+        of_dy = of_dy + to_bias
+    return of_dy, of_x, of_w, *[None] * 7
+
+
+torch.library.register_autograd(
+    "nmflow::kept_linear_backward", _gradients_twice, setup_context=_setup_twice, lib=LIBRARY
+)
