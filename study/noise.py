@@ -46,9 +46,9 @@ def noise() -> str:
     strongest = max(ranks, key=lambda key: abs(ranks[key].statistic))
     best = ranks[strongest]
     answer = (
-        f"{MEASURES[strongest].capitalize()} goes along with the gain"
+        f"The gain is significantly correlated with the {MEASURES[strongest]}"
         if best.pvalue < 0.05
-        else f"None of these {len(MEASURES)} goes along with the gain beyond chance"
+        else f"The gain is not significantly correlated with any of these {len(MEASURES)}"
     )
     rows = []
     for row in found.to_dict("records"):
@@ -65,16 +65,16 @@ def noise() -> str:
             *heading("d. What explains the gain?"),
             f"**{answer}** (Spearman, {len(sparse)} pairs of recipe and pattern). The strongest is "
             f"the {MEASURES[strongest]}, ρ {best.statistic:+.2f}, p {best.pvalue:.2g}. The pairs "
-            "are few and from one task and one seed: a correlation below 0.7 in size could not "
-            "show, and no correlation would show a cause. The paper says that less noise brings "
-            "the gain. These runs do not support that: their correlation of the gain with the "
+            "are few, and come from one task and one seed. A correlation below 0.7 in size could "
+            "not show here, and no correlation shows a cause. The paper says that less noise "
+            "brings the gain. These runs do not support that: the gain's correlation with the "
             f"second moment of kept weights is {ranks['second'].statistic:+.2f}.",
             "",
             table(["pattern", "", "gain, points", *MEASURES.values()], rows),
             "Characters, GPT-2, the tuning seed. Gains are those of the main runs over SR-STE. "
-            "Signal to noise is measured on 256 independent batches at frozen weights, at half of "
-            "the run, less what pure noise would show. Two columns are means over the second half: "
-            "the second moment across kept weights, and the share of mask entries that change from "
+            "Signal to noise is measured halfway through the run, on 256 independent batches at "
+            "frozen weights, less what pure noise would show. Two columns are means over the second "
+            "half: the second moment across kept weights, and the share of mask entries that change from "
             "one step to the next. The distance ‖W − W ⊙ m‖ / ‖W‖ is the last before the mask "
             "turns binary. For one-shot and SR-STE it is the last of the dense phase, for dense "
             "the last of the run.",

@@ -183,7 +183,7 @@ def phases() -> str:
             *heading("f. Which δ schedule, which phases?"),
             f"**Worse than the tuned settings: {'; '.join(worse) or 'none'}. Better: "
             f"{'; '.join(better) or 'none'}** (characters, GPT-2, 1:16; Holm over the table). The "
-            "other differences are not significant: no phase needs care.",
+            "other differences are not significant.",
             "",
             table(["setting", "against the tuned", "points", "difference"], rows),
             forest(cells, "f-phases"),
@@ -205,8 +205,8 @@ def hybrid() -> str:
         [
             *heading("g. Does the hybrid beat its parts?"),
             f"**It beats {', '.join(won) or 'neither'} and loses to "
-            f"{', '.join(lost) or 'neither'}** (characters, GPT-2, 1:16). The table has the points "
-            "by which it is ahead, paired by seed, Holm over the two.",
+            f"{', '.join(lost) or 'neither'}** (characters, GPT-2, 1:16). The table shows its lead "
+            "in points, paired by seed; Holm over the two.",
             "",
             table(["hybrid −", "points"], [[c.rival, gain(c)] for c in cells]),
             forest(cells, "g-hybrid"),
