@@ -37,9 +37,9 @@ def audit(
 ) -> Audit:
     """Check that a network holds its patterns: at most N of every M weights are not zero.
 
-    Without a pattern the weights are judged that the run pruned, by the record that
-    `nmflow train` and `write_record` leave beside them and that packed folders have. Where there
-    is none, the sparsest pattern that each weight holds is found, and no weight is wrong.
+    Without a pattern it judges the weights that the run pruned, by the record that `nmflow train`
+    and `write_record` leave beside them and that packed folders hold. Without a record it finds
+    the sparsest pattern that each weight holds, and no weight is wrong.
 
     Args:
         model_or_path: a model, also a packed or a frozen one; or a `.safetensors`, `.pt`, `.pth`,
@@ -47,15 +47,15 @@ def audit(
             `nmflow.save` wrote.
         pattern: a pattern, or a mapping from presets or globs to patterns, as in `plan`; or a
             `Plan`, such as `flow.plan`, to judge what it lists; or None.
-        include: as in `plan`; None takes what the record names, without one `"all"`, and without
-            a pattern every weight.
+        include: as in `plan`. None takes what the record names; without a record `"all"`; without a
+            pattern every weight.
         exclude: as in `plan`.
 
     Returns:
-        An `Audit`. Weights whose axis M does not divide are left out, with the reason. A bare
-        file says only names and shapes: axes and roles are told from these, HF's `Conv1D` by the
-        names of GPT-2, and embeddings and heads by the usual ones; name others in `exclude`.
-        Sharded parameters (FSDP2) are gathered, so every rank has to call it.
+        An `Audit`. Weights whose axis M does not divide are left out, with the reason. A bare file
+        has only names and shapes, which tell axes and roles: HF's `Conv1D` by the names of GPT-2,
+        embeddings and heads by their usual names. Name others in `exclude`. Sharded parameters
+        (FSDP2) are gathered, so every rank has to call it.
 
     Raises:
         PlanError: a preset or a glob that takes nothing; a `Plan` of another network.

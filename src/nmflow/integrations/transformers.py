@@ -33,20 +33,20 @@ class NMFlowCallback(Witness, TrainerCallback):
 
     It attaches when training begins, after the `Trainer` has made its optimizer and restored a
     checkpoint, and takes the number of steps from it. `trainer.train(resume_from_checkpoint=...)`
-    goes on exactly, since the recipe's state travels in the optimizer's. Checksums of the network
-    travel in the `Trainer`'s: a checkpoint that it loads in part is refused.
+    resumes exactly, since the optimizer's state holds the recipe's. The `Trainer`'s state holds
+    checksums of the network, so a checkpoint that was loaded in part is refused.
 
-    The evaluations that the `Trainer`'s strategy asks for see the final N:M network, as
-    `flow.final_masks()` shows it, until the next step; so does a checkpoint that is saved right
-    after one, and resumes all the same. For a `trainer.evaluate()` of your own in mid-training use
-    `FinalMasksEvaluation`.
+    The evaluations of the `Trainer`'s strategy see the final N:M network, as `flow.final_masks()`
+    shows it. A checkpoint that is saved right after one holds that network too, and still resumes
+    exactly. For a `trainer.evaluate()` of your own in mid-training use `FinalMasksEvaluation`.
 
-    Every log entry, of `trainer.state.log_history` and of the trackers in `report_to`, gains the
-    figures of `Metrics`, with `logging_steps` between the masks that are compared; the history
-    also `nmflow_phase` and `nmflow_pattern` as text.
+    Every log entry gains the figures of `Metrics`, in `trainer.state.log_history` and in the
+    trackers of `report_to`. Flip rates compare masks `logging_steps` apart. The history also has
+    `nmflow_phase` and `nmflow_pattern` as text.
 
-    `load_best_model_at_end` loads the best of the final N:M networks that were evaluated, if each
-    checkpoint is saved right after an evaluation, as it asks for. Training ends on that network.
+    `load_best_model_at_end` loads the best of the final N:M networks that were evaluated. For that
+    each checkpoint has to be saved right after an evaluation, as that option demands anyway.
+    Training ends on that network.
 
     Args:
         recipe: a name or a recipe, see `nmflow.attach`.
@@ -56,17 +56,17 @@ class NMFlowCallback(Witness, TrainerCallback):
         remainder: `"auto"`, `"error"` or `"skip"` an axis that M does not divide, see `plan`.
         mask_interval: steps between masks.
         freeze_mask: hold the mask through the fine-tune phase.
-        total_steps: K; the `Trainer`'s number of optimizer steps as a rule.
-        final_masks: evaluate the final N:M network while the mask still decays; False evaluates
-            what the network computes with at that step, which is better than N:M would be.
+        total_steps: K, the optimizer steps of the run; None takes the `Trainer`'s.
+        final_masks: evaluate the final N:M network while the mask still decays. False evaluates the
+            network as it is at that step, which scores better than N:M would.
         finalize: leave a plain N:M model when training ends; with False call
             `callback.flow.finalize()` yourself.
 
     Raises:
         FlowError: `load_best_model_at_end` without `final_masks`, which would put weights of
             mid-decay into the network.
-        StateError: a resume, or the best model at the end, where the network does not hold what
-            the checkpoint was saved of.
+        StateError: after a resume, or with the best model at the end, the network does not hold
+            the weights that the checkpoint was saved with.
 
     Example:
         >>> from nmflow.integrations.transformers import NMFlowCallback
