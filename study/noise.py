@@ -74,10 +74,10 @@ def noise() -> str:
             "Characters, GPT-2, the tuning seed. Gains are those of the main runs over SR-STE. "
             "Signal to noise is measured halfway through the run, on 256 independent batches at "
             "frozen weights, less what pure noise would show. Two columns are means over the "
-            "second half: the second moment across kept weights, and the share of mask entries that "
-            "change from one step to the next. The distance ‖W − W ⊙ m‖ / ‖W‖ is the last before the mask "
-            "turns binary. For one-shot and SR-STE it is the last of the dense phase, for dense "
-            "the last of the run.",
+            "second half: the second moment across kept weights, and the share of mask entries "
+            "that change from one step to the next. The distance ‖W − W ⊙ m‖ / ‖W‖ is the last "
+            "before the mask turns binary. For one-shot and SR-STE it is the last of the dense "
+            "phase, for dense the last of the run.",
             "",
             "![Mask flips over steps](figures/lm-flips.svg)",
         ]
