@@ -52,6 +52,11 @@ HELD = {
     "mdgf, masked": (nmflow.MDGF(finetune=LONG - 1), {}),
     "mdgf, masked, held": (nmflow.MDGF(finetune=LONG - 1), {"freeze_mask": True}),
     "one-shot (held)": (nmflow.OneShot(dense=0), {}),
+    "one-shot, kept values": (nmflow.OneShot(dense=0), {"sparse_steps": "on"}),
+    "settling, kept values": (
+        nmflow.Settling(dense=0.0, finetune=LONG - 1),
+        {"freeze_mask": True, "sparse_steps": "on"},
+    ),
 }
 
 

@@ -81,6 +81,8 @@ def _declare(lib: ctypes.CDLL) -> None:
         *(pointer, i32, i64, i64, pointer, ctypes.c_double, pointer, ctypes.c_double),
         *(pointer, pointer, pointer, i32),
     ]
+    lib.nmflow_take.argtypes = [pointer, pointer, pointer, i64, i64, pointer, i32]
+    lib.nmflow_put.argtypes = [pointer, pointer, pointer, i64, i64, pointer, pointer, pointer, i32]
     lib.nmflow_prints.argtypes = [pointer, i64, i64, pointer, pointer, i32]
     lib.nmflow_set_isa.argtypes = [i32]
     lib.nmflow_set_runner.argtypes = [pointer]

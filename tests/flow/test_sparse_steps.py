@@ -140,7 +140,13 @@ def test_auto_measures_real_layers() -> None:
     model = nn.Sequential(nn.Linear(1024, 1024))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     flow = nmflow.attach(
-        model, optimizer, nmflow.OneShot(0), "1:16", include="*", total_steps=3, sparse_steps="auto"
+        model,
+        optimizer,
+        nmflow.OneShot(dense=0),
+        "1:16",
+        include="*",
+        total_steps=3,
+        sparse_steps="auto",
     )
     model(torch.randn(512, 1024)).square().mean().backward()
     assert sparse(flow) == ["0.weight"]
@@ -179,7 +185,7 @@ def test_who_stays_dense_and_why(kind: str) -> None:
     model, said = _network(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     flow = nmflow.attach(
-        model, optimizer, nmflow.OneShot(0), STAYS[kind].get("pattern", "1:8"), include="*",
+        model, optimizer, nmflow.OneShot(dense=0), STAYS[kind].get("pattern", "1:8"), include="*",
         total_steps=3, sparse_steps="on",
     )  # fmt: skip
     assert (
@@ -199,7 +205,7 @@ def test_a_parametrized_weight_is_no_target_at_all() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     flow = nmflow.attach(
-        model, optimizer, nmflow.OneShot(0), "1:8", include=["1.*"], total_steps=3,
+        model, optimizer, nmflow.OneShot(dense=0), "1:8", include=["1.*"], total_steps=3,
         sparse_steps="on",
     )  # fmt: skip
     assert [layer.name for layer in flow.explain().layers] == ["1.weight"]
@@ -409,7 +415,7 @@ def test_an_attach_that_fails_leaves_plain_layers() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(NMFlowError, match="NaN"):
         nmflow.attach(
-            model, optimizer, nmflow.OneShot(0), "1:4", include="*", total_steps=3,
+            model, optimizer, nmflow.OneShot(dense=0), "1:4", include="*", total_steps=3,
             sparse_steps="on",
         )  # fmt: skip
     assert [type(m) for m in cast(Any, model)[::2]] == [nn.Linear] * 2

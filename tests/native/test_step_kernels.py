@@ -134,9 +134,9 @@ def test_the_op_is_linear_with_the_gradient_of_kept_places():
         _same_as_dense(x, w, None, kept, (1, 8, 1), kept)
     _same_as_dense(torch.randn(3, 64), w.t().contiguous().t(), bias, kept, (1, 8, 1))
     with torch.no_grad():
-        y = kept_linear(torch.ones(2, 64), w, bias, None, 1, 8)
+        y = kept_linear(torch.ones(2, 64), w, bias, None, 1, 8, 1)
     torch.testing.assert_close(y, F.linear(torch.ones(2, 64), w, bias))
-    frozen = kept_linear(torch.ones(2, 64, requires_grad=True), w, bias, None, 1, 8)
+    frozen = kept_linear(torch.ones(2, 64, requires_grad=True), w, bias, None, 1, 8, 1)
     frozen.sum().backward()
 
 
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_computed_dense_with_all_of_its_gradient():
     _same_as_dense(torch.randn(3, 64), w, bias, torch.ones(32, 64, dtype=torch.bool), (1, 8, 1))
     double = torch.randn(5, 64, dtype=torch.double)
     assert torch.equal(
-        kept_linear(double, w.double(), None, None, 1, 8), F.linear(double, w.double())
+        kept_linear(double, w.double(), None, None, 1, 8, 1), F.linear(double, w.double())
     )
 
 
@@ -159,7 +159,7 @@ def test_opcheck_and_second_derivatives(fits):
     found = []
     for sparse in (True, False):
         if sparse:
-            y = kept_linear(*leaves, None, 1, 8)
+            y = kept_linear(*leaves, None, 1, 8, 1)
         else:  # what it is where the kept places are constants
             places = kept.float() if fits else torch.ones_like(w)
             y = F.linear(x, w * places, bias)
@@ -177,7 +177,7 @@ def test_a_compiled_call_runs_the_same_kernels():
     leaves: Any = [t.requires_grad_() for t in (torch.randn(3, 64), w)]
 
     def step(x, w):
-        return kept_linear(x, w, None, None, 1, 8).relu().sum()
+        return kept_linear(x, w, None, None, 1, 8, 1).relu().sum()
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     one, other = (torch.autograd.grad(f(*leaves), leaves) for f in (step, compiled))

@@ -19,12 +19,17 @@ from nmflow.flow.state import GROUP_KEYS
 
 
 class Clones:
-    """Watches an optimizer for copies of it, until `remove`."""
+    """Watches an optimizer for copies of it, until `remove`.
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    Args:
+        optimizer: the optimizer.
+        before: called before one is made.
+    """
+
+    def __init__(self, optimizer: Optimizer, before: Callable[[], None]) -> None:
         self._optimizer = optimizer
         self._own = vars(optimizer).get("__reduce_ex__")  # of an optimizer that is a copy itself
-        _watch(optimizer)
+        _watch(optimizer, before)
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -33,12 +38,16 @@ class Clones:
             vars(self._optimizer)["__reduce_ex__"] = self._own
 
 
-def _watch(optimizer: Optimizer) -> None:
+def _watch(optimizer: Optimizer, before: Callable[[], None] | None = None) -> None:
     # `copy.deepcopy` and pickle both ask the object, before its class.
-    vars(optimizer)["__reduce_ex__"] = functools.partial(_reduce, optimizer)
+    vars(optimizer)["__reduce_ex__"] = functools.partial(_reduce, optimizer, before)
 
 
-def _reduce(optimizer: Optimizer, protocol: int) -> tuple[Any, ...] | str:
+def _reduce(
+    optimizer: Optimizer, before: Callable[[], None] | None, protocol: int
+) -> tuple[Any, ...] | str:
+    if before is not None:
+        before()
     told = type(optimizer).__reduce_ex__(optimizer, protocol)
     if isinstance(told, str) or not (owners.owns(optimizer) or _without(optimizer)):
         return told

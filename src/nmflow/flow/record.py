@@ -75,6 +75,7 @@ class Record:
         """
         if not self._is_foreign():
             return
+        self._weights.expand()
         self.check()
         self.take_over()
         shown = self._edits.shown(self.k)

@@ -119,7 +119,8 @@ def is_foreign(optimizer: Optimizer, slots: Sequence[Slot], k: int) -> bool:
     """Whether somebody put another state into the optimizer since step `k`, past its hooks."""
     steps = [group[STEP_KEY] for group in optimizer.param_groups if STEP_KEY in group]
     kept = [slot for slot in slots if slot.tensors and slot.stored is not None]
-    if any(slot.stored is not slot.dense for slot in kept) or any(step != k for step in steps):
+    moved = any(slot.stored is not slot.tensors[DENSE_KEY] for slot in kept)
+    if moved or any(step != k for step in steps):
         return True
     return PENDING_KEY in optimizer.state or (not steps and not kept)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nmflow import masks
 from nmflow.flow.scores import Norms, scored
 from nmflow.flow.sharding import Region, local
-from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SCALE_KEY
+from nmflow.flow.state import FADING_KEY, KEPT_KEY, SCALE_KEY
 from nmflow.pattern import EVERY, Pattern
 from nmflow.recipes.schedules import Stage
 
@@ -28,13 +28,9 @@ class SlotMasks:
 
     regions: Sequence[Region]
     tensors: dict[str, Tensor]
+    dense: Any  # the dense weights W, shaped and sharded like the parameter
     _norms: Norms
     _covered: bool  # whether the regions are all of the parameter on this rank
-
-    @property
-    def dense(self) -> Tensor:
-        """The dense weights W, shaped and sharded like the parameter."""
-        return self.tensors[DENSE_KEY]
 
     def masks(self, region: Region, stage: Stage, held: bool) -> tuple[Tensor, Tensor | None]:
         """The masks m and m' of a region whose stage has a pattern."""

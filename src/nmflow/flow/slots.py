@@ -20,12 +20,13 @@ from nmflow.flow.loan import Loan
 from nmflow.flow.marks import Mark, blank
 from nmflow.flow.scores import Norms
 from nmflow.flow.sharding import Region, local
-from nmflow.flow.slot_masks import Later, SlotMasks, Stages, project_region
+from nmflow.flow.slot_kept import SlotKept
+from nmflow.flow.slot_masks import Later, Stages, project_region
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SCALE_KEY, SLOT_KEYS
 from nmflow.recipes.schedules import Stage
 
 
-class Slot(SlotMasks):
+class Slot(SlotKept):
     """One parameter, in one optimizer, with the targets that lie in it.
 
     Attributes:
@@ -63,7 +64,7 @@ class Slot(SlotMasks):
     @property
     def weight(self) -> Tensor:
         """W: the dense weights, or the parameter itself where the recipe does not prune."""
-        return self.tensors.get(DENSE_KEY, self.param)
+        return self.dense if DENSE_KEY in self.tensors else self.param
 
     @property
     def stored(self) -> Tensor | None:
@@ -96,6 +97,7 @@ class Slot(SlotMasks):
 
     def adopt(self, loaded: Mapping[str, Tensor]) -> None:
         """Take the tensors of a state that was loaded, whose own for the parameter they are in."""
+        self.places = None
         self.tensors = {key: loaded[key] for key in SLOT_KEYS if key in loaded}
         for key in (KEPT_KEY, FADING_KEY):
             if key in self.tensors:  # an optimizer casts what it loads to the parameter's dtype
@@ -117,7 +119,10 @@ class Slot(SlotMasks):
         """Put W into the parameter, for the optimizer's step."""
         self.clear()
         self.stepping = True
-        self._loan.give(self.dense)
+        if self.places is None:
+            self._loan.give(self.dense)
+        else:
+            self.enter_kept(self.places)
 
     def leave(self, stateless: bool) -> None:
         """Take W out of the parameter again, into the optimizer's state.
@@ -129,8 +134,11 @@ class Slot(SlotMasks):
             FlowError: the optimizer did not step the parameter, see `Loan.take_back`.
         """
         try:
-            kind = type(self.optimizer).__name__
-            self.tensors[DENSE_KEY] = self._loan.take_back(self.dense, kind)
+            if self.places is None:
+                kind = type(self.optimizer).__name__
+                self.tensors[DENSE_KEY] = self._loan.take_back(self.dense, kind)
+            else:
+                self.leave_kept()
         finally:
             self.stepping = False
             if stateless or self.optimizer.state.get(self.param):
@@ -181,6 +189,10 @@ class Slot(SlotMasks):
         Returns:
             Bool scalars, on the parameter's device: whether the weights were finite.
         """
+        if self.places is not None and held:
+            finite, prints_of_it = self.write_kept(self.places)
+            self.wrote(prints_of_it)
+            return [finite]
         param = local(self.param)
         # A kernel that masks by what is held takes the fingerprint on its way.
         prints = blank(param) if self._in_one_pass_held(stages, held, param) else None

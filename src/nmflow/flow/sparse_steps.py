@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -46,11 +46,15 @@ class LayerStep:
         name: the parameter's name.
         sparse: whether forward and backward run on kept places.
         why: why they do not; "" where they do.
+        compact: whether the optimizer steps kept values alone.
+        why_whole: why it does not; "" where it does.
     """
 
     name: str
     sparse: bool
     why: str
+    compact: bool
+    why_whole: str
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,10 @@ class LayerSteps:
     layers: tuple[LayerStep, ...]
 
     def __str__(self) -> str:
-        rows = [("weight", "forward and backward", "because")]
-        rows += [(x.name, "kept places" if x.sparse else "dense", x.why) for x in self.layers]
+        rows = [("weight", "forward and backward", "optimizer step")]
+        for x in self.layers:
+            layer = "kept places" if x.sparse else f"dense: {x.why}"
+            rows.append((x.name, layer, "kept values" if x.compact else f"whole: {x.why_whole}"))
         return table(rows)
 
 
@@ -89,6 +95,7 @@ class SparseSteps:
         self.mode: Mode = mode
         self._slots, self._optimizer, self._observations = slots, optimizer, observations
         self._why: dict[str, str] = {}
+        self._whole: dict[str, str] = {}
 
     def show(self, run: Run, k: int) -> None:
         """Have each layer compute as step `k` allows."""
@@ -99,6 +106,8 @@ class SparseSteps:
         observed = any(k % o.every == 0 for o in self._observations)
         for slot in self._slots:
             stage = stages[slot.regions[0].target.label]
+            whole = why_whole(slot, run, self._optimizer, stages, k)
+            self._whole[slot.name], slot.shrinks = whole, not whole
             why = why_dense(slot) or why_not_yet(run, self._optimizer, stage, k)
             if not why:
                 others = [stages[r.target.label].masks for r in slot.regions]
@@ -129,19 +138,21 @@ class SparseSteps:
         """How each weight's layer computes now."""
         found = []
         for slot in self._slots:
-            why = "sparse_steps is 'off'" if self.mode == "off" else self._why.get(slot.name, "")
+            off = "sparse_steps is 'off'" if self.mode == "off" else ""
+            why, whole = off or self._why.get(slot.name, ""), off or self._whole.get(slot.name, "")
             for module, _ in slot.home.modules():
                 way = kept_layers.way_of(module)
                 if way is not None and not why:
                     why = way.said
                     if way.decided is None and not way.compiled and not why:
                         why = "not measured yet: the next step in training does"
-            found.append(LayerStep(slot.name, not why, why))
+            found.append(LayerStep(slot.name, not why, why, not whole, whole))
         return found
 
     def stop(self) -> None:
         """Have each layer compute as ever."""
         for slot in self._slots:
+            slot.shrinks = False
             for module, _ in slot.home.modules():
                 kept_layers.unswap(module)
 
@@ -188,6 +199,25 @@ def why_not_yet(run: Run, optimizer: Optimizer, stage: Stage, k: int) -> str:
         )
     if recipe.form:
         return "what a kept weight becomes depends on the pruned ones of its group"
+    return why_not_elementwise(optimizer)
+
+
+def why_whole(
+    slot: Slot, run: Run, optimizer: Optimizer, stages: Mapping[str, Stage], k: int
+) -> str:
+    """Why the optimizer steps all of a weight, in one clause; or ""."""
+    recipe, since, param = run.recipe, run.frozen_since(), local(slot.param)
+    if sharded(slot.param) or param.device.type != "cpu":
+        return "it is sharded" if sharded(slot.param) else f"it is on {param.device}"
+    own = [stages[r.target.label] for r in slot.regions]
+    if since is None or k < since or not all(map(binary, own)):
+        return "its mask is not frozen"
+    if recipe.form or recipe.lr_scale != 1.0 or recipe.scale != 1.0:
+        return f"{recipe.name} scales what is kept, or makes another weight of it"
+    if recipe.freezes_second_moment:
+        return f"{recipe.name} freezes the second moment itself"
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return "the optimizer is differentiable"
     return why_not_elementwise(optimizer)
 
 

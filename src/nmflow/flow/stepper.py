@@ -140,7 +140,7 @@ class Stepper:
         # What hooks of others do after a step meets the sparse weights, and a step that is counted.
         hooks = one._optimizer_step_post_hooks
         hooks.move_to_end(self._handles[1].id, last=False)
-        self._handles.append(Clones(one))
+        self._handles.append(Clones(one, self._weights.expand))
         self._guard("step", steps.begins, steps.ends, steps.fails)
         for name in ("train", "eval"):
             if callable(getattr(one, name, None)):
@@ -165,6 +165,7 @@ class Stepper:
     def stop(self) -> None:
         """Leave the optimizer as it would be without a recipe; the weights stay as they are."""
         self.unhook()
+        self._weights.expand()
         for group in self.optimizer.param_groups:
             for key in GROUP_KEYS:
                 group.pop(key, None)

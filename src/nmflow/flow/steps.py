@@ -106,6 +106,7 @@ class Steps:
             # Only a fused optimizer, which unscales inside its step, has a scale here.
             scale = getattr(self._optimizer, "grad_scale", None)
             self._observe(scale)
+            self._weights.shrink()
             self._weights.apply_gradient_rule(self._record.k, scale, hosts.uphill(self._optimizer))
             if self._weights.run.recipe.pull and not self._found_inf():
                 self._weights.draw(self._record.k, hosts.rates(self._optimizer))
@@ -215,6 +216,7 @@ class Steps:
         """Before the optimizer saves: a step that raised past its guard is mended."""
         if not self._calls:
             self.mend()
+        self._weights.expand()
 
     def before_loading(self, *_: Any) -> None:
         """Before the optimizer loads; not while other weights are shown."""

@@ -47,6 +47,16 @@ class Weights:
         for slot in self.pruned:
             slot.start(self.run.held_keys)
 
+    def shrink(self) -> None:
+        """Take kept values together where the step that begins is on them alone."""
+        for slot in self.pruned:
+            slot.shrink()
+
+    def expand(self) -> None:
+        """Have whole tensors in the optimizer's state."""
+        for slot in self.pruned:
+            slot.expand()
+
     def enter(self) -> None:
         """Put W into the parameters, for the optimizer's step."""
         for slot in self.pruned:
@@ -85,7 +95,7 @@ class Weights:
         stages, held = self.stages(k), self.has_masks(k)
         later: Later = []
         for slot in self.pruned:
-            if slot.param.grad is None:
+            if slot.param.grad is None or slot.places is not None:
                 continue
             if slot.param.grad.is_sparse:
                 raise FlowError(
@@ -114,7 +124,7 @@ class Weights:
             return
         stages, held = self.stages(k), self.has_masks(k)
         for slot in self.pruned:
-            if slot.param.grad is None:
+            if slot.param.grad is None or slot.places is not None:
                 continue
             dense, shown, lr = local(slot.dense), local(slot.param), rates[id(slot.param)]
             for region in slot.regions:

@@ -30,7 +30,7 @@ LIBRARY.define(
 
 def kept_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None, n: int, m: int,
-    panel: int = 1,
+    panel: int,
 ) -> Tensor:  # fmt: skip
     r"""`y = x Wᵀ + bias` for a weight that keeps N of every M, on the kept places alone.
 
@@ -53,7 +53,7 @@ def kept_linear(
 
     Example:
         >>> w = torch.tensor([[0.0, 2.0], [3.0, 0.0]], requires_grad=True)
-        >>> kept_linear(torch.ones(1, 2), w, None, None, 1, 2).sum().backward()
+        >>> kept_linear(torch.ones(1, 2), w, None, None, 1, 2, 1).sum().backward()
         >>> w.grad
         tensor([[0., 1.],
                 [1., 0.]])

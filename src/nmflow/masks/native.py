@@ -184,3 +184,38 @@ def prints(rows: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
     if status < 0:
         raise WeightError(f"rows of shape {tuple(rows.shape)} {REASONS[status]}")
     return sums
+
+
+def take(x: torch.Tensor, kept: torch.Tensor, starts: torch.Tensor, values: torch.Tensor) -> None:
+    """Write the elements of `x` where `kept` is set to `values`, row r from `starts[r]` on.
+
+    Args:
+        x: float32, contiguous, on the CPU; AVX-512 is in use.
+        kept: bool like it.
+        starts: int64, one more than rows.
+        values: as many as are kept.
+    """
+    status = library().nmflow_take(
+        *(x.data_ptr(), kept.data_ptr(), starts.data_ptr(), len(x), x[0].numel()),
+        *(values.data_ptr(), torch.get_num_threads()),
+    )
+    if status:
+        raise WeightError(f"x of shape {tuple(x.shape)} {REASONS[status]}")
+
+
+def put(
+    values: torch.Tensor,
+    kept: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    prints: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Write `values` to where `kept` is set, and 0 elsewhere; with fingerprints, as `hold`."""
+    odd, sums = prints or (None, None)
+    status = library().nmflow_put(
+        *(values.data_ptr(), kept.data_ptr(), starts.data_ptr(), len(out), out[0].numel()),
+        *(out.data_ptr(), None if odd is None else odd.data_ptr()),
+        *(None if sums is None else sums.data_ptr(), torch.get_num_threads()),
+    )
+    if status:
+        raise WeightError(f"out of shape {tuple(out.shape)} {REASONS[status]}")

@@ -1,0 +1,111 @@
+"""A weight of which the optimizer steps the kept values alone, while its mask is frozen.
+
+W, its gradient for the time of a step, and the optimizer's moments are then one row of kept values.
+Whoever looks at W, saves, loads or copies the optimizer meets whole tensors: looking expands them,
+and the next step takes them together again. What is pruned is let go: it is 0 from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nmflow.flow.marks import blank
+from nmflow.flow.sharding import local
+from nmflow.flow.slot_masks import SlotMasks
+from nmflow.flow.state import DENSE_KEY, KEPT_KEY, SLOT_KEYS
+from nmflow.masks.kept_values import Places, serves
+
+
+class SlotKept(SlotMasks):
+    """The part of a slot that does that.
+
+    Attributes:
+        shrinks: whether the next step is to be on kept values.
+        places: the kept places, while W and the moments are their values alone; else None.
+    """
+
+    param: Tensor
+    optimizer: Optimizer
+    shrinks = False
+    places: Places | None = None
+    _aside: tuple[Tensor, Tensor] | None = None  # W̃ and its gradient, during a step
+
+    @property
+    def dense(self) -> Tensor:
+        """The dense weights W, shaped and sharded like the parameter."""
+        self.expand()
+        return self.tensors[DENSE_KEY]
+
+    def shrink(self) -> None:
+        """Take the kept values of W and of the optimizer's moments together."""
+        grad = self.param.grad
+        if self.places is not None or not self.shrinks or (grad is not None and grad.is_sparse):
+            return
+        places = Places(self.tensors[KEPT_KEY].contiguous())
+        self._turn(places.together, self.param.shape)
+        self.places = places
+
+    def expand(self) -> None:
+        """Have whole tensors again, as every other optimizer has them."""
+        places, self.places = self.places, None
+        if places is not None:
+            self._turn(lambda values: self._apart(places, values), torch.Size([places.count]))
+
+    def _turn(self, make: Callable[[Tensor], Tensor], shape: torch.Size) -> None:
+        """Make others of W and of the optimizer's tensors of a shape."""
+        state, dense = self.optimizer.state.get(self.param), self.tensors[DENSE_KEY]
+        self.tensors[DENSE_KEY] = make(dense)
+        if state is None or state.get(DENSE_KEY, dense) is not dense:
+            return  # nothing, or a state that somebody loaded, which is whole
+        made = {
+            key: make(x)
+            if key not in SLOT_KEYS and isinstance(x, Tensor) and x.shape == shape
+            else x
+            for key, x in state.items()
+        }
+        if DENSE_KEY in made:
+            made[DENSE_KEY] = self.tensors[DENSE_KEY]
+        # In a dictionary of its own: a saved state has the old one, whose tensors are whole.
+        self.optimizer.state[self.param] = made
+
+    def _apart(self, places: Places, values: Tensor) -> Tensor:
+        out = torch.empty_like(self.param, dtype=values.dtype, requires_grad=False)
+        places.apart(values, out)
+        return out
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def enter_kept(self, places: Places) -> None:
+        """Put kept values into the parameter and its gradient; none where it has no gradient."""
+        param, grad = self.param, self.param.grad
+        if grad is None:
+            return
+        values = places.together(grad)
+        self._aside = param.data, grad
+        param.grad = None
+        param.data = self.tensors[DENSE_KEY]
+        param.grad = values
+
+    def leave_kept(self) -> None:
+        """Take them out again."""
+        if self._aside is None:
+            return
+        (shown, grad), self._aside = self._aside, None
+        param = self.param
+        values = param.data
+        param.grad = None
+        param.data = shown
+        param.grad = grad
+        if values is not shown:
+            self.tensors[DENSE_KEY] = values
+
+    def write_kept(self, places: Places) -> tuple[Tensor, Tensor | None]:
+        """Write W̃ from them; whether they are finite, and the fingerprint where it is at hand."""
+        values, shown = self.tensors[DENSE_KEY], local(self.param)
+        prints = blank(shown) if serves(shown) else None
+        places.apart(values, shown, prints)
+        return torch.isfinite(values).all(), None if prints is None else prints[1]
