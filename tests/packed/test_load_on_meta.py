@@ -17,6 +17,7 @@ from torch import nn
 from networks_of_hf import MODELS
 from nmflow.errors import CompressError
 from nmflow.packed import compress, load, save
+from nmflow.packed.files import fill
 from pruned import prune
 
 
@@ -132,3 +133,20 @@ def test_a_load_into_meta_holds_little_more_than_the_packed_network(tmp_path: Pa
         )
         assert run.returncode == 0, run.stderr[-1000:]
     print(run.stdout)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_goes_where_the_model_lies(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`meta` stands for a GPU: a device with no values, to which a model on a CPU is not bound."""
+    make, _ = MODELS[name]
+    save(compress(prune(make()), measure=False), tmp_path)
+    there, device = nn.Linear(2, 3), torch.device("meta")
+    assert fill.home(nn.Sequential(there), "0.weight") == there.weight.device
+    assert fill.home(nn.Sequential(there.to(device)), "0.weight") == torch.device("cpu")
+    monkeypatch.setattr(fill, "home", lambda module, own: device)
+    model = load(tmp_path, make(), fuse=False)  # a fusion reads values
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    assert {t.device for name, t in tensors if name in dict(make().named_parameters())} == {device}
+    assert {t.device for name, t in tensors if name.endswith((".values", ".codes"))} == {device}

@@ -111,8 +111,8 @@ def spared(weight: torch.Tensor, share: float, m: int, spec: Spec, panel: int = 
     sums = moved.reshape(*moved.shape[:-1], -1, m).sum(-1)
     blocks = list(sums.split(panel))
     totals = torch.stack([block.sum(0) for block in blocks])
-    best = sorted(range(totals.numel()), key=lambda i: -float(totals.flatten()[i]))
-    chosen = torch.zeros(totals.numel(), dtype=torch.bool)
+    best = totals.flatten().argsort(descending=True, stable=True)
+    chosen = torch.zeros(totals.numel(), dtype=torch.bool, device=w.device)
     chosen[best[: int(share * totals.numel())]] = True
     some = chosen.reshape(totals.shape).repeat_interleave(panel, 0)[: len(sums)]
     places = some.unsqueeze(-1).expand(*some.shape, m).reshape(moved.shape)

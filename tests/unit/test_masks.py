@@ -302,3 +302,16 @@ def test_a_mask_does_not_depend_on_threads_or_size() -> None:
     assert torch.equal(whole, torch.cat([nmflow.mask(row[None], "3:16") for row in w]))
     torch.set_num_threads(2)
     assert torch.equal(whole, nmflow.mask(w, "3:16"))
+
+
+def test_what_the_reference_spares_lies_where_the_weight_does() -> None:
+    """So that it judges runs on a GPU, too; `meta` is a device that is not the CPU."""
+    spec = reference.Spec(1)
+    w = torch.empty(8, 32, device="meta")
+    for panel in (1, 4):
+        assert reference.spared(w, 0.5, 4, spec, panel).is_meta
+    w = awkward((8, 32), 0, torch.float64)
+    sums = w.abs().reshape(64, 4).sum(1)
+    want = torch.zeros(64, dtype=torch.bool)
+    want[sums.argsort(descending=True, stable=True)[:32]] = True
+    assert torch.equal(reference.spared(w, 0.5, 4, spec).reshape(64, 4).all(1), want)

@@ -62,6 +62,7 @@ def fill(
         if any(_outer(place, packed, modules, sites) for place in places):
             continue
         value = take(key).dense() if key in weights else tensors[key]
+        value = value.to(home(*places[0]))
         old = places[0][0]._parameters.get(places[0][1])
         if old is not None:  # what is one in the file is one here, too
             value = made.setdefault(key, nn.Parameter(value, old.requires_grad))
@@ -71,10 +72,21 @@ def fill(
         for site, owns in sites.items():
             module = modules[site]
             stored = {own: take(key) for own, key in owns.items()}
-            new[module] = packed_module(module, stored, at)
+            new[module] = packed_module(module, stored, at).to(home(module, next(iter(owns))))
     except CompressError as error:
         raise FileFormatError(f"the saved network cannot be packed again: {error}") from error
     return {**at, **_rebuilt(model, left)}, new
+
+
+def home(module: nn.Module, own: str) -> torch.device:
+    """Where the weight of a name lies, and the one that takes its place will; not on `meta`."""
+    *path, name = own.split(".")
+    for step in path:
+        module = module.get_submodule(step)
+    held = module._parameters.get(name)
+    held = module._buffers[name] if held is None else held
+    assert held is not None
+    return torch.device("cpu") if held.is_meta else held.device
 
 
 def _outer(

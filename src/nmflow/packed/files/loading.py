@@ -25,8 +25,9 @@ def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
         folder: what `save` wrote.
         model: the dense architecture; its own weights do not matter and may be on `meta`, which
             holds the least memory. What no file has, such as position ids, is then built again
-            where a constructor takes nothing but a `config`, as in transformers. The model is
-            changed in place, once everything in the folder has been checked.
+            where a constructor takes nothing but a `config`, as in transformers. Elsewhere each
+            tensor of the file goes where the one that it replaces was, such as on a GPU. The model
+            is changed in place, once everything in the folder has been checked.
         fuse: as for `compress`.
 
     Returns:
