@@ -70,10 +70,10 @@ def multiplicity(setting: Setting) -> str:
     kept = [c for c in family if _survives(c)]
     names = ", ".join(f"{c.recipe.title} in {c.metric}" for c in kept)
     return (
-        f"{len(family)} comparisons are made in this setting, and each interval is a {PERCENT} one "
-        f"by itself: where nothing differed at all, about {len(family) * (1 - LEVEL):.1f} of them "
-        f"would leave zero out by chance. {len(alone)} do. After Holm's adjustment for all "
-        f"{len(family)}, {_remain(len(kept))}{f': {names}' if kept else ''}."
+        f"This setting has {len(family)} comparisons, and each {PERCENT} interval stands alone. If "
+        f"nothing differed, about {len(family) * (1 - LEVEL):.1f} of them would exclude zero by "
+        f"chance; {len(alone)} do. After Holm's adjustment for all {len(family)}, "
+        f"{_remain(len(kept))}{f': {names}' if kept else ''}."
     )
 
 
@@ -89,12 +89,11 @@ def not_shown(setting: Setting, page: Page | None = None) -> list[str]:
         f"Anything beyond this task, this network and {_length(setting)}: {order} may change with "
         "the data, the size, the length of training and the pattern.",
         "The choice of the test data: a seed changes the initial weights and the order of "
-        "batches, while the split is one and the same, so an interval speaks of training anew on "
-        "this split.",
+        "batches, but not the split, so an interval is about training again on this split.",
     ]
     if setting.sparse:
         counted = "FLOPs and bytes are counted for an N:M implementation, not timed"
-        timed = "; the times of the page are of saved networks that were compressed for it"
+        timed = "; the page times saved networks, which it compressed for that"
         out.append(
             f"Speed: {counted}; these runs multiply dense tensors that hold zeros"
             f"{timed if page.timed else ''}."
@@ -112,7 +111,7 @@ def not_shown(setting: Setting, page: Page | None = None) -> list[str]:
     if page.tuned:
         best += f"other settings of the page vary {' and '.join(page.tuned)}, and nothing else."
     elif len(setting.recipes) > 1:
-        best += "no recipe was tuned, all share one learning rate and one schedule."
+        best += "no recipe was tuned; all share one learning rate and one schedule."
     else:
         best += "learning rate and schedule were not tuned here."
     out.append(best)
@@ -177,7 +176,7 @@ def _sentence(setting: Setting, c: Comparison) -> str:
     interval = f"{number(d.low, digits, True)} to {number(d.high, digits, True)}"
     agree = f"{c.in_favour} of {d.n} seeds are in its favour"
     verdict = "better" if c.better else "worse"
-    lost = "" if _survives(c) else "; taken with all comparisons of the setting it is not shown"
+    lost = "" if _survives(c) else "; the adjustment for all comparisons does not leave it"
     return (
         f"{c.recipe.title} is {verdict} than {base} in {name}: {amount}, {PERCENT} interval "
         f"{interval}; {agree}{lost}."
@@ -192,10 +191,7 @@ def _no_difference(setting: Setting, null: list[Comparison]) -> str:
         digits = 4 if abs(d.mean) < 0.01 else 3
         ends = f"{number(d.low, digits, True)} to {number(d.high, digits, True)}"
         said.append(f"{c.recipe.title} in test {c.metric} ({number(d.mean, digits, True)}; {ends})")
-    return (
-        f"Between {_baseline(setting)} and these no difference is shown, nor that they are equal: "
-        f"{'; '.join(said)}."
-    )
+    return f"Neither different from {_baseline(setting)} nor shown to be equal: {'; '.join(said)}."
 
 
 def _gap(setting: Setting) -> str:
@@ -207,7 +203,7 @@ def _gap(setting: Setting) -> str:
     gap = -against.difference.mean
     cost = gap if metric in LESS_IS_BETTER else -gap
     text = (
-        f"{base.title} is by the mean {number(abs(gap))} {'worse' if cost > 0 else 'better'} than "
+        f"On average {base.title} is {number(abs(gap))} {'worse' if cost > 0 else 'better'} than "
         f"the dense network in test {metric}"
     )
     best = max(
