@@ -10,7 +10,7 @@
 of the shape of Llama-2-7B with random weights and 1:8 in every linear layer, `steps` training steps
 that are bound by launches, `roof` what memory gives to a copy. `tables` is all of them in one
 process. With `--search` other plans than the one that is taken are timed too, last, to judge
-`gpu_plan.cost` and `gpu_panels.block`. `check` runs a few small products once, for
+`gpu_plan.plan` and `gpu_panels.block`. `check` runs a few small products once, for
 compute-sanitizer. `compile` compiles the kernels of `decode` on many cores and needs no GPU, `warm`
 those of `panels`. Rows are written as they are found, and a run ends with its seconds, so that
 nothing is lost.
@@ -85,17 +85,13 @@ def rested() -> None:
 
 
 def candidates(shape: Shape, tokens: int, card: Card, search: bool) -> list[Plan | None]:
-    """The plan that is taken, and with `search` those next in cost and some from all over."""
+    """The plan that is taken; with `search` those that other products like best, and some more."""
     taken = gpu_plan.plan(shape, False, tokens, card)
     if not search or taken is None:
         return [taken]
-    every = sorted(
-        gpu_plan.plans(shape, False, tokens, card),
-        key=lambda one: gpu_plan.cost(one, shape, tokens, card),
-    )
-    half = SEARCHED // 2
-    rest = every[half:]
-    return [*every[:half], *rest[:: max(1, -(-len(rest) // (SEARCHED - half)))]]
+    likely = list(dict.fromkeys(gpu_plan.near(shape, False, tokens, card)))[: SEARCHED // 2]
+    rest = [one for one in gpu_plan.plans(shape, False, tokens, card) if one not in likely]
+    return [*likely, *rest[:: max(1, -(-len(rest) // (SEARCHED - len(likely))))]]
 
 
 def points() -> Iterator[tuple[tuple[int, int], int, list[str]]]:
@@ -136,7 +132,6 @@ def decode(search: bool) -> Iterator[Row]:
                 row: Row = {
                     "what": "search" if search else "decode", "out": out, "inputs": inputs,
                     "tokens": tokens, "pattern": spec, "dense_us": best, "taken": plan == taken,
-                    "cost": plan and gpu_plan.cost(plan, shape, tokens, card),
                     "plan": plan and {
                         **{k: v for k, v in plan.kernel.constants if k in TOLD},
                         "grid": plan.grid, "shared": plan.shared, "chunks": plan.chunks,
@@ -178,7 +173,7 @@ def panels(search: bool) -> Iterator[Row]:
         w = gpu.expand(*buffers, shape)
         xt = x.t().contiguous()
         ways = {"x @ wt": partial(F.linear, x, w), "w @ xt": partial(torch.matmul, w, xt)}
-        ways["turn"] = lambda x=x: x.t().contiguous()
+        ways["turn"] = partial(gpu_panels.turned, x)
         took = {n: t.median for n, t in time_on_gpu({n: [f] * 4 for n, f in ways.items()}).items()}
         best, turn = min(took["x @ wt"], took["w @ xt"]), took["turn"]
         want = x.double() @ w.double().t()
@@ -186,7 +181,7 @@ def panels(search: bool) -> Iterator[Row]:
             row: Row = {
                 "what": "panels-search" if search else "panels", "out": out, "inputs": inputs,
                 "tokens": tokens, "pattern": spec, "dense_us": best, "turn_us": turn, "plan": cut,
-                "taken": not search or cut == gpu_panels.block(shape),
+                "taken": not search or cut == gpu_panels.block(shape, tokens),
             }  # fmt: skip
             call = partial(gpu.matmul, x, *buffers, None, shape)
             if cut is not None:
@@ -342,7 +337,7 @@ PARTS = {
 TABLES = ["roof", "decode", "panels", "steps", "llama"]
 FIELDS = [
     "what", "out", "inputs", "tokens", "pattern", "dense_us", "packed_us", "ratio", "tb_per_s",
-    "turn_us", "tokens_per_s", "error", "taken", "cost", "plan", "failed", "device", "torch",
+    "turn_us", "tokens_per_s", "error", "taken", "plan", "failed", "device", "torch",
 ]  # fmt: skip
 
 

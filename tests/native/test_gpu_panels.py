@@ -60,6 +60,15 @@ def test_products(
     assert ((y.cpu().double() - want).abs() <= tolerance * size).all()
 
 
+@pytest.mark.parametrize(("rows", "columns", "stride"), [(1, 1, 1), (70, 130, 130), (64, 128, 200)])
+def test_turned(rows: int, columns: int, stride: int) -> None:
+    x = torch.randn(rows, stride).to(DTYPES[-1]).to(DEVICE)[:, :columns]
+    for one in (x, x.t().contiguous().t()):
+        y = gpu_panels.turned(one)
+        assert y.is_contiguous()
+        assert torch.equal(y, one.t())
+
+
 def test_which_panels_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     from nmflow.masks import triton as masks_triton
 

@@ -38,10 +38,10 @@ def why_not(call: Call) -> str | None:
 
 def kernel(call: Call) -> str:
     """The name of the kernel that would run, such as "panel fragments"."""
+    if _by_panels(call.shape, call.tokens):
+        return "panels on gathered columns, Triton"
     if call.tokens <= gpu_plan.most_tokens(call.shape):
         return "panel fragments" if call.shape.shared else "row fragments"
-    if gpu_panels.serves(call.shape):
-        return "panels on gathered columns, Triton"
     why = gpu_plan.why_no_fragments(call.shape)
     return "rebuild the dense weight in one pass, cuBLAS" + (f": {why}" if why else "")
 
@@ -76,10 +76,10 @@ def matmul(
     y = x.new_empty(*x.shape[:-1], shape.out)
     if tokens == 0:
         return y
+    if _by_panels(shape, tokens):
+        return gpu_panels.matmul(rows, values, codes, bias, shape, epilogue).view_as(y)
     half = x.dtype == torch.float16
     plan = _planned(shape, half, tokens, launcher.card)
-    if plan is None and gpu_panels.serves(shape):
-        return gpu_panels.matmul(rows, values, codes, bias, shape, epilogue).view_as(y)
     if plan is None:
         dense = expand(values, codes, shape, launcher)
         return apply_epilogue(F.linear(x, dense, bias), epilogue)
@@ -131,6 +131,11 @@ def expand(values: Tensor, codes: Tensor, shape: Shape, launcher: Launcher | Non
 def expands(dtype: torch.dtype) -> bool:
     """Whether `expand` takes weights of a dtype on the current GPU."""
     return dtype in DTYPES and gpu_driver.why_not() is None
+
+
+def _by_panels(shape: Shape, tokens: int) -> bool:
+    """Whether a product has more tokens than fragments are good for, and panels for them."""
+    return tokens > gpu_plan.MOST_TOKENS and gpu_panels.serves(shape)
 
 
 _planned = functools.lru_cache(4096)(gpu_plan.plan)

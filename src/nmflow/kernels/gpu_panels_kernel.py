@@ -57,3 +57,21 @@ def panels(
     y_at = token.to(tl.int64)[None, :] * out + row[:, None]
     value = sums.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + y_at, value, mask=real[:, None] & there[None, :])
+
+
+@triton.jit
+def turn(
+    x_ptr,
+    y_ptr,
+    rows,
+    columns,
+    stride,
+    B: tl.constexpr,
+):
+    """A tile of B x B: y (columns, rows) of x (rows, columns), whose rows are `stride` apart."""
+    row, column = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1) * B + tl.arange(0, B)
+    x_at = row.to(tl.int64)[:, None] * stride + column[None, :]
+    tile = tl.load(x_ptr + x_at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0)
+    y_at = column.to(tl.int64)[:, None] * rows + row[None, :]
+    there = (column < columns)[:, None] & (row < rows)[None, :]
+    tl.store(y_ptr + y_at, tl.trans(tile), mask=there)

@@ -1,15 +1,20 @@
 """Which kernel multiplies on a GPU, and how its work is cut: pure functions of sizes.
 
 `cuda/decode.cu` says what the numbers mean. They are choices of speed only: every plan gives the
-right product.
+right product. What is taken was the fastest on an H100 for the nearest product that was timed
+(`cuda/cuts.csv`, which `scripts/gpu_page.py` writes).
 """
 
 from __future__ import annotations
 
+import csv
+import functools
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +22,7 @@ from nmflow.kernels.layout import LANES, Shape
 
 # Tokens that fragments serve in one pass over the weights; with more, a dense product is faster.
 MOST_TOKENS = 64
-# A panel's weights are read again for every 64 tokens, at a sixteenth of the cost of dense ones.
+# Panels of less than 64 rows: their weights are read again for every 64 tokens.
 MOST_PANEL_TOKENS = 256
 _STAGE = 1280  # bytes that a warp copies at a time, about
 DTYPES = (torch.bfloat16, torch.float16)
@@ -128,8 +133,8 @@ def plans(shape: Shape, half: bool, tokens: int, card: Card) -> Iterator[Plan]:
     cuts = sorted({*(2**i for i in range(most.bit_length())), most})
     seen: set[Plan] = set()
     for warps, rows, stages in itertools.product((4, 8, 16), (1, 2), (2, 3, 4)):
-        if warps * rows * min(tokens, 64) > 1024:
-            continue  # 16 warps have 128 registers a thread, and the sums alone would take 64
+        if not _fits_registers(warps, rows, tokens):
+            continue
         for slices in (s for s in (1, 2, 4, 8, 16) if s <= warps):
             for shares in (cut for cut in cuts if cut * slices <= max(most, slices)):
                 made = make(shape, half, tokens, card, warps, slices, rows, shares, stages)
@@ -145,41 +150,76 @@ def most_tokens(shape: Shape) -> int:
     return MOST_PANEL_TOKENS if shape.shared else MOST_TOKENS
 
 
+class Cut(NamedTuple):
+    """How the work of a product was cut where that was timed; as `make` takes it."""
+
+    shape: Shape
+    tokens: int
+    warps: int
+    slices: int
+    rows: int
+    shares: int
+    stages: int
+
+
+@functools.cache
+def measured() -> tuple[Cut, ...]:
+    """The best cut of every product that was timed, of those that were tried."""
+    text = (files("nmflow.kernels") / "cuda" / "cuts.csv").read_text()
+    rows = csv.DictReader(text.splitlines())
+    return tuple(
+        Cut(
+            Shape.of(int(row["out"]), int(row["inputs"]), row["pattern"]),
+            *(int(row[name]) for name in Cut._fields[1:]),
+        )
+        for row in rows
+    )
+
+
 def plan(shape: Shape, half: bool, tokens: int, card: Card) -> Plan | None:
-    """The plan that `cost` expects to be the fastest; None where the dense matrix is to be made."""
+    """The plan of the product that is nearest among those that were timed; None for a dense matrix.
+
+    Where its plan does not fit into a block of this card, the inputs are shared out further, and
+    then the next product's is tried.
+    """
     if tokens > most_tokens(shape):
         return None
-    found = plans(shape, half, tokens, card)
-    return min(found, key=lambda one: cost(one, shape, tokens, card), default=None)
+    return next(near(shape, half, tokens, card), None)
 
 
-def cost(plan: Plan, shape: Shape, tokens: int, card: Card) -> float:
-    """About the microseconds of a plan on a card like an H100; only the order of plans matters.
+def near(shape: Shape, half: bool, tokens: int, card: Card) -> Iterator[Plan]:
+    """The plan that each product that was timed gives, the nearest product first."""
+    most = -(-shape.inputs // unit(shape))
+    for cut in sorted(measured(), key=lambda cut: distance(cut, shape, tokens, card)):
+        if not _fits_registers(cut.warps, cut.rows, tokens):
+            continue
+        tiles = cut.warps // cut.slices * cut.rows  # of a block
+        blocks = -(-shape.tiles // tiles) / -(-cut.shape.tiles // tiles)
+        scale = round(math.log2(card.processors / Card().processors / blocks))
+        shares = min(round(cut.shares * 2.0**scale), most // cut.slices) or 1
+        while shares <= most:
+            cut_as = (cut.warps, cut.slices, cut.rows, shares, cut.stages)
+            made = make(shape, half, tokens, card, *cut_as)
+            if made is not None:
+                yield made
+                break
+            shares *= 2
 
-    A block of 16 x 16 weights takes its instructions, or its loads of x, or its products, whatever
-    is most; a warp alone waits for each of them in turn. To that come the weights from memory, x
-    for each row of blocks, and sums that meet in memory.
-    """
-    c = dict(plan.kernel.constants)
-    blocks = math.prod(plan.grid)
-    resident = max(1, min(card.shared // plan.shared, 2048 // plan.threads))
-    turns = -(-blocks // (card.processors * resident))  # waves of blocks
-    here = min(resident, -(-blocks // card.processors))  # blocks on a multiprocessor at a time
-    share = shape.n / shape.m if shape.shared else 1.0  # a panel's fragments are not expanded
-    busy = max(14 + 4 * shape.n, 8 * c["NT"] / c["RT"] + 10, 5 * c["NT"]) * share
-    alone = (60 + 8 * c["NT"]) * share
-    tiles = c["WARPS"] // c["SLICES"] * c["RT"]
-    work = tiles * plan.chunks * c["CHUNK"] / 16 * here / 4  # blocks of 16 x 16 on a scheduler
-    compute = turns * work * max(busy, alone / (c["WARPS"] * here / 4)) / 1700
-    size = bytes_of(shape, c["CHUNK"])
-    flying = c["WARPS"] * here * (c["STAGES"] - 1) * c["RT"] * size
-    each = turns * here * tiles * plan.chunks * size  # bytes that a multiprocessor reads
-    total = bytes_of(shape, shape.inputs) * shape.tiles * plan.grid[2]
-    read = max(total / 2.8e6, each / min(flying / 0.8, 1e5))
-    tokens_here = min(tokens, c["NT"] * 8) * 2
-    x = max(
-        plan.grid[0] * plan.grid[2] * tokens_here * shape.inputs / 5e6,
-        turns * here * tokens_here * plan.chunks * c["CHUNK"] / 6e4,
+
+def distance(cut: Cut, shape: Shape, tokens: int, card: Card) -> float:
+    """How far a product is from one that was timed, in doublings of what it is made of."""
+    theirs = _features(cut.shape, cut.tokens, Card())
+    own = _features(shape, tokens, card)
+    return sum(abs(a - b) for a, b in zip(theirs, own, strict=True))
+
+
+def _features(shape: Shape, tokens: int, card: Card) -> tuple[float, ...]:
+    return (
+        *map(math.log2, (shape.n / shape.m, shape.tiles / card.processors, shape.inputs, tokens)),
+        9.0 * shape.shared,  # a panel is multiplied by other loops
     )
-    meet = 2.0 + plan.shares * tokens * shape.out * 8 / 5e6 if plan.shares > 1 else 0.0
-    return max(compute, read) + x + meet
+
+
+def _fits_registers(warps: int, rows: int, tokens: int) -> bool:
+    """16 warps have 128 registers a thread, and the sums alone would take 64."""
+    return warps * rows * min(tokens, 64) <= 1024

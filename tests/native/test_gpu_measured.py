@@ -1,0 +1,77 @@
+"""Plans on a GPU are those that were the fastest where they were timed; the page is of the same."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nmflow.kernels import Call, gpu, gpu_panels, gpu_plan
+from nmflow.kernels.gpu_panels import Block
+from nmflow.kernels.gpu_plan import Card
+from nmflow.kernels.layout import Shape
+
+ROOT = Path(__file__).resolve().parents[2]
+MEASURED = ROOT / "docs/benchmarks/data/gpu-h100.csv"
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("gpu_page")
+
+
+def test_the_plan_that_is_taken_is_the_best_that_was_timed(page: Any) -> None:
+    """Within 5 %, for every product of the run."""
+    found = page.timed(page.read(MEASURED))
+    assert len(found) == 53
+    for (shape, tokens), cuts in found.items():
+        plan = gpu_plan.plan(shape, False, tokens, Card())
+        took = [us for cut, times in cuts.items() if page.made(cut) == plan for us, _ in times]
+        assert took, (shape, tokens)
+        assert min(took) <= 1.05 * page.best(cuts), (shape, tokens)
+
+
+def test_the_page_and_the_cuts_are_of_the_run(page: Any) -> None:
+    assert page.main([str(MEASURED), "--check"]) == 0
+
+
+def test_plans_of_products_that_were_not_timed() -> None:
+    """More blocks where a layer has fewer rows; another cut where a card has less memory."""
+    half, whole = (
+        gpu_plan.plan(Shape.of(out, 8192, "1:4"), False, 16, Card()) for out in (14336, 28672)
+    )
+    assert half is not None
+    assert whole is not None
+    assert half.grid[0] * half.grid[1] == whole.grid[0] * whole.grid[1]
+    small = gpu_plan.plan(Shape.of(28672, 8192, "1:4"), False, 16, Card(84, 101_376))
+    assert small is not None
+    assert small.shared <= 101_376
+    assert small.grid[1] > whole.grid[1]
+
+
+def test_the_block_of_many_tokens_is_the_best_that_was_timed(page: Any) -> None:
+    rows = [row for row in page.read(MEASURED) if row["what"] == "panels-search"]
+    assert len(rows) == 48
+    for key in dict.fromkeys(page.product(row) for row in rows):
+        took = {row["plan"]: float(row["packed_us"]) for row in rows if page.product(row) == key}
+        assert took[str(gpu_panels.block(*key))] == min(took.values())
+    assert gpu_panels.block(Shape.of(768, 3072, "1:16@64"), 256) == Block(64, 32, 128, 4, 4)
+
+
+def test_panels_of_many_rows_leave_fragments_where_those_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 256 tokens fragments took twice the time of cuBLAS."""
+    monkeypatch.setattr(gpu_panels, "serves", lambda shape: shape.panel % 64 == 0)
+    for spec, tokens, name in [
+        ("1:16@64", 64, "panel fragments"),
+        ("1:16@64", 65, "panels on gathered"),
+        ("1:16@16", 256, "panel fragments"),
+        ("1:16@16", 257, "rebuild"),
+    ]:
+        call = Call(Shape.of(64, 64, spec), torch.bfloat16, "cuda", tokens)
+        assert gpu.kernel(call).startswith(name)
