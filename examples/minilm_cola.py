@@ -4,9 +4,9 @@
     python examples/minilm_cola.py train DATA    # train.parquet and validation.parquet of CoLA
     python examples/minilm_cola.py card DATA     # quality, bytes and time, beside dense and int8
 
-`train` fine-tunes the network dense, then sparse with the dense one as its teacher, and packs it, with
-its values as they are and in 8 bits. The folders `minilm-cola/packed` and `packed-int8` have the
-weights, the config and the tokeniser. The rates are those that the study found.
+`train` fine-tunes the network dense, then sparse with the dense one as its teacher. It packs it
+twice, with values as they are and in 8 bits. The folders `minilm-cola/packed` and `packed-int8`
+have the weights, the config and the tokeniser. The rates are those that the study found.
 """
 
 from __future__ import annotations

@@ -52,14 +52,14 @@ def test_what_it_refuses_changes_nothing() -> None:
     bad = MLP.build()
     with torch.no_grad():
         bad.get_parameter("2.weight")[0, 0] = float("nan")
-    for model, options, kind, words in (
-        (run.model, {}, FlowError, r"0\.weight.*finalize"),
-        (bad, {}, WeightError, r"2\.weight"),
-        (MLP.build(), {"include": "nothing.*"}, PlanError, "nothing"),
+    for model, include, kind, words in (
+        (run.model, "*", FlowError, r"0\.weight.*finalize"),
+        (bad, "*", WeightError, r"2\.weight"),
+        (MLP.build(), "nothing.*", PlanError, "nothing"),
     ):
         before = parameters_of(model)
         with pytest.raises(kind, match=words):
-            nmflow.prune(model, MLP.pattern, **{"include": "*", **options})
+            nmflow.prune(model, MLP.pattern, include)
         for name, weight in before.items():
             assert torch.equal(model.get_parameter(name).nan_to_num(), weight.nan_to_num())
 

@@ -95,6 +95,11 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
+def threads(count: int) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
 def quantity(value: float) -> str:
     """A count with a prefix: `1.23 G`.
 

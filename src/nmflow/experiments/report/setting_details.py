@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nmflow.experiments.report import overview_words
-from nmflow.experiments.report.blocks import Block, Points, Table, Text, number, quantity
+from nmflow.experiments.report.blocks import Block, Points, Table, Text, number, quantity, threads
 from nmflow.experiments.report.compare import Setting
 
 
@@ -87,7 +87,7 @@ def made(setting: Setting) -> list[Block]:
     )
     versions = ", ".join(f"{name} {value}" for name, value in sample["versions"].items())
     machines = sorted(
-        {f"{r['machine']['device']}, {r['machine']['threads']} thread(s)" for r in setting.runs}
+        {f"{r['machine']['device']}, {threads(r['machine']['threads'])}" for r in setting.runs}
     )
     points = [
         f"Data: {data['name']}, {sizes} {data['unit']}; split: {data['split']}. SHA-256 "

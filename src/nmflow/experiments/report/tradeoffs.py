@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nmflow.experiments.report import cost_plots as plots
-from nmflow.experiments.report.blocks import Block, Figure, Section, Table, Text, number, quantity
+from nmflow.experiments.report.blocks import (
+    Block,
+    Figure,
+    Section,
+    Table,
+    Text,
+    number,
+    quantity,
+    threads,
+)
 from nmflow.experiments.report.compare import LESS_IS_BETTER
 from nmflow.experiments.report.overview_words import some
 from nmflow.experiments.report.pareto import AXES, Point, front, points
@@ -50,17 +59,16 @@ def _caption(group: Group, axes: Sequence[str]) -> str:
     if usual and len(group.settings) > 1:
         text += f" Where nothing else is said: {', '.join(usual)}."
     return (
-        f"{text} Means over seeds with 95 % intervals, the cost axis logarithmic; a name stands at "
-        "the best point of its setting, if there is room. The step line is the front: no other "
-        "point's mean is as good for as little. It goes by means alone, so a point beside it whose "
-        "interval reaches it is not shown to be off it."
+        f"{text} Means over seeds with 95 % intervals; the cost axis is logarithmic. A name stands "
+        "at the best point of its setting, if there is room. The step line is the front: no other "
+        "mean is as good at as low a cost. It compares means alone: a point whose interval reaches "
+        "the line may lie on it."
     )
 
 
 def _timed_axis(times: Times) -> str:
-    batch, threads, _ = times.condition or (1, 1, "")
-    plural = "s" if threads > 1 else ""
-    return f"median time of a forward pass, batch {batch}, {threads} thread{plural}"
+    batch, count, _ = times.condition or (1, 1, "")
+    return f"median time of a forward pass, batch {batch}, {threads(count)}"
 
 
 def _members(group: Group, found: Sequence[Point], axes: Sequence[str]) -> Table:
@@ -125,14 +133,14 @@ def _timing(group: Group, times: Times) -> list[Block]:
         row += [found.entry["packed_weights"] or NONE, found.entry["date"][:10]]
         rows.append(row)
     head = ["network", "as it is", "best dense", "compressed", "packed weights", "measured"]
-    batch, threads, cpu = times.condition or (1, 1, "")
+    batch, count, cpu = times.condition or (1, 1, "")
     caption = (
-        f"Median and deciles of a forward pass, float32, batch {batch}, {threads} thread(s), on "
+        f"Median and deciles of a forward pass, float32, batch {batch}, {threads(count)}, on "
         f"{cpu}; {entry['versions']}; {entry['clock']}. One saved network stands for all recipes "
         "and seeds of its network and placement, since time depends on neither. The ways of one "
-        "network were timed turn by turn, networks one after another. The plot has the compressed "
-        "network, and of a dense one the faster of its two ways. Where deciles overlap, that one "
-        "network is faster than another is not shown."
+        "network took turns; networks were timed one after another. The plot shows the compressed "
+        "network, and of a dense one the faster of its two ways. Where deciles overlap, neither "
+        "network is shown to be faster."
     )
     out.append(Table(caption, head, rows))
     idle = [row[0] for row in rows if row[4].startswith("0 of")]
