@@ -43,7 +43,13 @@ extern "C" {
 #define NMFLOW_LAYOUT_VERSION 1
 
 enum nmflow_dtype { NMFLOW_F32 = 0, NMFLOW_BF16 = 1, NMFLOW_F16 = 2 };
-enum nmflow_epilogue { NMFLOW_NONE = 0, NMFLOW_GELU = 1 /* erf */, NMFLOW_RELU = 2 };
+enum nmflow_epilogue {
+  NMFLOW_NONE = 0,
+  NMFLOW_GELU = 1,      /* v (1 + erf(v / sqrt 2)) / 2 */
+  NMFLOW_RELU = 2,
+  NMFLOW_SILU = 3,      /* v / (1 + exp(-v)) */
+  NMFLOW_GELU_TANH = 4  /* v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))) / 2 */
+};
 enum nmflow_isa { NMFLOW_PORTABLE = 0, NMFLOW_AVX2 = 1, NMFLOW_AVX512 = 2 };
 
 /* Results. Zero is success; a positive number says something about the data; negative is refused. */

@@ -63,9 +63,35 @@ NMF_INLINE vecf erf_of(vecf x) {
   return x * p / q;
 }
 
+/* exp to 2 ulp: 2^n e^r with n whole and |r| <= ln 2 / 2, e^r by a polynomial (that of Cephes). Infinity above 88.72, zero
+ * below -87.3, where results would be subnormal. */
+NMF_INLINE vecf exp_of(vecf x) {
+  const vecf high = splat(88.72283f), low = splat(-87.33654f);
+  const vecf at = pick(x > high, high, pick(x < low, low, x));
+  const vecf whole = at * 1.44269504f;
+  const veci n = __builtin_convertvector(whole + pick(whole < 0.0f, splat(-0.5f), splat(0.5f)), veci);
+  const vecf steps = __builtin_convertvector(n, vecf);
+  const vecf r = (at - steps * 0.693359375f) + steps * 2.12194440e-4f; /* ln 2 in two parts */
+  vecf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  /* 2^n in two factors, as 2^128 is none. */
+  const veci half = n >> 1, rest = n - half;
+  const vecf y = p * (vecf)((half + 127) << 23) * (vecf)((rest + 127) << 23);
+  const vecf infinity = as_float(splat(0x7f800000u));
+  return pick(x > high, infinity, pick(x < low, splat(0.0f), pick(x == x, y, x)));
+}
+
 NMF_INLINE vecf finish(vecf v, int epilogue) {
-  /* A NaN stays a NaN in both: comparisons with it are false and arithmetic keeps it. */
+  /* A NaN stays a NaN in all: comparisons with it are false and arithmetic keeps it. */
   if (epilogue == NMFLOW_RELU) return pick(v < 0.0f, splat(0.0f), v);
+  if (epilogue == NMFLOW_SILU) return v / (1.0f + exp_of(-v));
+  if (epilogue == NMFLOW_GELU_TANH) /* (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)) */
+    return v / (1.0f + exp_of(v * (-1.5957691216f - 0.0713548162726f * v * v)));
   if (epilogue == NMFLOW_GELU) return 0.5f * v * (1.0f + erf_of(v * 0.70710678118654752f));
   return v;
 }

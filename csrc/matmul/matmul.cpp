@@ -131,7 +131,7 @@ const char *nmflow_kernel_name(int32_t kernel) {
 
 int nmf_check_call(const nmf_geometry *g, const void *x, int64_t x_stride, const void *y,
                    int64_t y_stride, int64_t tokens, int epilogue) {
-  if (epilogue < NMFLOW_NONE || epilogue > NMFLOW_RELU) return NMFLOW_BAD_DTYPE;
+  if (epilogue < NMFLOW_NONE || epilogue > NMFLOW_GELU_TANH) return NMFLOW_BAD_DTYPE;
   const int64_t limit = INT64_C(1) << 56;
   if (tokens < 0 || x_stride < g->in || y_stride < g->out || tokens > limit || x_stride > limit ||
       y_stride > limit)

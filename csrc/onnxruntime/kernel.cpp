@@ -127,7 +127,7 @@ OrtStatus *nmf_ort_create(const OrtCustomOp *self, OrtTable, const OrtKernelInfo
                 static_cast<int32_t>(number[3]), static_cast<int32_t>(number[4]), NMFLOW_F32};
   made.epilogue = static_cast<int32_t>(number[5]);
   made.activations = static_cast<int32_t>(number[6]);
-  if (made.epilogue > NMFLOW_RELU) return refuse(op, "epilogue is unknown", made.epilogue);
+  if (made.epilogue > NMFLOW_GELU_TANH) return refuse(op, "epilogue is unknown", made.epilogue);
   if (made.activations > NMFLOW_INT8S)
     return refuse(op, "activations is unknown", made.activations);
   int status;

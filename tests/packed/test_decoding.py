@@ -138,12 +138,19 @@ def test_every_kind_decodes_in_onnxruntime(name: str, tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["float32.onnx", "int8.onnx"]
     dense = export_decoder(pruned(name), tmp_path / "dense.onnx", packed=False)
     assert torch.equal(OnnxDecoder(dense, threads=1).generate(PROMPT, 8), want)
+    for opset in (20, 23):
+        path = export_decoder(packed, tmp_path / f"{opset}.onnx", opset=opset)
+        kinds = {node.op_type for node in onnx.load(path).graph.node}
+        assert ("Attention" in kinds) == (opset == 23)
+        assert torch.equal(OnnxDecoder(path, threads=1).generate(PROMPT, 8), want)
 
 
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     with pytest.raises(CompressError, match="head is 'int4'"):
         export_decoder(nn.Linear(8, 8), tmp_path / "a.onnx", head="int4")
+    with pytest.raises(CompressError, match="opset is 11: give one from 18 to 23"):
+        export_decoder(nn.Linear(8, 8), tmp_path / "a.onnx", opset=11)
     with pytest.raises(CompressError, match="no packed layer"):
         export_decoder(pruned("llama"), tmp_path / "a.onnx")
     packed = compress(prune(nn.Sequential(nn.Linear(32, 16))), measure=False)

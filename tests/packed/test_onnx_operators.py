@@ -88,7 +88,7 @@ def test_the_operator_is_the_layer(pattern: str, out: int, inputs: int, bias: bo
     layer = layer_of(pattern, out, inputs, bias)
     w = layer.dense().double()
     b = None if layer.bias is None else layer.bias.double()
-    for epilogue in (0, 1, 2):
+    for epilogue in range(5):
         layer.epilogue = epilogue
         made = session(graph(layer))
         for lead in [(1,), (7,), (2, 3), (49,), (), (0,), (3, 0), (1,) * 15]:
@@ -115,7 +115,7 @@ def test_the_operator_of_8_bit_values_is_the_layer(
     pattern: str, out: int, inputs: int, activations: str
 ) -> None:
     layer = Int8Linear.of(layer_of(pattern, out, inputs, pattern != "1:4"), activations)
-    for epilogue in (0, 1, 2):
+    for epilogue in range(5):
         layer.epilogue = epilogue
         made = session(graph_int8(layer))
         for lead in [(1,), (7,), (2, 3), (49,), (), (0,)]:
@@ -161,7 +161,7 @@ def test_threads_are_the_session_s_and_change_no_bit() -> None:
         ({"m": 7}, "no packed weight"),
         ({"panel": -1}, "panel"),
         ({"in_features": 1 << 62}, "no packed weight"),
-        ({"epilogue": 3}, "epilogue is unknown"),
+        ({"epilogue": 5}, "epilogue is unknown"),
         ({"codes": torch.full((2, 1, 16), -1, dtype=torch.int32)}, "no packed weight"),
         ({"values": torch.zeros(2, 3, 16)}, "bytes of the attributes"),
         ({"loose": ("values",)}, "must be initializers"),

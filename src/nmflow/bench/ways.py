@@ -23,7 +23,7 @@ def tokens_of(model: nn.Module, example: Mapping[str, Any]) -> dict[nn.Module, i
     seen: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen[module] = max(seen.get(module, 0), math.prod(output.shape[:-1]))
+        seen[module] = max(seen.get(module, 0), math.prod(args[0].shape[:-1]))
 
     kinds = (nn.Linear, PackedLinear)
     linears = [m for m in model.modules() if type(m) in kinds]

@@ -32,6 +32,7 @@ from nmflow.packed.files.fill import packed_module
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse
 from nmflow.packed.swap import replace_modules
+from nmflow.packed.together import join
 
 # What follows a packed weight's name in the names of its tensors, as in docs/layout.md.
 _PARTS = r"(#\d+\.[a-z]+)?$"
@@ -167,6 +168,7 @@ class NMFlowQuantizer(HfQuantizer):
             new[site.module] = made.to(device, site.dtype) if other else made.to(device)
         replace_modules(model, new, inplace=True)
         fuse(model)
+        join(model)
         # It runs, moves and saves as what `compress` returns does, so transformers may treat it so.
         del model.config.quantization_config
         model.is_quantized = False

@@ -7,7 +7,8 @@ A backend is a module of this package with four names:
 * `bind(values, codes, shape: Shape) -> run`: prepares one tiled weight. `run(x, bias, y, tokens,
   epilogue)` writes `y = epilogue(x Wᵀ + bias)`, where `x (tokens, inputs)` and `y (tokens, out)`
   have unit stride along their last axis and any row stride (`y` may be a slice of a wider output),
-  `bias` is None or contiguous of the weight's dtype, and epilogue is 0 none, 1 GELU, 2 ReLU.
+  `bias` is None or contiguous of the weight's dtype, and epilogue is a number of
+  `reference.EPILOGUES`.
 """
 
 from __future__ import annotations

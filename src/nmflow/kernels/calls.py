@@ -56,11 +56,11 @@ def product(
     run: Callable[..., None], x: Tensor, bias: Tensor | None, out: int, inputs: int, epilogue: int
 ) -> Tensor:
     """`(..., inputs)` to `(..., out)` by a bound function; a copy of x only where it is needed."""
-    size = x.shape
-    y = x.new_empty((*size[:-1], out))
+    y = x.new_empty((*x.shape[:-1], out))
     x = aligned(x)
-    if len(size) == 2 and x.stride(1) == 1 and x.stride(0) >= inputs:
-        run(x, bias, y, size[0], epilogue)
+    if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= inputs):
+        if tokens := y.numel() // out:
+            run(x, bias, y, tokens, epilogue)
     elif y.numel():
         flat = rows_of(x, inputs)
         run(flat, bias, y.view(-1, out), flat.shape[0], epilogue)
@@ -86,7 +86,7 @@ def refuse_features(x: Tensor, inputs: int) -> None:
 def is_plain_call(x: Tensor, weight: Tensor) -> bool:
     """Whether nobody looks at the op that is called: then torch's dispatcher has nothing to do.
 
-    Lookers are tensors of a class of their own, modes, functorch, compilers and profilers.
+    Lookers are tensors of a class of their own, modes, autocast, functorch, compilers, profilers.
     """
     if torch.compiler.is_compiling():  # first, since dynamo follows none of the others
         return False
@@ -100,6 +100,7 @@ def is_plain_call(x: Tensor, weight: Tensor) -> bool:
         and _C._functorch.maybe_current_level() is None
         and not _C._autograd._profiler_enabled()
         and _C._get_tracing_state() is None
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -138,8 +138,8 @@ def runner(call: Callable[..., int], shape: Shape) -> Callable[..., None]:
     def run(
         x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int, kernel: int = 0
     ) -> None:
-        # A single row may carry any stride; only between rows does it mean something.
-        many = tokens > 1
+        # A single row may carry any stride, and what has more axes lies in order.
+        many = tokens > 1 and x.dim() == 2
         status = call(
             x.data_ptr(),
             x.stride(0) if many else inputs,

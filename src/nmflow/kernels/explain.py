@@ -16,40 +16,62 @@ from nmflow.kernels.registry import Choice, choose
 
 
 class Explanation(list[tuple[str, Choice]]):
-    """(path of the module, choice) of every packed product of a run, in order; `str` is a list."""
+    """(path of the module, choice) of every packed product of a run, in order; `str` is a list.
+
+    Attributes:
+        together: paths of the layers of each group that is computed in one call.
+    """
+
+    together: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
         said = "\n".join(f"{path or 'model'}: {choice}" for path, choice in self)
+        for group in self.together:
+            said += f"\ncomputed in one call: {', '.join(group)}"
         return said or "no packed product: compress() kept every layer dense, see its report"
 
 
 class _Listen(TorchDispatchMode):
     """Notes every packed product that passes, with the module that is running."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.found = Explanation()
         self.running: list[str] = [""]
+        # A layer's product may be computed while another runs: its weight says whose it is.
+        self.paths = {
+            id(held): path
+            for path, part in module.named_modules()
+            for held in part.buffers(recurse=False)
+        }
+        names = {part: path for path, part in module.named_modules()}
+        blocks = [getattr(part, "computed_with", None) for part in names]
+        self.found.together = tuple(
+            tuple(names.get(layer, "") for layer in block.layers)
+            for block in dict.fromkeys(blocks)
+            if block is not None
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.nmflow.matmul.default:
             x, values, _, _, *dims, epilogue = args
-            self._note(x, dims, values.dtype, epilogue, "")
+            self._note(x, values, dims, values.dtype, epilogue, "")
         elif func is torch.ops.nmflow.matmul_int8.default:
-            x, _, _, *dims, activations, epilogue = args
+            x, stream, _, *dims, activations, epilogue = args
             values = "int8, activations too" if activations else "int8"
-            self._note(x, dims, x.dtype, epilogue, values)
+            self._note(x, stream, dims, x.dtype, epilogue, values)
         return func(*args, **(kwargs or {}))
 
     def _note(
-        self, x: torch.Tensor, dims: list[int], dtype: torch.dtype, epilogue: int, values: str
-    ) -> None:
+        self, x: torch.Tensor, weight: torch.Tensor, dims: list[int], dtype: torch.dtype,
+        epilogue: int, values: str,
+    ) -> None:  # fmt: skip
         shape, threads = Shape(*dims), torch.get_num_threads()
         tokens = x.numel() // shape.inputs
         call = Call(shape, dtype, x.device.type, tokens, threads, epilogue, values)
-        self.found.append((self.running[-1], choose(call)))
+        self.found.append((self.paths.get(id(weight), self.running[-1]), choose(call)))
 
 
 def explain(module: nn.Module, example_inputs: Any) -> Explanation:
@@ -77,7 +99,7 @@ def explain(module: nn.Module, example_inputs: Any) -> Explanation:
         >>> path, choice.call.tokens
         ('0', 1)
     """
-    listen = _Listen()
+    listen = _Listen(module)
     handles = []
     for path, part in module.named_modules():
         handles.append(part.register_forward_pre_hook(_enter(listen.running, path)))

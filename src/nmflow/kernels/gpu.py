@@ -24,6 +24,8 @@ from nmflow.kernels.reference import apply_epilogue
 _EXPAND, _GATHER = Kernel("expand.cu", "expand"), "gather"
 _SPANS = 4  # blocks of `expand` write at least that many spans of codes
 
+_MOST_EPILOGUE = 2  # of those that the GPU kernels apply
+
 
 def why_not(call: Call) -> str | None:
     """None if these kernels serve the call, else the reason in words."""
@@ -67,9 +69,12 @@ def matmul(
         codes: tiled codes.
         bias: `(out,)` or None.
         shape: sizes and pattern.
-        epilogue: 0 none, 1 GELU (erf), 2 ReLU.
+        epilogue: the number of one of `reference.EPILOGUES`; 0 is none.
         launcher: what runs kernels; None is the driver of the GPU that `x` is on.
     """
+    if epilogue > _MOST_EPILOGUE:
+        exact = matmul(x, values, codes, bias, shape, 0, launcher)
+        return apply_epilogue(exact, epilogue)
     launcher = launcher or gpu_driver.driver(x.device.index)
     rows = x.reshape(-1, shape.inputs)
     tokens = rows.shape[0]

@@ -41,7 +41,7 @@ LIBRARY.define(f"unpack_int8(Tensor stream, {SHAPE}) -> Tensor")
 _BOUND: Bound = {}
 
 
-def _matmul_cpu(
+def matmul_int8_cpu(
     x: Tensor,
     stream: Tensor,
     bias: Tensor | None,
@@ -53,6 +53,7 @@ def _matmul_cpu(
     activations: int,
     epilogue: int,
 ) -> Tensor:
+    """What the op does on a CPU: its own checks of x and bias, and the product."""
     size = x.shape
     key = (
         stream.untyped_storage()._cdata, stream.data_ptr(), stream.shape, stream.stride(),
@@ -128,7 +129,7 @@ def _unpack(stream: Tensor, out: int, inputs: int, n: int, m: int, panel: int) -
     return int8.dense(stream, shape)
 
 
-LIBRARY.impl("matmul_int8", _matmul_cpu, "CPU")
+LIBRARY.impl("matmul_int8", matmul_int8_cpu, "CPU")
 LIBRARY.impl("unpack_int8", _unpack, "CPU")
 for _key in ("CUDA", "MPS", "XPU"):
     LIBRARY.impl("matmul_int8", _matmul_any, _key)
@@ -203,7 +204,7 @@ def matmul_int8(
         bias: `(out,)` of x's dtype, or None.
         shape: `(out, inputs, n, m, panel)`.
         activations: 1 rounds each token to 8 bits and multiplies whole numbers; 0 floats.
-        epilogue: 0 none, 1 GELU (erf), 2 ReLU.
+        epilogue: the number of one of `reference.EPILOGUES`; 0 is none.
 
     Returns:
         `(..., out)`, of x's dtype.
@@ -211,17 +212,20 @@ def matmul_int8(
     Raises:
         CompressError: sizes or dtypes that do not fit.
     """
+    wants = torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if not wants and is_plain_call(x, stream):
+        out, inputs, n, m, panel = shape
+        return matmul_int8_cpu(x, stream, bias, out, inputs, n, m, panel, activations, epilogue)
     to = autocast_dtype(x, x)
     if to is not None:
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(x.dtype)
             return matmul_int8(x, stream, bias, shape, activations, epilogue).to(to)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if wants:
         y = _Differentiable.apply(x, stream, bias, shape, activations)
         return reference.apply_epilogue(y, epilogue)
-    if is_plain_call(x, stream):
-        out, inputs, n, m, panel = shape
-        return _matmul_cpu(x, stream, bias, out, inputs, n, m, panel, activations, epilogue)
     return _matmul(x, stream, bias, *shape, activations, epilogue)
 
 

@@ -45,7 +45,7 @@ LIBRARY.define(f"unpack(Tensor values, Tensor codes, {SHAPE}) -> Tensor")
 _BOUND: Bound = {}
 
 
-def _matmul_cpu(
+def matmul_cpu(
     x: Tensor,
     values: Tensor,
     codes: Tensor,
@@ -57,6 +57,7 @@ def _matmul_cpu(
     panel: int,
     epilogue: int,
 ) -> Tensor:
+    """What the op does on a CPU: its own checks of x and bias, and the product."""
     if values.is_contiguous() and codes.is_contiguous():
         key = (
             values.untyped_storage()._cdata, codes.untyped_storage()._cdata,
@@ -169,7 +170,7 @@ def _unpack(
     return reference.dense(values, codes, shape)
 
 
-LIBRARY.impl("matmul", _matmul_cpu, "CPU")
+LIBRARY.impl("matmul", matmul_cpu, "CPU")
 for _key in ("CUDA", "MPS", "XPU"):
     LIBRARY.impl("matmul", _matmul_elsewhere, _key)
     LIBRARY.impl("unpack", _unpack, _key)
@@ -244,7 +245,7 @@ def matmul(
         codes: tiled codes.
         bias: `(out,)` or None.
         shape: `(out, inputs, n, m, panel)`.
-        epilogue: 0 none, 1 GELU (erf), 2 ReLU.
+        epilogue: the number of one of `reference.EPILOGUES`; 0 is none.
 
     Returns:
         `(..., out)`.
@@ -252,6 +253,12 @@ def matmul(
     Raises:
         CompressError: sizes or dtypes that do not fit.
     """
+    wants = torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if not wants and is_plain_call(x, values):
+        out, inputs, n, m, panel = shape
+        return matmul_cpu(x, values, codes, bias, out, inputs, n, m, panel, epilogue)
     to = autocast_dtype(x, values)
     if to is not None:
         with torch.autocast(x.device.type, enabled=False):
@@ -261,12 +268,9 @@ def matmul(
                 return reference.apply_epilogue(y, epilogue)
             bias = None if bias is None else bias.to(values.dtype)
             return matmul(x.to(values.dtype), values, codes, bias, shape, epilogue).to(to)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if wants:
         y = _Differentiable.apply(x, values, codes, bias, shape)
         return reference.apply_epilogue(y, epilogue)
-    if is_plain_call(x, values):
-        out, inputs, n, m, panel = shape
-        return _matmul_cpu(x, values, codes, bias, out, inputs, n, m, panel, epilogue)
     return _matmul(x, values, codes, bias, *shape, epilogue)
 
 

@@ -15,7 +15,7 @@ from nmflow.kernels.layout import (
     dense_from_canonical,
 )
 
-EPILOGUES: tuple[str | None, ...] = (None, "gelu", "relu")
+EPILOGUES: tuple[str | None, ...] = (None, "gelu", "relu", "silu", "gelu_tanh")
 
 
 def dense(values: Tensor, codes: Tensor, shape: Shape) -> Tensor:
@@ -40,9 +40,13 @@ def matmul(
 
 
 def apply_epilogue(y: Tensor, epilogue: int) -> Tensor:
-    """Apply the epilogue of that number: 0 none, 1 GELU (erf), 2 ReLU."""
+    """Apply the epilogue of that number: 0 none, 1 GELU (erf), 2 ReLU, 3 SiLU, 4 GELU (tanh)."""
     if epilogue == 1:
         return F.gelu(y)
+    if epilogue == 3:
+        return F.silu(y)
+    if epilogue == 4:
+        return F.gelu(y, approximate="tanh")
     return torch.relu(y) if epilogue == 2 else y
 
 

@@ -107,10 +107,14 @@ class BFloat16Linear(PackedLinear):
         """The weight, rebuilt: the values that bfloat16 holds, in the layer's dtype."""
         return super().dense().to(self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)`."""
+    def product(self, x: Tensor) -> Tensor:
+        """Its own product, `(..., in)` to `(..., out)`, whatever it is computed together with."""
         held = self.values, self.codes, self.bias, self.dims
         return product(x, *held, self.epilogue, self.dtype)
+
+    def at_once(self, x: Tensor) -> Tensor:
+        """The same: the conversions are calls of torch anyway."""
+        return self.product(x)
 
     def extra_repr(self) -> str:
         """Sizes, pattern, dtype and what it multiplies in."""

@@ -25,6 +25,7 @@ from nmflow.packed.parts import parts_of
 from nmflow.packed.proof import NEAR, NEAR_INT8, check_same, run_once
 from nmflow.packed.report import Report, Row, hang
 from nmflow.packed.swap import Model, replace_modules
+from nmflow.packed.together import join
 from nmflow.select.plan import Names, Patterns
 
 Runs = dict[str, list[Run]]
@@ -67,8 +68,10 @@ def compress(
         measure: False packs everything that can be packed, without timing.
         onednn: True also measures the linear layers that hold no pattern, and runs them on packed
             oneDNN where that is faster; they then hold their weight twice.
-        fuse: let packed layers apply the GELU (erf) or ReLU module that alone reads their output,
-            which saves a pass over it.
+        fuse: let packed layers apply the GELU, ReLU or SiLU module that alone reads their output,
+            which saves a pass over it; and on a CPU compute the layers of a feed-forward block in
+            one call, and q, k and v of self-attention, where that is faster at `tokens`. Such
+            layers work in the model only: a hook on one sees its input in place of its output.
         inplace: True changes `model`, whose packed layers stay the same objects, so that whoever
             holds one holds it packed; the default leaves `model` alone and returns a copy.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, run once
@@ -146,7 +149,9 @@ def compress(
     if onednn:
         new |= on_onednn({m: max(counts) for m in model.modules() if m not in new}, counts)
     made = replace_modules(model, new, inplace)
-    report.fused = fuse_activations(made) if fuse else []
+    if fuse:
+        report.fused = fuse_activations(made)
+        report.together = join(made, counts if measure else ())
     if before is not None:
         near = NEAR if values is None else NEAR_INT8
         check_same(before, run_once(made, before.calls, example_inputs), near)

@@ -25,6 +25,7 @@ def export_decoder(
     *,
     packed: bool = True,
     head: str = "float32",
+    opset: int | None = None,
 ) -> Path:
     """Write one decoding step of a causal language model as ONNX, keys and values in and out.
 
@@ -42,16 +43,22 @@ def export_decoder(
         packed: True writes the packed layers of what `compress` returned as nmflow's operator.
         head: `"float32"`, or `"int8"`: onnxruntime then quantizes the products that are still
             dense, the head above all, to 8-bit weights and activations.
+        opset: of ONNX. None takes 23 where your torch (2.10) and onnxruntime (1.23) know it, since
+            attention, rotary embeddings and norms are one operator each there, and torch's default
+            elsewhere. Pass 20 for a machine whose onnxruntime is older.
 
     Returns:
         The path.
 
     Raises:
-        CompressError: `head` is unknown; the model is no such language model, or has no packed
-            layer; packages are missing (`pip install 'nmflow[onnx]'`); the export fails or differs.
+        CompressError: `head` or `opset` is unknown; the model is no such language model, or has no
+            packed layer; packages are missing (`pip install 'nmflow[onnx]'`); the export fails or
+            differs.
     """
     if head not in ("float32", "int8"):
         raise CompressError(f"head is {head!r}: choose float32 or int8")
+    if opset is not None and not 18 <= opset <= onnx_files.OPSET:
+        raise CompressError(f"opset is {opset}: give one from 18 to {onnx_files.OPSET}")
     onnx_files.check_packages()
     if packed:
         onnx_operators.check_packed(model)
@@ -62,6 +69,7 @@ def export_decoder(
         step,
         lambda: _program(step, example),
         packed,
+        onnx_files.newest_opset() if opset is None else opset,
         input_names=["input_ids", *_names("past", layers)],
         output_names=["logits", *_names("present", layers)],
     )
@@ -176,7 +184,9 @@ class _Step(nn.Module):
         mask = torch.where(key[None] <= query[:, None], 0.0, float("-inf"))[None, None]
         found = self.model(
             input_ids=input_ids,
-            position_ids=query[None],
+            position_ids=query[None].expand(
+                input_ids.shape[0], new
+            ),  # of each text, for its operator
             attention_mask=mask,
             use_cache=True,
             logits_to_keep=1,

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nmflow.packed.alone import alike, random_input, run_alone, takes_one
 from nmflow.packed.modules import PackedLinear
-
-# What a forward pass raises that does not run on one plain tensor by itself.
-_NOT_ALONE = (
-    RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError,
-)  # fmt: skip
 
 
 class Fused(nn.Module):
@@ -32,18 +26,24 @@ class Fused(nn.Module):
         return x
 
 
+# Activations of transformers by the names of their classes, whose forward has no settings.
+_OF_TRANSFORMERS = {"NewGELUActivation": 4, "FastGELUActivation": 4, "SiLUActivation": 3}
+_OF_TRANSFORMERS |= {"PytorchGELUTanh": 4, "GELUTanh": 4}
+
+
 def epilogue_of(module: nn.Module) -> int:
-    """The number of the kernels' epilogue that an activation is: 1 GELU (erf), 2 ReLU, 0 none."""
+    """The number of the kernels' epilogue that an activation is, of `reference.EPILOGUES`."""
     if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
         return 0
     if type(module) is nn.GELU:
-        return 1 if module.approximate == "none" else 0
-    if type(module) is nn.ReLU:
-        return 2
-    is_hf = type(module).__module__ == "transformers.activations"
-    if is_hf and type(module).__name__ == "GELUActivation":
+        return 4 if module.approximate == "tanh" else 1
+    if type(module) in (nn.ReLU, nn.SiLU):
+        return 2 if type(module) is nn.ReLU else 3
+    if type(module).__module__ != "transformers.activations":
+        return 0
+    if type(module).__name__ == "GELUActivation":
         return 1 if getattr(module, "act", None) is F.gelu else 0
-    return 0
+    return _OF_TRANSFORMERS.get(type(module).__name__, 0)
 
 
 def fuse(model: nn.Module) -> list[str]:
@@ -80,48 +80,16 @@ def fuse(model: nn.Module) -> list[str]:
 
 def _fused(parent: nn.Module, layer: PackedLinear, name: str, activation: nn.Module) -> bool:
     """Fuse the two, and undo it where the parent's output is another then."""
-    x = _input(layer)
-    before = _alone(parent, x)
+    x = random_input(layer)
+    before = run_alone(parent, x)
     layer.epilogue = epilogue_of(activation)
     setattr(parent, name, Fused(activation))
-    after = _alone(parent, x)
-    if before is not None and after is not None and _alike(before, after):
+    after = run_alone(parent, x)
+    if before is not None and after is not None and alike(before, after):
         return True
     layer.epilogue = 0
     setattr(parent, name, activation)
     return False
-
-
-def _input(layer: PackedLinear) -> Tensor:
-    """A random input, which leaves the state of the random generator alone."""
-    drawn = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
-    return drawn.to(layer.like)
-
-
-def _alone(parent: nn.Module, x: Tensor) -> list[Tensor] | None:
-    """The tensors that a parent gives for one input, in evaluation mode; None if it does not run.
-
-    Its mode is restored, and so is the state of the random generator, which starts the same.
-    """
-    modes = [(module, module.training) for module in parent.modules()]
-    try:
-        parent.eval()  # so that no statistics move
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            return [leaf for leaf in tree_leaves(parent(x)) if isinstance(leaf, Tensor)]
-    except _NOT_ALONE:
-        return None
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _alike(a: list[Tensor], b: list[Tensor]) -> bool:
-    near = {"rtol": 0.02, "atol": 0.02, "equal_nan": True}  # two-byte outputs are rounded once less
-    return len(a) == len(b) and all(
-        x.shape == y.shape and torch.allclose(x.double(), y.double(), **near)
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 class _Watch(TorchDispatchMode):
@@ -145,12 +113,7 @@ def _follows(
     parent: nn.Module, layer: PackedLinear, activations: dict[str, nn.Module]
 ) -> str | None:
     """The name of the activation that reads the layer's output, if nothing else does."""
-    wanted = [
-        p
-        for p in inspect.signature(parent.forward).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(wanted) != 1:
+    if not takes_one(parent):
         return None
     watch = _Watch()
 
@@ -162,16 +125,17 @@ def _follows(
         handles += _watched(watch, name, module)
     try:
         with watch:
-            result = _alone(parent, _input(layer))
+            result = run_alone(parent, random_input(layer))
     finally:
         for handle in handles:
             handle.remove()
     if result is None:
         return None
     escapes = any(leaf is watch.output for leaf in tree_leaves(result))
-    if watch.calls != 1 or len(watch.readers) != 1 or escapes:
+    readers = set(watch.readers)  # an activation of several ops reads it several times
+    if watch.calls != 1 or len(readers) != 1 or escapes:
         return None
-    name = watch.readers[0]
+    name = readers.pop()
     return name if name is not None and watch.entered.count(name) == 1 else None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nmflow.errors import CompressError
 from nmflow.kernels import int8, matmul_int8, unpack_int8
+from nmflow.kernels.int8_ops import matmul_int8_cpu
 from nmflow.kernels.layout import Shape
 from nmflow.packed.modules import PackedLinear, plain
 from nmflow.packed.rounded import each_linear, output_error
@@ -119,10 +120,17 @@ class Int8Linear(PackedLinear):
         q, scale, index = self.quantized()
         return int8.float_values(q, scale), index
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)`."""
+    def product(self, x: Tensor) -> Tensor:
+        """Its own product, `(..., in)` to `(..., out)`, whatever it is computed together with."""
         rounds = 1 if self.activations == "int8" else 0
-        return matmul_int8(x, self.stream, self.bias, self.dims, rounds, self.epilogue)
+        stream, bias = self._buffers["stream"], self._parameters["bias"]  # as in PackedLinear
+        return matmul_int8(x, stream, bias, self.dims, rounds, self.epilogue)  # pyright: ignore[reportArgumentType]
+
+    def at_once(self, x: Tensor) -> Tensor:
+        """Its own product on a CPU, of a call that needs no gradient and that nobody looks at."""
+        rounds = 1 if self.activations == "int8" else 0
+        stream, bias = self._buffers["stream"], self._parameters["bias"]
+        return matmul_int8_cpu(x, stream, bias, *self.dims, rounds, self.epilogue)  # pyright: ignore[reportArgumentType]
 
     def extra_repr(self) -> str:
         """Sizes, pattern, dtype and activations."""

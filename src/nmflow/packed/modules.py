@@ -23,6 +23,7 @@ from nmflow.kernels.layout import (
     check_tiled,
     tiled_from_canonical,
 )
+from nmflow.kernels.ops import matmul_cpu
 from nmflow.packed.stands_for import LazyWeight, StandsFor
 from nmflow.pattern import Pattern
 
@@ -58,6 +59,7 @@ class PackedLinear(StandsFor):
     bias: nn.Parameter | None
     rounding = ""  # `Call.values` of its products
     error: float | None = None  # of its outputs, where values were rounded and it was measured
+    computed_with: Any = None  # the layers that are computed in one call with it, see blocks.py
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class PackedLinear(StandsFor):
         self.dims = (shape.out, shape.inputs, shape.n, shape.m, shape.panel)
         self.in_features, self.out_features = shape.inputs, shape.out
         self.stored = stored
-        self.epilogue = 0  # 1 GELU, 2 ReLU: an activation that this layer applies, see fuse.py
+        self.epilogue = 0  # of `reference.EPILOGUES`: an activation that it applies, see fuse.py
 
     @classmethod
     def pack(
@@ -135,7 +137,19 @@ class PackedLinear(StandsFor):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        return matmul(x, self.values, self.codes, self.bias, self.dims, self.epilogue)
+        return self.product(x) if self.computed_with is None else self.computed_with.run(self, x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Its own product, `(..., in)` to `(..., out)`, whatever it is computed together with."""
+        held = self._buffers  # past nn.Module's look-ups, which cost half a microsecond each
+        bias = self._parameters["bias"]
+        return matmul(x, held["values"], held["codes"], bias, self.dims, self.epilogue)  # pyright: ignore[reportArgumentType]
+
+    def at_once(self, x: Tensor) -> Tensor:
+        """Its own product on a CPU, of a call that needs no gradient and that nobody looks at."""
+        held = self._buffers
+        bias = self._parameters["bias"]
+        return matmul_cpu(x, held["values"], held["codes"], bias, *self.dims, self.epilogue)  # pyright: ignore[reportArgumentType]
 
     def extra_repr(self) -> str:
         """Sizes, pattern and dtype."""
@@ -143,7 +157,8 @@ class PackedLinear(StandsFor):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"pattern={self.pattern}, dtype={dtype}, bias={self.bias is not None}"
-            + ("", ", then GELU", ", then ReLU")[self.epilogue]
+            + ("", ", then GELU", ", then ReLU", ", then SiLU", ", then GELU (tanh)")[self.epilogue]
+            + ("" if self.computed_with is None else f", {self.computed_with.role(self)}")
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:

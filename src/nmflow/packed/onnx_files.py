@@ -16,6 +16,8 @@ from nmflow import disk
 from nmflow.errors import CompressError
 from nmflow.packed import onnx_operators
 
+OPSET = 23  # the first that has attention, rotary embeddings and RMSNorm
+
 
 def check_packages() -> None:
     """Raise unless the packages that write ONNX are there."""
@@ -29,14 +31,26 @@ def check_packages() -> None:
 
 
 def translated(
-    network: nn.Module, program: Callable[[], ExportedProgram], packed: bool, **names: Any
+    network: nn.Module,
+    program: Callable[[], ExportedProgram],
+    packed: bool,
+    opset: int | None = None,
+    **names: Any,
 ) -> Any:
-    """The `ONNXProgram` of an exported network; `names` are torch's names of inputs and outputs."""
+    """The `ONNXProgram` of an exported network; `names` are torch's names of inputs and outputs.
+
+    `opset` is None for what torch writes by default.
+    """
     table = onnx_operators.translation() if packed else None
 
     def exported() -> Any:
         return torch.onnx.export(
-            program(), dynamo=True, verbose=False, custom_translation_table=table, **names
+            program(),
+            dynamo=True,
+            verbose=False,
+            custom_translation_table=table,
+            opset_version=opset,
+            **names,
         )
 
     try:
@@ -52,6 +66,20 @@ def translated(
         except torch.onnx.OnnxExporterError:
             why = first_line(error.__cause__ or error)
             raise CompressError(f"model cannot be written as ONNX: {why}") from error
+
+
+def newest_opset() -> int | None:
+    """23 where torch writes it and onnxruntime runs it: there attention and norms are operators.
+
+    None elsewhere, which is torch's default.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:  # `run` says so
+        return None
+    known = onnxruntime.__version__, torch.__version__
+    ours = [tuple(int(n) for n in text.split("+")[0].split(".")[:2]) for text in known]
+    return OPSET if ours[0] >= (1, 23) and ours[1] >= (2, 10) else None
 
 
 def write(made: Any, target: Path, finish: Callable[[Path], None] | None) -> Path:

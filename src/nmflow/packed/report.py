@@ -48,11 +48,13 @@ class Report(list[Row]):
 
     Attributes:
         fused: paths of the packed layers that also apply the activation after them.
+        together: paths of the packed layers of each group that is computed in one call.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
         super().__init__(rows)
         self.fused: list[str] = []
+        self.together: list[tuple[str, ...]] = []
 
     @property
     def packed(self) -> list[Row]:
@@ -82,6 +84,8 @@ class Report(list[Row]):
         lines += [""] + [f"{why}: {', '.join(_together(n))}" for why, n in reasons.items()]
         if self.fused:
             lines.append(f"activation applied by the layer: {', '.join(_together(self.fused))}")
+        for group in _together(["; ".join(paths) for paths in self.together]):
+            lines.append(f"computed in one call: {group}")
         before, after = sum(r.dense_bytes for r in self), sum(r.bytes for r in self)
         lines.append(
             f"{len(self.packed)} of {len(self)} weights packed: {before:,} bytes dense, "
