@@ -16,6 +16,7 @@ from nmflow.packed.files.saving import Folder
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.swap import Model, replace_modules
+from nmflow.packed.together import join
 
 
 def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
@@ -62,6 +63,7 @@ def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
     made = replace_modules(model, new, inplace=True)
     if fuse:
         fuse_activations(made)
+        join(made)
     return made
 
 
