@@ -241,6 +241,41 @@ def test_compiled(case: str) -> None:
     assert all_hold(run.model, family.targets, family.pattern)
 
 
+@pytest.mark.parametrize("case", ["settling", "sr-ste", "mdgf-exp-masked"])
+def test_forward_and_backward_in_a_graph(case: str) -> None:
+    """Replays find W̃ and gradients where they were; `step()` is outside, and may be capturable."""
+
+    def make(p: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(p, lr=torch.tensor(0.02, device="cuda"), capturable=True)
+
+    graphed, plain = (
+        Run(MLP, BY_ID[case], make, dtype=torch.float32, device="cuda") for _ in range(2)
+    )
+    batches = _on(plain, dtype=torch.float32)
+    x, model, optimizer = batches[0].clone(), graphed.model, graphed.optimizer
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            loss_of(model(x)).backward()
+            optimizer.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss_of(model(x)).backward()
+    for batch in batches:
+        x.copy_(batch)
+        optimizer.zero_grad(set_to_none=False)
+        graph.replay()
+        optimizer.step()
+        plain.step(batch)
+    assert graphed.flow.steps_done == plain.flow.steps_done == TOTAL
+    for (name, a), b in zip(
+        parameters_of(model).items(), parameters_of(plain.model).values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_sharded_on_one_gpu(tmp_path: Path) -> None:
     """FSDP2 over NCCL with one process: DTensors on a device."""
     import torch.distributed as dist

@@ -203,3 +203,22 @@ def test_a_compiled_step_that_raises_shows_the_sparse_weights() -> None:
     for name in FAMILY["linear"].targets:
         assert torch.equal((run.model.get_parameter(name) != 0), shown[name] != 0)
     assert run.flow.steps_done == 0
+
+
+@pytest.mark.parametrize("case", [*ALL, *INTERVAL_CASES], ids=lambda case: case.id)
+def test_what_a_captured_graph_reads_and_writes_stays_where_it_is(case: Case) -> None:
+    """A CUDA graph of the forward and backward pass finds W̃ and the gradients at every replay."""
+    family = FAMILY["linear"]
+    run = Run(family, case, dtype=torch.float32)
+    x = family.batches(1, torch.float32)[0]
+    loss_of(run.model(x)).backward()
+
+    def places() -> list[int]:
+        return [t.data_ptr() for p in run.model.parameters() for t in (p, p.grad) if t is not None]
+
+    before = places()
+    for _ in range(TOTAL):
+        run.optimizer.zero_grad(set_to_none=False)
+        loss_of(run.model(x)).backward()
+        run.optimizer.step()
+        assert places() == before

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import nmflow
 from harness import Run, assert_near, parameters_of
 from models import BY_ID as FAMILY
 from nmflow import masks
 from nmflow.errors import FlowError, WeightError
-from nmflow.flow import marks, slot_masks, weights
+from nmflow.flow import edits, marks, slot_masks, weights
 from nmflow.masks import triton as gpu
 from settings import BY_ID
 
@@ -81,6 +84,53 @@ def test_a_step_in_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     assert_near(parameters_of(run.model), before)
     run.step(run.family.batches(1, torch.float32)[0])
     assert run.flow.steps_done == 1
+
+
+class Launches(TorchDispatchMode):
+    """Counts what torch is asked for, without what only looks at a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (func.is_view or func is torch.ops.aten.detach.default):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "case", ["ste", "sr-ste", "mdgf-exp", "mdgf-exp-masked", "sdgf-geometric", "settling"]
+)
+def test_launches_of_a_step_are_as_many_for_any_number_of_weights(
+    case: str, launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch from Python costs more than most weights do; so does a call of torch."""
+
+    def prints(xs: Any, odd: torch.Tensor, words: torch.dtype) -> Any:
+        counts = [len(x) for x in xs]
+        return torch.zeros(sum(counts), dtype=torch.int64), counts
+
+    def project_all(jobs: Any) -> list[torch.Tensor]:
+        return [torch.ones((), dtype=torch.bool)] if jobs else []
+
+    monkeypatch.setattr(gpu, "fingerprints", prints)  # the kernels' own work is not counted
+    monkeypatch.setattr(weights, "project_all", project_all)
+    monkeypatch.setattr(edits, "waits", lambda x: True)
+    given = BY_ID[case]
+    found: list[Counter[str]] = []
+    for depth in (2, 9):
+        model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(depth)))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        nmflow.attach(model, optimizer, given.build(), "1:4", include="*", total_steps=100)
+        for _ in range(8):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            with Launches() as counted:
+                optimizer.step()
+        found.append(counted.counts)
+    assert found[0] == found[1]
+    assert sum(found[0].values()) < 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)

@@ -42,7 +42,7 @@ def test_products(spec: str, out: int, inputs: int, tokens: int, dtype: torch.dt
 
 @pytest.mark.parametrize("spec", ["1:16", "2:4", "1:16@16", "1:16@64", "1:8@128", "1:32@64"])
 @pytest.mark.parametrize(("out", "inputs"), [(4096, 4096), (1000, 1152)])
-@pytest.mark.parametrize("tokens", [1, 16, 64, 65, 300])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 65, 300, 2048])
 def test_layers_of_networks(spec: str, out: int, inputs: int, tokens: int) -> None:
     check(spec, out, inputs, tokens, torch.bfloat16, 1)
 

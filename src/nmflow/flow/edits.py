@@ -9,7 +9,7 @@ from nmflow.errors import StateError, WeightError
 from nmflow.flow import writes
 from nmflow.flow.flags import Flags
 from nmflow.flow.marks import fingerprints
-from nmflow.flow.sharding import local
+from nmflow.flow.sharding import bare, local
 from nmflow.flow.slots import Slot
 from nmflow.flow.weights import Weights
 from nmflow.recipes.schedules import Stage
@@ -48,7 +48,7 @@ class Edits:
         late: list[Slot] = []
         for slot in self._weights.pruned:
             if not slot.moved():
-                if not wait and waits(local(slot.param)):
+                if not wait and waits(slot.param):
                     late.append(slot)
                     continue
                 if bool(slot.same()):
@@ -57,7 +57,7 @@ class Edits:
                 raise _was_written(slot, k)
         if late:
             # In few launches, which cost more here than what they compute.
-            now = fingerprints([local(slot.param) for slot in late])
+            now = fingerprints([bare(slot.param) for slot in late])
             same = torch.cat([slot.prints for slot in late]) == torch.cat(now)
             self._late = [(s.name, len(x)) for s, x in zip(late, now, strict=True)], same
             self._flags.send([same.all()])
@@ -65,7 +65,7 @@ class Edits:
     def untouched(self) -> bool:
         """Whether nobody has written a parameter since it was seen; no device is waited for."""
         return not any(
-            slot.moved() or not (waits(local(slot.param)) or bool(slot.same()))
+            slot.moved() or not (waits(slot.param) or bool(slot.same()))
             for slot in self._weights.pruned
         )
 

@@ -62,7 +62,7 @@ def drawn(
     Args:
         dense: W.
         shown: W̃.
-        lr: the learning rate of W, a number or a tensor of one.
+        lr: the learning rate of W, a number or a tensor of one, which is not read on the host.
         pull: μ.
         kept: m, where it is at hand: then W̃ need not be read, which is W ⊙ (m + (1 - m)·δ).
         delta: δ.

@@ -152,7 +152,10 @@ def check_masters(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -
 
 def rates(optimizer: Optimizer) -> dict[int, Any]:
     """The learning rate of each parameter, by its id; None where its group has none."""
-    return {id(p): group.get("lr") for group in optimizer.param_groups for p in group["params"]}
+    found: dict[int, Any] = {}
+    for group in optimizer.param_groups:
+        found.update(dict.fromkeys(map(id, group["params"]), group.get("lr")))
+    return found
 
 
 def uphill(optimizer: Optimizer) -> set[int]:

@@ -82,14 +82,18 @@ def fingerprints(xs: Sequence[Tensor]) -> list[Tensor]:
     alike: dict[tuple[Any, ...], dict[int, Tensor]] = {}
     for i, x in enumerate(xs):
         if _together(x):
-            rows = _rows(x)
-            words = rows.view(_WORDS[_word(rows)])
-            alike.setdefault((x.device, words.dtype, words.shape[1]), {})[i] = words
+            # No views: a call of torch for each weight would cost more than the kernel.
+            rows = x if x.is_contiguous() else _rows(x.detach())
+            row = rows.numel() // (rows.shape[0] if rows.ndim else 1) * rows.element_size()
+            alike.setdefault((x.device, row), {})[i] = rows
         else:
-            found[i] = fingerprint(x)
-    for (device, _, length), some in alike.items():
-        prints = launches.fingerprints(list(some.values()), _odd(length, device))
-        found.update(zip(some, prints.split([len(w) for w in some.values()]), strict=True))
+            found[i] = fingerprint(x.detach())
+    for (device, row), some in alike.items():
+        size = _largest_word(row)
+        prints, counts = launches.fingerprints(
+            list(some.values()), _odd(row // size, device), _WORDS[size]
+        )
+        found.update(zip(some, prints.split(counts), strict=True))
     return [found[i] for i in range(len(xs))]
 
 
@@ -115,7 +119,12 @@ def blank(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _word(rows: Tensor) -> int:
     """The bytes of the largest words that a row is made of."""
-    return next(s for s in _WORDS if (rows.shape[1] * rows.element_size()) % s == 0)
+    return _largest_word(rows.shape[1] * rows.element_size())
+
+
+def _largest_word(row: int) -> int:
+    """The same of a row of so many bytes."""
+    return next(size for size in _WORDS if row % size == 0)
 
 
 @functools.lru_cache(maxsize=256)

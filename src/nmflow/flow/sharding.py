@@ -17,21 +17,31 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def sharded(x: Tensor) -> TypeIs[DTensor]:
     """Whether `x` is a DTensor.
 
     Whoever made one has imported its module, which takes seconds: nobody else need import it.
     """
+    if type(x) in _PLAIN:  # asked hundreds of times a step
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return isinstance(x, getattr(module, "DTensor", ()))
 
 
 def local(x: Tensor) -> Tensor:
-    """The memory of `x` on this rank; `x` itself where nothing is sharded."""
+    """The memory of `x` on this rank, which autograd does not follow."""
     if sharded(x):
         with torch.no_grad():
             return x.to_local()
-    return x.detach()
+    return x.detach() if x.requires_grad else x
+
+
+def bare(x: Tensor) -> Tensor:
+    """`local`, to be looked at only: `x` itself where nothing is sharded."""
+    return local(x) if sharded(x) else x
 
 
 def summed(value: Tensor, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from nmflow.flow.homes import Home
 from nmflow.flow.loan import Loan
 from nmflow.flow.marks import Mark, blank
 from nmflow.flow.scores import Norms
-from nmflow.flow.sharding import Region, local
+from nmflow.flow.sharding import Region, bare, local
 from nmflow.flow.slot_kept import SlotKept
 from nmflow.flow.slot_masks import Later, Stages, project_region
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SCALE_KEY, SLOT_KEYS
@@ -205,7 +205,7 @@ class Slot(SlotKept):
     def wrote(self, prints: Tensor | None = None) -> None:
         """W̃ is in the parameter; its fingerprint may be at hand."""
         # The kernel's write is unknown to autograd, which must not reuse the old weight.
-        torch.autograd.graph.increment_version(local(self.param))
+        torch.autograd.graph.increment_version(bare(self.param))
         self.seen(prints)
 
     def project(
@@ -263,7 +263,7 @@ class Slot(SlotKept):
 
     def moved(self) -> bool:
         """Whether torch's version of the parameter or its address is another since it was seen."""
-        return self._mark is None or self._mark.moved(local(self.param))
+        return self._mark is None or self._mark.moved(bare(self.param))
 
     def same(self) -> Tensor:
         """Whether the parameter's values are those that were seen: a bool scalar where it lies."""

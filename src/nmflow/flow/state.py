@@ -59,7 +59,9 @@ class Run:
 
     def stages(self, targets: Sequence[Target], k: int) -> dict[str, Stage]:
         """The stage of each target after `k` steps, by label."""
-        stages = {t.label: self.recipe.stage(k, self.planned, t.pattern, t.length) for t in targets}
+        kinds = dict.fromkeys((t.pattern, t.length) for t in targets)
+        alike = {kind: self.recipe.stage(k, self.planned, *kind) for kind in kinds}
+        stages = {t.label: alike[t.pattern, t.length] for t in targets}
         if self.begun is None or not self.recipe.prunes:
             return stages
         if k >= self.total_steps:

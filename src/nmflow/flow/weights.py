@@ -13,7 +13,7 @@ from nmflow.flow.flags import Flags
 from nmflow.flow.marks import fingerprints
 from nmflow.flow.observing import View
 from nmflow.flow.prepared import Prepared
-from nmflow.flow.sharding import local
+from nmflow.flow.sharding import bare, local
 from nmflow.flow.slot_masks import Later
 from nmflow.flow.slots import Slot
 from nmflow.flow.state import Run
@@ -40,6 +40,7 @@ class Weights:
         self.prepared = Prepared()
         self.told: list[Callable[[Run, int], None]] = []
         self._flags = Flags()
+        self._stages: tuple[Run | None, int, dict[str, Stage]] = None, 0, {}
         self._before: dict[int, Tensor] = {}
 
     def start(self) -> None:
@@ -76,7 +77,10 @@ class Weights:
 
     def stages(self, k: int) -> dict[str, Stage]:
         """The stage of each target after `k` steps, by label."""
-        return self.run.stages(self.targets, k)
+        run, at, _ = self._stages
+        if run is not self.run or at != k:
+            self._stages = self.run, k, self.run.stages(self.targets, k)
+        return self._stages[2]
 
     # -- before a step -------------------------------------------------------------------------
 
@@ -123,6 +127,7 @@ class Weights:
         if not self.run.recipe.pull:
             return
         stages, held = self.stages(k), self.has_masks(k)
+        alike: dict[float, list[tuple[Tensor, Tensor]]] = {}  # what one launch does, by amount
         for slot in self.pruned:
             if slot.param.grad is None or slot.places is not None:
                 continue
@@ -137,8 +142,13 @@ class Weights:
                 by_mask = (held and not stage.previous) or stage.gain != 1.0
                 kept = slot.masks(region, stage, held)[0] if by_mask else None
                 pull = self.run.recipe.pull * stage.rate
-                gradients.drawn(part, sparse, lr, pull, kept, stage.delta)
+                if kept is None and not isinstance(lr, Tensor):
+                    alike.setdefault(min(1.0, lr * pull), []).append((part, sparse))
+                else:
+                    gradients.drawn(part, sparse, lr, pull, kept, stage.delta)
                 self.prepared.draw(region.target.label)
+        for amount, pairs in alike.items():
+            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), amount)
 
     def remember(self, k: int) -> None:
         """Before the optimizer's step: keep W where its learning rate has a factor."""
@@ -211,14 +221,14 @@ class Weights:
             flags = slot.write(stages, reuse, hold, later)
             if len(later) > before:
                 waiting.append(slot)
-            if local(slot.param).device.type != "cpu":
+            if slot.param.device.type != "cpu":
                 raised += flags  # reading one would wait for the device
             elif not all(bool(f) for f in flags):
                 for one in self.pruned:
                     one.rest()
                 raise _not_finite(slot, k)
         raised += project_all(later)
-        prints = fingerprints([local(slot.param) for slot in waiting])
+        prints = fingerprints([bare(slot.param) for slot in waiting])
         for slot, known in zip(waiting, prints, strict=True):
             slot.wrote(known)
         self._flags.send(raised)

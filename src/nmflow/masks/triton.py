@@ -8,6 +8,7 @@ around it; a warning says so once.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import subprocess
@@ -194,31 +195,36 @@ def _launch(jobs: list[tuple[Job, _Cut]]) -> Tensor:
     return fine
 
 
-def fingerprints(words: Sequence[Tensor], odd: Tensor) -> Tensor:
-    """`Σⱼ oddⱼ·wⱼ mod 2⁶⁴` of every row w of some integer matrices with rows of one length.
+def fingerprints(xs: Sequence[Tensor], odd: Tensor, words: torch.dtype) -> tuple[Tensor, list[int]]:
+    """`Σⱼ oddⱼ·wⱼ mod 2⁶⁴` over the words w of every row of some tensors' memory.
+
+    Args:
+        xs: contiguous tensors with rows of as many words as there are in `odd`.
+        odd: int64, on their device.
+        words: an integer dtype.
 
     Returns:
-        int64, a number a row, those of the first matrix first.
+        int64, a number a row, those of the first tensor first; and how many rows each tensor has.
     """
     from nmflow.masks import triton_kernel
 
     kernel: Any = triton_kernel.fingerprints
-    counts = tuple(len(w) for w in words)
-    starts = (sum(counts[:i]) for i in range(len(counts)))
-    rows = tuple((w.data_ptr(), start) for w, start in zip(words, starts, strict=True))
-    length, device = words[0].shape[1], odd.device
+    counts = tuple(x.shape[0] if x.ndim else 1 for x in xs)
+    starts = itertools.accumulate(counts, initial=0)
+    rows = tuple((x.data_ptr(), start) for x, start in zip(xs, starts, strict=False))
+    length, device = odd.shape[0], odd.device
     prints = torch.empty(sum(counts), dtype=torch.int64, device=device)
     with torch.cuda.device_of(odd):
         kernel[(sum(counts),)](
             jobs_ptr=_table(rows, device),
             owner_ptr=_owners(counts, device),
-            like_ptr=words[0],
+            like_ptr=odd.view(words),
             odd_ptr=odd,
             prints_ptr=prints,
             WORDS=length,
             B=min(1024, _power_of_two(length)),
         )
-    return prints
+    return prints, list(counts)
 
 
 # What is kept is a function of its key alone, so it cannot be of other weights.
@@ -258,16 +264,21 @@ class _Cut(NamedTuple):
 def _cut(w: Tensor, pattern: Pattern, dim: int) -> _Cut:
     order = _order(w)
     assert order is not None
-    m, axis = pattern.m, order.index(dim % w.ndim)
-    inner = math.prod(w.shape[i] for i in order[axis + 1 :])
-    if pattern.n == m:  # nothing to choose: any cut of the memory will do
+    return _cut_of(tuple(w.shape), order, pattern.n, pattern.m, dim)
+
+
+@functools.lru_cache(4096)  # asked for every weight at every step
+def _cut_of(shape: tuple[int, ...], order: tuple[int, ...], n: int, m: int, dim: int) -> _Cut:
+    axis, size = order.index(dim % len(shape)), math.prod(shape)
+    inner = math.prod(shape[i] for i in order[axis + 1 :])
+    if n == m:  # nothing to choose: any cut of the memory will do
         m, inner = _TILE, 1
     groups = _TILE // _power_of_two(m)
     if inner == 1:
         groups = max(1, groups)
-        return _Cut(m, 1, groups, (-(-w.numel() // (m * groups)), 1))
+        return _Cut(m, 1, groups, (-(-size // (m * groups)), 1))
     groups = min(max(16, groups), _power_of_two(inner))
-    return _Cut(m, inner, groups, (w.numel() // (m * inner), -(-inner // groups)))
+    return _Cut(m, inner, groups, (size // (m * inner), -(-inner // groups)))
 
 
 def _power_of_two(size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ class Target:
     stacked: bool = False
     unit: int = 0
 
-    @property
+    @functools.cached_property
     def label(self) -> str:
         """The name, with the rows where only some are taken: `qkv.weight[0:64]`."""
         return labelled(self.name, self.rows)
