@@ -72,6 +72,14 @@ def test_overrides_reach_any_key():
         config.load(ROOT / "configs" / "demo.yaml", ["task.kind=1"])
 
 
+def test_sparse_steps_are_part_of_a_run_and_leave_the_hashes_of_others():
+    plain_run, sparse = one(), one(sparse_steps="on")
+    assert one(sparse_steps="off").hash == plain_run.hash != sparse.hash
+    assert sparse.sparse_steps == "on"
+    with pytest.raises(ConfigError, match="sparse_steps"):
+        experiment(sparse_steps=True)
+
+
 def test_runs_are_named_by_what_decides_their_outcome():
     runs = list(experiment(recipes=["sr-ste", "mdgf-linear"], seeds=[0, 1]).runs())
     assert len({run.id for run in runs}) == 4

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 import nmflow
+from nmflow import native
 from nmflow.errors import FlowError, StateError
 from nmflow.experiments import tasks
 from nmflow.integrations.transformers import (
@@ -212,3 +213,26 @@ def test_the_best_model_of_mid_decay_is_refused(tmp_path: Path) -> None:
     trainer = best_of(tmp_path, NMFlowCallback("sr-ste", "1:8", final_masks=False))
     with pytest.raises(FlowError, match=r"load_best_model_at_end.*final_masks"):
         trainer.train()
+
+
+def test_layers_of_a_trainer_run_on_kept_places(tmp_path: Path) -> None:
+    """The steps of the frozen phase; under the Trainer's clipping, which sees their norm."""
+    callback = NMFlowCallback(
+        nmflow.Settling(dense=0, finetune=6), "1:4", "ff", freeze_mask=True, sparse_steps="on"
+    )
+    trainer = plain_trainer(tmp_path, callback)  # whose figures look at gradients every 4 steps
+    seen: list[int] = []
+    step = type(trainer).training_step
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert callback.flow is not None
+        seen.append(sum(layer.sparse for layer in callback.flow.explain().layers))
+        return step(self, *args, **kwargs)
+
+    trainer.training_step = counted.__get__(trainer)
+    trainer.train()
+    targets = len(nmflow.plan(trainer.model, "1:4", "ff"))
+    served = native.available() and native.isa() == "avx512"
+    there = targets if served else 0
+    assert seen == [0] * 6 + [there, there, 0, there, there, there]
+    assert all(type(m).__name__ != "KeptLinear" for m in trainer.model.modules())

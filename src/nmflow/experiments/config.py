@@ -59,6 +59,7 @@ class Setting(Strict):
     remainder: Literal["auto", "error", "skip"] = "error"
     mask_interval: PositiveInt = 1
     freeze_mask: bool = False
+    sparse_steps: Literal["off", "auto", "on"] = "off"
     distill: Distill | None = None
     training: Training
 
@@ -102,8 +103,11 @@ class Run(Setting):
         values = self.model_dump(mode="json", exclude=exclude)
         if self.training.budget is not None:
             values["training"].pop("steps", None)  # solved, so a consequence
-        if self.distill is None:  # a run keeps the hash that it had before there were teachers
+        # A run keeps the hash that it had before there were teachers, and sparse steps.
+        if self.distill is None:
             del values["distill"]
+        if self.sparse_steps == "off":
+            del values["sparse_steps"]
         return values
 
     @property

@@ -77,6 +77,7 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
             remainder=run.remainder,
             mask_interval=run.mask_interval,
             freeze_mask=run.freeze_mask,
+            sparse_steps=run.sparse_steps,
         )
         checkpoint = folder.last_checkpoint(clean=first)
         noise = NoiseCallback(

@@ -39,7 +39,8 @@ class NMFlowCallback(pl.Callback):
         final_masks: evaluate the final N:M network while the mask still decays; False evaluates
             what the network computes with at that step, which is better than N:M would be.
         finalize: leave a plain N:M model when training ends.
-        **options: `remainder`, `mask_interval` and `freeze_mask` of `nmflow.attach`.
+        **options: `remainder`, `mask_interval`, `freeze_mask` and `sparse_steps` of
+            `nmflow.attach`.
 
     Raises:
         FlowError: the number of steps is not known.

@@ -13,6 +13,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from nmflow.errors import FlowError, StateError
 from nmflow.flow import Flow, attach
+from nmflow.flow.sparse_steps import Mode
 from nmflow.integrations.checkpoints import ExactCheckpoints, Witness, check_saved
 from nmflow.integrations.metrics import PHASES, Metrics, figures
 from nmflow.recipes import DEFAULT, Recipe
@@ -56,6 +57,7 @@ class NMFlowCallback(Witness, TrainerCallback):
         remainder: `"auto"`, `"error"` or `"skip"` an axis that M does not divide, see `plan`.
         mask_interval: steps between masks.
         freeze_mask: hold the mask through the fine-tune phase.
+        sparse_steps: `"on"`, `"auto"` or `"off"`: layers compute on kept places where they can.
         total_steps: K, the optimizer steps of the run; None takes the `Trainer`'s.
         final_masks: evaluate the final N:M network while the mask still decays. False evaluates the
             network as it is at that step, which scores better than N:M would.
@@ -85,6 +87,7 @@ class NMFlowCallback(Witness, TrainerCallback):
         remainder: str = "auto",
         mask_interval: int = 1,
         freeze_mask: bool = False,
+        sparse_steps: Mode = "off",
         total_steps: int | None = None,
         final_masks: bool = True,
         finalize: bool = True,
@@ -102,6 +105,7 @@ class NMFlowCallback(Witness, TrainerCallback):
             "remainder": remainder,
             "mask_interval": mask_interval,
             "freeze_mask": freeze_mask,
+            "sparse_steps": sparse_steps,
         }
 
     def on_train_begin(

@@ -13,7 +13,15 @@ from nmflow.recipes import RECIPES
 # Figures of which less is better; of all others more is.
 LESS_IS_BETTER = ("loss", "perplexity")
 # What says how a network is sparse: a dense run has the same outcome whatever they are.
-PLACEMENT = ("pattern", "include", "exclude", "remainder", "mask_interval", "freeze_mask")
+PLACEMENT = (
+    "pattern",
+    "include",
+    "exclude",
+    "remainder",
+    "mask_interval",
+    "freeze_mask",
+    "sparse_steps",
+)
 
 
 @dataclass
