@@ -81,7 +81,8 @@ class Siblings:
     def __init__(self, layers: tuple[PackedLinear, ...]) -> None:
         self.layers = layers
         self.sizes = [layer.out_features for layer in layers]
-        self.whole: PackedLinear | None = _joined(layers)
+        self._places: list[tuple[dict[str, Any], str, int]] = []
+        self.whole: PackedLinear | None = self._join()
         self.unasked = 0
         self._held: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
@@ -90,24 +91,23 @@ class Siblings:
         return "computes q, k and v" if layer is self.layers[0] else "computed with q"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None, "whole": None}  # a copy is joined when it runs
+        # A copy is joined when it runs.
+        return {**self.__dict__, "_held": None, "whole": None, "_places": []}
 
     def run(self, layer: PackedLinear, x: Tensor) -> Tensor:
         """What a layer's forward gives."""
-        if self.unasked >= _PATIENCE or not _unwatched(x, layer):
-            return layer.product(x)
         held = self._held
-        if held is not None and held[0] is x and held[1] == version_of(x):
-            y = held[2].pop(id(layer), None)
+        if held is not None and held[0] is x and not torch.is_grad_enabled():
+            y = held[2].pop(id(layer), None) if held[1] == version_of(x) else None
             if y is not None:
                 if not held[2]:
                     self._held, self.unasked = None, 0
                 return y
+        if self.unasked >= _PATIENCE or not _unwatched(x, layer):
+            return layer.product(x)
         if layer is not self.layers[0]:
             return layer.product(x)
-        if self.whole is None:
-            self.whole = _joined(self.layers)
-        whole = self.whole
+        whole = self._join() if self.whole is None else self.whole
         if not self.is_whole():
             return layer.product(x)
         self._held = None
@@ -122,28 +122,23 @@ class Siblings:
 
     def is_whole(self) -> bool:
         """Whether the layers' weights and biases are still parts of the joined ones."""
-        whole = self.whole
-        if whole is None:
-            return False
-        for name, buffer in whole._buffers.items():
-            at = buffer.data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
-            for layer in self.layers:
-                own = layer._buffers[name]
-                if own is None or own.data_ptr() != at:
-                    return False
-                at += own.nbytes
-        bias = whole._parameters["bias"]
-        at = 0 if bias is None else bias.data_ptr()
-        for layer in self.layers:
-            own = layer._parameters["bias"]
-            if own is None or bias is None:
-                if own is not bias:
-                    return False
-            elif own.data_ptr() != at:
+        for held, name, address in self._places:
+            own = held[name]
+            if own is None or own.data_ptr() != address:
                 return False
-            else:
-                at += own.nbytes
-        return True
+        return bool(self._places)
+
+    def _join(self) -> PackedLinear:
+        """Join the layers, and note where their parts lie."""
+        self.whole = _joined(self.layers)
+        self._places = [
+            (held, name, own.data_ptr())
+            for layer in self.layers
+            for held in (layer._buffers, layer._parameters)
+            for name, own in held.items()
+            if own is not None
+        ]
+        return self.whole
 
 
 def why_apart(layers: tuple[PackedLinear, ...]) -> str:
