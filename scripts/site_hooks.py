@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 COMMANDS = "<!-- commands -->"
 KEYS = "<!-- keys -->"
+# A table's cell without code, and the spaces in `± 0.2`, `[−0.5, +0.2]` and `100 %` in it.
+CELL = re.compile(r"<td[^>]*>(?:(?!<code|</td>).)*</td>")
+INSIDE = re.compile(r"(?<=±) (?=\d)|(?<=\d,) (?=[+−]?[\d.]+\])|(?<=\d) (?=%)")
 
 
 def on_config(config: Any) -> Any:
@@ -32,6 +36,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if marker in markdown:
             markdown = markdown.replace(marker, made())
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Break no line of a table's cell inside a deviation, an interval or a share."""
+    return CELL.sub(lambda cell: INSIDE.sub("\u00a0", cell[0]), html)
 
 
 def keys() -> str:

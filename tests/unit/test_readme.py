@@ -190,6 +190,21 @@ def test_drawings_are_what_their_script_makes(monkeypatch):
         assert drawn == str(draw()), f"run: make figures ({name})"
 
 
+@pytest.mark.parametrize(
+    ("html", "kept"),
+    [
+        ("<td>62.0 ± 0.2 [−0.5, +0.2]</td>", ["62.0", "±\xa00.2", "[−0.5,\xa0+0.2]"]),
+        ('<td style="text-align: right;">100 %</td>', ["100\xa0%"]),
+        ("<td><code>[1, 2]</code></td>", ["<code>[1,", "2]</code>"]),
+        ("<p>95 % of [1, 2]</p>", ["<p>95", "%", "of", "[1,", "2]</p>"]),
+    ],
+)
+def test_figures_in_tables_stay_on_one_line(html, kept, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    said = importlib.import_module("site_hooks").on_page_content(html)
+    assert re.sub("</?td[^>]*>", "", said).split(" ") == kept
+
+
 def test_importing_needs_torch_and_numpy_only():
     told = "import nmflow, sys; print(*sys.modules)"
     loaded = subprocess.run(
