@@ -176,7 +176,7 @@ def _sentence(setting: Setting, c: Comparison) -> str:
     interval = f"{number(d.low, digits, True)} to {number(d.high, digits, True)}"
     agree = f"{c.in_favour} of {d.n} seeds are in its favour"
     verdict = "better" if c.better else "worse"
-    lost = "" if _survives(c) else "; the adjustment for all comparisons does not leave it"
+    lost = "" if _survives(c) else "; after the adjustment for all comparisons it is not shown"
     return (
         f"{c.recipe.title} is {verdict} than {base} in {name}: {amount}, {PERCENT} interval "
         f"{interval}; {agree}{lost}."
