@@ -167,7 +167,7 @@ def _joined(layers: tuple[PackedLinear, ...]) -> PackedLinear:
         whole._buffers = {
             name: torch.cat([layer.get_buffer(name) for layer in layers]) for name in first._buffers
         }
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         whole._parameters = {
             "bias": nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
         }

@@ -113,14 +113,11 @@ def _q_k_v(parent: nn.Module, paths: dict[PackedLinear, str]) -> tuple[PackedLin
     """The query, key and value layers of a module, if it has one each by its names."""
     found: list[PackedLinear] = []
     for names in (Q, K, V):
-        own = [
-            m
-            for name, m in parent.named_children()
-            if name in names and m in paths and m.computed_with is None
-        ]
-        if len(own) != 1:
+        called = [m for name, m in parent.named_children() if name in names]
+        own = [m for m in called if isinstance(m, PackedLinear) and m in paths]
+        if len(own) != 1 or own[0].computed_with is not None:
             return ()
-        found += own  # pyright: ignore[reportArgumentType]
+        found += own
     return tuple(found)
 
 
