@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import nmflow
+from nmflow.errors import CompressError
 from nmflow.kernels import explain
 from nmflow.packed import compress, decompress, report_of, together
-from nmflow.packed.blocks import Chain, Siblings
+from nmflow.packed.blocks import Chain, Siblings, unwatch
 from pruned import NETWORKS, prune
 
 ROUNDINGS: dict[str, dict[str, Any]] = {
@@ -313,6 +315,61 @@ def test_compress_joins_what_is_measured_faster(
     found = together.join(model, (1, 16))
     assert len(found) == (4 if faster else 0)
     assert len(blocks_of(model)) == len(found)
+
+
+@pytest.mark.parametrize("form", [form for form, layers in FORMS.items() if layers])
+def test_a_layer_of_a_block_gives_its_own_product_to_whoever_looks(form: str) -> None:
+    torch.manual_seed(0)
+    model = prune(nn.Sequential(Block(form)))
+    packed = compress(model, measure=False)
+    apart = compress(model, measure=False, fuse=False)
+    apart_fused = compress(model, measure=False)
+    for module in apart_fused.modules():
+        unwatch(module)
+    (chain,) = blocks_of(packed)
+    paths = [path for path, m in packed.named_modules() if m in chain.layers]
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        want = apart(x)
+        for path in paths:  # called alone
+            layer, single = packed.get_submodule(path), apart_fused.get_submodule(path)
+            given = torch.randn(3, layer.in_features)
+            assert torch.equal(layer(given), single(given))
+        for path in paths:  # looked at, and no longer
+            seen: list[Any] = []
+            hook = packed.get_submodule(path).register_forward_hook(
+                lambda module, args, y, seen=seen: seen.append((args[0], y))
+            )
+            torch.testing.assert_close(packed(x), want, atol=1e-6, rtol=1e-5)
+            hook.remove()
+            assert torch.equal(seen[0][1], apart_fused.get_submodule(path)(seen[0][0]))
+        with pytest.raises(CompressError):  # a call that fails leaves nothing behind
+            packed(torch.randn(2, 3, 31))
+        assert not chain._inside
+        torch.testing.assert_close(packed(x), want, atol=1e-6, rtol=1e-5)
+
+
+def test_threads_copies_and_pickles_of_joined_blocks() -> None:
+    torch.manual_seed(0)
+    packed = compress(prune(nn.Sequential(Block("gated"), Block("gated"))), measure=False)
+    inputs = [torch.randn(2, 3, 32) for _ in range(8)]
+    with torch.no_grad():
+        want = [packed(x) for x in inputs]
+    again = [packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))]
+    for model in again:
+        assert len(blocks_of(model)) == 2
+        assert len({id(m) for b in blocks_of(model) for m in b.layers}) == 6
+
+        def run(x: Tensor, model: Any = model) -> Tensor:
+            with torch.no_grad():
+                return [model(x) for _ in range(20)][-1]
+
+        with ThreadPoolExecutor(4) as pool:
+            for got, y in zip(pool.map(run, inputs), want, strict=True):
+                assert torch.equal(got, y)
+    dense = decompress(packed)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in dense.modules())
+    assert all(m._forward_pre_hooks for m in packed.children())
 
 
 def test_a_compiler_and_an_export_see_single_products() -> None:

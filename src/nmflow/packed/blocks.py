@@ -6,7 +6,11 @@ weights and biases, so files, `decompress` and exports know nothing of it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,9 +31,10 @@ def _unwatched(x: Tensor, layer: PackedLinear) -> bool:
 class Chain:
     """A feed-forward block whose last layer computes all: `last(act(first(x)))`.
 
-    With a gate it is `last(act(gate(x)) * up(x))`. In evaluation mode the first layer hands x on as
-    it is, and `up` stands for 1; in training mode every layer computes its own product, since
-    dropout may lie between them.
+    With a gate it is `last(act(gate(x)) * up(x))`. Inside a call of the module that holds the
+    block, the first layer hands x on as it is, and `up` stands for 1. Everywhere else every layer
+    computes its own product: in training mode, since dropout may lie between; under autograd;
+    where a hook looks at a module inside; and where somebody calls a layer himself.
 
     Args:
         firsts: the first layer, or the gate and `up`; their activation is their epilogue.
@@ -38,11 +43,30 @@ class Chain:
 
     def __init__(self, firsts: tuple[PackedLinear, ...], last: PackedLinear) -> None:
         self.firsts, self.last = firsts, last
+        self._inside: set[int] = set()  # threads in a call of the module that holds the block
 
     @property
     def layers(self) -> tuple[PackedLinear, ...]:
         """In the order of their products."""
         return *self.firsts, self.last
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inside": set()}
+
+    def watch(self, parent: nn.Module) -> None:
+        """Compute all at once inside calls of the module that holds the block."""
+        inner = tuple(m for m in parent.modules() if m is not parent and not _has_ours(m))
+        parent.register_forward_pre_hook(functools.partial(_enter, self, inner))
+        parent.register_forward_hook(functools.partial(_leave, self), always_call=True)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """As inside such a call."""
+        self._inside.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._inside.discard(threading.get_ident())
 
     def role(self, layer: PackedLinear) -> str:
         """What a layer does, in a few words."""
@@ -50,7 +74,7 @@ class Chain:
 
     def run(self, layer: PackedLinear, x: Tensor) -> Any:
         """What a layer's forward gives."""
-        if self.last.training:
+        if torch.compiler.is_compiling() or threading.get_ident() not in self._inside:
             return layer.product(x)
         if layer is not self.last:
             return x if layer is self.firsts[0] else 1.0
@@ -64,6 +88,45 @@ class Chain:
         for other in others:
             h = h * other.product(x)
         return layer.product(h)
+
+
+def _enter(chain: Chain, inner: tuple[nn.Module, ...], parent: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or chain.last.training:
+        return
+    looked_at = any(m._forward_hooks or m._forward_pre_hooks for m in inner)
+    if not looked_at and not nn.modules.module._has_any_global_hook():
+        chain._inside.add(threading.get_ident())
+
+
+def _leave(chain: Chain, parent: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        chain._inside.discard(threading.get_ident())
+
+
+def _ours(hook: Any) -> Chain | None:
+    """The chain whose hook it is."""
+    mine = isinstance(hook, functools.partial) and hook.func in (_enter, _leave)
+    return hook.args[0] if mine else None
+
+
+def _has_ours(module: nn.Module) -> bool:
+    return any(_ours(hook) is not None for hook in module._forward_pre_hooks.values())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody else's hook looks at a module's calls."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(_ours(hook) is None for hook in hooks)
+
+
+def unwatch(module: nn.Module, chain: Chain | None = None) -> None:
+    """Take back what `Chain.watch` did to a module, for one chain or for all."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            owner = _ours(hook)
+            if owner is not None and chain in (None, owner):
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 class Siblings:

@@ -13,6 +13,7 @@ from nmflow.errors import CompressError
 from nmflow.kernels import Call, choose, int8
 from nmflow.packed import build
 from nmflow.packed.bfloat16 import with_bfloat16
+from nmflow.packed.blocks import unwatch
 from nmflow.packed.build import PACKED, Run
 from nmflow.packed.faster import Verdict, judge, kind_of, on_onednn
 from nmflow.packed.fuse import Fused
@@ -183,6 +184,8 @@ def decompress(model: Model, *, inplace: bool = False) -> Model:
     if not new:
         raise CompressError("model holds no packed module: give what nmflow.compress returned")
     made = replace_modules(model, new, inplace)
+    for module in made.modules():
+        unwatch(module)
     hang(made, None)
     return made
 

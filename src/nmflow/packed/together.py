@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nmflow.packed.alone import alike, random_input, run_alone, takes_one
-from nmflow.packed.blocks import Chain, Siblings, why_apart
+from nmflow.packed.blocks import Chain, Siblings, has_hooks, unwatch, why_apart
 from nmflow.packed.measure import time_ways
 from nmflow.packed.modules import PackedLinear
 from nmflow.select.role_names import K, Q, V
@@ -45,7 +46,7 @@ def join(model: nn.Module, counts: Sequence[int] = ()) -> list[tuple[str, ...]]:
     known: dict[Any, bool] = {}
     done: list[tuple[str, ...]] = []
 
-    def keep(block: Chain | Siblings, calls: Callable[[Tensor], object]) -> None:
+    def keep(block: Chain | Siblings, calls: Callable[[Tensor], object]) -> bool:
         kinds = tuple((type(m), m.rounding, m.dims, m.epilogue) for m in block.layers)
         key = type(block), kinds
         if key not in known:
@@ -54,10 +55,12 @@ def join(model: nn.Module, counts: Sequence[int] = ()) -> list[tuple[str, ...]]:
             done.append(tuple(paths[m] for m in block.layers))
         else:
             _set(block, None)
+        return known[key]
 
     for parent in reversed(list(model.modules())):  # blocks come before what holds them
         for chain in _chains(parent, paths):
-            keep(chain, _chain_calls(chain))
+            if not keep(chain, _chain_calls(chain)):
+                unwatch(parent, chain)
     for parent in model.modules():
         found = _q_k_v(parent, paths)
         if found and not why_apart(found):
@@ -100,7 +103,8 @@ def _is_faster(
 
         def together(x: Tensor = x) -> None:
             _set(block, block)
-            calls(x)
+            with block.opened() if isinstance(block, Chain) else contextlib.nullcontext():
+                calls(x)
 
         with torch.no_grad():
             took = time_ways({"apart": apart, "together": together}, 0.02)
@@ -126,7 +130,7 @@ def _chains(parent: nn.Module, paths: dict[PackedLinear, str]) -> list[Chain]:
     layers = [m for m in parent.modules() if m in paths and m.computed_with is None]
     if not 2 <= len(layers) <= _MOST_LAYERS or not takes_one(parent):
         return []
-    if any(m._forward_hooks or m._forward_pre_hooks for m in parent.modules()):
+    if any(has_hooks(m) for m in parent.modules()):
         return []
     widths = {m.in_features for m in layers}  # pyright: ignore[reportAttributeAccessIssue]
     starts = [m for m in layers if m.out_features in widths]  # pyright: ignore[reportAttributeAccessIssue]
@@ -140,11 +144,13 @@ def _chains(parent: nn.Module, paths: dict[PackedLinear, str]) -> list[Chain]:
     joined = []
     for chain in watch.chains():
         _set(chain, chain)
+        chain.watch(parent)
         after = run_alone(parent, x)
         if after is not None and alike(before, after):
             joined.append(chain)
         else:
             _set(chain, None)
+            unwatch(parent, chain)
     return joined
 
 
