@@ -261,7 +261,3 @@ def test_blocks_that_nobody_closes_are_noticed() -> None:
     with pytest.raises(FlowError, match="final_masks"):
         run.optimizer.step()
     assert all_hold(run.model, MLP.targets, MLP.pattern)
-
-
-def test_hard_is_another_name_of_final_masks() -> None:
-    assert nmflow.Flow.hard is nmflow.Flow.final_masks

@@ -130,7 +130,8 @@ def _chains(parent: nn.Module, paths: dict[PackedLinear, str]) -> list[Chain]:
     layers = [m for m in parent.modules() if m in paths and m.computed_with is None]
     if not 2 <= len(layers) <= _MOST_LAYERS or not takes_one(parent):
         return []
-    if any(has_hooks(m) for m in parent.modules()):
+    # What somebody hung in is not run behind his back.
+    if any(has_hooks(m) or "forward" in vars(m) for m in parent.modules()):
         return []
     widths = {m.in_features for m in layers}  # pyright: ignore[reportAttributeAccessIssue]
     starts = [m for m in layers if m.out_features in widths]  # pyright: ignore[reportAttributeAccessIssue]
