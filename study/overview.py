@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pretrained as fine_tuned
 from choose import ROOT
 from compare import by_seed
 from rivals import against_narrower
@@ -28,7 +29,8 @@ SETUPS = {
 def overview() -> str:
     """The page, its tables made anew between their markers."""
     page = PAGE.read_text("utf-8")
-    for name, made in (("tasks", tasks()), ("patterns", patterns()), ("narrower", narrower())):
+    blocks = {"tasks": tasks(), "patterns": patterns(), "narrower": narrower()}
+    for name, made in (blocks | {"pretrained": pretrained()}).items():
         block = re.compile(rf"(<!-- {name}: make study -->\n).*?(\n<!-- end -->)", re.DOTALL)
         page, count = block.subn(lambda found, made=made: f"{found[1]}\n{made}\n{found[2]}", page)
         assert count == 1, f"{PAGE} has no place for {name}"
@@ -64,6 +66,21 @@ def narrower() -> str:
         word = "sparse wins" if cell.better else "the narrower one wins" if cell.worse else ""
         rows.append([task.title, said, word or "no significant difference"])
     return table(["task", f"`settling` at {PATTERN} − narrower dense", "verdict"], rows).rstrip()
+
+
+def pretrained() -> str:
+    """MiniLM at 1:8 in FF, without and with a teacher."""
+    shown = {key: said for key, said in SETUPS.items() if key not in ("One-shot", NARROW)}
+    rows = []
+    for task, told in fine_tuned.TASKS.items():
+        frame = fine_tuned.joined(task, "dense", "main-1-8", "distilled-1-8")
+        for end, word in (("", ""), (fine_tuned.TAUGHT, ", with a teacher")):
+            if frame is not None and (frame["setup"] == fine_tuned.CONVENTIONAL + end).any():
+                points = frame.assign(points=100 * frame[f"test_{told.metric}"])
+                names = [name if name == "Dense" else name + end for name in shown]
+                cells = [_mean(points, name, fine_tuned.PATTERN) for name in names]
+                rows.append([told.title + word, *cells])
+    return table(["MiniLM-L6, 1:8", *shown.values()], rows).rstrip()
 
 
 def _mean(frame: object, setup: str, pattern: str) -> str:

@@ -19,7 +19,7 @@ DECAYING = (*PAPERS, OURS)
 
 SETTING = (
     "All figures are from small networks trained from scratch. The paper, and nearly every user, "
-    "fine-tunes a pretrained network: that setting is not yet judged."
+    "fine-tunes a pretrained network: [page n](n-pretrained.md) is of that, and differs."
 )
 """What every page says first."""
 
