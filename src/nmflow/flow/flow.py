@@ -161,7 +161,7 @@ class Flow:
             >>> flow = nmflow.attach(model, optimizer, "ste", "1:8", include="*", total_steps=9)
             >>> print(flow.explain())
             weight  forward and backward          optimizer step
-            --------------------------------------------------------------------
+            ------------------------------------------------------------------
             weight  dense: sparse_steps is 'off'  whole: sparse_steps is 'off'
         """
         return LayerSteps(tuple(x for s in self._steppers for x in s.layers.explain()))
