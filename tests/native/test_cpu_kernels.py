@@ -112,7 +112,9 @@ def test_epilogues_of_every_size(isa, epilogue):
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
     x = torch.zeros(2 * len(sizes) + len(special), 4)
     x[:, 0] = torch.cat([sizes, -sizes, special])
-    y = attempt(x, packed, epilogue=epilogue)[:, 0].double()
+    y = attempt(x, packed, epilogue=epilogue)
+    assert y is not None
+    y = y[:, 0].double()
     want = apply_epilogue(x[:, 0].double(), EPILOGUES.index(epilogue))
     assert y[-1].isnan()
     assert y[-3] == float("inf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from nmflow.flow.slots import Slot
 from nmflow.flow.state import Run
 from nmflow.masks import project_all
 from nmflow.recipes.schedules import Stage
+
+_FOREACH: Any = torch  # whose functions for many tensors it does not type
 
 
 class Weights:
@@ -148,7 +151,8 @@ class Weights:
                     gradients.drawn(part, sparse, lr, pull, kept, stage.delta)
                 self.prepared.draw(region.target.label)
         for amount, pairs in alike.items():
-            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), amount)
+            parts, shown = map(list, zip(*pairs, strict=True))
+            _FOREACH._foreach_lerp_(parts, shown, amount)
 
     def remember(self, k: int) -> None:
         """Before the optimizer's step: keep W where its learning rate has a factor."""
