@@ -13,7 +13,6 @@ from nmflow.errors import CompressError
 from nmflow.kernels import Call, choose, int8
 from nmflow.packed import build
 from nmflow.packed.bfloat16 import with_bfloat16
-from nmflow.packed.blocks import unwatch
 from nmflow.packed.build import PACKED, Run
 from nmflow.packed.faster import Verdict, judge, kind_of, on_onednn
 from nmflow.packed.fuse import Fused
@@ -70,9 +69,8 @@ def compress(
         onednn: True also measures the linear layers that hold no pattern, and runs them on packed
             oneDNN where that is faster; they then hold their weight twice.
         fuse: let packed layers apply the GELU, ReLU or SiLU module that alone reads their output,
-            which saves a pass over it; and on a CPU compute the layers of a feed-forward block in
-            one call, and q, k and v of self-attention, where that is faster at `tokens`. Such
-            layers work in the model only: a hook on one sees its input in place of its output.
+            which saves a pass over it; and on a CPU compute q, k and v of self-attention in one
+            call, where that is faster at `tokens`.
         inplace: True changes `model`, whose packed layers stay the same objects, so that whoever
             holds one holds it packed; the default leaves `model` alone and returns a copy.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, run once
@@ -184,8 +182,6 @@ def decompress(model: Model, *, inplace: bool = False) -> Model:
     if not new:
         raise CompressError("model holds no packed module: give what nmflow.compress returned")
     made = replace_modules(model, new, inplace)
-    for module in made.modules():
-        unwatch(module)
     hang(made, None)
     return made
 

@@ -59,7 +59,7 @@ class PackedLinear(StandsFor):
     bias: nn.Parameter | None
     rounding = ""  # `Call.values` of its products
     error: float | None = None  # of its outputs, where values were rounded and it was measured
-    computed_with: Any = None  # the layers that are computed in one call with it, see blocks.py
+    computed_with: Any = None  # the layers that are computed in one call with it, see together.py
 
     def __init__(
         self,

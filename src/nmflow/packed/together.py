@@ -1,33 +1,31 @@
-"""Find packed layers that can be computed together, and join them where that is faster."""
+"""q, k and v of self-attention, packed, computed in one call where that is faster.
+
+At few tokens a call costs as much as its product. The layers stay where they are, with their names,
+weights and biases, so files, `decompress` and exports know nothing of it.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import math
+import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from nmflow.packed.alone import alike, random_input, run_alone, takes_one
-from nmflow.packed.blocks import Chain, Siblings, has_hooks, unwatch, why_apart
+from nmflow.kernels.calls import is_plain_call, version_of
+from nmflow.kernels.layout import LANES, Shape
 from nmflow.packed.measure import time_ways
 from nmflow.packed.modules import PackedLinear
 from nmflow.select.role_names import K, Q, V
 
-_MOST_LAYERS = 16  # of a parent that is run alone: a block, not a network
+_PATIENCE = 2  # products of siblings in a row that nobody asks for
+_LEAST_GAIN = 1.02  # of joining: less lies within what two timings of the same differ by
 
 
 def join(model: nn.Module, counts: Sequence[int] = ()) -> list[tuple[str, ...]]:
-    """Join feed-forward blocks, and q, k and v of self-attention, in place.
-
-    A feed-forward block is found by running a module that holds its layers once, alone, on a random
-    input: nothing but the last layer may read what the others give, and the module must give the
-    same output then. q, k and v are layers of one module that are called so.
+    """Join q, k and v of self-attention, the layers of one module that are called so, in place.
 
     Args:
         model: on a CPU; others are left alone.
@@ -45,72 +43,27 @@ def join(model: nn.Module, counts: Sequence[int] = ()) -> list[tuple[str, ...]]:
     }
     known: dict[Any, bool] = {}
     done: list[tuple[str, ...]] = []
-
-    def keep(block: Chain | Siblings, calls: Callable[[Tensor], object]) -> bool:
-        kinds = tuple((type(m), m.rounding, m.dims, m.epilogue) for m in block.layers)
-        key = type(block), kinds
-        if key not in known:
-            known[key] = not counts or _is_faster(block, calls, counts)
-        if known[key]:
-            done.append(tuple(paths[m] for m in block.layers))
-        else:
-            _set(block, None)
-        return known[key]
-
-    for parent in reversed(list(model.modules())):  # blocks come before what holds them
-        for chain in _chains(parent, paths):
-            if not keep(chain, _chain_calls(chain)):
-                unwatch(parent, chain)
     for parent in model.modules():
-        found = _q_k_v(parent, paths)
-        if found and not why_apart(found):
-            siblings = Siblings(found)
-            _set(siblings, siblings)
-            keep(siblings, lambda x, layers=found: [layer(x) for layer in layers])
+        layers = _q_k_v(parent, paths)
+        if not layers or why_apart(layers):
+            continue
+        kind = tuple((type(m), m.rounding, m.dims) for m in layers)
+        if known.get(kind) is False:
+            continue
+        siblings = Siblings(layers)
+        _set(layers, siblings)
+        if kind not in known:
+            known[kind] = not counts or _is_faster(siblings, counts)
+        if known[kind]:
+            done.append(tuple(paths[m] for m in layers))
+        else:
+            _set(layers, None)
     return done
 
 
-def _set(block: Chain | Siblings, to: Chain | Siblings | None) -> None:
-    for layer in block.layers:
+def _set(layers: tuple[PackedLinear, ...], to: Siblings | None) -> None:
+    for layer in layers:
         layer.computed_with = to
-
-
-def _chain_calls(chain: Chain) -> Callable[[Tensor], object]:
-    """The calls of the modules as their parent makes them."""
-    first, *others = chain.firsts
-
-    def calls(x: Tensor) -> object:
-        h = first(x)
-        for other in others:
-            h = h * other(x)
-        return chain.last(h)
-
-    return calls
-
-
-def _is_faster(
-    block: Chain | Siblings, calls: Callable[[Tensor], object], counts: Sequence[int]
-) -> bool:
-    gain = 1.0
-    for tokens in counts:
-        layer = block.layers[0]
-        x = torch.randn(tokens, layer.in_features, generator=torch.Generator().manual_seed(0))
-        x = x.to(layer.like)
-
-        def apart(x: Tensor = x) -> None:
-            _set(block, None)
-            calls(x)
-
-        def together(x: Tensor = x) -> None:
-            _set(block, block)
-            with block.opened() if isinstance(block, Chain) else contextlib.nullcontext():
-                calls(x)
-
-        with torch.no_grad():
-            took = time_ways({"apart": apart, "together": together}, 0.02)
-        gain *= took["apart"].median / took["together"].median
-    _set(block, block)
-    return math.log(gain) > 0
 
 
 def _q_k_v(parent: nn.Module, paths: dict[PackedLinear, str]) -> tuple[PackedLinear, ...]:
@@ -125,122 +78,147 @@ def _q_k_v(parent: nn.Module, paths: dict[PackedLinear, str]) -> tuple[PackedLin
     return tuple(found)
 
 
-def _chains(parent: nn.Module, paths: dict[PackedLinear, str]) -> list[Chain]:
-    """The feed-forward blocks that a run of a module shows, joined."""
-    layers = [m for m in parent.modules() if m in paths and m.computed_with is None]
-    if not 2 <= len(layers) <= _MOST_LAYERS or not takes_one(parent):
-        return []
-    # What somebody hung in is not run behind his back.
-    if any(has_hooks(m) or "forward" in vars(m) for m in parent.modules()):
-        return []
-    widths = {m.in_features for m in layers}  # pyright: ignore[reportAttributeAccessIssue]
-    starts = [m for m in layers if m.out_features in widths]  # pyright: ignore[reportAttributeAccessIssue]
-    if not starts:
-        return []
-    x = random_input(starts[0])  # pyright: ignore[reportArgumentType]
-    watch = _Watch(parent, layers)  # pyright: ignore[reportArgumentType]
-    before = watch.run(x)
-    if before is None:
-        return []
-    joined = []
-    for chain in watch.chains():
-        _set(chain, chain)
-        chain.watch(parent)
-        after = run_alone(parent, x)
-        if after is not None and alike(before, after):
-            joined.append(chain)
-        else:
-            _set(chain, None)
-            unwatch(parent, chain)
-    return joined
+def _is_faster(siblings: Siblings, counts: Sequence[int]) -> bool:
+    """Race the calls that a forward pass makes, with the layers joined and apart."""
+    layers = siblings.layers
+    gain = 1.0
+    for tokens in counts:
+        x = torch.randn(
+            tokens, layers[0].in_features, generator=torch.Generator().manual_seed(0)
+        ).to(layers[0].like)
+
+        def calls(to: Siblings | None, x: Tensor = x) -> None:
+            _set(layers, to)
+            for layer in layers:
+                layer(x)
+
+        with torch.no_grad():
+            took = time_ways(
+                {"apart": lambda: calls(None), "together": lambda: calls(siblings)}, 0.02
+            )
+        gain *= took["apart"].median / took["together"].median
+    _set(layers, siblings)
+    return gain > _LEAST_GAIN ** len(counts)
 
 
-class _Watch(TorchDispatchMode):
-    """Notes what each layer reads and gives, and every op that reads what one gave."""
+def _unwatched(x: Tensor, layer: PackedLinear) -> bool:
+    """Whether nobody looks at single products: no gradient, compiler or mode."""
+    return not torch.is_grad_enabled() and is_plain_call(x, next(iter(layer._buffers.values())))  # pyright: ignore[reportArgumentType]
 
-    def __init__(self, parent: nn.Module, layers: list[PackedLinear]) -> None:
-        super().__init__()
-        self.parent = parent
-        self.layer_of = {
-            id(buffer): layer for layer in layers for buffer in layer._buffers.values()
-        }
+
+class Siblings:
+    """Layers that multiply the same x one after the other: the first computes the rows of all.
+
+    Their buffers become parts of one, which nothing but memory joins: where it is no longer the
+    same memory (another dtype, another device, a buffer that was replaced), each computes its own.
+    So it does for another x than the first layer's, for an x that was written since, and where
+    the others' rows are not asked for twice in a row, as in attention to another text.
+
+    Args:
+        layers: of which `why_apart` says nothing.
+    """
+
+    def __init__(self, layers: tuple[PackedLinear, ...]) -> None:
         self.layers = layers
-        self.read: dict[PackedLinear, list[Tensor]] = {layer: [] for layer in layers}
-        self.gave: dict[PackedLinear, list[Tensor]] = {layer: [] for layer in layers}
-        # Of a tensor, by its id: the layer or the product that reads it, None for anything else.
-        self.readers: dict[int, list[PackedLinear | Tensor | None]] = {}
-        self.held: list[Any] = []  # so that no id is used twice
+        self.sizes = [layer.out_features for layer in layers]
+        self._places: list[tuple[dict[str, Any], str, int]] = []
+        self.whole: PackedLinear | None = self._join()
+        self.unasked = 0
+        self._held: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
-    def run(self, x: Tensor) -> list[Tensor] | None:
-        """Run the parent, and return its output."""
-        handles: list[Any] = []
-        for layer in self.layers:
-            handles.append(layer.register_forward_hook(self._ran))
-        for module in self.parent.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                handles.append(module.register_forward_pre_hook(self._dropped))
-        try:
-            with self:
-                found = run_alone(self.parent, x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for leaf in found or ():
-            self.readers.setdefault(id(leaf), []).append(None)
-        return found
+    def role(self, layer: PackedLinear) -> str:
+        """What a layer does, in a few words."""
+        return "computes q, k and v" if layer is self.layers[0] else "computed with q"
 
-    def _ran(self, layer: Any, args: Any, output: Tensor) -> None:
-        self.read[layer].append(args[0] if len(args) == 1 else output)
-        self.gave[layer].append(output)
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is joined when it runs.
+        return {**self.__dict__, "_held": None, "whole": None, "_places": []}
 
-    def _dropped(self, module: nn.Module, args: Any) -> None:
-        """What a dropout reads is not the same in training mode."""
-        self.held.append(args)
-        self.readers.setdefault(id(args[0]), []).append(None)
+    def run(self, layer: PackedLinear, x: Tensor) -> Tensor:
+        """What a layer's forward gives."""
+        held = self._held
+        if held is not None and held[0] is x and not torch.is_grad_enabled():
+            y = held[2].pop(id(layer), None) if held[1] == version_of(x) else None
+            if y is not None:
+                if not held[2]:
+                    self._held, self.unasked = None, 0
+                return y
+        if layer is not self.layers[0] or self.unasked >= _PATIENCE or not _unwatched(x, layer):
+            return layer.product(x)
+        whole = self._join() if self.whole is None else self.whole
+        if not self.is_whole():
+            return layer.product(x)
+        self._held = None
+        if held is not None:
+            self.unasked += 1
+            if self.unasked >= _PATIENCE:
+                return layer.product(x)
+        own, *rest = whole.at_once(x).split(self.sizes, -1)
+        others = {id(other): y for other, y in zip(self.layers[1:], rest, strict=True)}
+        self._held = x, version_of(x), others
+        return own
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.held.append((args, kwargs, result))
-        ours = func.namespace == "nmflow"
-        by: PackedLinear | Tensor | None = self.layer_of.get(id(args[1])) if ours else None
-        if func is torch.ops.aten.mul.Tensor:
-            by = result
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self.readers.setdefault(id(leaf), []).append(by)
-        return result
+    def is_whole(self) -> bool:
+        """Whether the layers' weights and biases are still parts of the joined ones."""
+        for held, name, address in self._places:
+            own = held[name]
+            if own is None or own.data_ptr() != address:
+                return False
+        return bool(self._places)
 
-    def chains(self) -> list[Chain]:
-        """The layers that were run once, and whose outputs nothing reads but one other layer."""
-        found: list[Chain] = []
-        used: set[PackedLinear] = set()
-        gates: dict[int, list[PackedLinear]] = {}  # layers of a product, by its id
-        once = [m for m in self.layers if len(self.gave[m]) == 1]
-        for layer in once:
-            readers = self.readers.get(id(self.gave[layer][0]), [])
-            if len(readers) != 1 or readers[0] is None:
-                continue
-            if isinstance(readers[0], Tensor):
-                gates.setdefault(id(readers[0]), []).append(layer)
-            else:
-                self._add(found, used, (layer,), readers[0])
-        for product, layers in gates.items():
-            readers = self.readers.get(product, [])
-            if len(layers) != 2 or self.read[layers[0]][0] is not self.read[layers[1]][0]:
-                continue
-            if len(readers) == 1 and isinstance(readers[0], PackedLinear):
-                gate_first = sorted(layers, key=lambda layer: not layer.epilogue)
-                self._add(found, used, tuple(gate_first), readers[0])
-        return found
+    def _join(self) -> PackedLinear:
+        """Join the layers, and note where their parts lie."""
+        self.whole = _joined(self.layers)
+        self._places = [
+            (held, name, own.data_ptr())
+            for layer in self.layers
+            for held in (layer._buffers, layer._parameters)
+            for name, own in held.items()
+            if own is not None
+        ]
+        return self.whole
 
-    def _add(
-        self, found: list[Chain], used: set[PackedLinear],
-        firsts: tuple[PackedLinear, ...], last: PackedLinear,
-    ) -> None:  # fmt: skip
-        members = {*firsts, last}
-        if used & members or len(self.gave[last]) != 1 or len(members) != len(firsts) + 1:
-            return
-        if any(m.computes != last.computes for m in firsts):
-            return
-        used |= members
-        found.append(Chain(firsts, last))
+
+def why_apart(layers: tuple[PackedLinear, ...]) -> str:
+    """Why layers cannot be joined to one, in one clause; empty if they can."""
+    first = layers[0]
+    for layer in layers:
+        if type(layer) is not type(first) or layer.rounding != first.rounding:
+            return "they multiply in different ways"
+        if layer.in_features != first.in_features or layer.pattern != first.pattern:
+            return "their patterns or inputs differ"
+        if layer.epilogue or (layer.bias is None) != (first.bias is None):
+            return "one has an activation, or a bias, and another has none"
+        if layer.like.dtype != first.like.dtype or layer.like.device.type != "cpu":
+            return "they have several dtypes, or are not on a CPU"
+    for layer in layers[:-1]:
+        if layer.out_features % LANES or layer.out_features % layer.pattern.panel:
+            return f"{layer.out_features} rows are no whole number of tiles and panels"
+    return ""
+
+
+def _joined(layers: tuple[PackedLinear, ...]) -> PackedLinear:
+    """One layer with the rows of several, whose buffers and biases become parts of its own."""
+    first = layers[0]
+    with torch.inference_mode(False), torch.no_grad():
+        whole = copy.copy(first)
+        whole._buffers = {
+            name: torch.cat([layer.get_buffer(name) for layer in layers]) for name in first._buffers
+        }
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        whole._parameters = {
+            "bias": nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        }
+        whole._modules, whole.computed_with = {}, None
+        rows = sum(layer.out_features for layer in layers)
+        whole._describe(Shape.of(rows, first.in_features, first.pattern), first.stored)
+        for name, buffer in whole._buffers.items():
+            parts = buffer.split([len(layer.get_buffer(name)) for layer in layers])  # pyright: ignore[reportOptionalMemberAccess]
+            for layer, part in zip(layers, parts, strict=True):
+                layer._buffers[name] = part
+        bias = whole._parameters["bias"]
+        if bias is not None:
+            parts = bias.data.split([layer.out_features for layer in layers])
+            for layer, part in zip(layers, parts, strict=True):
+                layer._parameters["bias"].data = part  # pyright: ignore[reportOptionalMemberAccess]
+    return whole
