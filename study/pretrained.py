@@ -11,55 +11,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
-from choose import SEEDS, TITLES, results
+from choose import SEEDS, results
+from pretrained_setups import (
+    CONVENTIONAL,
+    CUTS,
+    DENSE_RATES,
+    LONG,
+    MORE,
+    NOISY,
+    OPTIONS,
+    PANELS,
+    PATTERN,
+    PERMUTED,
+    RATE,
+    RATES,
+    TASKS,
+    TAUGHT,
+    TITLES,
+)
 from tables import there
-
-MAIN = ("sr-ste", "mdgf-exponential", "settling")
-OTHERS = ("one-shot", "gradual", "sdgf-stepwise")
-
-
-class Task(NamedTuple):
-    """A task of this part: its title, the figure that it is judged by, the patterns of its runs."""
-
-    title: str
-    metric: str
-    groups: Mapping[str, tuple[str, ...]]
-    patterns: tuple[str, ...] = ()
-
-
-TASKS = {
-    "cola": Task("CoLA", "matthews", {"": MAIN, "-others": OTHERS}, ("1:16", "1:4", "1:32", "2:4")),
-    "mrpc": Task("MRPC", "score", {"": MAIN}),
-    "sst2-minilm": Task("SST-2", "accuracy", {"": MAIN}),
-}
-RATES, DENSE_RATES = [2e-4, 4e-4, 8e-4], [1e-4, 2e-4, 4e-4]
-PATTERN = "1:8"
-RATE = "training.learning_rate"
-MORE = range(5, 10)
-NOISY = 2.5
-"""Points: a greater paired standard deviation gets the seeds `MORE`."""
-CONVENTIONAL, TAUGHT = "SR-STE", ", distilled"
-NARROWER, SHALLOWER = f"Dense, FF 192{TAUGHT}", f"Dense, 3 layers{TAUGHT}"
-CUTS = {NARROWER: {"model.keep_units": 192}, SHALLOWER: {"model.fields.num_hidden_layers": 3}}
-"""The rivals of a network at 1:8 in FF: the same FLOPs in FF, and half of the layers."""
-_DECAYING = [
-    {"gradient": "masked", "finetune": 0.2},
-    {"gradient": "masked", "finetune": 0.4},
-    {"gradient": "straight-through", "finetune": 0.2},
-]
-OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "sr-ste": [{"lam": lam} for lam in (2e-3, 2e-4, 2e-2)],
-    "mdgf-exponential": _DECAYING,
-    "settling": [{"pull": pull, "finetune": 0.2} for pull in (3.0, 0.3, 1.0)],
-    "one-shot": [{"dense": dense} for dense in (0.15, 0.0, 0.5)],
-    "gradual": [
-        {"gradient": "masked", "finetune": 0.2},
-        {"gradient": "masked", "finetune": 0.5},
-        {"gradient": "straight-through", "finetune": 0.2},
-    ],
-    "sdgf-stepwise": _DECAYING,
-}
-"""Three settings for every recipe: the first with three rates, the others at the best of them."""
 
 
 class Sweep(NamedTuple):
@@ -160,7 +130,7 @@ def sweeps(task: str) -> Iterator[Sweep]:
     yield Sweep(4, "dense", "The dense network at every seed.", {"setup": [best], "seed": SEEDS})
     taught = {"distill": {"teacher": f"runs/study-{task}/teacher"}}
     if there(f"{task}-teacher"):
-        yield from _rivals(task, taught)
+        yield from _rivals(task)
     for number, group in enumerate(TASKS[task].groups):
         turn = 4 * number
         chosen = choices(task, group)
@@ -172,11 +142,22 @@ def sweeps(task: str) -> Iterator[Sweep]:
         if not number and noisy(task, "main-1-8", CONVENTIONAL):
             axes = _main(plain, PATTERN, MORE)
             yield Sweep(6, "main-1-8-more", "Seeds 5 to 9, since differences vary.", axes)
+        best = []
         if there(f"{task}-teacher"):
             yield from _distilled(task, group, chosen, taught, 4 + turn)
-        for pattern in TASKS[task].patterns if not number else ():
-            part = f"main-{pattern.replace(':', '-')}"
-            yield Sweep(7, part, about, _main(plain, pattern))
+            if there(f"{task}-distilled-rates{group}"):
+                each = _each(chosen, taught)
+                best = _best(task, f"distilled-rates{group}", each)
+        if not number:
+            for pattern in TASKS[task].patterns:
+                end = pattern.replace(":", "-")
+                yield Sweep(7, f"main-{end}", about, _main(plain, pattern))
+                if best:
+                    yield Sweep(7, f"distilled-{end}", _DISTILLED, _main(best, pattern))
+            if best:
+                yield from _longer(task, [{"label": "Dense", "recipe": "dense", RATE: rate}, *best])
+            if best and TASKS[task].wide:
+                yield from _wider(plain, best)
 
 
 def _searches(task: str) -> Iterator[Sweep]:
@@ -215,29 +196,68 @@ def _searches(task: str) -> Iterator[Sweep]:
 def _distilled(
     task: str, group: str, chosen: Mapping[str, Choice], taught: dict[str, Any], turn: int
 ) -> Iterator[Sweep]:
-    each = [
-        Choice(choice.options, rate).keys(name, f"{TITLES[name]}{TAUGHT}", **taught)
-        for name, choice in chosen.items()
-        for rate in RATES
-    ]
+    each = _each(chosen, taught)
     axes = {"setup": _told(each), "seed": [100]}
     yield Sweep(turn, f"distilled-rates{group}", "Learning rates with a teacher.", axes)
     if there(f"{task}-distilled-rates{group}"):
         best = _best(task, f"distilled-rates{group}", each)
         saved = [{**setup, "training.save_model": True} for setup in best]
-        about = "The main runs, distilled."
-        yield Sweep(turn + 1, f"distilled-1-8{group}", about, _main(saved, PATTERN))
+        yield Sweep(turn + 1, f"distilled-1-8{group}", _DISTILLED, _main(saved, PATTERN))
         if not group and noisy(task, "distilled-1-8", CONVENTIONAL + TAUGHT):
             axes = _main(best, PATTERN, MORE)
             yield Sweep(6, "distilled-1-8-more", "Seeds 5 to 9, since differences vary.", axes)
 
 
-def _rivals(task: str, taught: dict[str, Any]) -> Iterator[Sweep]:
-    each = [
+def _each(chosen: Mapping[str, Choice], taught: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every recipe with a teacher, at every rate."""
+    return [
+        Choice(choice.options, rate).keys(name, f"{TITLES[name]}{TAUGHT}", **taught)
+        for name, choice in chosen.items()
+        for rate in RATES
+    ]
+
+
+def _longer(task: str, setups: list[dict[str, Any]]) -> Iterator[Sweep]:
+    """Four times the steps, at what was tuned before."""
+    axes = _main([{**one, **LONG} for one in setups], PATTERN)
+    turn = 6 if TASKS[task].wide else 8
+    yield Sweep(turn, "long", "Four times the steps.", axes)
+    if there(f"{task}-rivals"):
+        best = _best(task, "rivals-rates", _cut(task))
+        axes = _main([{**one, **LONG} for one in best], PATTERN)
+        yield Sweep(turn, "rivals-long", "Smaller dense networks, four times the steps.", axes)
+
+
+def _wider(plain: list[dict[str, Any]], best: list[dict[str, Any]]) -> Iterator[Sweep]:
+    """Attention as well, and rows that share their columns, with and without an order of units."""
+    attention = {"include": ["ff", "attn"]}
+    axes = _main([{**one, **attention} for one in (*plain, *best)], PATTERN)
+    yield Sweep(8, "attention", "FF and attention.", axes)
+    setups = []
+    for one in best:
+        if not one["label"].startswith(CONVENTIONAL):
+            setups += [one, {**one, "label": one["label"] + PERMUTED, "permute": True}]
+    axes = {"setup": setups, "pattern": list(PANELS), "seed": list(SEEDS)}
+    yield Sweep(9, "panels", "Panels, as the units stand and in order.", axes)
+    axes = _main([one for one in setups if "permute" in one], PATTERN)
+    yield Sweep(9, "permuted", "Units in order, without panels.", axes)
+
+
+_DISTILLED = "The main runs, distilled."
+
+
+def _cut(task: str) -> list[dict[str, Any]]:
+    """Smaller dense networks at every rate."""
+    taught = {"distill": {"teacher": f"runs/study-{task}/teacher"}}
+    return [
         {"label": title, "recipe": "dense", RATE: rate, **cut, **taught}
         for title, cut in CUTS.items()
         for rate in DENSE_RATES
     ]
+
+
+def _rivals(task: str) -> Iterator[Sweep]:
+    each = _cut(task)
     axes = {"setup": _told(each), "seed": [100]}
     yield Sweep(5, "rivals-rates", "Learning rates of smaller dense networks.", axes)
     if there(f"{task}-rivals-rates"):

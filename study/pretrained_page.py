@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pandas as pd
-from choose import RESULTS, TITLES
+import pretrained_more as more
+from choose import RESULTS
 from compare import Cell, by_seed, family
-from pretrained import (
+from pretrained import choices, joined, tuned
+from pretrained_setups import (
     CONVENTIONAL,
     NARROWER,
     OPTIONS,
@@ -14,9 +16,7 @@ from pretrained import (
     SHALLOWER,
     TASKS,
     TAUGHT,
-    choices,
-    joined,
-    tuned,
+    TITLES,
 )
 from tables import gain, spread, table
 
@@ -45,26 +45,30 @@ def pretrained() -> str:
     """Tuning, held-out figures, and the families of comparisons that the protocol names."""
     out = ["# n. Pretrained networks", "", f"*{_ABOUT}*", ""]
     verdicts = []
+    frames: dict[str, pd.DataFrame] = {}
     for task, told in TASKS.items():
         frame = joined(task, *_MAIN)
         out += [f"## {told.title}", ""]
         if frame is None or not (frame["setup"] == CONVENTIONAL).any():
             out += ["*The main runs have not been made: nothing is judged.*", ""]
         else:
-            frame = _in_points(frame, task)
+            frame = more.in_points(frame, task)
+            frames[task] = more.in_points(_all(task, frame), task)
             out += _judged(frame, task)
             verdicts += [f"* {told.title}: {line}" for line in _verdict(frame)]
-        out += _int8(task) + _patterns(task) + _tuning(task)
+        out += more.longer(task) + more.patterns(task) + more.attention(task) + more.panels(task)
+        out += _int8(task) + _tuning(task)
+    out += more.ours(frames)
     if verdicts:
         out[4:4] = ["**Claim 1 in fine-tuning, at 1:8 in FF:**", "", *verdicts, ""]
     return "\n".join(out)
 
 
-def _in_points(frame: pd.DataFrame, task: str) -> pd.DataFrame:
-    metric = TASKS[task].metric
-    return frame.assign(
-        points=100 * frame[f"test_{metric}"], beside=100 * frame[f"validation_{metric}"]
-    )
+def _all(task: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """The main runs at every pattern."""
+    ends = [p.replace(":", "-") for p in TASKS[task].patterns]
+    others = joined(task, *(f"{part}-{end}" for part in ("main", "distilled") for end in ends))
+    return frame if others is None else pd.concat([frame, others])
 
 
 def _judged(frame: pd.DataFrame, task: str) -> list[str]:
@@ -151,29 +155,6 @@ def _int8(task: str) -> list[str]:
         "seeds, and the least and the greatest. Dense is the teacher."
     )
     return [about, "", table(["", "float32", "seeds", *ways], rows)]
-
-
-def _patterns(task: str) -> list[str]:
-    """The main runs at other patterns, without a teacher."""
-    parts = [f"main-{p.replace(':', '-')}" for p in TASKS[task].patterns]
-    others = joined(task, *parts)
-    if others is None:
-        return []
-    first = joined(task, "main-1-8", "main-1-8-more")
-    frame = _in_points(pd.concat([others, first]), task)
-    names = [n for n in TITLES.values() if (others["setup"] == n).any()]
-    order = [p for p in ("2:4", "1:4", "1:8", "1:16", "1:32") if (frame["pattern"] == p).any()]
-    pairs = [(n, p, CONVENTIONAL, p) for p in order for n in names if n != CONVENTIONAL]
-    cells = {(c.setup, c.pattern): c for c in family(frame, pairs, "points")}
-    rows, gains = [], []
-    for name in names:
-        figures = [list(by_seed(frame, name, p, "points").values()) for p in order]
-        rows.append([name, *(spread(summary(f)) if f else "–" for f in figures)])
-        if name != CONVENTIONAL:
-            found = [cells.get((name, p)) for p in order]
-            gains.append([f"{name} over SR-STE", *(gain(c) if c else "–" for c in found)])
-    return ["Other patterns, without a teacher, at what was tuned at 1:8:", "",
-            table(["", *order], rows + gains)]  # fmt: skip
 
 
 def _tuning(task: str) -> list[str]:

@@ -4,7 +4,8 @@
 
 Sweeps of several tasks share the workers; a sweep that is finished is tabled, and the sweeps that
 its table allows are written to configs/study and join. Where the seconds end, runs at work are
-stopped: the same command goes on. On one GPU, start NVIDIA's MPS before.
+stopped: the same command goes on. On one GPU, start NVIDIA's MPS before; forward and backward are
+CUDA graphs there.
 """
 
 from __future__ import annotations
@@ -27,20 +28,22 @@ from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.sweep_table import write_table
 
 
-def work(todo: Any, done: Any) -> None:
+def work(todo: Any, done: Any, eager: bool) -> None:
     """A worker: trains runs until it is told None, and says what became of each."""
     import torch
+    from graphed import Graphed
 
     from nmflow.errors import NMFlowError
     from nmflow.experiments.training import train
 
     torch.set_num_threads(1)
+    mixins = () if eager or not torch.cuda.is_available() else (Graphed,)
     while (given := todo.get()) is not None:
         store, text = given
         run = Run.model_validate_json(text)
         start = time.monotonic()
         try:
-            train(run, RunFolder(Path(store) / run.id))
+            train(run, RunFolder(Path(store) / run.id), None, *mixins)
             said = f"{time.monotonic() - start:.1f} s"
         except (NMFlowError, RuntimeError) as error:
             said = f"failed: {error}"
@@ -109,12 +112,14 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", choices=TASKS)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     args = parser.parse_args()
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
     workers = [
-        context.Process(target=work, args=(todo, done), daemon=True) for _ in range(args.workers)
+        context.Process(target=work, args=(todo, done, args.eager), daemon=True)
+        for _ in range(args.workers)
     ]
     for one in workers:
         one.start()

@@ -20,15 +20,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import graphed
 import numpy as np
 import pandas as pd
 import torch
+from smollm_network import Network, loaded, own_loss, taught_loss
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, rms_norm
-from transformers import AutoModelForCausalLM
 
 import nmflow
-from nmflow.distill import hidden_loss, logit_loss
+from nmflow.distill import hidden_loss
 from nmflow.recipes import Recipe
 
 LENGTH, ROWS, BETAS, WARMUP, CLIP = 512, 16, (0.9, 0.95), 0.05, 1.0
@@ -58,62 +58,6 @@ class Run:
 
 class Stopped(Exception):
     """The seconds are over."""
-
-
-class Norm(nn.Module):
-    """Llama's norm in one kernel, whose result every product after it reads without a cast."""
-
-    def __init__(self, old: Any) -> None:
-        super().__init__()
-        self.weight, self.eps = old.weight, old.variance_epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """In float32, rounded to what products take."""
-        made = rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return made.to(torch.bfloat16)
-
-
-class Network:
-    """A Llama with its hidden states at hand. It has no dropout, so it stays in evaluation mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model.eval()
-
-    def __call__(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits for every next token that is there, and the hidden states after each layer."""
-        body = self.model.model
-        hidden = body.embed_tokens(ids)
-        places = torch.arange(ids.shape[1], device=ids.device)[None]
-        turned = body.rotary_emb(hidden, position_ids=places)
-        states = []
-        for layer in body.layers:
-            hidden = layer(hidden, attention_mask=None, position_embeddings=turned)
-            states.append(hidden)
-        return self.model.lm_head(body.norm(hidden[:, :-1])), states
-
-
-def taught_loss(logits: Tensor, told: Tensor, ids: Tensor) -> Tensor:
-    """Half the text's loss, half the teacher's."""
-    return 0.5 * own_loss(logits, ids) + 0.5 * logit_loss(logits, told, temperature=1.0)
-
-
-def own_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Cross entropy of the next token."""
-    return cross_entropy(logits.flatten(0, -2).float(), ids[:, 1:].flatten())
-
-
-def loaded(weights: Path) -> Any:
-    """The dense network in float32, with frozen embeddings."""
-    more, folder = {}, weights
-    if weights.is_file():
-        more, folder = {"gguf_file": weights.name}, weights.parent
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
-    model.model.embed_tokens.requires_grad_(False)
-    for part in list(model.modules()):
-        for name, child in list(part.named_children()):
-            if type(child).__name__ == "LlamaRMSNorm":
-                setattr(part, name, Norm(child))
-    return model
 
 
 class Study:
@@ -175,7 +119,7 @@ class Study:
 
     def train(self, run: Run, noted: bool = True) -> float:
         """Train and judge; returns the last perplexity. What is not noted warms the device up."""
-        gc.collect()  # the network of the run before
+        gc.collect()  # the network and the graph of the run before
         model = copy.deepcopy(self.dense)
         network = Network(model)
         steps = run.tokens // (ROWS * LENGTH)
@@ -190,9 +134,15 @@ class Study:
         )
         marks = {max(1, round(mark * steps)) for mark in MARKS if run.part != "tuning" or mark == 1}
         seconds, since = 0.0, self.now()
+        backward: Any = None
         for step, ids in enumerate(self.batches(run.seed, steps), 1):
-            loss = self.loss(network, ids, run.taught)
-            loss.backward()
+            if step == 3 and self.device == "cuda":  # until then libraries choose their kernels
+                backward = self.recorded(network, ids, run.taught, params)
+            if backward:
+                loss = backward({"ids": ids})
+            else:
+                loss = self.loss(network, ids, run.taught)
+                loss.backward()
             nn.utils.clip_grad_norm_(params, CLIP)
             optimizer.step()
             schedule.step()
@@ -228,6 +178,12 @@ class Study:
                 cut = [[h[:, 1:] for h in some] for some in (states, wanted)]
                 loss = loss + self.hidden * hidden_loss(*cut)
         return loss
+
+    def recorded(self, network: Network, ids: Tensor, taught: bool, params: list[Any]) -> Any:
+        """The loss of a batch and its gradients, as one graph."""
+        return graphed.backward_of(
+            lambda held: self.loss(network, held["ids"], taught), {"ids": ids}, params
+        )
 
     def batches(self, seed: int, steps: int) -> Iterator[Tensor]:
         """Rows in an order of the seed: the same for every run of it."""

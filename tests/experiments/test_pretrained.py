@@ -26,7 +26,7 @@ from transformers import (
 
 import nmflow
 from nmflow.errors import ConfigError, DataError
-from nmflow.experiments import models, narrower, origins, teachers
+from nmflow.experiments import models, narrower, origins, teachers, training
 from nmflow.experiments.config import Run, parse
 from nmflow.experiments.data.sources import rows
 from nmflow.experiments.data.tokenization import Tokens, tokenizer
@@ -278,3 +278,26 @@ def test_a_gguf_file_is_a_network_with_its_tokeniser(tmp_path: Path):
     made = models.build(Model(load=text, fields=fields), AutoModelForCausalLM, {})
     ids = torch.arange(6)[None]
     assert torch.allclose(made.eval()(ids).logits, model.eval()(ids).logits, atol=1e-5)
+
+
+def test_units_are_put_in_order_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = one("one-shot", permute=True)
+    assert run.hash != one("one-shot").hash
+    assert "permute" not in one("one-shot")._given(set())
+    found: list[Any] = []
+
+    def permuted(*args: Any) -> None:
+        found.append(nmflow.permute_hidden(*args))
+
+    monkeypatch.setattr(training, "permute_hidden", permuted)
+    result = train(run, RunFolder(tmp_path / "a"))
+    (blocks,) = found
+    assert len(blocks) == 1
+    assert all(b.down[1] >= b.down[0] for b in blocks)
+    assert result["audit"]["ok"]
+    assert (
+        result["initial_sha256"]
+        == train(one("one-shot"), RunFolder(tmp_path / "b"))["initial_sha256"]
+    )

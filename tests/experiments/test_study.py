@@ -197,9 +197,14 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
                 tables[f"cola-{part}"] = finish(sweep.load(file))
                 ran.append(part)
     chain = {"rates", "options", "main-1-8", "distilled-rates", "distilled-1-8"}
-    patterns = {"main-1-16", "main-1-4", "main-1-32", "main-2-4"}
+    patterns = {
+        f"{part}-{p}"
+        for part in ("main", "distilled")
+        for p in ("1-16", "1-4", "1-32", "1-128", "2-4")
+    }
     dense = {"dense-rates", "dense-rates-edges", "teacher", "dense", "rivals-rates", "rivals"}
-    assert set(ran) == chain | {f"{part}-others" for part in chain} | patterns | dense
+    more = {"long", "rivals-long", "attention", "panels", "permuted"}
+    assert set(ran) == chain | {f"{part}-others" for part in chain} | patterns | dense | more
     assert pretrained.rates("cola", "rates")["Settling"] == 4e-4
     assert len(tables["cola-dense-rates-edges"]) == 1
     chosen = pretrained.choices("cola", "") | pretrained.choices("cola", "-others")
@@ -210,6 +215,9 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
     written = page.pretrained()
     assert "MDGF-Exponential, distilled" in written
     assert "**+5.00 [" in written  # a teacher's gain, in every recipe
+    for words in ("FF 192, distilled", "Four times the steps", "Every pattern, distilled",
+                  "FF and attention", "over 1:8 as units stand", "A recipe of ours"):  # fmt: skip
+        assert words in written, words
     # Where differences vary, seeds 5 to 9 join.
     noisy = tables["cola-main-1-8"]
     settling = noisy["setup"] == "Settling"

@@ -61,6 +61,7 @@ class Setting(Strict):
     freeze_mask: bool = False
     sparse_steps: Literal["off", "auto", "on"] = "off"
     distill: Distill | None = None
+    permute: bool = False
     training: Training
 
     @field_validator("pattern")
@@ -103,9 +104,11 @@ class Run(Setting):
         values = self.model_dump(mode="json", exclude=exclude)
         if self.training.budget is not None:
             values["training"].pop("steps", None)  # solved, so a consequence
-        # A run keeps the hash that it had before there were teachers, and sparse steps.
+        # A run keeps the hash that it had before there were teachers, orders and sparse steps.
         if self.distill is None:
             del values["distill"]
+        if not self.permute:
+            del values["permute"]
         if self.sparse_steps == "off":
             del values["sparse_steps"]
         return values

@@ -57,11 +57,12 @@ def trainer(
     model: nn.Module,
     callbacks: list[Any],
     distiller: Distiller | None = None,
+    mixins: tuple[type, ...] = (),
 ) -> Trainer:
     """The `Trainer` of a run, or the subclass that its task asks for, with its teacher."""
     few = _few(problem.validation, run.training.eval_rows)
     taught = () if distiller is None else (Distillation,)
-    kind: Any = type("Trainer", (_Lean, *taught, problem.trainer or Trainer), {})
+    kind: Any = type("Trainer", (_Lean, *mixins, *taught, problem.trainer or Trainer), {})
     made = kind(
         model=model,
         args=_arguments(run, folder, problem),

@@ -29,16 +29,20 @@ from nmflow.experiments.trainer import trainer as make_trainer
 from nmflow.inspect.audit import audit
 from nmflow.inspect.record import write_record
 from nmflow.integrations.transformers import NMFlowCallback
+from nmflow.permute import permute_hidden
 from nmflow.select.plan import plan
 
 
-def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str, Any]:
+def train(
+    run: Run, folder: RunFolder, notify: Notify | None = None, *mixins: type
+) -> dict[str, Any]:
     """Train one run, or go on with it, or return its result if it is finished.
 
     Args:
         run: the run.
         folder: its folder; another process that holds it is waited for.
         notify: called with a `Progress` now and then.
+        mixins: classes that change how the run's `Trainer` computes, and not what.
 
     Under `stopping.watched()` a signal ends it: in training at the next step, when a checkpoint is
     saved, which raises `Stopped`; in the last evaluation when the result is written.
@@ -69,6 +73,8 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
         initial = fingerprint(model)
         # Copied or loaded before anything is trained, and before a checkpoint is.
         distiller = teachers.distiller(run.distill, model) if run.distill else None
+        if run.permute:
+            permute_hidden(model, problem.example, run.pattern, run.include, run.exclude)
         callback = NMFlowCallback(
             run.recipe.build(),
             run.pattern,
@@ -88,7 +94,9 @@ def train(run: Run, folder: RunFolder, notify: Notify | None = None) -> dict[str
             checkpoint,
         )
         recorder = Recorder(run, callback, notify)
-        trainer = make_trainer(run, folder, problem, model, [callback, noise, recorder], distiller)
+        trainer = make_trainer(
+            run, folder, problem, model, [callback, noise, recorder], distiller, mixins
+        )
         recorder.trainer = trainer
         recorder.start(checkpoint)
         with stopping.held():

@@ -20,6 +20,7 @@ PLACEMENT = (
     "remainder",
     "mask_interval",
     "freeze_mask",
+    "permute",
     "sparse_steps",
 )
 
