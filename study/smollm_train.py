@@ -66,6 +66,7 @@ class Study:
     def __init__(self, given: argparse.Namespace) -> None:
         self.began, self.seconds = time.perf_counter(), given.seconds
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.graphs = self.device == "cuda" and not given.eager
         self.compiled, self.hidden, self.to = given.compile, given.hidden, given.to
         self.tokens = {name: rows_of(x) for name, x in np.load(given.tokens).items()}
         self.dense = loaded(given.weights).to(self.device)
@@ -136,7 +137,7 @@ class Study:
         seconds, since = 0.0, self.now()
         backward: Any = None
         for step, ids in enumerate(self.batches(run.seed, steps), 1):
-            if step == 3 and self.device == "cuda":  # until then libraries choose their kernels
+            if step == 3 and self.graphs:  # until then libraries choose their kernels
                 backward = self.recorded(network, ids, run.taught, params)
             if backward:
                 loss = backward({"ids": ids})
@@ -263,6 +264,7 @@ def main() -> None:
     parser.add_argument("--tuning", type=int, default=500_000, help="tokens of a tuning run")
     parser.add_argument("--hidden", type=float, default=1.0, help="weight of the hidden states")
     parser.add_argument("--compile", action="store_true", help="compile the loss with a teacher")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     given = parser.parse_args()
     study = Study(given)
     try:

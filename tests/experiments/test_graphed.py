@@ -41,7 +41,10 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
 
 
-def trained(folder: Path, kind: type, taught: bool, recipe: str) -> tuple[dict[str, Tensor], Any]:
+def trained(
+    folder: Path, kind: type, taught: bool, recipe: str, half: bool
+) -> tuple[Any, Any, Any]:
+    """The weights before and after, and the `Trainer`."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -54,7 +57,7 @@ def trained(folder: Path, kind: type, taught: bool, recipe: str) -> tuple[dict[s
         for i in range(44)
     ]
     args = TrainingArguments(
-        str(folder), max_steps=24, per_device_train_batch_size=8, learning_rate=1e-2,
+        str(folder), max_steps=24, per_device_train_batch_size=8, learning_rate=1e-3, bf16=half,
         use_cpu=not torch.cuda.is_available(), disable_tqdm=True, report_to="none",
         save_strategy="no", remove_unused_columns=False, seed=3,
     )  # fmt: skip
@@ -65,8 +68,13 @@ def trained(folder: Path, kind: type, taught: bool, recipe: str) -> tuple[dict[s
     )  # fmt: skip
     if taught:
         made.distiller = Distiller.of(model)
+    before = flat(model)
     made.train()
-    return {name: p.detach().cpu() for name, p in model.named_parameters()}, made
+    return before, flat(model), made
+
+
+def flat(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
 
 
 class Widened:
@@ -77,23 +85,22 @@ class Widened:
         return own.training_step(model, graphed.widened(inputs, 0), items)
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.parametrize("recipe", ["sr-ste", "mdgf-exponential", "settling"])
 def test_a_run_by_graphs_is_the_run(
-    recipe: str, taught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, taught: bool, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not torch.cuda.is_available():
         monkeypatch.setattr(graphed, "record", on_a_cpu)
-    want, _ = trained(tmp_path / "a", Widened, taught, recipe)
-    found, trainer = trained(tmp_path / "b", graphed.Graphed, taught, recipe)
-    shapes = trainer.graphed_steps
-    assert len(shapes) >= 3
-    assert sum(step is not None for step in shapes.values()) >= 3
-    for name, w in want.items():
-        if torch.cuda.is_available():  # kernels may sum in another order
-            assert (found[name] - w).abs().mean() <= 1e-3 * w.abs().mean() + 1e-6, name
-        else:
-            assert torch.equal(found[name], w), name
+    before, want, _ = trained(tmp_path / "a", Widened, taught, recipe, half)
+    _, found, trainer = trained(tmp_path / "b", graphed.Graphed, taught, recipe, half)
+    steps = trainer.graphed_steps.values()
+    assert sum(step is not None for step in steps) >= 3
+    if torch.cuda.is_available():  # other kernels may run, whose sums have another order
+        assert (found - want).norm() <= (0.2 if half else 0.02) * (want - before).norm()
+    else:
+        assert torch.equal(found, want)
 
 
 @pytest.mark.parametrize(("width", "want"), [(1, 16), (16, 16), (17, 32)])
