@@ -57,7 +57,11 @@ class Graphed:
                 )
             return found
 
-        replay = backward_of(loss, given, [p for p in model.parameters() if p.requires_grad])
+        params = [p for p in model.parameters() if p.requires_grad]
+        if "graphed_pool" not in self.__dict__:
+            cuda = torch.cuda.is_available()
+            self.graphed_pool = torch.cuda.graph_pool_handle() if cuda else None
+        replay = backward_of(loss, given, params, self.graphed_pool)
 
         def step(batch: dict[str, Tensor], now: Any) -> Tensor:
             if isinstance(items, Tensor):
@@ -73,8 +77,12 @@ def backward_of(
     loss: Callable[[dict[str, Tensor]], Tensor],
     inputs: Mapping[str, Tensor],
     params: Sequence[nn.Parameter],
+    pool: Any = None,
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """Record a loss of inputs of one shape, and its gradients, which every call puts in place."""
+    """Record a loss of inputs of one shape, and its gradients, which every call puts in place.
+
+    Graphs that never run at once may share a `pool` of memory.
+    """
     held = {name: x.clone() for name, x in inputs.items()}
 
     def work() -> list[Tensor | None]:
@@ -84,7 +92,7 @@ def backward_of(
         found.backward()
         return [found.detach(), *(p.grad for p in params)]
 
-    replay, (found, *grads) = record(work)
+    replay, (found, *grads) = record(work, pool)
 
     def step(inputs: Mapping[str, Tensor]) -> Tensor:
         for name, x in inputs.items():
@@ -99,20 +107,13 @@ def backward_of(
 
 
 def record(
-    work: Callable[[], list[Tensor | None]],
+    work: Callable[[], list[Tensor | None]], pool: Any = None
 ) -> tuple[Callable[[], None], list[Tensor | None]]:
     """A graph of `work`, and the tensors that every replay fills; recording computes nothing."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         made = work()
     return graph.replay, made
-
-
-def _pool() -> Any:
-    """One piece of memory for all graphs of a process: no two of them run at once."""
-    if not hasattr(_pool, "handle"):
-        _pool.handle = torch.cuda.graph_pool_handle()  # type: ignore[attr-defined]
-    return _pool.handle  # type: ignore[attr-defined]
 
 
 def widened(inputs: Mapping[str, Any], token: int) -> dict[str, Any]:

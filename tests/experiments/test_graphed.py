@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "study"))
 graphed: Any = importlib.import_module("graphed")
 
 
-def on_a_cpu(work: Callable[[], list[Tensor | None]]) -> Any:
+def on_a_cpu(work: Callable[[], list[Tensor | None]], pool: Any) -> Any:
     """What stands for a graph where there is no GPU: the same tensors, filled at each replay."""
     held = [x if x is None else x.clone() for x in work()]
 
