@@ -1,8 +1,7 @@
 """The study's second part: which sweeps come next, from the tables of those that are finished.
 
-A choice is the best figure of the task on GLUE's validation rows, on the tuning seed, as the
-protocol says. The held-out test rows are never looked at before the main runs.
-`pretrained_runs.py` runs what this module names; `pretrained_page.py` says what came out.
+`pretrained_tuning.py` makes the choices, `pretrained_runs.py` runs what this module names, and
+`pretrained_page.py` says what came out.
 """
 
 from __future__ import annotations
@@ -10,24 +9,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pandas as pd
-from choose import SEEDS, results
+from choose import SEEDS
 from pretrained_setups import (
     CONVENTIONAL,
     CUTS,
     DENSE_RATES,
+    GENERAL,
     LONG,
     MORE,
-    NOISY,
     OPTIONS,
     PANELS,
     PATTERN,
     PERMUTED,
     RATE,
     RATES,
+    SPARSE_FIRST,
     TASKS,
     TAUGHT,
     TITLES,
+)
+from pretrained_tuning import (
+    Choice,
+    at,
+    best_of,
+    choices,
+    edges,
+    joined,
+    noisy,
+    rates,
+    said,
+    settled,
+    tuned,
 )
 from tables import there
 
@@ -39,82 +51,6 @@ class Sweep(NamedTuple):
     part: str
     about: str
     axes: dict[str, Any]
-
-
-class Choice(NamedTuple):
-    """What a recipe runs with."""
-
-    options: dict[str, Any]
-    rate: float
-
-    def keys(self, name: str, title: str, **more: Any) -> dict[str, Any]:
-        """As the keys of a configuration."""
-        recipe = {"name": name, "label": title.partition(TAUGHT)[0], **self.options}
-        return {"label": title, "recipe": recipe, RATE: self.rate, **more}
-
-
-def joined(task: str, *parts: str) -> pd.DataFrame | None:
-    """The tables of a task that are there, one below the other."""
-    found = [results(f"{task}-{part}") for part in parts if there(f"{task}-{part}")]
-    for i, frame in enumerate(found):
-        if "setup" in frame and RATE not in frame:  # said at its label's end
-            ends = frame["setup"].str.rpartition(" at ")[2]
-            found[i] = frame.assign(**{RATE: pd.to_numeric(ends, errors="coerce")})
-    return pd.concat(found, ignore_index=True) if found else None
-
-
-def tuned(frame: pd.DataFrame, task: str, by: str) -> pd.DataFrame:
-    """The validation figure of each of `by` and rate, in points, best first."""
-    figure = f"validation_{TASKS[task].metric}"
-    found = frame.groupby([by, RATE], sort=False, dropna=False)[figure].mean().mul(100)
-    return (
-        found.rename("points").reset_index().sort_values("points", ascending=False, kind="stable")
-    )
-
-
-def rates(task: str, part: str) -> dict[str, float]:
-    """The best rate of each recipe of a search and of its edges, by title."""
-    frame = joined(task, part, f"{part}-edges")
-    best = None if frame is None else tuned(frame, task, "recipe").drop_duplicates("recipe")
-    return {} if best is None else dict(zip(best["recipe"], best[RATE], strict=True))
-
-
-def edges(task: str, part: str) -> list[tuple[str, float]]:
-    """Recipes that are best at the least or the greatest of the three rates, and the next one."""
-    frame = joined(task, part)
-    if frame is None:
-        return []
-    best = tuned(frame, task, "recipe").drop_duplicates("recipe")
-    found = []
-    for title, rate in zip(best["recipe"], best[RATE], strict=True):
-        tried = frame.loc[frame["recipe"] == title, RATE]
-        if rate in (tried.min(), tried.max()):
-            found.append((title, rate * 2 if rate == tried.max() else rate / 2))
-    return found
-
-
-def settled(task: str, part: str) -> bool:
-    """Whether a search of rates is finished, with the rate beyond each edge."""
-    return there(f"{task}-{part}") and (not edges(task, part) or there(f"{task}-{part}-edges"))
-
-
-def choices(task: str, group: str) -> dict[str, Choice]:
-    """The rate and the options of every recipe of a group whose tuning is finished, by name."""
-    if not there(f"{task}-options{group}"):
-        return {}
-    own = rates(task, f"rates{group}")
-    at_rates = joined(task, f"rates{group}", f"rates{group}-edges")
-    options = joined(task, f"options{group}")
-    assert at_rates is not None
-    assert options is not None
-    first = tuned(at_rates, task, "recipe").groupby("recipe")["points"].max()
-    points = dict(tuned(options, task, "setup")[["setup", "points"]].values)
-    found = {}
-    for name in TASKS[task].groups[group]:
-        title, every = TITLES[name], OPTIONS[name]
-        scores = [first[title], *(points[said(title, one)] for one in every[1:])]
-        found[name] = Choice(every[scores.index(max(scores))], own[title])
-    return found
 
 
 def sweeps(task: str) -> Iterator[Sweep]:
@@ -147,7 +83,7 @@ def sweeps(task: str) -> Iterator[Sweep]:
             yield from _distilled(task, group, chosen, taught, 4 + turn)
             if there(f"{task}-distilled-rates{group}"):
                 each = _each(chosen, taught)
-                best = _best(task, f"distilled-rates{group}", each)
+                best = best_of(task, f"distilled-rates{group}", each)
         if not number:
             for pattern in TASKS[task].patterns:
                 end = pattern.replace(":", "-")
@@ -158,6 +94,7 @@ def sweeps(task: str) -> Iterator[Sweep]:
                 yield from _longer(task, [{"label": "Dense", "recipe": "dense", RATE: rate}, *best])
             if best and TASKS[task].wide:
                 yield from _wider(plain, best)
+                yield from _sparse_first(task, chosen["mdgf-exponential"], taught)
 
 
 def _searches(task: str) -> Iterator[Sweep]:
@@ -200,7 +137,7 @@ def _distilled(
     axes = {"setup": _told(each), "seed": [100]}
     yield Sweep(turn, f"distilled-rates{group}", "Learning rates with a teacher.", axes)
     if there(f"{task}-distilled-rates{group}"):
-        best = _best(task, f"distilled-rates{group}", each)
+        best = best_of(task, f"distilled-rates{group}", each)
         saved = [{**setup, "training.save_model": True} for setup in best]
         yield Sweep(turn + 1, f"distilled-1-8{group}", _DISTILLED, _main(saved, PATTERN))
         if not group and noisy(task, "distilled-1-8", CONVENTIONAL + TAUGHT):
@@ -223,7 +160,7 @@ def _longer(task: str, setups: list[dict[str, Any]]) -> Iterator[Sweep]:
     turn = 6 if TASKS[task].wide else 8
     yield Sweep(turn, "long", "Four times the steps.", axes)
     if there(f"{task}-rivals"):
-        best = _best(task, "rivals-rates", _cut(task))
+        best = best_of(task, "rivals-rates", _cut(task))
         axes = _main([{**one, **LONG} for one in best], PATTERN)
         yield Sweep(turn, "rivals-long", "Smaller dense networks, four times the steps.", axes)
 
@@ -241,6 +178,36 @@ def _wider(plain: list[dict[str, Any]], best: list[dict[str, Any]]) -> Iterator[
     yield Sweep(9, "panels", "Panels, as the units stand and in order.", axes)
     axes = _main([one for one in setups if "permute" in one], PATTERN)
     yield Sweep(9, "permuted", "Units in order, without panels.", axes)
+
+
+def general(rate: float) -> str:
+    """The sweep of the encoder that is made sparse first, and the folder of its one run."""
+    return f"general-{rate:g}"
+
+
+def _sparse_first(task: str, choice: Choice, taught: dict[str, Any]) -> Iterator[Sweep]:
+    """An encoder is made sparse on sentences of another task, and fine-tuned with its mask held."""
+    for rate in RATES:
+        one = Choice(choice.options, rate).keys("mdgf-exponential", "Encoder", **GENERAL)
+        yield Sweep(5, general(rate), "A sparse encoder.", {"setup": [one], "seed": [100]})
+    if not all(there(f"{task}-{general(rate)}") for rate in RATES):
+        return
+    each = [
+        Choice({"dense": 0.0}, rate).keys(
+            "one-shot",
+            at(f"{SPARSE_FIRST} at {first:g}", rate),
+            **{"model.load": f"runs/study-{task}/{general(first)}"},
+            **taught,
+        )
+        for first in RATES
+        for rate in RATES
+    ]
+    yield Sweep(6, "first-rates", "Rates of both stages.", {"setup": each, "seed": [100]})
+    frame = joined(task, "first-rates")
+    if frame is not None:
+        best = tuned(frame, task, "setup")["setup"].iloc[0]
+        setup = next({**one, "label": SPARSE_FIRST} for one in each if one["label"] == best)
+        yield Sweep(6, "first", "A sparse encoder, fine-tuned.", _main([setup], PATTERN))
 
 
 _DISTILLED = "The main runs, distilled."
@@ -261,27 +228,8 @@ def _rivals(task: str) -> Iterator[Sweep]:
     axes = {"setup": _told(each), "seed": [100]}
     yield Sweep(5, "rivals-rates", "Learning rates of smaller dense networks.", axes)
     if there(f"{task}-rivals-rates"):
-        axes = {"setup": _best(task, "rivals-rates", each), "seed": SEEDS}
+        axes = {"setup": best_of(task, "rivals-rates", each), "seed": SEEDS}
         yield Sweep(6, "rivals", "Smaller dense networks at every seed.", axes)
-
-
-def _best(task: str, part: str, each: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The setups of a search at their best rates."""
-    frame = joined(task, part)
-    assert frame is not None
-    best: dict[str, str] = {}
-    for label in tuned(frame, task, "setup")["setup"]:
-        best.setdefault(label.rpartition(" at ")[0], label)
-    return [one for one in each if best[one["label"]] == _at(one["label"], one[RATE])]
-
-
-def noisy(task: str, part: str, rival: str) -> bool:
-    """Whether five seeds are too few: a paired standard deviation above `NOISY` points."""
-    frame = joined(task, part)
-    if frame is None or frame["seed"].nunique() < len(SEEDS):
-        return False
-    figure = frame.pivot(index="seed", columns="setup", values=f"test_{TASKS[task].metric}")
-    return bool((figure.sub(figure[rival], axis=0).std() * 100 > NOISY).any())
 
 
 def _main(
@@ -292,13 +240,4 @@ def _main(
 
 def _told(setups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Setups that differ in their rate, with the rate in their labels."""
-    return [{**one, "label": _at(one["label"], one[RATE])} for one in setups]
-
-
-def said(title: str, options: Mapping[str, Any]) -> str:
-    """What the tables call a recipe with other settings than its first."""
-    return f"{title}: " + ", ".join(f"{key} {value}" for key, value in options.items())
-
-
-def _at(title: str, rate: float) -> str:
-    return f"{title} at {rate:g}"
+    return [{**one, "label": at(one["label"], one[RATE])} for one in setups]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 from choose import RESULTS, SWEEPS
-from pretrained import PATTERN, TASKS
+from pretrained_setups import PATTERN, TASKS
 from torch import nn
 
 import nmflow

@@ -6,7 +6,6 @@ import pandas as pd
 import pretrained_more as more
 from choose import RESULTS
 from compare import Cell, by_seed, family
-from pretrained import choices, joined, tuned
 from pretrained_setups import (
     CONVENTIONAL,
     NARROWER,
@@ -18,6 +17,7 @@ from pretrained_setups import (
     TAUGHT,
     TITLES,
 )
+from pretrained_tuning import choices, joined, tuned
 from tables import gain, spread, table
 
 from nmflow.experiments.report.statistics import summary

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from choose import write
-from pretrained import TASKS, sweeps
+from pretrained import sweeps
+from pretrained_setups import TASKS
 from tables import there
 
 from nmflow.experiments import sweep as experiments
@@ -98,8 +99,8 @@ class Plan:
 
 def _read(task: str, part: str, about: str, axes: dict[str, Any]) -> experiments.Sweep:
     path = write(f"{task}-{part}", about, task, {"axes": axes}, script="study/pretrained_runs.py")
-    if part == "teacher":  # alone in its folder, which the configurations name
-        text = path.read_text("utf-8").replace(f"study-{task}/cells", f"study-{task}/teacher")
+    if part == "teacher" or part.startswith("general"):  # alone in a folder that others name
+        text = path.read_text("utf-8").replace(f"study-{task}/cells", f"study-{task}/{part}")
         path.write_text(text, "utf-8")
     sweep = experiments.load(path)
     experiments.prepare(sweep)

@@ -47,6 +47,16 @@ MORE = range(5, 10)
 NOISY = 2.5
 """Points: a greater paired standard deviation gets the seeds `MORE`."""
 CONVENTIONAL, TAUGHT = "SR-STE", ", distilled"
+GENERAL = {
+    "options.tasks": ["sst2"],
+    "training.steps": 2400,
+    "training.eval_every": 2400,
+    "training.save_every": 2400,
+    "training.save_model": True,
+    "distill": {"teacher": "self", "task": 0.0, "logits": 0.0, "hidden": 1.0},
+}
+"""The encoder made sparse on other sentences first: it learns its own dense hidden states."""
+SPARSE_FIRST = f"Sparse encoder first{TAUGHT}"
 NARROWER, SHALLOWER = f"Dense, FF 192{TAUGHT}", f"Dense, 3 layers{TAUGHT}"
 CUTS = {NARROWER: {"model.keep_units": 192}, SHALLOWER: {"model.fields.num_hidden_layers": 3}}
 """The rivals of a network at 1:8 in FF: the same FLOPs in FF, and half of the layers."""

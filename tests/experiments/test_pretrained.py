@@ -26,7 +26,7 @@ from transformers import (
 
 import nmflow
 from nmflow.errors import ConfigError, DataError
-from nmflow.experiments import models, narrower, origins, teachers, training
+from nmflow.experiments import models, narrower, origins, training
 from nmflow.experiments.config import Run, parse
 from nmflow.experiments.data.sources import rows
 from nmflow.experiments.data.tokenization import Tokens, tokenizer
@@ -221,7 +221,10 @@ def test_a_finished_run_is_a_teacher(tmp_path: Path):
     found = train(one("settling", model=still, distill=told), RunFolder(tmp_path / "b"))
     assert found["teacher"]["sha256"] == first["final_sha256"]
     assert found["audit"]["ok"]
-    assert teachers.place(str(tmp_path / "runs" / "a")) == teachers.place(told["teacher"])
+    places = {origins.locate(str(tmp_path / end), "it").place for end in ("runs", "runs/a")}
+    assert places == {str(tmp_path / "runs" / "a" / "model")}
+    more = one("one-shot", seed=3, model={"load": told["teacher"]})
+    assert train(more, RunFolder(tmp_path / "e"))["initial_sha256"] == first["final_sha256"]
     train(one("dense", seed=1, model=still), RunFolder(tmp_path / "runs" / "c"))
     with pytest.raises(ConfigError, match="holds 2 finished runs"):
         train(one("sr-ste", model=still, distill=told), RunFolder(tmp_path / "d"))

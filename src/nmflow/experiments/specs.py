@@ -69,11 +69,11 @@ class Data(Strict):
 class Model(Strict):
     """A network of `transformers`: by `kind` and the fields of its config, or `load`ed.
 
-    `load` takes a folder, a GGUF file, `package:NAME` for the network in an installed package, a
-    name that the hub's cache holds, or `hub:NAME` to download it. With `load`, `kind` may say what
-    is loaded: `--smoke` builds it where the hub is out of reach. Parameters whose names match a
-    glob of `freeze` are not trained. `keep_units` cuts each feed-forward block down to so many
-    hidden units, those of largest norm.
+    `load` takes a folder (of a network, or of one finished run), a GGUF file, `package:NAME` for
+    the network in an installed package, a name that the hub's cache holds, or `hub:NAME` to
+    download it. With `load`, `kind` may say what is loaded: `--smoke` builds it where the hub is
+    out of reach. Parameters whose names match a glob of `freeze` are not trained. `keep_units` cuts
+    each feed-forward block down to so many hidden units, those of largest norm.
     """
 
     kind: str | None = None
@@ -98,8 +98,8 @@ class Model(Strict):
 class Distill(Strict):
     """A teacher beside the training: see `nmflow.Distiller`.
 
-    `teacher` is a network as `model.load` takes it, a folder of one finished run, or `self`, a
-    frozen copy of the network before its first step. The others are weights of the losses.
+    `teacher` is a network as `model.load` takes it, or `self`, a frozen copy of the network before
+    its first step. The others are weights of the losses.
     """
 
     teacher: str
