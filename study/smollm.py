@@ -127,7 +127,8 @@ tokens of the others train.
 
 ```sh
 python study/smollm_text.py texts smollm-tokens.npz
-python study/smollm_train.py WEIGHTS.gguf smollm-tokens.npz smollm.parquet --seconds 85 --compile
+python study/smollm_train.py WEIGHTS.gguf smollm-tokens.npz smollm.parquet --seconds 380 \\
+    --budget 16000000
 python study/one_shot.py 1:4 1:8 --length 512 --rows 32 --tokens smollm-tokens.npz \\
     --to smollm-one-shot.parquet
 ```"""
