@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nmflow.errors import CompressError
 from nmflow.kernels import gpu, gpu_driver, gpu_panels, gpu_plan
 from nmflow.kernels.gpu_plan import Card, Kernel, Plan
 from nmflow.kernels.layout import Shape, canonical_from_dense, tiled_from_canonical
@@ -49,6 +50,8 @@ DECODE = [
     ([(28672, 8192), (11008, 4096)], ["1:8", "1:16", "1:4", "2:4"], [1, 16, 64, 4]),
     ([(11008, 4096)], ["1:32", "1:16@16", "1:8@16"], [1, 16, 64]),
     ([(4096, 4096), (4096, 11008), (768, 3072)], ["1:8", "1:16"], [1, 16]),
+    ([(32000, 4096)], ["1:8"], [1]),
+    ([(28672, 8192), (11008, 4096)], ["1:8", "1:16"], [8, 32]),
 ]
 MANY = [
     ((11008, 4096), 4096, "1:16@64"), ((11008, 4096), 4096, "1:8@64"),
@@ -56,9 +59,20 @@ MANY = [
     ((4096, 11008), 4096, "1:16@64"), ((3072, 768), 25216, "1:16@64"),
     ((768, 3072), 25216, "1:16@64"), ((11008, 4096), 4096, "1:16"), ((11008, 4096), 256, "1:8"),
 ]  # fmt: skip
-SEARCHED_PANELS = 3  # of MANY
-SEARCHED = 18  # plans of a product
-TOLD = ("NT", "RT", "WARPS", "SLICES", "CHUNK", "STAGES")
+SEARCHED_PANELS = 7  # of MANY
+LATER = 25.0  # seconds that a search leaves to the network
+NEIGHBOURS = 3  # plans of a product that are those of its neighbours
+# Warps, slices, row tiles, shares, stages.
+LOOKUPS = [
+    (8, 2, 1, 1, 4), (16, 2, 1, 1, 4), (8, 4, 1, 1, 4), (16, 4, 1, 1, 4), (4, 2, 1, 1, 4),
+    (4, 4, 1, 1, 4), (8, 1, 1, 1, 4), (16, 8, 1, 1, 4), (16, 2, 1, 2, 4), (8, 2, 1, 2, 4),
+    (16, 1, 1, 2, 4), (16, 1, 1, 4, 4), (16, 4, 1, 1, 2), (8, 2, 1, 1, 2),
+]  # fmt: skip
+GROUPS = [
+    (16, 1, 1, 1, 3), (8, 1, 1, 1, 3), (16, 2, 1, 1, 3), (8, 2, 1, 1, 3), (8, 1, 1, 2, 3),
+    (16, 1, 1, 2, 3), (16, 4, 1, 1, 3), (4, 1, 1, 1, 4), (16, 2, 1, 2, 3), (8, 2, 1, 2, 3),
+    (16, 1, 1, 4, 3), (4, 1, 1, 2, 4), (16, 1, 1, 1, 2), (8, 1, 1, 4, 3),
+]  # fmt: skip
 
 
 def random_packed(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -81,17 +95,23 @@ def rested() -> None:
     torch.cuda.empty_cache()
 
 
+WRONG = 0.01  # relative error; that of rounding is 0.002
+FASTEST: dict[tuple[Shape, int], tuple[float, Plan]] = {}
+
+
 # --- few tokens -------------------------------------------------------------------------------
 
 
 def candidates(shape: Shape, tokens: int, card: Card, search: bool) -> list[Plan | None]:
-    """The plan that is taken; with `search` those that other products like best, and some more."""
+    """The plan that is taken; with `search` some of every kernel's, and other products'."""
     taken = gpu_plan.plan(shape, False, tokens, card)
     if not search or taken is None:
         return [taken]
-    likely = list(dict.fromkeys(gpu_plan.near(shape, False, tokens, card)))[: SEARCHED // 2]
-    rest = [one for one in gpu_plan.plans(shape, False, tokens, card) if one not in likely]
-    return [*likely, *rest[:: max(1, -(-len(rest) // (SEARCHED - len(likely))))]]
+    likely = [*dict.fromkeys(gpu_plan.near(shape, False, tokens, card))][:NEIGHBOURS]
+    numbers = [(*one, "lookup") for one in LOOKUPS]
+    numbers += [(*one, "groups") for one in GROUPS[: 4 if tokens < 5 else None]]
+    made = (gpu_plan.make(shape, False, tokens, card, *one) for one in numbers)
+    return [*dict.fromkeys([*likely, *(plan for plan in made if plan is not None)])]
 
 
 def points() -> Iterator[tuple[tuple[int, int], int, list[str]]]:
@@ -106,8 +126,6 @@ def decode(search: bool) -> Iterator[Row]:
     """Few tokens; the rows that decide come first."""
     card = gpu_driver.driver(0).card
     for (out, inputs), tokens, patterns in points():
-        if search and len(patterns) != 4:
-            return
         rested()
         x = torch.randn(tokens, inputs, device=DEVICE).bfloat16()
         some = torch.randn(out, inputs, device=DEVICE).bfloat16() * 0.02
@@ -132,10 +150,7 @@ def decode(search: bool) -> Iterator[Row]:
                 row: Row = {
                     "what": "search" if search else "decode", "out": out, "inputs": inputs,
                     "tokens": tokens, "pattern": spec, "dense_us": best, "taken": plan == taken,
-                    "plan": plan and {
-                        **{k: v for k, v in plan.kernel.constants if k in TOLD},
-                        "grid": plan.grid, "shared": plan.shared, "chunks": plan.chunks,
-                    },
+                    "plan": plan and plan.told(),
                 }  # fmt: skip
                 if search and plan is not None and not compiled(plan.kernel):
                     continue
@@ -145,26 +160,42 @@ def decode(search: bool) -> Iterator[Row]:
                 try:
                     row["error"] = error(calls[0](), want)
                     took = time_on_gpu({"packed": calls}, 6 if search else 20)["packed"].median
+                except CompressError as problem:  # a plan that does not fit is a result
+                    yield row | {"failed": str(problem)[:200]}
+                    continue
                 finally:
                     gpu._planned = planned
+                if row["error"] > WRONG:
+                    yield row | {"failed": "wrong"}
+                    continue
+                if plan is not None and took < FASTEST.get((shape, tokens), (took + 1, None))[0]:
+                    FASTEST[shape, tokens] = took, plan
                 yield row | {"packed_us": took, "ratio": best / took, "tb_per_s": size / took / 1e6}
 
 
 # --- many tokens ------------------------------------------------------------------------------
 
 
-def blocks(shape: Shape) -> list[gpu_panels.Block]:
+def blocks(shape: Shape) -> list[gpu_panels.Block | gpu_panels.Group]:
     """Cuts of a product of panels that are worth a measurement."""
-    return [
-        gpu_panels.Block(rows, entries, step, warps, stages)
-        for rows in (64, 128) if shape.panel % rows == 0
-        for entries in (32, 64) for stages in (3, 4)
-        for step, warps in ((128, 4), (128, 8), (256, 8))
+    Group, Block = gpu_panels.Group, gpu_panels.Block
+    every = [
+        Group(64, 256, 2, 32, 4, 2), Group(64, 256, 1, 32, 3, 3), Group(64, 128, 1, 32, 4, 4),
+        Group(64, 256, 1, 32, 4, 2), Group(64, 512, 2, 32, 4, 1), Group(64, 512, 4, 32, 4, 1),
+        Group(64, 256, 2, 64, 3, 1), Group(64, 256, 2, 32, 3, 2), Group(64, 128, 2, 32, 4, 3),
+        Group(64, 128, 1, 64, 3, 3), Group(128, 256, 2, 32, 4, 1), Group(128, 128, 1, 32, 4, 2),
+        Group(128, 256, 1, 32, 4, 1), Group(128, 128, 1, 64, 3, 2), Group(128, 256, 2, 64, 3, 1),
+        Group(128, 128, 1, 32, 3, 2),
     ]  # fmt: skip
+    card = gpu_driver.driver(0).card if torch.cuda.is_available() else Card()
+    return [
+        *(cut for cut in every if gpu_panels.shared_bytes(shape, cut, card)),
+        *(Block(64, 32, tokens, tokens // 32, 4) for tokens in (128, 256)),
+    ]
 
 
 def panels(search: bool) -> Iterator[Row]:
-    """Many tokens; what turning x costs is in a column of its own."""
+    """Many tokens; `turn_us` is of turning x alone, `ready_us` of a product of x that is turned."""
     for (out, inputs), tokens, spec in MANY[:SEARCHED_PANELS] if search else MANY:
         rested()
         shape = Shape.of(out, inputs, spec)
@@ -181,15 +212,17 @@ def panels(search: bool) -> Iterator[Row]:
             row: Row = {
                 "what": "panels-search" if search else "panels", "out": out, "inputs": inputs,
                 "tokens": tokens, "pattern": spec, "dense_us": best, "turn_us": turn, "plan": cut,
-                "taken": not search or cut == gpu_panels.block(shape, tokens),
+                "taken": not search or cut == gpu_panels.group(shape, tokens),
             }  # fmt: skip
             call = partial(gpu.matmul, x, *buffers, None, shape)
             if cut is not None:
                 call = partial(gpu_panels.matmul, x, *buffers, None, shape, cut=cut)
+            ready = partial(call.func, xt.t(), *call.args[1:], **call.keywords)
             try:
-                row["error"] = error(call(), want)
-                one = time_on_gpu({"packed": [call] * 4}, 8)["packed"].median
-                row |= {"packed_us": one, "ratio": best / one}
+                row["error"] = max(error(one(), want) for one in (call, ready))
+                ways = {"packed": [call] * 4, "ready": [ready] * 4}
+                one, other = (took.median for took in time_on_gpu(ways, 8).values())
+                row |= {"packed_us": one, "ratio": best / one, "ready_us": other}
             except Exception as problem:  # noqa: BLE001 -- a cut that does not fit is a result
                 row["failed"] = repr(problem)[:200]
             yield row
@@ -199,13 +232,11 @@ def warm(part: int, parts: int, seconds: float) -> None:
     """Compile every cut of `panels` once, so that Triton's cache has them."""
     end = time.monotonic() + seconds
     todo = []
-    for (out, inputs), tokens, spec in MANY:
-        shape = Shape.of(out, inputs, spec)
-        if gpu_panels.serves(shape):
-            todo.append((shape, tokens, None))
     for (out, inputs), tokens, spec in MANY[:SEARCHED_PANELS]:
         shape = Shape.of(out, inputs, spec)
-        todo += [(shape, tokens, cut) for cut in blocks(shape)]
+        if gpu_panels.serves(shape):
+            cuts = blocks(shape)
+            todo += [(shape, tokens, cut) for cut in cuts if isinstance(cut, gpu_panels.Block)]
     for shape, tokens, cut in todo[part::parts]:
         if time.monotonic() > end:
             return
@@ -225,7 +256,17 @@ def llama(search: bool = False) -> Iterator[Row]:
     """Tokens a second of one sequence; a step is one CUDA graph, with a static cache."""
     import _llama
 
-    yield from _llama.tokens_a_second()
+    planned = gpu._planned
+
+    def fastest(shape: Shape, half: bool, tokens: int, card: Card) -> Plan | None:
+        found = FASTEST.get((shape, tokens))
+        return found[1] if found else planned(shape, half, tokens, card)
+
+    gpu._planned = fastest  # pyright: ignore
+    try:
+        yield from _llama.tokens_a_second()
+    finally:
+        gpu._planned = planned
 
 
 def roof(search: bool = False) -> Iterator[Row]:
@@ -271,6 +312,40 @@ def check(search: bool = False) -> Iterator[Row]:
         y = gpu.matmul(*there, shape, 2).cpu()
         want = (x.double() @ w.double().t() + b.double()).relu()
         yield {"what": "check", "pattern": spec, "tokens": tokens, "error": error(y, want)}
+    yield from check_kinds()
+
+
+def check_kinds() -> Iterator[Row]:
+    """The kernels that no plan of the products above takes."""
+    card, planned = gpu_driver.driver(0).card, gpu._planned
+    cases: list[tuple[str, int, Any]] = [
+        ("1:16", 1, (8, 2, 1, 1, 4, "lookup")), ("2:4", 3, (4, 1, 1, 2, 4, "lookup")),
+        ("1:16", 64, (8, 2, 1, 1, 3, "groups")), ("2:4", 9, (4, 1, 1, 2, 3, "groups")),
+        ("1:16@64", 150, gpu_panels.Group(64, 128, 2, 32, 3, 1)),
+        ("1:16@128", 150, gpu_panels.Group(128, 128, 1, 32, 3, 1)),
+    ]  # fmt: skip
+    for spec, tokens, numbers in cases:
+        shape = Shape.of(100, 1024, spec)
+        w = torch.randn(shape.out, shape.inputs).bfloat16()
+        w = w * mask(w, spec)
+        buffers = tiled_from_canonical(*canonical_from_dense(w, shape), shape)
+        x = torch.randn(tokens, shape.inputs).bfloat16()
+        there = [t.to(DEVICE) for t in (x, *buffers)]
+        if isinstance(numbers, gpu_panels.Group):
+            if not card.groups:
+                continue
+            y = gpu_panels.matmul(*there, None, shape, 0, numbers)
+        else:
+            plan = gpu_plan.make(shape, False, tokens, card, *numbers)
+            if plan is None:
+                continue
+            gpu._planned = lambda *args, plan=plan: plan  # pyright: ignore
+            try:
+                y = gpu.matmul(*there, None, shape)
+            finally:
+                gpu._planned = planned
+        want = x.double() @ w.double().t()
+        yield {"what": "check", "pattern": spec, "tokens": tokens, "error": error(y.cpu(), want)}
 
 
 _FOLDER: list[Path] = []
@@ -317,10 +392,17 @@ def _compile_some(kernels: list[Kernel], end: float) -> int:
 def compile_all(search: bool, workers: int, seconds: float) -> None:
     """The kernels of `decode` on a card like an H100, those of the search last."""
     end, card = time.monotonic() + seconds, Card()
-    kernels: dict[Kernel, None] = {}
+    kernels: dict[Kernel, None] = {Kernel("turn.cu", "turn"): None}
+    kernels |= {Kernel("expand.cu", "expand"): None, Kernel("sum.cu", "sum", (("HALF", 0),)): None}
+    for layer, tokens, spec in MANY:
+        shape = Shape.of(*layer, spec)
+        if "@" in spec:
+            cuts = [gpu_panels.group(shape, tokens), *blocks(shape)]
+            groups = [cut for cut in cuts if isinstance(cut, gpu_panels.Group)]
+            kernels |= {gpu_panels.kernel_of(shape, cut, False, 0): None for cut in groups}
     for wide in (False, True) if search else (False,):
         for layer, tokens, patterns in points():
-            for spec in patterns if not wide or len(patterns) == 4 else ():
+            for spec in patterns:
                 for plan in candidates(Shape.of(*layer, spec), tokens, card, wide):
                     if plan is not None:
                         kernels.setdefault(plan.kernel)
@@ -336,8 +418,8 @@ PARTS = {
 }  # fmt: skip
 TABLES = ["roof", "decode", "panels", "steps", "llama"]
 FIELDS = [
-    "what", "out", "inputs", "tokens", "pattern", "dense_us", "packed_us", "ratio", "tb_per_s",
-    "turn_us", "tokens_per_s", "error", "taken", "plan", "failed", "device", "torch",
+    "what", "out", "inputs", "tokens", "pattern", "dense_us", "packed_us", "ready_us", "ratio",
+    "tb_per_s", "turn_us", "tokens_per_s", "error", "taken", "plan", "failed", "device", "torch",
 ]  # fmt: skip
 
 
@@ -365,7 +447,10 @@ def measure(names: list[str], args: argparse.Namespace) -> None:
         writer.writeheader()
     rows: list[Row] = []
     todo = [(name, False) for name in names]
-    todo += [(name, True) for name in ("panels", "decode") if args.search and name in names]
+    if args.search:  # the network then takes the fastest plans
+        last = [(name, False) for name in ("llama", "steps") if name in names]
+        found = [(name, True) for name in ("panels", "decode") if name in names]
+        todo = [one for one in todo if one not in last] + found + last
     for name, search in todo:
         print(f"--- {name}{', searched' * search}, {time.monotonic() - begin:.0f} s", flush=True)
         try:
@@ -376,10 +461,9 @@ def measure(names: list[str], args: argparse.Namespace) -> None:
                 if writer and file:
                     writer.writerow({**short, **where})
                     file.flush()
-                if time.monotonic() > end:
-                    print(f"stopped after {args.seconds} seconds", flush=True)
-                    print(*best_of(rows), sep="\n", flush=True)
-                    return
+                if time.monotonic() > end - LATER * search:
+                    print(f"stopped after {time.monotonic() - begin:.0f} seconds", flush=True)
+                    break
         except Exception:  # noqa: BLE001 -- the other parts are worth their time
             print(traceback.format_exc(), flush=True)
             print(f"{name} failed", flush=True)

@@ -18,7 +18,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from nmflow.kernels import gpu_plan
 from nmflow.kernels.gpu_plan import Card, Cut, Plan
@@ -46,13 +45,6 @@ def read(path: Path) -> list[Row]:
     return list(csv.DictReader(path.open(newline="")))
 
 
-def told(plan: Plan) -> dict[str, Any]:
-    """A plan as a run tells it."""
-    numbers = ("NT", "RT", "WARPS", "SLICES", "CHUNK", "STAGES")
-    own = {k: v for k, v in plan.kernel.constants if k in numbers}
-    return {**own, "grid": plan.grid, "shared": plan.shared, "chunks": plan.chunks}
-
-
 def product(row: Row) -> Product:
     """The shape and the tokens of a row."""
     return Shape.of(int(row["out"]), int(row["inputs"]), row["pattern"]), int(row["tokens"])
@@ -61,11 +53,12 @@ def product(row: Row) -> Product:
 def cut_of(row: Row) -> Cut:
     """The numbers that `gpu_plan.make` takes for the plan of a row, the least shares of them."""
     (shape, tokens), want = product(row), ast.literal_eval(row["plan"])
+    kind, rows = want.get("kernel", "decode"), want.get("RT", 1)
     for shares in range(want["grid"][1], 2 * want["grid"][1] + 1):
-        numbers = (want["WARPS"], want["SLICES"], want["RT"], shares, want["STAGES"])
-        cut = Cut(shape, tokens, *numbers)
+        numbers = (want["WARPS"], want["SLICES"], rows, shares, want["STAGES"])
+        cut = Cut(shape, tokens, *numbers, kind)
         plan = made(cut)
-        if plan is not None and told(plan) == want:
+        if plan is not None and plan.told() == want:
             return cut
     raise SystemExit(f"no plan of today is that of {row}")
 

@@ -33,14 +33,15 @@ def tests(name: str, workers: int, *files: str) -> tuple[str, list[str]]:
     return name, [*PYTEST, "-n", str(workers), "--dist", "worksteal", *files]
 
 
-def checks(kernels: Path, seconds: float, cores: int) -> list[tuple[str, list[str]]]:
+def checks(kernels: Path, seconds: float, cores: int, sample: int) -> list[tuple[str, list[str]]]:
     """Names and arguments for Python of what runs at once."""
     few = max(1, cores // 4)
     kept = ["--kernels", str(kernels), "--seconds", str(seconds - 12)]
     return [
         tests("products", few, "tests/native/test_gpu_device.py"),
-        tests("masks", few, "tests/native/test_gpu_kernel.py", "tests/native/test_gpu_panels.py"),
-        tests("training", few, "tests/flow/test_cuda.py"),
+        tests("panels", 1, "tests/native/test_gpu_panels.py"),
+        tests("masks", 1, "--every", str(sample), "tests/native/test_gpu_kernel.py"),
+        tests("training", few, "--every", str(sample), "tests/flow/test_cuda.py"),
         ("compile", [*BENCH, "compile", "--search", "--workers", str(max(2, cores // 2)), *kept]),
         ("warm", [*BENCH, "warm", "--workers", str(few), "--seconds", str(seconds - 15)]),
     ]
@@ -89,6 +90,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "build/gpu")
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument(
+        "--every", type=int, default=3, help="of tests of masks and training run one in so many"
+    )
     parser.add_argument("--only", choices=["checks", "tables"])
     args = parser.parse_args()
     output = args.output.resolve()
@@ -112,7 +116,8 @@ def main() -> int:
     if args.only != "tables":
         seconds = (end - begin) * (1.0 if args.only else SHARE)
         facts = "import torch; print(torch.__version__, torch.cuda.get_device_properties(0))"
-        todo = [("facts", ["-c", facts]), *checks(kernels, seconds, os.cpu_count() or 2)]
+        more = checks(kernels, seconds, os.cpu_count() or 2, args.every)
+        todo = [("facts", ["-c", facts]), *more]
         running = [Part(name, [python, *rest], seconds, logs) for name, rest in todo]
         check = [python, *BENCH, "check"]
         sanitizer = shutil.which("compute-sanitizer")

@@ -139,6 +139,93 @@ def test_every_way_to_cut_the_work_gives_the_same(
         assert len(ran.launched) == 1 + (made.shares > 1)
 
 
+# Warps, slices, row tiles, shares, stages; tails of everything, codes of bytes, panels of four.
+OTHERS = [
+    ("lookup", "1:16", 50, 768, 1, (8, 2, 1, 1, 4)),
+    ("lookup", "2:4", 33, 128, 2, (4, 2, 1, 2, 4)),
+    ("lookup", "1:32", 40, 384, 1, (4, 1, 1, 1, 4)),
+    ("groups", "1:16", 50, 784, 3, (4, 1, 1, 1, 3)),
+    ("groups", "2:4", 33, 136, 9, (8, 2, 1, 1, 2)),
+    ("groups", "1:8", 70, 264, 64, (8, 1, 1, 2, 3)),
+]
+MORE_OTHERS = [
+    ("lookup", "1:8", 40, 512, 3, (8, 2, 1, 3, 3)),
+    ("lookup", "1:4", 40, 160, 8, (8, 2, 1, 1, 4)),
+    ("lookup", "1:2", 16, 80, 1, (4, 2, 1, 2, 4)),
+    ("lookup", "4:16", 20, 128, 1, (8, 2, 1, 3, 3)),
+    ("lookup", "1:8@4", 24, 320, 2, (4, 1, 1, 1, 4)),
+    ("lookup", "4:32", 24, 320, 7, (4, 2, 1, 1, 4)),
+    ("lookup", "1:256", 17, 2048, 2, (4, 1, 1, 1, 2)),
+    ("groups", "1:32", 40, 352, 20, (8, 2, 1, 1, 3)),
+    ("groups", "3:16", 24, 208, 4, (8, 1, 1, 2, 3)),
+    ("groups", "1:64", 40, 1088, 8, (8, 2, 1, 1, 2)),
+    ("groups", "2:8", 200, 200, 17, (16, 2, 1, 1, 3)),
+    ("groups", "1:8@4", 24, 200, 33, (16, 4, 1, 1, 3)),
+]
+
+
+def by_kind(
+    kind: str, spec: str, out: int, inputs: int, tokens: int, numbers: Any, half: bool
+) -> Any:
+    made = gpu_plan.make(Shape.of(out, inputs, spec), half, tokens, SMALL, *numbers, kind)
+    assert made is not None
+    assert made.kernel.function == kind
+    return lambda *args: made
+
+
+@needs_compiler
+@pytest.mark.parametrize(("kind", "spec", "out", "inputs", "tokens", "numbers"), OTHERS)
+def test_products_of_other_kernels(
+    kind: str, spec: str, out: int, inputs: int, tokens: int, numbers: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    planned = by_kind(kind, spec, out, inputs, tokens, numbers, False)
+    monkeypatch.setattr(gpu, "_planned", planned)
+    check(spec, out, inputs, tokens, epilogue=1)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "spec", "out", "inputs", "tokens", "numbers"), OTHERS + MORE_OTHERS
+)
+def test_every_pattern_by_other_kernels(
+    kind: str, spec: str, out: int, inputs: int, tokens: int, numbers: Any, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    planned = by_kind(kind, spec, out, inputs, tokens, numbers, dtype == torch.float16)
+    monkeypatch.setattr(gpu, "_planned", planned)
+    for epilogue in (0, 2):
+        check(spec, out, inputs, tokens, dtype, epilogue, bias=epilogue != 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "inputs", "tokens", "numbers"),
+    [
+        ("lookup", "1:8", 512, 9, (4, 1, 1, 1, 4)),  # too many tokens
+        ("lookup", "1:8", 520, 1, (4, 1, 1, 1, 4)),  # no whole words
+        ("lookup", "3:16", 512, 1, (4, 1, 1, 1, 4)),  # a span that a word divides
+        ("lookup", "1:8@16", 512, 1, (4, 1, 1, 1, 4)),
+        ("lookup", "2:4", 512, 1, (4, 1, 1, 1, 3)),  # places whose low byte would change
+        ("groups", "1:8@16", 512, 1, (4, 1, 1, 1, 3)),
+        ("groups", "1:8", 512, 1, (4, 2, 1, 1, 3)),  # a slice is a warp group
+    ],
+)
+def test_what_other_kernels_do_not_take(
+    kind: str, spec: str, inputs: int, tokens: int, numbers: Any
+) -> None:
+    assert gpu_plan.make(Shape.of(64, inputs, spec), False, tokens, Card(), *numbers, kind) is None
+
+
+def test_cards_without_warp_groups_take_no_plan_of_them() -> None:
+    shape, old = Shape.of(64, 512, "1:8"), Card(108, 166_912, groups=False)
+    assert gpu_plan.make(shape, False, 16, old, 8, 1, 1, 1, 3, "groups") is None
+    for tokens in (1, 4, 16, 64):
+        for plan in gpu_plan.near(shape, False, tokens, old):
+            assert plan.kernel.function != "groups"
+
+
 @needs_compiler
 def test_views_and_odd_strides_and_no_tokens() -> None:
     """One kernel, all the ways that x, values and bias may lie in memory."""
@@ -192,7 +279,7 @@ def test_many_tokens_take_the_dense_matrix() -> None:
     assert torch.equal(y, torch.nn.functional.linear(x, w))
     assert [kernel.function for kernel, _ in emulated.launched] == ["expand"]
     few = Shape.of(64, 64, "1:16")
-    for tokens, name in ((1, "row fragments"), (64, "row fragments"), (65, "rebuild")):
+    for tokens, name in ((1, "rows in registers"), (64, "rows in registers"), (65, "rebuild")):
         assert gpu.kernel(Call(few, torch.bfloat16, "cuda", tokens)).startswith(name)
     assert "M=7 neither divides" in gpu.kernel(Call(shape, torch.bfloat16, "cuda", 1))
 
@@ -219,7 +306,7 @@ def test_plans_cover_everything_and_fit(
         few = tokens <= gpu_plan.most_tokens(shape)
         assert not few or (m == 256 and tokens > 8 and card.shared < 150_000)
         return
-    c = dict(plan.kernel.constants)
+    c = {"RT": 1, **dict(plan.kernel.constants)}
     assert plan.shared <= card.shared
     assert plan.grid[0] * (c["WARPS"] // c["SLICES"] * c["RT"]) >= shape.tiles
     assert plan.grid[1] * plan.chunks * c["CHUNK"] >= shape.inputs
@@ -335,7 +422,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 def test_launches_are_loaded_once_and_leave_the_context_as_it_was(fake: FakeCuda) -> None:
     driver = gpu_driver.Driver(0)
-    assert driver.card == Card(132, 232_448)
+    assert driver.card == Card(132, 232_448, groups=True)
     assert driver.architecture == 90
     kernel = Kernel("expand.cu", "expand")
     for _ in range(2):

@@ -15,7 +15,8 @@ from test_gpu_decode import MORE, QUICK, TOLERANCE, packed
 from torch import Tensor, nn
 
 import nmflow
-from nmflow.kernels import explain, gpu, gpu_plan
+from nmflow.kernels import explain, gpu, gpu_driver, gpu_panels, gpu_plan
+from nmflow.kernels.gpu_panels import Group
 from nmflow.kernels.reference import apply_epilogue
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -47,20 +48,71 @@ def test_layers_of_networks(spec: str, out: int, inputs: int, tokens: int) -> No
     check(spec, out, inputs, tokens, torch.bfloat16, 1)
 
 
-def test_plans_that_are_not_taken_are_right_too() -> None:
-    """A few of them; a benchmark may find one of them to be the fastest."""
-    shape, w, values, codes = packed("1:8", 1024, 2048)
-    x = torch.randn(12, 2048).bfloat16()
-    want = x.double() @ w.double().t()
-    before = gpu._planned
-    every = list(gpu_plan.plans(shape, False, 12, gpu_plan.Card()))
+# Warps, slices, row tiles, shares, stages.
+CUTS = {
+    "decode": [(4, 1, 1, 1, 3), (8, 4, 2, 2, 2), (16, 1, 1, 4, 4)],
+    "groups": [(4, 1, 1, 1, 3), (8, 2, 1, 1, 3), (16, 1, 1, 4, 2), (16, 4, 1, 1, 3)],
+    "lookup": [(4, 1, 1, 1, 4), (8, 2, 1, 1, 4), (16, 8, 1, 1, 4), (16, 2, 1, 4, 2)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", ["1:16", "1:8", "1:4", "2:4", "1:32", "4:16"])
+@pytest.mark.parametrize("kind", CUTS)
+def test_plans_that_are_not_taken_are_right_too(kind: str, spec: str, dtype: torch.dtype) -> None:
+    """A benchmark may find one of them to be the fastest; also with a tail of rows."""
+    shape, w, values, codes = (
+        t.cuda() if isinstance(t, Tensor) else t for t in packed(spec, 1000, 2048, dtype)
+    )
+    before, card, ran = gpu._planned, gpu_driver.driver(0).card, 0
     try:
-        for plan in every[:: max(1, len(every) // 12)]:
-            gpu._planned = lambda *args, plan=plan: plan  # pyright: ignore
-            y = gpu.matmul(x.cuda(), values.cuda(), codes.cuda(), None, shape)
-            torch.testing.assert_close(y.cpu().double(), want, rtol=2**-6, atol=1.0)
+        for tokens in (1, 2, 4, 7, 8, 16, 33, 64):
+            x, b = torch.randn(tokens, 2048).to(dtype).cuda(), torch.randn(1000).to(dtype).cuda()
+            want = (x.double() @ w.double().t() + b.double()).relu()
+            size = x.double().abs() @ w.double().abs().t() + b.double().abs()
+            for numbers in CUTS[kind]:
+                half = dtype == torch.float16
+                plan = gpu_plan.make(shape, half, tokens, card, *numbers, kind)
+                if plan is None:
+                    continue
+                gpu._planned = lambda *args, plan=plan: plan  # pyright: ignore
+                y = gpu.matmul(x, values, codes, b, shape, 2)
+                wrong = (y.double() - want).abs() > TOLERANCE[dtype] * size
+                assert not wrong.any(), (tokens, numbers, int(wrong.sum()))
+                ran += 1
     finally:
         gpu._planned = before
+    assert ran or (kind == "groups" and not card.groups)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", ["1:16@64", "1:8@128", "2:8@64", "1:12@192", "1:32@64"])
+def test_panels_by_warp_groups(spec: str, dtype: torch.dtype) -> None:
+    """Every shape of a block; x as it comes, and as it is when its tokens lie side by side."""
+    card, inputs = gpu_driver.driver(0).card, 960
+    if not card.groups:
+        pytest.skip("this card has no products of warp groups")
+    ran = 0
+    for out, tokens, epilogue in ((520, 700, 0), (385, 72, 2), (256, 513, 1)):
+        shape, w, values, codes = (
+            t.cuda() if isinstance(t, Tensor) else t for t in packed(spec, out, inputs, dtype)
+        )
+        x, b = torch.randn(tokens, inputs).to(dtype).cuda(), torch.randn(out).to(dtype).cuda()
+        side = torch.nn.functional.pad(x.t(), (0, -tokens % 8)).contiguous()[:, :tokens].t()
+        want = apply_epilogue(x.double() @ w.double().t() + b.double(), epilogue)
+        size = x.double().abs() @ w.double().abs().t() + b.double().abs()
+        for cut in [
+            Group(64, 256, 2, 32, 4, 2), Group(64, 256, 1, 32, 3, 3), Group(64, 128, 1, 64, 3, 2),
+            Group(64, 512, 4, 32, 3, 1), Group(128, 256, 2, 32, 4, 1), Group(128, 128, 1, 32, 3, 2),
+        ]:  # fmt: skip
+            if not gpu_panels.shared_bytes(shape, cut, card):
+                continue
+            for one in (x, side):
+                y = gpu_panels.matmul(one, values, codes, b, shape, epilogue, cut)
+                wrong = (y.double() - want).abs() > TOLERANCE[dtype] * size
+                assert not wrong.any(), (out, tokens, cut, int(wrong.sum()))
+                ran += 1
+    assert ran
 
 
 def _network(dtype: torch.dtype = torch.bfloat16) -> Any:

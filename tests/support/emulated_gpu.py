@@ -12,11 +12,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from nmflow.kernels import gpu_driver
 from nmflow.kernels.gpu_plan import Card, Kernel
 
 COMPILER = shutil.which("g++")
 _HERE = Path(__file__).parent / "emulated"
-_KERNELS = {"decode.cu": ("decode", "gather"), "expand.cu": ("expand",)}
+_KERNELS = {
+    "decode.cu": ("decode",), "expand.cu": ("expand",), "lookup.cu": ("lookup",),
+    "groups.cu": ("groups",), "panels.cu": ("panels",), "turn.cu": ("turn",), "sum.cu": ("sum",),
+}  # fmt: skip
 
 
 @functools.cache
@@ -24,17 +28,22 @@ def _library(file: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     assert COMPILER is not None
     # The emulated header stands in for the one beside the kernels; constants come after what it
     # includes, which has names of its own.
-    text = (files("nmflow.kernels") / "cuda" / file).read_text()
+    folder = files("nmflow.kernels") / "cuda"
+    text = (folder / file).read_text().replace('#include "device.h"', "")
+    for header in gpu_driver.HEADERS:
+        text = text.replace(f'#include "{header}"', (folder / header).read_text())
+    text = text.replace("#pragma once", "")
     named = {"HALF": 0, **dict(constants)}
     lines = [
         f"#define HALF {named.pop('HALF')}",
+        f"#define GROUPS {named.pop('GROUPS', 0)}",
         f'#include "{_HERE / "device.h"}"',
         *(f"#define {name} {value}" for name, value in named.items()),
-        text.replace('#include "device.h"', ""),
+        text,
         *(f"EMULATES({name})" for name in _KERNELS[file]),
     ]
-    folder = tempfile.mkdtemp(prefix="emulated")
-    path = Path(folder) / "kernel.so"
+    made = tempfile.mkdtemp(prefix="emulated")
+    path = Path(made) / "kernel.so"
     subprocess.run(
         [
             *(COMPILER, "-x", "c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC"),
@@ -45,7 +54,7 @@ def _library(file: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
         check=True,
     )
     library = ctypes.CDLL(str(path))
-    shutil.rmtree(folder)
+    shutil.rmtree(made)
     return library
 
 

@@ -1,7 +1,8 @@
 """A plugin of pytest for runs that may be cut off: `-p told_at_once`.
 
-Failures are written to the file that TOLD_AT_ONCE names as they come. A process whose GPU a test
-left in an error, which no later call recovers from, ends itself, and pytest-xdist starts another.
+With `--every N` one test in N is run. Failures are written to the file that TOLD_AT_ONCE names as
+they come. A process whose GPU a test left in an error, which no later call recovers from, ends
+itself, and pytest-xdist starts another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take `--every`."""
+    parser.addoption("--every", type=int, default=1, help="run one test in so many")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the others out; each process has the same order."""
+    items[:] = items[:: config.getoption("--every")]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -21,7 +21,7 @@ from nmflow.kernels.gpu_plan import DTYPES, Kernel
 from nmflow.kernels.layout import LANES, Shape
 from nmflow.kernels.reference import apply_epilogue
 
-_EXPAND, _GATHER = Kernel("expand.cu", "expand"), "gather"
+_EXPAND = Kernel("expand.cu", "expand")
 _SPANS = 4  # blocks of `expand` write at least that many spans of codes
 
 _MOST_EPILOGUE = 2  # of those that the GPU kernels apply
@@ -41,9 +41,9 @@ def why_not(call: Call) -> str | None:
 def kernel(call: Call) -> str:
     """The name of the kernel that would run, such as "panel fragments"."""
     if _by_panels(call.shape, call.tokens):
-        return "panels on gathered columns, Triton"
+        return "panels on gathered columns"
     if call.tokens <= gpu_plan.most_tokens(call.shape):
-        return "panel fragments" if call.shape.shared else "row fragments"
+        return "panel fragments" if call.shape.shared else "rows in registers"
     why = gpu_plan.why_no_fragments(call.shape)
     return "rebuild the dense weight in one pass, cuBLAS" + (f": {why}" if why else "")
 
@@ -78,11 +78,11 @@ def matmul(
     launcher = launcher or gpu_driver.driver(x.device.index)
     rows = x.reshape(-1, shape.inputs)
     tokens = rows.shape[0]
-    y = x.new_empty(*x.shape[:-1], shape.out)
     if tokens == 0:
-        return y
+        return x.new_empty(*x.shape[:-1], shape.out)
     if _by_panels(shape, tokens):
-        return gpu_panels.matmul(rows, values, codes, bias, shape, epilogue).view_as(y)
+        y = gpu_panels.matmul(rows, values, codes, bias, shape, epilogue, None, launcher)
+        return y.view(*x.shape[:-1], shape.out)
     half = x.dtype == torch.float16
     plan = _planned(shape, half, tokens, launcher.card)
     if plan is None:
@@ -90,6 +90,7 @@ def matmul(
         return apply_epilogue(F.linear(x, dense, bias), epilogue)
     if rows.stride(1) != 1 or (tokens > 1 and rows.stride(0) < shape.inputs):
         rows = rows.contiguous()
+    y = x.new_empty(*x.shape[:-1], shape.out)
     values, codes = _aligned(values), _aligned(codes)
     bias = None if bias is None else bias.contiguous()
     stride = rows.stride(0) if tokens > 1 else shape.inputs
@@ -112,7 +113,7 @@ def matmul(
             ctypes.c_longlong(shape.out),
             *map(ctypes.c_int, (shape.out, tokens, plan.shares, epilogue)),
         ]
-        last = Kernel(plan.kernel.file, _GATHER, plan.kernel.constants)
+        last = Kernel("sum.cu", "sum", (("HALF", int(half)),))
         launcher.launch(last, (-(-shape.out // 256), tokens, 1), 256, 0, args)
     return y
 

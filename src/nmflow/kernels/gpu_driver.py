@@ -20,8 +20,12 @@ import torch
 from nmflow.errors import CompressError
 from nmflow.kernels.gpu_plan import Card, Kernel
 
+HEADERS = ("device.h", "finish.h", "fragment.h")
 OLDEST = (8, 0)
 """The compute capability that fragments of bfloat16 and asynchronous copies need."""
+
+GROUPS = (9, 0)
+"""The one that has products of warp groups (`wgmma`)."""
 
 
 class Launcher(Protocol):
@@ -85,18 +89,20 @@ def compile_kernel(kernel: Kernel, architecture: int) -> bytes:
     if not target:
         raise CompressError(f"this NVRTC knows no architecture of sm_{architecture} or below")
     folder = files("nmflow.kernels") / "cuda"
-    source, header = ((folder / name).read_bytes() for name in (kernel.file, "device.h"))
-    text = ctypes.c_char_p
+    source = (folder / kernel.file).read_bytes()
+    text, count = ctypes.c_char_p, len(HEADERS)
+    headers = (text * count)(*((folder / name).read_bytes() for name in HEADERS))
+    names = (text * count)(*(name.encode() for name in HEADERS))
     status = library.nvrtcCreateProgram(
-        ctypes.byref(program), source, kernel.file.encode(), 1,
-        (text * 1)(header), (text * 1)(b"device.h"),
-    )  # fmt: skip
+        ctypes.byref(program), source, kernel.file.encode(), count, headers, names
+    )
     _compiled(status, library)
     try:
         constants = dict(kernel.constants)
         constants.setdefault("HALF", 0)
+        special = "a" * constants.setdefault("GROUPS", 0)  # instructions of one architecture alone
         options = [
-            f"--gpu-architecture={'sm' if native else 'compute'}_{target}",
+            f"--gpu-architecture={'sm' if native else 'compute'}_{target}{special}",
             "--std=c++17",
             *(f"-D{name}={value}" for name, value in constants.items()),
         ]
@@ -146,6 +152,12 @@ def why_not() -> str | None:
 
 
 @functools.cache
+def groups() -> bool:
+    """Whether the current GPU has products of warp groups, and kernels can be launched on it."""
+    return why_not() is None and torch.cuda.get_device_capability() == GROUPS
+
+
+@functools.cache
 def _cuda() -> ctypes.CDLL:
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
@@ -175,7 +187,8 @@ class Driver:
         self._check(self._library.cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
         status = self._library.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), handle)
         self._check(status, "cuDevicePrimaryCtxRetain")
-        self.card = Card(self._attribute(16, handle), self._attribute(97, handle))
+        numbers = (self._attribute(what, handle) for what in (16, 97))
+        self.card = Card(*numbers, groups=(major, minor) == GROUPS)
 
     def launch(
         self, kernel: Kernel, grid: tuple[int, int, int], threads: int, shared: int,

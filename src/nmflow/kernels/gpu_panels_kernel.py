@@ -18,6 +18,7 @@ def panels(
     y_ptr,
     tokens,
     out,
+    stride,  # of xt
     V: tl.constexpr,  # rows of a panel
     ENTRIES: tl.constexpr,  # kept in a row; constant, since Triton's interpreter needs it to be
     PER_SPAN: tl.constexpr,  # kept in the inputs that a code reaches over
@@ -44,7 +45,7 @@ def panels(
         column = (e // PER_SPAN * SPAN + code).to(tl.int64)
         at = (tile[:, None] + e[None, :] // 2) * 32 + (row % 16)[:, None] * 2 + e[None, :] % 2
         a = tl.load(values_ptr + at, mask=kept[:, None] & live[None, :], other=0.0)
-        b_at = column[:, None] * tokens + token[None, :]
+        b_at = column[:, None] * stride + token[None, :]
         b = tl.load(xt_ptr + b_at, mask=live[:, None] & there[None, :], other=0.0)
         sums = tl.dot(a, b, sums)
     real = row < out
@@ -57,21 +58,3 @@ def panels(
     y_at = token.to(tl.int64)[None, :] * out + row[:, None]
     value = sums.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + y_at, value, mask=real[:, None] & there[None, :])
-
-
-@triton.jit
-def turn(
-    x_ptr,
-    y_ptr,
-    rows,
-    columns,
-    stride,
-    B: tl.constexpr,
-):
-    """A tile of B x B: y (columns, rows) of x (rows, columns), whose rows are `stride` apart."""
-    row, column = tl.program_id(0) * B + tl.arange(0, B), tl.program_id(1) * B + tl.arange(0, B)
-    x_at = row.to(tl.int64)[:, None] * stride + column[None, :]
-    tile = tl.load(x_ptr + x_at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0)
-    y_at = column.to(tl.int64)[:, None] * rows + row[None, :]
-    there = (column < columns)[:, None] & (row < rows)[None, :]
-    tl.store(y_ptr + y_at, tl.trans(tile), mask=there)

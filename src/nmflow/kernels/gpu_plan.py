@@ -1,8 +1,8 @@
 """Which kernel multiplies on a GPU, and how its work is cut: pure functions of sizes.
 
-`cuda/decode.cu` says what the numbers mean. They are choices of speed only: every plan gives the
-right product. What is taken was the fastest on an H100 for the nearest product that was timed
-(`cuda/cuts.csv`, which `scripts/gpu_page.py` writes).
+`cuda/decode.cu`, `groups.cu` and `lookup.cu` say what the numbers mean. They are choices of speed
+only: every plan gives the right product. What is taken was the fastest on an H100 for the nearest
+product that was timed (`cuda/cuts.csv`, which `scripts/gpu_page.py` writes).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,8 @@ from nmflow.kernels.layout import LANES, Shape
 
 # Tokens that fragments serve in one pass over the weights; with more, a dense product is faster.
 MOST_TOKENS = 64
+# Tokens that are served without fragments, at most.
+MOST_LOOKUP = 8
 # Panels of less than 64 rows: their weights are read again for every 64 tokens.
 MOST_PANEL_TOKENS = 256
 _STAGE = 1280  # bytes that a warp copies at a time, about
@@ -30,10 +32,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Card:
-    """What a plan must know of a GPU: its multiprocessors, and the bytes that a block may share."""
+    """What a plan must know of a GPU: multiprocessors, bytes that a block shares, `wgmma`."""
 
     processors: int = 132
     shared: int = 232_448
+    groups: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,15 @@ class Plan:
     def shares(self) -> int:
         """Blocks that add to the same outputs."""
         return self.grid[1]
+
+    def told(self) -> dict[str, Any]:
+        """What a table says of it."""
+        numbers = ("NT", "RT", "WARPS", "SLICES", "CHUNK", "STAGES")
+        own = {k: v for k, v in self.kernel.constants if k in numbers}
+        name = {} if self.kernel.function == "decode" else {"kernel": self.kernel.function}
+        return {
+            **own, "grid": self.grid, "shared": self.shared, "chunks": self.chunks, **name
+        }  # fmt: skip
 
 
 def why_no_fragments(shape: Shape) -> str | None:
@@ -86,9 +98,9 @@ def bytes_of(shape: Shape, inputs: int) -> int:
 
 def make(
     shape: Shape, half: bool, tokens: int, card: Card,
-    warps: int, slices: int, rows: int, shares: int, stages: int = 3,
+    warps: int, slices: int, rows: int, shares: int, stages: int = 3, kind: str = "decode",
 ) -> Plan | None:  # fmt: skip
-    """The plan of some numbers; None where it does not fit into the memory of a block.
+    """The plan of some numbers; None where the kernel or the memory of a block does not take them.
 
     Args:
         shape: sizes and pattern.
@@ -100,17 +112,17 @@ def make(
         rows: row tiles that a warp multiplies each block of x with.
         shares: shares of the inputs, each in blocks of its own.
         stages: chunks that a warp has room for.
+        kind: the kernel: fragments of a warp, or of a warp group, or none for a few tokens.
     """
-    tiles = 1
-    while tiles < 8 and tiles * 8 < tokens:
-        tiles *= 2
-    step = unit(shape)
-    whole = -(-shape.inputs // step)
-    each = max(1, round(_STAGE / bytes_of(shape, step)))
-    each = min(each, max(1, whole // (slices * shares)))
-    chunk = step * each
-    count = -(-shape.inputs // chunk)
-    chunks = -(-count // shares)
+    return _MAKERS[kind](shape, half, tokens, card, warps, slices, rows, shares, stages)
+
+
+def _decode(
+    shape: Shape, half: bool, tokens: int, card: Card,
+    warps: int, slices: int, rows: int, shares: int, stages: int,
+) -> Plan | None:  # fmt: skip
+    tiles = _tiles(tokens)
+    chunk, chunks, count = _chunks(shape, slices, shares)
     stride = -(-chunks * chunk // 64) * 64 + 16
     held = tokens if tiles == 1 else tiles * 8  # rows of x
     shared = held * stride * 2 + warps * stages * rows * bytes_of(shape, chunk)
@@ -127,17 +139,97 @@ def make(
     return Plan(kernel, grid, warps * 32, shared, chunks)
 
 
+def _groups(
+    shape: Shape, half: bool, tokens: int, card: Card,
+    warps: int, slices: int, rows: int, shares: int, stages: int,
+) -> Plan | None:  # fmt: skip
+    if not card.groups or shape.shared or warps // 4 % slices or rows != 1:
+        return None
+    tiles = _tiles(tokens)
+    # Of x each thread holds 16 inputs of at most four tokens.
+    most = 4 * warps * 32 * 16 // (tiles * 8 * slices)
+    if most < unit(shape):
+        return None
+    chunk, chunks, count = _chunks(shape, slices, shares, most)
+    shared = 4 * slices * chunk * tiles * 8 + warps * stages * bytes_of(shape, chunk)
+    shared = max(shared, (slices - 1) * (warps // slices) * tiles * 4 * 32 * 4)
+    if shared > card.shared:
+        return None
+    constants = {
+        "N": shape.n, "M": shape.m, "PANEL": 0, "HALF": int(half), "NT": tiles,
+        "WARPS": warps, "SLICES": slices, "CHUNK": chunk, "STAGES": stages, "GROUPS": 1,
+    }  # fmt: skip
+    grid = (
+        -(-shape.tiles // (warps // slices)), -(-count // chunks), -(-tokens // (tiles * 8))
+    )  # fmt: skip
+    kernel = Kernel("groups.cu", "groups", tuple(constants.items()))
+    return Plan(kernel, grid, warps * 32, shared, chunks)
+
+
+def _lookup(
+    shape: Shape, half: bool, tokens: int, card: Card,
+    warps: int, slices: int, rows: int, shares: int, stages: int,
+) -> Plan | None:  # fmt: skip
+    span, word = max(shape.m, LANES), 32 // shape.bits
+    kept = span // shape.m * shape.n  # of a span
+    if shape.shared or tokens > MOST_LOOKUP or word % kept or shape.entries % word or rows != 1:
+        return None
+    held = 1 << (tokens - 1).bit_length()
+    place = 8 if held > 1 else 4
+    stride = word // kept * span * 4 * held
+    if stages * slices * stride % 256:
+        return None
+    words = shape.entries // word
+    chunks = -(-words // (2 * slices * shares)) * 2 * slices
+    # Damaged codes of a byte may reach over the end.
+    shared = chunks * stride + 128 + (256 * place if shape.m > LANES else 0)
+    shared = max(shared, warps * 32 * held * 4)
+    if shared > card.shared:
+        return None
+    constants = {
+        "N": shape.n, "M": shape.m, "HALF": int(half), "TOKENS": held, "WARPS": warps,
+        "SLICES": slices, "STAGES": stages,
+    }  # fmt: skip
+    grid = (-(-shape.tiles // (warps // slices)), -(-words // chunks), 1)
+    kernel = Kernel("lookup.cu", "lookup", tuple(constants.items()))
+    return Plan(kernel, grid, warps * 32, shared, chunks)
+
+
+_MAKERS = {"decode": _decode, "groups": _groups, "lookup": _lookup}
+
+
+def _tiles(tokens: int) -> int:
+    """Tiles of eight tokens that a block multiplies at once."""
+    tiles = 1
+    while tiles < 8 and tiles * 8 < tokens:
+        tiles *= 2
+    return tiles
+
+
+def _chunks(shape: Shape, slices: int, shares: int, most: int = 1 << 30) -> tuple[int, int, int]:
+    """Inputs of a chunk, `most` at most; chunks of a share; and all of them."""
+    step = unit(shape)
+    whole = -(-shape.inputs // step)
+    each = max(1, round(_STAGE / bytes_of(shape, step)))
+    each = min(each, max(1, whole // (slices * shares)), most // step)
+    count = -(-shape.inputs // (step * each))
+    return step * each, -(-count // shares), count
+
+
 def plans(shape: Shape, half: bool, tokens: int, card: Card) -> Iterator[Plan]:
-    """Every plan that is worth a measurement."""
+    """Every plan that is worth a measurement: warp groups, no fragments, and fragments of warps."""
     most = -(-shape.inputs // unit(shape))
     cuts = sorted({*(2**i for i in range(most.bit_length())), most})
     seen: set[Plan] = set()
-    for warps, rows, stages in itertools.product((4, 8, 16), (1, 2), (2, 3, 4)):
-        if not _fits_registers(warps, rows, tokens):
+    few = itertools.product(("lookup", "groups"), (4, 8, 16), (1,), (3, 4))
+    every = itertools.product(("decode",), (4, 8, 16), (1, 2), (2, 3, 4))
+    for kind, warps, rows, stages in itertools.chain(few, every):
+        if kind == "decode" and not _fits_registers(warps, rows, tokens):
             continue
         for slices in (s for s in (1, 2, 4, 8, 16) if s <= warps):
             for shares in (cut for cut in cuts if cut * slices <= max(most, slices)):
-                made = make(shape, half, tokens, card, warps, slices, rows, shares, stages)
+                numbers = (warps, slices, rows, shares, stages, kind)
+                made = make(shape, half, tokens, card, *numbers)
                 if made is not None and made not in seen:
                     seen.add(made)
                     yield made
@@ -160,6 +252,7 @@ class Cut(NamedTuple):
     rows: int
     shares: int
     stages: int
+    kind: str = "decode"
 
 
 @functools.cache
@@ -170,7 +263,8 @@ def measured() -> tuple[Cut, ...]:
     return tuple(
         Cut(
             Shape.of(int(row["out"]), int(row["inputs"]), row["pattern"]),
-            *(int(row[name]) for name in Cut._fields[1:]),
+            *(int(row[name]) for name in Cut._fields[1:-1]),
+            row["kind"],
         )
         for row in rows
     )
@@ -191,14 +285,14 @@ def near(shape: Shape, half: bool, tokens: int, card: Card) -> Iterator[Plan]:
     """The plan that each product that was timed gives, the nearest product first."""
     most = -(-shape.inputs // unit(shape))
     for cut in sorted(measured(), key=lambda cut: distance(cut, shape, tokens, card)):
-        if not _fits_registers(cut.warps, cut.rows, tokens):
+        if cut.kind == "decode" and not _fits_registers(cut.warps, cut.rows, tokens):
             continue
         tiles = cut.warps // cut.slices * cut.rows  # of a block
         blocks = -(-shape.tiles // tiles) / -(-cut.shape.tiles // tiles)
         scale = round(math.log2(card.processors / Card().processors / blocks))
         shares = min(round(cut.shares * 2.0**scale), most // cut.slices) or 1
         while shares <= most:
-            cut_as = (cut.warps, cut.slices, cut.rows, shares, cut.stages)
+            cut_as = (cut.warps, cut.slices, cut.rows, shares, cut.stages, cut.kind)
             made = make(shape, half, tokens, card, *cut_as)
             if made is not None:
                 yield made

@@ -17,7 +17,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-#define KERNEL(threads) extern "C" void
+#define KERNEL(...) extern "C" void
 #define DEVICE static inline
 #define SHARED(name) u8* name = emulated::shared.data()
 
@@ -163,6 +163,72 @@ DEVICE void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
       const u32 from_a = w.a[row % 8 * 4 + part][ra], from_b = w.b[column * 4 + part][rb];
       c[i] += to_float(from_a >> k % 2 * 16) * to_float(from_b >> k % 2 * 16);
     }
+  }
+  __syncwarp();
+}
+
+DEVICE float as_float(u32 bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+DEVICE u32 place_of(const void* at) { return (u32)((const u8*)at - emulated::shared.data()); }
+DEVICE void read_place(void* to, u32 place, int size) {
+  if (place % size || place + size > emulated::shared.size()) __builtin_trap();
+  std::memcpy(to, emulated::shared.data() + place, size);
+}
+DEVICE u32 read_shared(u32 place) {
+  u32 v;
+  read_place(&v, place, 4);
+  return v;
+}
+DEVICE u64 read_shared_two(u32 place) {
+  u64 v;
+  read_place(&v, place, 8);
+  return v;
+}
+DEVICE u32 read_once(const u32* from) { return *from; }
+
+// By the PTX manual's canonical layouts of a matrix in shared memory, without a swizzle or with that of
+// 128 bytes, and the same fragments as above; products of a warp are done at once.
+DEVICE u64 describe(const void* at, u32 lead, u32 step, int turned) {
+  const u32 place = place_of(at);
+  if (place % (turned ? 1024 : 16) || lead % 16 || step % 16) __builtin_trap();
+  return (u64)(place >> 4) | (u64)(lead >> 4) << 16 | (u64)(step >> 4) << 32 | (u64)turned << 62;
+}
+DEVICE void writes_before_products() {}
+DEVICE void products_begin() {}
+DEVICE void products_end_group() {}
+template <int LEFT>
+DEVICE void products_wait() {}
+template <int EIGHTS, int FLIP>
+DEVICE void group_mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+  const u32 at = (u32)(b & 0x3fff) << 4, lead = (b >> 16 & 0x3fff) << 4, step = (b >> 32 & 0x3fff) << 4;
+  if ((b >> 62) != FLIP) __builtin_trap();
+  auto element = [&](int n, int k) {
+    u32 place = FLIP ? at + n / 64 * lead + k / 8 * step + k % 8 * 128 + n % 64 * 2
+                     : at + k / 8 * lead + n / 8 * step + n % 8 * 16 + k % 8 * 2;
+    if (FLIP) place ^= place / 128 % 8 * 16;
+    u16 v;
+    read_place(&v, place, 2);
+    return (u32)v;
+  };
+  const int lane = emulated::now % 32, group = lane / 4, in_group = lane % 4;
+  for (int t = 0; t < EIGHTS; t++) {
+    const int n = t * 8 + group, k = in_group * 2;
+    mma(c + 4 * t, a0, a1, a2, a3, element(n, k) | element(n, k + 1) << 16,
+        element(n, k + 8) | element(n, k + 9) << 16);
+  }
+}
+DEVICE void store_turned(void* to, u32 v0, u32 v1, u32 v2, u32 v3) {
+  emulated::Warp& w = emulated::warp();
+  const int lane = emulated::now % 32;
+  const u32 v[4] = {v0, v1, v2, v3};
+  std::memcpy(w.a[lane], v, sizeof v);
+  __syncwarp();
+  for (int i = 0; i < 8; i++) {  // row `lane % 8` of the transpose of matrix `lane / 8`
+    const u16 one = w.a[i * 4 + lane % 8 / 2][lane / 8] >> lane % 2 * 16;
+    std::memcpy((u8*)to + 2 * i, &one, 2);
   }
   __syncwarp();
 }

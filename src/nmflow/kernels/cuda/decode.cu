@@ -5,114 +5,17 @@
 // sixteen rows, and every SLICES-th chunk of CHUNK inputs, which it copies to shared memory STAGES
 // - 1 chunks ahead.
 //
-// Per row, the kept weights become fragments of `mma.m16n8k16` in registers. The order of the
-// sixteen columns of a fragment is free as long as W and x agree, so lane q of a quad owns the
-// columns 4q ... 4q + 3 of a block: a weight at column i of it is `v << 16 (i ^ 4q)` in 64 bits,
-// which is 0 by itself in the three lanes that do not own it.
-//
-// In a panel of rows nothing is expanded: the kept weights are the fragment, and x is gathered.
+// Per row, the kept weights become fragments of `mma.m16n8k16` in registers (`fragment.h`). In a panel of rows nothing is expanded: the kept weights are the fragment, and x is gathered.
 //
 // Compiled for N, M, PANEL (1 if sixteen rows share their columns), HALF (1: float16, 0: bfloat16),
 // NT (tiles of eight tokens), RT, WARPS, SLICES, CHUNK, STAGES; `gpu_plan` chooses them.
 #include "device.h"
+#include "finish.h"
+#include "fragment.h"
 
-constexpr int SPAN = M > 16 ? M : 16;        // inputs that one code reaches over
-constexpr int PER_SPAN = SPAN / M * N;       // kept in it
-constexpr int PER_WORD = M > 16 ? 4 : 8;     // codes in a word
-constexpr int BLOCKS = M > 16 ? M / 16 : 1;  // blocks of sixteen inputs in a group
-constexpr int ENTRIES = CHUNK / M * N;
-constexpr int VALUE_BYTES = ENTRIES * 32;
-constexpr int CODE_BYTES = PANEL ? ENTRIES : ENTRIES / PER_WORD * 64;
-constexpr int TILE_BYTES = VALUE_BYTES + CODE_BYTES;
-constexpr int UNIT = M > 16 ? 4 * M : 128;  // inputs after which words of codes start anew
 constexpr int TOKENS = NT * 8;
 constexpr int TILES = WARPS / SLICES * RT;  // of a block
-static_assert(16 % M == 0 || M % 16 == 0, "a group is a share of a block, or whole blocks");
-static_assert(CHUNK % (PANEL ? SPAN : UNIT) == 0, "whole words of codes");
 static_assert(!PANEL || ENTRIES % 16 == 0, "whole fragments");
-
-struct Packed {
-  const u8* values;
-  const u8* codes;
-  int entries, tiles, panel;
-};
-
-// Start the copies of one tile's chunk; beyond the tile's end zeros are written.
-DEVICE void fetch(u8* to, const Packed& w, int tile, int chunk, int lane) {
-  const int left = w.entries - chunk * ENTRIES;
-  const bool live = tile < w.tiles && left > 0;
-  const i64 pairs = (w.entries + 1) / 2;
-  const u8* values = w.values + ((live ? tile : 0) * pairs + (live ? chunk * (ENTRIES / 2) : 0)) * 64;
-#pragma unroll
-  for (int i = lane; i < VALUE_BYTES / 16; i += 32)
-    copy16(to + i * 16, live && i / 4 * 2 < left ? values + i * 16 : w.values, live && i / 4 * 2 < left);
-  if (PANEL) {
-    const u8* codes = w.codes + (live ? (i64)(tile * 16 / w.panel) * w.entries + chunk * ENTRIES : 0);
-#pragma unroll
-    for (int i = lane; i < ENTRIES / 4; i += 32)
-      copy4(to + VALUE_BYTES + i * 4, live && i * 4 < left ? codes + i * 4 : w.codes,
-            live && i * 4 < left);
-  } else {
-    const i64 words = (w.entries + PER_WORD - 1) / PER_WORD;
-    const u8* codes =
-        w.codes + ((live ? tile : 0) * words + (live ? chunk * (ENTRIES / PER_WORD) : 0)) * 64;
-#pragma unroll
-    for (int i = lane; i < CODE_BYTES / 16; i += 32)
-      copy16(to + VALUE_BYTES + i * 16, live && i / 4 * PER_WORD < left ? codes + i * 16 : w.codes,
-             live && i / 4 * PER_WORD < left);
-  }
-}
-
-// The sixteen columns of block b of a unit, of one row: lane q's four of them, first in low bits.
-DEVICE u64 fragment(const u32* values, const u32* codes, int b, u32 q) {
-  u64 four = 0;
-  if (M >= 16) {  // every lane tries every weight of the group
-#pragma unroll
-    for (int p = 0; p < N; p++) {
-      const int e = b / BLOCKS * N + p;
-      const u32 value = bytes_of(values[e / 2 * 16], 0, e % 2 ? 0x4432 : 0x4410);
-      const u32 word = codes[e / PER_WORD * 16];
-      u32 shift;
-      if (M == 16) {  // nibbles as bytes of 16 times their value, eight of them by three operations
-        const u32 flip = q * 0x40404040u;
-        const u32 wide = ((e % 2 ? word : word << 4) & 0xf0f0f0f0u) ^ flip;
-        shift = bytes_of(wide, 0, 0x4440 + e % 8 / 2);
-      } else {
-        const u32 code = bytes_of(word, 0, 0x4440 + e % 4) * 16;
-        shift = code ^ (b % BLOCKS * 256 + q * 64);
-      }
-      four |= shl64(value, shift);
-    }
-    return four;
-  }
-  // Lane q owns whole groups, or its half of the lanes shares one.
-  constexpr int EACH = M >= 4 ? N : 4 / M * N, BLOCK = 16 / M * N;
-  const u32 first = 4 * q / M * N;
-#pragma unroll
-  for (int p = 0; p < EACH; p++) {
-    const u32 at = first + p;
-    const u32 odd = N % 2 ? at % 2 : p % 2;
-    const u32 value = bytes_of(values[b * BLOCK / 2 * 16 + at / 2 * 16], 0, odd ? 0x4432 : 0x4410);
-    u32 shift;
-    if (8 % BLOCK == 0) {  // the block's codes are in one word
-      const u32 word = codes[b * BLOCK / 8 * 16] >> 4 * first;
-      constexpr int last = BLOCK == 8;
-      const int i = b * BLOCK % 8 + p;
-      const u32 flip = q * 0x40404040u;
-      if (last) {
-        shift = ((i ? word >> 4 * i - 4 : word << 4) & 0xf0) ^ flip % 256;
-      } else {
-        const u32 wide = ((i % 2 ? word : word << 4) & 0xf0f0f0f0u) ^ flip;
-        shift = bytes_of(wide, 0, 0x4440 + i / 2);
-      }
-    } else {
-      const u32 e = b * BLOCK + at;
-      shift = ((codes[e / 8 * 16] >> e % 8 * 4 & 15) ^ 4 * q) * 16;
-    }
-    four |= shl64(value, shift);
-  }
-  return four;
-}
 
 // One chunk of one warp; x points at the chunk's first input of token `r`.
 DEVICE void multiply(float (*sums)[NT][4], const u8* stage, const u16* x, int stride, int lane) {
@@ -167,15 +70,9 @@ DEVICE void multiply(float (*sums)[NT][4], const u8* stage, const u16* x, int st
   }
 }
 
-DEVICE float finish(float v, const u16* bias, int o, int epilogue) {
-  if (bias) v += to_float(bias[o]);
-  if (epilogue == 1) return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
-  return epilogue == 2 && v < 0.0f ? 0.0f : v;  // a NaN stays one
-}
-
 // Grid: (tiles / TILES, shares of the inputs, tokens / TOKENS). x (tokens, inputs) of row stride
 // `ldx`, y (tokens, out) of `ldy`. Where the inputs are shared out, `partial` (shares, tokens, out)
-// takes the sums, and `gather` below the rest. `whole`: rows of x are aligned to 16 bytes.
+// takes the sums, and `sum` the rest. `whole`: rows of x are aligned to 16 bytes.
 KERNEL(WARPS * 32)
 decode(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y, float* partial,
        i64 ldx, i64 ldy, int out, int inputs, int tokens, int entries, int panel, int chunks,
@@ -271,15 +168,4 @@ decode(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
         else
           y[(token0 + token) * ldy + o] = from_float(finish(sums[t][n][e], bias, o, epilogue));
       }
-}
-
-// y from the sums of `shares` shares of the inputs, added in their order.
-KERNEL(256)
-gather(const float* partial, const u16* bias, u16* y, i64 ldy, int out, int tokens, int shares,
-       int epilogue) {
-  const int o = blockIdx.x * 256 + threadIdx.x, token = blockIdx.y;
-  if (o >= out) return;
-  float sum = 0.0f;
-  for (int s = 0; s < shares; s++) sum += partial[((i64)s * tokens + token) * out + o];
-  y[token * ldy + o] = from_float(finish(sum, bias, o, epilogue));
 }

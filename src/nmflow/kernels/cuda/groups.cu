@@ -1,0 +1,157 @@
+// y = epilogue(x Wᵀ + bias) for few tokens, W packed by row, by products of warp groups (sm_90): the
+// fragments of four warps meet all tokens in one instruction, which reads x from shared memory itself.
+//
+// All warps of a block go through the inputs together, SLICES chunks of CHUNK inputs at a time, of
+// which each warp group takes one. Sixteen inputs of x lie as two cores of eight, in the order that
+// `fragment` has them: pairs 0, 2, 4, 6 and 1, 3, 5, 7. The next chunks of x wait in registers. A warp
+// copies its weights to shared memory STAGES - 1 chunks ahead.
+//
+// Compiled for N, M, HALF, NT (tiles of eight tokens), WARPS, SLICES, CHUNK, STAGES.
+#include "device.h"
+#include "finish.h"
+#include "fragment.h"
+
+constexpr int TOKENS = NT * 8;
+constexpr int TILES = WARPS / SLICES;  // of a block
+constexpr int PART = CHUNK * TOKENS * 2;  // bytes of x of a chunk
+constexpr int ITEMS = TOKENS * SLICES * CHUNK / 16;  // sixteen inputs of a token
+constexpr int EACH = (ITEMS + WARPS * 32 - 1) / (WARPS * 32);
+constexpr int BATCH = 4;  // blocks whose products are waited for together
+static_assert(WARPS / 4 % SLICES == 0, "whole warp groups in a slice");
+static_assert(!PANEL, "rows have columns of their own");
+
+struct alignas(16) Quad {
+  u32 v[4];
+};
+
+// Grid: (tiles / TILES, shares of the inputs, tokens / TOKENS); arguments are those of decode.cu.
+KERNEL(WARPS * 32)
+groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y, float* partial,
+       i64 ldx, i64 ldy, int out, int inputs, int tokens, int entries, int panel, int chunks,
+       int epilogue, int whole) {
+  SHARED(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = warp / 4 % SLICES;
+  const int r = lane / 4, q = lane % 4;
+  const int first = blockIdx.y * chunks, all = (inputs + CHUNK - 1) / CHUNK;
+  const int mine = all - first < chunks ? all - first : chunks;
+  const int rounds = (mine + SLICES - 1) / SLICES;
+  const int token0 = blockIdx.z * TOKENS;
+  const int here = tokens - token0 < TOKENS ? tokens - token0 : TOKENS;
+  const int tile = blockIdx.x * TILES + warp / 4 / SLICES * 4 + warp % 4;
+  const Packed w = {values, codes, entries, (out + 15) / 16, panel};
+  u8* stages = shared + 2 * SLICES * PART + warp * (STAGES * TILE_BYTES);
+
+  auto fetch_own = [&](int i) {
+    const int c = i * SLICES + slice;
+    if (c < mine) fetch(stages + i % STAGES * TILE_BYTES, w, tile, first + c, lane);
+    copies_end_group();
+  };
+  Quad held[EACH][2];
+  auto load_x = [&](int i) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int item = threadIdx.x + j * (WARPS * 32), n = item % TOKENS;
+      const int k = (first + i * SLICES) * CHUNK + item / TOKENS * 16;
+      const u16* from = x + (token0 + n) * ldx + k;
+      if (whole && n < here && k + 16 <= inputs && item < ITEMS) {
+        held[j][0] = *(const Quad*)from;
+        held[j][1] = *(const Quad*)(from + 8);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+          const int c = k + 2 * e;
+          const bool keep = n < here && item < ITEMS;
+          const u32 low = keep && c < inputs ? from[2 * e] : 0;
+          const u32 high = keep && c + 1 < inputs ? from[2 * e + 1] : 0;
+          held[j][e / 4].v[e % 4] = low | high << 16;
+        }
+      }
+    }
+  };
+  auto store_x = [&](int i) {
+    u8* to = shared + i % 2 * (SLICES * PART);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int item = threadIdx.x + j * (WARPS * 32), n = item % TOKENS, block = item / TOKENS;
+      if (item >= ITEMS) continue;
+      const Quad &a = held[j][0], &b = held[j][1];
+      Quad* at = (Quad*)(to + block * (32 * TOKENS) + n * 16);
+      at[0] = {a.v[0], a.v[2], b.v[0], b.v[2]};
+      at[TOKENS] = {a.v[1], a.v[3], b.v[1], b.v[3]};
+    }
+    writes_before_products();
+  };
+
+#pragma unroll 1
+  for (int i = 0; i < STAGES - 1; i++) fetch_own(i);
+  load_x(0);
+  store_x(0);
+  float sums[NT * 4];
+#pragma unroll
+  for (int i = 0; i < NT * 4; i++) sums[i] = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < rounds; i++) {
+    copies_wait<STAGES - 2>();
+    __syncthreads();  // x of this round is there, and all are done with the places that are filled next
+    fetch_own(i + STAGES - 1);
+    if (i + 1 < rounds) load_x(i + 1);
+    if (i * SLICES + slice < mine) {
+      const u8* stage = stages + i % STAGES * TILE_BYTES;
+      u64 b = describe(shared + (i % 2 * SLICES + slice) * PART, TOKENS * 16, 128, 0);
+#pragma unroll 1
+      for (int u = 0; u < CHUNK / UNIT; u++) {
+        constexpr int WORDS = UNIT / M * N;  // entries of a unit
+        const u32* own = (const u32*)stage + u * (WORDS / 2 * 16) + r;
+        const u32* own_codes = (const u32*)(stage + VALUE_BYTES) + u * (WORDS / PER_WORD * 16) + r;
+        u64 a[2][BATCH][2];
+#pragma unroll
+        for (int j = 0; j < UNIT / 16; j += BATCH) {
+          u64(*some)[2] = a[j / BATCH % 2];
+#pragma unroll
+          for (int l = 0; l < BATCH; l++)
+#pragma unroll
+            for (int s = 0; s < 2; s++) some[l][s] = fragment(own + 8 * s, own_codes + 8 * s, j + l, q);
+          products_begin();
+#pragma unroll
+          for (int l = 0; l < BATCH; l++)
+            group_mma<NT, 0>(sums, (u32)some[l][0], (u32)some[l][1], some[l][0] >> 32,
+                             some[l][1] >> 32, b + (j + l) * (32 * TOKENS / 16));
+          products_end_group();
+          products_wait<1>();
+        }
+        b += UNIT / 16 * (32 * TOKENS / 16);
+      }
+      products_wait<0>();
+    }
+    if (i + 1 < rounds) store_x(i + 1);
+  }
+  copies_wait<0>();
+
+  if (SLICES > 1) {  // the first slice adds the others' sums, in their order
+    __syncthreads();
+    float* others = (float*)shared;
+    const int group = warp / 4 / SLICES * 4 + warp % 4;
+    auto place = [&](int s, int i) {
+      return ((s - 1) * TILES + group) * (NT * 4 * 32) + i * 32 + lane;
+    };
+    if (slice)
+#pragma unroll
+      for (int i = 0; i < NT * 4; i++) others[place(slice, i)] = sums[i];
+    __syncthreads();
+    if (!slice)
+#pragma unroll 1
+      for (int s = 1; s < SLICES; s++)
+#pragma unroll
+        for (int i = 0; i < NT * 4; i++) sums[i] += others[place(s, i)];
+  }
+  if (slice) return;
+#pragma unroll
+  for (int i = 0; i < NT * 4; i++) {
+    const int token = i / 4 * 8 + 2 * q + i % 2, o = tile * 16 + r + i / 2 % 2 * 8;
+    if (token >= here || o >= out) continue;
+    if (gridDim.y > 1)
+      partial[((i64)blockIdx.y * tokens + token0 + token) * out + o] = sums[i];
+    else
+      y[(token0 + token) * ldy + o] = from_float(finish(sums[i], bias, o, epilogue));
+  }
+}
