@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from choose import RESULTS
 from claims import better, claim_one
+from more_tasks import encoder, vision
 from noise import noise
 from overview import PAGE, overview
 from pilot import pilot
@@ -38,6 +39,8 @@ BUILT: dict[str, tuple[Callable[[], str], str]] = {
     "l-smaller-dense.md": (rivals, "*-dense"),
     "n-pretrained.md": (pretrained, "*-rates"),
     "o-language-model.md": (language_model, "smollm*"),
+    "p-vision.md": (vision, "vision"),
+    "q-encoder.md": (encoder, "encoder"),
 }
 """Each page, what makes it, and the tables without which there is no page."""
 
