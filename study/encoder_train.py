@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,8 @@ class Study:
         """Forward and backward of one network."""
         network = self.networks[wide]
 
-        def loss(ids: Tensor, mask: Tensor) -> Tensor:
+        def loss(given: Mapping[str, Tensor]) -> Tensor:
+            ids, mask = given["ids"], given["mask"]
             with self.autocast():
                 made, states = network(ids, mask)
                 with torch.no_grad():
@@ -208,7 +209,7 @@ class Study:
         if noted:
             figures = self.judged(network, "main" if run.part == "main" else "tuning")
             made = steps if run.setup.rates else 0
-            more = {"steps": made, "batch": BATCH, "graphs": self.graphs}
+            more = {"steps": made, "batch": BATCH, "graphs": self.steps_of(wide).graphs}
             figures["figure"] = figures["correlation"]
             self.runs.note(run, rate, **figures, **more, step_seconds=round(cost, 5))
         return cost
@@ -227,7 +228,7 @@ class Study:
         for k, (ids, mask) in enumerate(self.batches(run.seed, steps)):
             if k == steps // 3:
                 since = self.now()  # after the graphs were captured
-            step(ids, mask)
+            step(ids=ids, mask=mask)
             nn.utils.clip_grad_norm_(step.params, CLIP, foreach=True)
             optimizer.step()
             schedule.step()

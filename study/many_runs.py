@@ -14,12 +14,13 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from graphed import backward_of
 from torch import Tensor, nn
 
 TUNING_SEED = 100
@@ -193,57 +194,38 @@ class Runs:
 
 
 class Steps:
-    """Forward and backward of one network at fixed shapes: replays of a CUDA graph, or eager.
+    """Forward and backward of one network: replays of a CUDA graph for each shape, or eager.
 
-    Gradients are zeroed and summed in place, so several graphs share them.
+    The first step of a shape runs as it is, so that libraries choose their kernels.
     """
 
     def __init__(
-        self, loss: Callable[..., Tensor], params: Sequence[nn.Parameter], graphs: bool
+        self,
+        loss: Callable[[Mapping[str, Tensor]], Tensor],
+        params: Sequence[nn.Parameter],
+        graphs: bool,
     ) -> None:
         self.loss, self.params, self.graphs = loss, params, graphs
-        self.captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.recorded: dict[Any, Callable[[Mapping[str, Tensor]], Tensor] | None] = {}
 
-    def eager(self, *inputs: Tensor) -> Tensor:
-        """One forward and backward pass."""
-        for param in self.params:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-        torch._foreach_zero_([p.grad for p in self.params])
-        loss = self.loss(*inputs)
-        loss.backward()
-        return loss.detach()
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, **inputs: Tensor) -> Tensor:
         """The loss; gradients lie in the parameters."""
-        if not self.graphs:
-            return self.eager(*inputs)
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.captured:
+        shape = tuple(x.shape for x in inputs.values())
+        if self.graphs and shape in self.recorded:
             try:
-                self.captured[shapes] = self._capture(inputs)
+                replay = self.recorded[shape] or backward_of(self.loss, inputs, self.params)
             except RuntimeError as error:
                 sys.stdout.write(f"no CUDA graph, eager steps: {error}\n")
                 self.graphs = False
-                return self.eager(*inputs)
-        graph, held, loss = self.captured[shapes]
-        for there, x in zip(held, inputs, strict=True):
-            there.copy_(x)
-        graph.replay()
-        return loss
-
-    def _capture(self, inputs: Sequence[Tensor]) -> tuple[Any, list[Tensor], Tensor]:
-        held = [x.clone() for x in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.eager(*held)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = self.eager(*held)
-        return graph, held, loss
+            else:
+                self.recorded[shape] = replay
+                return replay(inputs)
+        self.recorded.setdefault(shape, None)
+        for param in self.params:
+            param.grad = None
+        loss = self.loss(inputs)
+        loss.backward()
+        return loss.detach()
 
 
 def options(about: str, steps: int, least: int) -> argparse.ArgumentParser:

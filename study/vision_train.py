@@ -16,7 +16,7 @@ import copy
 import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,8 @@ class Study:
     def steps_of(self, size: int, taught: bool) -> Steps:
         """Forward and backward at one size."""
 
-        def loss(index: Tensor, theta: Tensor) -> Tensor:
+        def loss(given: Mapping[str, Tensor]) -> Tensor:
+            theta, index = given["theta"], given["index"]
             rows, labels = self.pixels[index], self.labels[index]
             with self.autocast():
                 read = features(self.model, images_of(rows, theta, size))
@@ -215,7 +216,7 @@ class Study:
         for k, (index, theta) in enumerate(self.batches(run.seed, steps)):
             if k == steps // 3:
                 since = self.now()  # after the graph was captured
-            losses.append(step(index, theta).clone())
+            losses.append(step(index=index, theta=theta))
             optimizer.step()
             schedule.step()
         cost = (self.now() - since) / (steps - steps // 3)
@@ -233,7 +234,8 @@ class Study:
         figure = self.accuracy("main" if run.part == "main" else "tuning", size)
         if run.setup == DENSE and run.part != "main":
             torch.save(self.model.state_dict(), self.runs.folder / f"dense-{rate:g}.pt")
-        more = {"steps": steps, "batch": BATCH, "size": size, "graphs": self.graphs}
+        more = {"steps": steps, "batch": BATCH, "size": size}
+        more["graphs"] = self.steps_of(size, run.setup.taught).graphs
         more |= {"step_seconds": round(cost, 5), "train_loss": round(loss, 4)}
         self.runs.note(run, rate, figure=figure, **more)
 

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +103,49 @@ def test_all_processes_agree_on_the_steps(tmp_path: Path) -> None:
     assert first.room(1e9, 1) == 10
 
 
+def on_a_cpu(work: Callable[[], list[Tensor]], pool: Any) -> Any:
+    """What stands for a graph where there is no GPU: the same tensors, filled at each replay."""
+    held = [x.clone() for x in work()]
+    return lambda: [to.copy_(x) for to, x in zip(held, work(), strict=True)], held
+
+
 @pytest.mark.parametrize("graphs", [False, True])
-def test_steps_leave_the_gradients_of_one_backward_pass(graphs: bool) -> None:
-    if graphs and not torch.cuda.is_available():
-        pytest.skip("CUDA graphs need a GPU")
-    device = "cuda" if graphs else "cpu"
+def test_steps_leave_the_gradients_of_one_backward_pass(
+    graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(importlib.import_module("graphed"), "record", on_a_cpu)
     layer = nn.Linear(4, 2).to(device)
-    step = many_runs.Steps(lambda x: layer(x).square().sum(), list(layer.parameters()), graphs)
-    for rows in (3, 5, 3, 3):
+    params = list(layer.parameters())
+    step = many_runs.Steps(lambda given: layer(given["x"]).square().sum(), params, graphs)
+    for rows in (3, 5, 3, 3, 5):
         x = torch.randn(rows, 4, device=device)
-        loss = step(x).clone()
-        held = [p.grad for p in layer.parameters()]
-        wanted = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+        loss = step(x=x)
+        held = [p.grad for p in params]
+        wanted = torch.autograd.grad(layer(x).square().sum(), params)
         torch.testing.assert_close(held, list(wanted))
         torch.testing.assert_close(loss, layer(x).square().sum().detach())
-    assert step.graphs == graphs
+        with torch.no_grad():
+            layer.weight.add_(0.1)
+    assert sum(one is not None for one in step.recorded.values()) == 2 * graphs
+
+
+def test_where_nothing_can_be_recorded_steps_go_on_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(work: Any, pool: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(importlib.import_module("graphed"), "record", fails)
+    weight = nn.Parameter(torch.ones(2))
+    step = many_runs.Steps(lambda given: (given["x"] * weight).sum(), [weight], True)
+    for k in range(3):
+        assert step(x=torch.full((2,), float(k))) == 2.0 * k
+        assert weight.grad is not None
+        assert weight.grad.tolist() == [k, k]
+    assert not step.graphs
+    assert "not permitted" in capsys.readouterr().out
 
 
 def test_what_encoders_agree_in_is_what_scipy_says() -> None:
@@ -168,7 +197,7 @@ def test_the_encoders_script_makes_every_run(
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    shape: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=2, **shape)).save_pretrained(
         tmp_path / "model"
     )
