@@ -51,7 +51,7 @@ DECODE = [
     ([(11008, 4096)], ["1:32", "1:16@16", "1:8@16"], [1, 16, 64]),
     ([(4096, 4096), (4096, 11008), (768, 3072)], ["1:8", "1:16"], [1, 16]),
     ([(32000, 4096)], ["1:8"], [1]),
-    ([(28672, 8192), (11008, 4096)], ["1:8", "1:16"], [8, 32]),
+    ([(28672, 8192), (11008, 4096)], ["1:8", "1:16"], [8, 32, 128]),
 ]
 MANY = [
     ((11008, 4096), 4096, "1:16@64"), ((11008, 4096), 4096, "1:8@64"),
@@ -105,7 +105,7 @@ FASTEST: dict[tuple[Shape, int], tuple[float, Plan]] = {}
 def candidates(shape: Shape, tokens: int, card: Card, search: bool) -> list[Plan | None]:
     """The plan that is taken; with `search` some of every kernel's, and other products'."""
     taken = gpu_plan.plan(shape, False, tokens, card)
-    if not search or taken is None:
+    if not search or gpu_plan.why_no_fragments(shape):
         return [taken]
     likely = [*dict.fromkeys(gpu_plan.near(shape, False, tokens, card))][:NEIGHBOURS]
     numbers = [(*one, "lookup") for one in LOOKUPS]

@@ -145,9 +145,9 @@ def _groups(
 ) -> Plan | None:  # fmt: skip
     if not card.groups or shape.shared or warps // 4 % slices or rows != 1:
         return None
-    tiles = _tiles(tokens)
-    # Of x each thread holds 16 inputs of at most four tokens.
-    most = 4 * warps * 32 * 16 // (tiles * 8 * slices)
+    tiles = _tiles(tokens, 16)
+    # Of x each thread holds 16 inputs of at most four tokens; of two where sums take its registers.
+    most = (4 if tiles < 16 else 2) * warps * 32 * 16 // (tiles * 8 * slices)
     if most < unit(shape):
         return None
     chunk, chunks, count = _chunks(shape, slices, shares, most)
@@ -198,10 +198,10 @@ def _lookup(
 _MAKERS = {"decode": _decode, "groups": _groups, "lookup": _lookup}
 
 
-def _tiles(tokens: int) -> int:
+def _tiles(tokens: int, most: int = 8) -> int:
     """Tiles of eight tokens that a block multiplies at once."""
     tiles = 1
-    while tiles < 8 and tiles * 8 < tokens:
+    while tiles < most and tiles * 8 < tokens:
         tiles *= 2
     return tiles
 

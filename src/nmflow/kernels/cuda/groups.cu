@@ -16,7 +16,7 @@ constexpr int TILES = WARPS / SLICES;  // of a block
 constexpr int PART = CHUNK * TOKENS * 2;  // bytes of x of a chunk
 constexpr int ITEMS = TOKENS * SLICES * CHUNK / 16;  // sixteen inputs of a token
 constexpr int EACH = (ITEMS + WARPS * 32 - 1) / (WARPS * 32);
-constexpr int BATCH = 4;  // blocks whose products are waited for together
+constexpr int BATCH = NT > 8 ? 2 : 4;  // blocks whose products are waited for together
 static_assert(WARPS / 4 % SLICES == 0, "whole warp groups in a slice");
 static_assert(!PANEL, "rows have columns of their own");
 
@@ -25,7 +25,7 @@ struct alignas(16) Quad {
 };
 
 // Grid: (tiles / TILES, shares of the inputs, tokens / TOKENS); arguments are those of decode.cu.
-KERNEL(WARPS * 32)
+KERNEL(WARPS * 32, 16 / WARPS)
 groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y, float* partial,
        i64 ldx, i64 ldy, int out, int inputs, int tokens, int entries, int panel, int chunks,
        int epilogue, int whole) {
