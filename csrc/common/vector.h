@@ -43,6 +43,14 @@ NMF_INLINE vecf load(const float *p) { return get<vecf>(p); }
 NMF_INLINE vecu load(const uint32_t *p) { return get<vecu>(p); }
 NMF_INLINE void store(float *p, vecf v) { put(p, v); }
 NMF_INLINE void store(uint32_t *p, vecu v) { put(p, v); }
+/* The words of the rows before those at `first` of a tile of 16: the first one's lies in the tile
+ * before (null: there is none, and its word is 0). */
+NMF_INLINE vecu rows_before(const uint32_t *tile, int first, const uint32_t *tile_before) {
+  if (first) return get<vecu>(tile + first - 1);
+  uint32_t found[LANES] = {tile_before ? tile_before[15] : 0};
+  memcpy(found + 1, tile, sizeof found - 4);
+  return get<vecu>(found);
+}
 NMF_INLINE vecf splat(float value) { return value - vecf{}; }
 NMF_INLINE vecu splat(uint32_t value) { return value - vecu{}; }
 NMF_INLINE vecf as_float(vecu v) { return (vecf)v; }

@@ -1,5 +1,6 @@
 /* Weights with 8-bit values: the sizes of their layout, its check, and which kernel serves them. */
 #include "common.h"
+#include "vector.h"
 
 namespace {
 
@@ -18,63 +19,68 @@ int geometry_of(const nmflow_shape *shape, nmf_geometry *g, nmf_int8 *q) {
   return __builtin_mul_overflow(g->tiles, q->tile_bytes, &q->bytes) ? NMFLOW_BAD_SHAPE : NMFLOW_OK;
 }
 
-/* One row of a tile, its entries read in order. */
-struct Row {
-  const nmf_int8 &q;
-  const char *tile;
-  int64_t lane;
+/* The bytes of a word for entries s to s + 3 that lie before `end`. */
+uint32_t bytes_before(int64_t s, int64_t end) {
+  const int64_t count = end - s;
+  return count >= 4 ? ~0u : count <= 0 ? 0u : (1u << 8 * count) - 1u;
+}
 
-  uint8_t code(int64_t s) const {
-    const char *block = tile + 128 + s / (4 * q.per) * q.block_bytes;
-    const uint8_t byte = static_cast<uint8_t>(block[lane * 4 + s % 4]);
-    return static_cast<uint8_t>(byte >> (s / 4 % q.per * q.bits) & ((1 << q.bits) - 1));
-  }
-  int8_t value(int64_t s) const {
-    const char *block = tile + 128 + s / (4 * q.per) * q.block_bytes;
-    return static_cast<int8_t>(block[64 + s / 4 % q.per * 64 + lane * 4 + s % 4]);
-  }
-  float scale() const {
-    float found;
-    memcpy(&found, tile + lane * 4, 4);
-    return found;
-  }
-  int32_t sum() const {
-    int32_t found;
-    memcpy(&found, tile + 64 + lane * 4, 4);
-    return found;
-  }
-};
+/* The bytes whose entry is the first of its group. */
+uint32_t firsts(int64_t s, int64_t n) {
+  uint32_t found = 0;
+  for (int e = 0; e < 4; ++e)
+    if ((s + e) % n == 0) found |= 255u << 8 * e;
+  return found;
+}
 
-bool row_is_good(const nmf_geometry &g, const Row &row, const Row *same_codes) {
-  int32_t sum = 0;
-  int before = -1;
-  int64_t left = g.n;
-  for (int64_t s = 0; s < g.entries; ++s) {
-    const int code = row.code(s), value = row.value(s);
-    if (code >= g.m || code <= before || value == -128) return false;
-    if (same_codes != nullptr && same_codes->code(s) != code) return false;
-    sum += value;
-    before = code;
-    if (--left == 0) {
-      left = g.n;
-      before = -1;
+typedef uint8_t fours __attribute__((vector_size(4 * LANES)));
+
+/* LANES rows of a tile at once: a network's weights are checked where it starts. */
+bool rows_are_good(const nmf_geometry &g, const nmf_int8 &q, const char *tile, int64_t number,
+                   int first) {
+  const uint32_t mask = ((1u << q.bits) - 1u) * 0x01010101u, bits = static_cast<uint32_t>(q.bits);
+  const uint8_t most = static_cast<uint8_t>(g.m - 1);
+  const char *block = tile + 128;
+  vecu bad = {}, any = {}, other = {}, last = {};
+  veci sums = {};
+  int64_t s = 0;
+  for (int64_t b = 0; b < q.blocks; ++b, block += q.block_bytes) {
+    const uint32_t *words = reinterpret_cast<const uint32_t *>(block);
+    vecu codes = load(words + first);
+    any |= codes;
+    if (g.panel > 1)
+      other |= codes ^ rows_before(words, first, number ? words - q.tile_bytes / 4 : nullptr);
+    for (int64_t k = 0; k < q.per; ++k, s += 4, codes >>= bits) {
+      const vecu code = codes & mask, values = load(words + 16 + k * 16 + first);
+      const uint32_t valid = bytes_before(s, g.entries);
+      any |= values;
+      bad |= (code | values) & ~valid;
+      bad |= (vecu)((fours)code > most) | (vecu)((fours)values == 0x80);
+      if (g.n > 1)
+        bad |= (vecu)((fours)code <= (fours)(code << 8 | last >> 24)) & (valid & ~firsts(s, g.n));
+      last = code;
+      for (uint32_t shift = 0; shift < 32; shift += 8) sums += (veci)(values << (24 - shift)) >> 24;
     }
   }
-  const float scale = row.scale();
-  return sum == row.sum() && scale >= 0.0f && scale <= 3.4028235e38f;
+  const float *scales = reinterpret_cast<const float *>(tile) + first;
+  const int32_t *said = reinterpret_cast<const int32_t *>(tile + 64) + first;
+  for (int i = 0; i < LANES; ++i) {
+    const int64_t row = number * 16 + first + i;
+    if (row >= g.out) {
+      if (any[i] || said[i] || nmf_bits_of_float(scales[i])) return false;
+      continue;
+    }
+    if (bad[i] || sums[i] != said[i]) return false;
+    if (!(scales[i] >= 0.0f && scales[i] <= 3.4028235e38f)) return false;
+    if (row % g.panel && other[i]) return false;
+  }
+  return true;
 }
 
 bool is_good(const nmf_geometry &g, const nmf_int8 &q, const char *data) {
-  for (int64_t r = 0; r < g.tiles * 16; ++r) {
-    const Row row = {q, data + r / 16 * q.tile_bytes, r % 16};
-    const bool padding = r >= g.out;
-    if (padding && (row.sum() != 0 || nmf_bits_of_float(row.scale()) != 0)) return false;
-    for (int64_t s = padding ? 0 : g.entries; s < q.blocks * 4 * q.per; ++s)
-      if (row.code(s) || row.value(s)) return false;
-    if (padding) continue;
-    const Row last = {q, data + (r - 1) / 16 * q.tile_bytes, (r - 1) % 16};
-    if (!row_is_good(g, row, g.panel > 1 && r % g.panel ? &last : nullptr)) return false;
-  }
+  for (int64_t t = 0; t < g.tiles; ++t, data += q.tile_bytes)
+    for (int first = 0; first < 16; first += LANES)
+      if (!rows_are_good(g, q, data, t, first)) return false;
   return true;
 }
 

@@ -1,23 +1,11 @@
 /* The layout of a packed weight (nmflow.h describes it): what a shape implies, and whether two
  * buffers hold a weight of that shape. */
 #include "common.h"
+#include "vector.h"
 
 namespace {
 
 typedef nmf_geometry G;
-
-/* The first column inside its span that entry s may have: where its group starts. */
-int64_t first_code(const G &g, int64_t s) { return s / g.n * g.m % g.span; }
-
-const uint32_t *words_of(const G &g, const void *codes, int64_t tile) {
-  return static_cast<const uint32_t *>(codes) + tile * g.words * 16;
-}
-
-int64_t read_code(const G &g, const void *codes, int64_t row, int64_t s) {
-  if (g.panels) return static_cast<const uint8_t *>(codes)[row / g.panel * g.entries + s];
-  const uint32_t word = words_of(g, codes, row / 16)[s / g.per * 16 + row % 16];
-  return word >> (s % g.per * g.bits) & ((1u << g.bits) - 1);
-}
 
 /* Where entry s of a row lies among the packed values, in elements. */
 int64_t value_at(const G &g, int64_t row, int64_t s) {
@@ -26,26 +14,65 @@ int64_t value_at(const G &g, int64_t row, int64_t s) {
   return tile + s / 2 * 32 + lane * 2 + s % 2;
 }
 
-bool codes_are_good(const G &g, const void *codes) {
-  const int64_t rows = g.panels ? g.panels : g.tiles * 16;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = g.panels ? i * g.panel : i;
-    const bool padding = row >= g.out;
-    int64_t before = 0;
-    for (int64_t s = 0; s < g.entries; ++s) {
-      const int64_t code = read_code(g, codes, row, s), start = first_code(g, s);
-      if (padding ? code != 0 : (code < start || code >= start + g.m)) return false;
-      if (!padding && s % g.n && code <= before) return false;
-      before = code;
-    }
-    if (!g.panels)
-      for (int64_t s = g.entries; s < g.words * g.per; ++s)
-        if (read_code(g, codes, row, s)) return false;
-    /* Rows of a panel that codes cannot be shared for have codes of their own: they must agree. */
-    if (!g.panels && g.panel > 1 && !padding && row % g.panel)
-      for (int64_t s = 0; s < g.entries; ++s)
-        if (read_code(g, codes, row, s) != read_code(g, codes, row - 1, s)) return false;
+/* Where the group of an entry starts in its span, entry after entry. */
+struct Group {
+  const G &g;
+  int64_t start, entry; /* of the group */
+
+  bool first() const { return entry == 0; }
+  void next() {
+    if (++entry < g.n) return;
+    entry = 0;
+    start = start + g.m == g.span ? 0 : start + g.m;
   }
+};
+
+bool shared_codes_are_good(const G &g, const uint8_t *codes) {
+  for (int64_t p = 0; p < g.panels; ++p, codes += g.entries) {
+    Group at = {g, 0, 0};
+    for (int64_t s = 0; s < g.entries; ++s, at.next())
+      if (codes[s] < at.start || codes[s] >= at.start + g.m || (!at.first() && codes[s] <= codes[s - 1]))
+        return false;
+  }
+  return true;
+}
+
+/* LANES rows of a tile at once: a network's weights are checked where it starts. */
+bool rows_are_good(const G &g, const uint32_t *words, int64_t tile, int first) {
+  const uint32_t mask = (1u << g.bits) - 1, bits = static_cast<uint32_t>(g.bits);
+  vecu bad = {}, any = {}, other = {}, before = {};
+  Group at = {g, 0, 0};
+  for (int64_t w = 0, s = 0; w < g.words; ++w, words += 16) {
+    vecu word = load(words + first);
+    any |= word;
+    if (g.panel > 1)
+      other |= word ^ rows_before(words, first, tile ? words - g.words * 16 : nullptr);
+    for (int64_t k = 0; k < g.per && s < g.entries; ++k, ++s, at.next()) {
+      const vecu code = word & mask;
+      /* Codes are below 256, so signed comparisons are right, which every machine has. */
+      const veci inside = (veci)(code - static_cast<uint32_t>(at.start));
+      bad |= (vecu)(inside < 0) | (vecu)(inside >= static_cast<int32_t>(g.m));
+      if (!at.first()) bad |= (vecu)((veci)code <= (veci)before);
+      before = code;
+      word >>= bits;
+    }
+    bad |= word; /* behind the last entry */
+  }
+  for (int i = 0; i < LANES; ++i) {
+    const int64_t row = tile * 16 + first + i;
+    if (row >= g.out ? any[i] : bad[i]) return false;
+    /* Rows of a panel that codes cannot be shared for have codes of their own: they must agree. */
+    if (row < g.out && row % g.panel && other[i]) return false;
+  }
+  return true;
+}
+
+bool codes_are_good(const G &g, const void *codes) {
+  if (g.panels) return shared_codes_are_good(g, static_cast<const uint8_t *>(codes));
+  const uint32_t *words = static_cast<const uint32_t *>(codes);
+  for (int64_t tile = 0; tile < g.tiles; ++tile, words += g.words * 16)
+    for (int first = 0; first < 16; first += LANES)
+      if (!rows_are_good(g, words, tile, first)) return false;
   return true;
 }
 

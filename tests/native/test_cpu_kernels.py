@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nmflow import native
-from nmflow.errors import FileFormatError
+from nmflow.errors import CompressError, FileFormatError
 from nmflow.kernels import Call, cpu, unpack
 from nmflow.kernels.layout import (
     Shape,
@@ -288,27 +288,39 @@ def test_no_byte_past_the_end(isa, spec, dtype, hostile):
             assert torch.allclose(got, product(x, packed, bias), rtol=1e-2, atol=1e-2)
 
 
-def test_hostile_codes_are_refused():
-    torch.manual_seed(5)
-    for spec in ("1:16", "2:4", "2:8", "3:5", "1:32", "2:48", "1:4@16", "3:7@32"):
-        packed = pack(sparse(40, Pattern(spec).m * 6, Pattern(spec), torch.float32), Pattern(spec))
-        refused = 0
-        for at in range(0, packed.codes.nbytes, 7):
+def is_right(packed: Packed) -> bool:
+    """By plain torch: its codes are columns of the pattern, and it tiles to the very same codes."""
+    values, index = canonical_from_tiled(packed.values, packed.codes, packed.shape)
+    try:
+        check_canonical(values, index, packed.shape)
+    except CompressError:
+        return False
+    return torch.equal(tiled_from_canonical(values, index, packed.shape)[1], packed.codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_are_refused_where_plain_torch_refuses_them(dtype):
+    generator = torch.Generator().manual_seed(5)
+    verdicts = {True: 0, False: 0}
+    for spec, rows in itertools.product(PATTERNS, (40, 64, 3)):
+        pattern = Pattern(spec)
+        packed = pack(sparse(rows, pattern.m * 6, pattern, dtype), pattern)
+        cpu.validate(*packed)
+        size = packed.codes.nbytes
+        for at in [*torch.randint(size, (12,), generator=generator).tolist(), size - 1]:
             good = int(packed.codes.view(torch.uint8).flatten()[at])
             for value in (0, 255, good ^ 0x10, good ^ 1):
                 codes = packed.codes.clone()
                 codes.view(torch.uint8).view(-1)[at] = value
+                right = is_right(packed._replace(codes=codes))
+                verdicts[right] += 1
                 try:
                     cpu.validate(packed.values, codes, packed.shape)
                 except FileFormatError:
-                    refused += 1
-                    continue
-                # What passes is a right weight: it packs to the very same codes.
-                values, index = canonical_from_tiled(packed.values, codes, packed.shape)
-                check_canonical(values, index, packed.shape)
-                again = tiled_from_canonical(values, index, packed.shape)
-                assert torch.equal(again[1], codes)
-        assert refused > 0
+                    assert not right, (spec, rows, at, value)
+                else:
+                    assert right, (spec, rows, at, value)
+    assert min(verdicts.values()) > 100
 
 
 def test_values_in_the_padding_are_refused():

@@ -1,6 +1,7 @@
 """The compiled kernels on 8-bit values: exact in integers, and against hostile streams."""
 
 import ctypes
+import itertools
 from functools import partial
 
 import pytest
@@ -142,6 +143,39 @@ def test_threads_and_strides_change_no_bit(isa, spec, activations):
             assert torch.equal(one, run(stream, shape, x, None, activations))
         finally:
             torch.set_num_threads(threads)
+
+
+def is_right(stream: torch.Tensor, shape: Shape) -> bool:
+    """By plain torch: what it holds is a weight, and makes the very same stream."""
+    found = int8.canonical_from_stream(stream, shape)
+    try:
+        int8.check_canonical(*found, shape)
+    except CompressError:
+        return False
+    return torch.equal(int8.stream_from_canonical(*found, shape), stream)
+
+
+def test_streams_are_refused_where_plain_torch_refuses_them():
+    generator = torch.Generator().manual_seed(5)
+    verdicts = {True: 0, False: 0}
+    for spec, rows in itertools.product([*PATTERNS, "1:8@2", "2:16@3"], (40, 64, 3)):
+        stream, shape = weight(spec, rows, 6)
+        cpu_int8.bind(stream, shape, torch.float32, 0)
+        size = stream.numel()
+        for at in [*torch.randint(size, (8,), generator=generator).tolist(), size - 1]:
+            good = int(stream.view(-1)[at])
+            for value in (0, 128, 255, good ^ 0x10, good ^ 1):
+                other = stream.clone()
+                other.view(-1)[at] = value
+                right = is_right(other, shape)
+                verdicts[right] += 1
+                try:
+                    cpu_int8.bind(other, shape, torch.float32, 0)
+                except FileFormatError:
+                    assert not right, (spec, rows, at, value)
+                else:
+                    assert right, (spec, rows, at, value)
+    assert min(verdicts.values()) > 100
 
 
 # Rows, tile, and what its bytes become.
