@@ -291,13 +291,14 @@ def near(shape: Shape, half: bool, tokens: int, card: Card) -> Iterator[Plan]:
         blocks = -(-shape.tiles // tiles) / -(-cut.shape.tiles // tiles)
         scale = round(math.log2(card.processors / Card().processors / blocks))
         shares = min(round(cut.shares * 2.0**scale), most // cut.slices) or 1
-        while shares <= most:
+        while True:
             cut_as = (cut.warps, cut.slices, cut.rows, shares, cut.stages, cut.kind)
             made = make(shape, half, tokens, card, *cut_as)
             if made is not None:
                 yield made
+            if made is not None or shares >= most:
                 break
-            shares *= 2
+            shares = min(2 * shares, most)
 
 
 def distance(cut: Cut, shape: Shape, tokens: int, card: Card) -> float:
