@@ -200,7 +200,7 @@ class Study:
         if method := ONE_SHOT.get(run.setup.name):
             read = [{"input_ids": ids, "attention_mask": mask.long()}
                     for ids, mask in self.batches(run.seed, CALIBRATION)]  # fmt: skip
-            more = {} if method == "magnitude" else {"calibration": read}
+            more: dict[str, Any] = {} if method == "magnitude" else {"calibration": read}
             nmflow.prune(network.model, PATTERN, FF, method=method, **more)
         elif run.setup.rates:
             cost = self.trained(run, rate, steps, wide)
@@ -209,9 +209,9 @@ class Study:
         if noted:
             figures = self.judged(network, "main" if run.part == "main" else "tuning")
             made = steps if run.setup.rates else 0
-            more = {"steps": made, "batch": BATCH, "graphs": self.steps_of(wide).graphs}
+            about = {"steps": made, "batch": BATCH, "graphs": self.steps_of(wide).graphs}
             figures["figure"] = figures["correlation"]
-            self.runs.note(run, rate, **figures, **more, step_seconds=round(cost, 5))
+            self.runs.note(run, rate, **figures, **about, step_seconds=round(cost, 5))
         return cost
 
     def trained(self, run: Run, rate: float, steps: int, wide: bool) -> float:

@@ -22,8 +22,8 @@ def vision() -> str:
     frame = _labelled(results(VISION)) if there(VISION) else None
     if frame is None or frame[frame["part"] == "main"].empty:
         return "\n".join([*out, "**The main runs have not been made: nothing is judged.**"])
-    runs = frame[frame["part"] == "main"]
-    at = runs[runs["pattern"].isin(["", PATTERN])]
+    runs = frame.loc[frame["part"] == "main"]
+    at = runs.loc[runs["pattern"].isin(["", PATTERN])]
     names = list(dict.fromkeys(at["setup"]))
     sparse = [name for name in names if not name.startswith("Dense")]
     ends = ("", TAUGHT)
@@ -53,11 +53,11 @@ def encoder() -> str:
     if frame is None or frame[(frame["part"] == "main") & (frame["steps"] > 0)].empty:
         return "\n".join([*out, "**The main runs have not been made: nothing is judged.**"])
     frame = frame.assign(setup=frame["setup"].str.removesuffix(TAUGHT))
-    runs = frame[frame["part"] == "main"]
+    runs = frame.loc[frame["part"] == "main"]
     names = list(dict.fromkeys(runs["setup"]))
     sparse = [n for n in names if not n.startswith(("Dense", "One-shot"))]
     out += [f"* over SR-STE, rank correlation: {_said(_against(runs, sparse, CONVENTIONAL))}"]
-    out += ["", _how(runs[runs["steps"] > 0]), "", _ENCODER_TABLE, ""]
+    out += ["", _how(runs.loc[runs["steps"] > 0]), "", _ENCODER_TABLE, ""]
     rows = []
     for name in names:
         figures = [summary(list(by_seed(runs, name, None, metric).values())) for metric in FIGURES]
@@ -135,7 +135,7 @@ def _how(runs: pd.DataFrame) -> str:
 
 
 def _tuning(frame: pd.DataFrame, figure: str) -> list[str]:
-    tuned = frame[frame["part"] == "tuning"]
+    tuned = frame.loc[frame["part"] == "tuning"]
     rates = tuned.pivot_table("figure", "setup", "rate", sort=False).sort_index(axis=1)
     rows = [[str(n), *(f"{x:.1f}" if x == x else "" for x in row)] for n, row in rates.iterrows()]
     lines = table(["", *(f"{rate:g}" for rate in rates)], rows).splitlines()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib
 import io
 import sys
 import time
@@ -65,9 +66,8 @@ def wanted() -> list[Run]:
 
 def pretrained(weights: Path) -> Any:
     """The network with ten classes and, where zeros lie evenly around an image, cheaper padding."""
-    from efficientnet_lite_pytorch import EfficientNet
-
-    model = EfficientNet.from_name(
+    network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+    model = network.from_name(
         "efficientnet-lite0", num_classes=10, drop_connect_rate=0.0, dropout_rate=0.0
     )
     read = torch.load(weights, map_location="cpu", weights_only=True)
@@ -80,7 +80,8 @@ def pretrained(weights: Path) -> Any:
             part.momentum = MOMENTUM
         around = getattr(part, "static_padding", None)
         if isinstance(around, nn.ZeroPad2d) and len(set(around.padding)) == 1:
-            part.padding, part.static_padding = around.padding[:2], nn.Identity()
+            vars(part).update(padding=around.padding[:2])
+            part.static_padding = nn.Identity()
     return model
 
 
