@@ -13,52 +13,69 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nmflow
 from harness import Run, assert_near, parameters_of
 from models import BY_ID as FAMILY
-from nmflow import masks
+from models import MLP
 from nmflow.errors import FlowError, WeightError
-from nmflow.flow import edits, marks, slot_masks, weights
-from nmflow.masks import triton as gpu
-from settings import BY_ID
+from nmflow.flow import edits, marks, plans
+from nmflow.masks import Launch
+from settings import BY_ID, TOTAL
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from nmflow.masks import triton_kernel
+
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter (TRITON_INTERPRET=1, no GPU)", allow_module_level=True)
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many weights each call of `project_all` took."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many weights each launch of masks took."""
     counts: list[int] = []
+    call = Launch.__call__
 
-    def project_all(jobs: Any) -> list[torch.Tensor]:
-        counts.append(len(jobs))
-        return gpu.project_all(jobs)
+    def told(self: Launch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        counts.append(len(self.members))
+        return call(self, *args, **kwargs)
 
-    monkeypatch.setattr(slot_masks, "_waits", lambda w: w.dtype == torch.float32)
+    monkeypatch.setattr(plans, "_waits", lambda w: w.dtype == torch.float32)
     monkeypatch.setattr(marks, "_together", lambda x: x.numel() > 0)
-    monkeypatch.setattr(weights, "project_all", project_all)
+    monkeypatch.setattr(edits, "waits", lambda x: True)
+    monkeypatch.setattr(Launch, "__call__", told)
     return counts
 
 
-_SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("settling", "hybrid-masked")]
+_CASES = ["sr-ste", "one-shot"]
+_SLOW = [
+    "mdgf-exp-masked",
+    "settling",
+    "mdgf-frozen",
+    "hybrid-masked",
+    "ste-interval",
+    "sdgf-geometric",
+    "sr-ste-interval",
+    "gradual",
+]
+_SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in _SLOW if case in BY_ID]
 
 
-@pytest.mark.parametrize("case", ["sr-ste", "mdgf-exp-masked", "one-shot", *_SLOW])
+@pytest.mark.parametrize("case", [*_CASES, *_SLOW])
 def test_runs_equal_those_that_write_one_by_one(
-    case: str, launches: list[int], monkeypatch: pytest.MonkeyPatch
+    case: str, launched: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family = FAMILY["encoder-layer"]
+    """Masks that are taken anew and masks that are held, gradients and the pull."""
+    family = MLP
     together = Run(family, BY_ID[case], dtype=torch.float32)
-    batches = family.batches(4, torch.float32)
+    batches = family.batches(TOTAL, torch.float32)
     together.train(batches)
-    assert max(launches) > 1
-    monkeypatch.setattr(slot_masks, "_waits", lambda w: False)
+    assert max(launched) > 1
+    monkeypatch.setattr(plans, "_waits", lambda w: False)
     alone = Run(family, BY_ID[case], dtype=torch.float32)
     alone.train(batches)
     assert_near(parameters_of(together.model), parameters_of(alone.model))
-    assert together.flow.steps_done == alone.flow.steps_done == 4
+    assert together.flow.steps_done == alone.flow.steps_done == TOTAL
 
 
-def test_a_weight_that_is_not_finite_is_still_named(launches: list[int]) -> None:
+def test_a_weight_that_is_not_finite_is_still_named(launched: list[int]) -> None:
     family = FAMILY["encoder-layer"]
     run = Run(family, BY_ID["mdgf-linear"], dtype=torch.float32)
     x = family.batches(1, torch.float32)[0]
@@ -68,7 +85,6 @@ def test_a_weight_that_is_not_finite_is_still_named(launches: list[int]) -> None
     run.optimizer.step()
     with pytest.raises(WeightError, match="holds a NaN or an infinity"):
         run.step(x)
-    assert masks.Job is gpu.Job
 
 
 def test_a_step_in_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,30 +116,22 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "case", ["ste", "sr-ste", "mdgf-exp", "mdgf-exp-masked", "sdgf-geometric", "settling"]
+    "case",
+    ["ste", "sr-ste", "mdgf-exp", "mdgf-exp-masked", "sdgf-geometric", "settling", "one-shot"],
 )
 def test_launches_of_a_step_are_as_many_for_any_number_of_weights(
-    case: str, launches: list[int], monkeypatch: pytest.MonkeyPatch
+    case: str, launched: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A launch from Python costs more than most weights do; so does a call of torch."""
-
-    def prints(xs: Any, odd: torch.Tensor, words: torch.dtype) -> Any:
-        counts = [len(x) for x in xs]
-        return torch.zeros(sum(counts), dtype=torch.int64), counts
-
-    def project_all(jobs: Any) -> list[torch.Tensor]:
-        return [torch.ones((), dtype=torch.bool)] if jobs else []
-
-    monkeypatch.setattr(gpu, "fingerprints", prints)  # the kernels' own work is not counted
-    monkeypatch.setattr(weights, "project_all", project_all)
-    monkeypatch.setattr(edits, "waits", lambda x: True)
     given = BY_ID[case]
     found: list[Counter[str]] = []
+    for name in ("project_all", "hold_all", "fingerprints"):
+        monkeypatch.setattr(triton_kernel, name, Nothing())  # whose own work is not counted
     for depth in (2, 9):
         model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(depth)))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        nmflow.attach(model, optimizer, given.build(), "1:4", include="*", total_steps=100)
-        for _ in range(8):
+        nmflow.attach(model, optimizer, given.build(), "1:4", include="*", total_steps=12)
+        for _ in range(9):
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
             with Launches() as counted:
@@ -133,14 +141,29 @@ def test_launches_of_a_step_are_as_many_for_any_number_of_weights(
     assert sum(found[0].values()) < 40
 
 
+class Nothing:
+    """A kernel that does nothing, but for fingerprints, which are all 0."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda prints_ptr=None, **_: prints_ptr is None or prints_ptr.zero_()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_fingerprints_are_those_of_torch(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of words of eight bytes down to one, in several steps, not in order, and none."""
+    """Rows of words of eight bytes down to one, in several steps, of several lengths."""
     monkeypatch.setattr(marks, "_together", lambda x: x.numel() > 0)
-    sizes = [(3, 8), (5, 8), (2, 3000), (4, 7), (1, 1), (0, 4), (3, 8), (2, 5, 3)]
-    xs = [(100 * torch.randn(size)).to(dtype) for size in sizes]
-    xs += [xs[2].t(), torch.tensor(3).to(dtype)]
-    for known, x in zip(marks.fingerprints(xs), xs, strict=True):
-        assert torch.equal(known, marks.fingerprint(x))
+    groups = [[(3, 8), (5, 8), (2, 3000), (2, 5, 8)], [(4, 7), (1, 1)], [(3, 2)]]
+    for sizes in groups:
+        xs = [(100 * torch.randn(size)).to(dtype) for size in sizes]
+        xs += [torch.tensor(3).to(dtype)] if sizes[0] == (4, 7) else []
+        prints = marks.prints_of(xs)
+        assert prints is not None
+        taken = prints()
+        for x, rows in zip(xs, prints.rows, strict=True):
+            assert torch.equal(taken[rows], marks.fingerprint(x))
+    plain = torch.zeros(8, 8)
+    assert marks.prints_of([plain, torch.zeros(9, 7)]) is None  # words of other sizes
+    assert marks.prints_of([plain, plain.t()]) is None
+    assert marks.prints_of([torch.zeros(0, 8)]) is None

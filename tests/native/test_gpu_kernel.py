@@ -18,6 +18,7 @@ from nmflow.pattern import Pattern
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from nmflow.masks import Job, Launch, launches_of
 from nmflow.masks import triton as gpu
 
 THERE = torch.cuda.is_available()
@@ -184,62 +185,101 @@ def test_without_triton_torch_serves_and_says_so_once(
 # --- many weights in one launch -------------------------------------------------------------------
 
 
-def _jobs(dtype: torch.dtype, **more: Any) -> list[gpu.Job]:
+def _jobs(dtype: torch.dtype) -> list[Job]:
     """Weights that are cut in several ways; five of them in one, which share a launch."""
     shapes = [
         ((9, 48), 1, "1:16"), ((33, 1440), 1, "1:16"), ((4, 16), 1, "1:16"), ((7, 96), 1, "1:16"),
         ((2, 3, 64), 2, "1:16"), ((48, 9), 0, "1:16"), ((96, 9), 0, "1:16"), ((9, 48), 1, "2:4"),
         ((8, 64), 1, "2:4"), ((8, 64), 1, "4:4"),
     ]  # fmt: skip
-    jobs = []
-    for i, (size, dim, spec) in enumerate(shapes):
-        w = weight(size, dtype, "many", i)
-        jobs.append(gpu.Job(w, Pattern(spec), dim, 0.25, torch.full_like(w, 7.0), **more))
-    return jobs
+    return [
+        Job(weight(size, dtype, "many", i), Pattern(spec), dim)
+        for i, (size, dim, spec) in enumerate(shapes)
+    ]
 
 
+def _at(launch: Launch, tensors: list[Tensor]) -> list[int]:
+    return [tensors[i].data_ptr() for i in launch.members]
+
+
+def _number(value: float, on_device: bool) -> float | Tensor:
+    return torch.tensor(value, device=DEVICE) if on_device else value
+
+
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_weights_are_written_as_one_by_one(dtype: torch.dtype) -> None:
+def test_many_weights_are_written_as_one_by_one(dtype: torch.dtype, on_device: bool) -> None:
     jobs = _jobs(dtype)
-    flags = gpu.project_all(jobs)
-    assert len(flags) == 4
-    assert all(bool(flag) for flag in flags)
-    for job in jobs:
+    outs = [torch.full_like(job.w, 7.0) for job in jobs]
+    made = launches_of(jobs)
+    assert len(made) == 4
+    for launch in made:
+        assert bool(launch(_at(launch, outs), delta=_number(0.25, on_device)))
+    for job, out in zip(jobs, outs, strict=True):
         want = torch.empty_like(job.w)
-        gpu.project(job.w, job.pattern, job.dim, job.delta, out=want)
-        assert torch.equal(job.out, want)
-    assert gpu.project_all([]) == []
+        gpu.project(job.w, job.pattern, job.dim, 0.25, out=want)
+        assert torch.equal(out, want)
+    assert launches_of([]) == []
 
 
-def test_many_gradients_in_place_under_a_loss_scale() -> None:
-    scale = torch.tensor(8.0, device=DEVICE)
-    jobs = []
-    for seed in range(3):
-        w, g = weight((8, 64), torch.float32, seed=seed), weight((8, 64), torch.float32, seed=9)
-        jobs.append(gpu.Job(w, Pattern("1:4"), 1, 1.0, g, g, 0.5, scale))
-    want = [job.out.clone() for job in jobs]
-    for job, out in zip(jobs, want, strict=True):
-        gpu.project(job.w, job.pattern, 1, 1.0, out=out, values=out, pull=0.5, scale=scale)
-    assert len(gpu.project_all(jobs)) == 1
-    for job, out in zip(jobs, want, strict=True):
-        assert torch.equal(job.out, out)
+@pytest.mark.parametrize("held", [False, True])
+def test_many_gradients_in_place_under_a_loss_scale(held: bool) -> None:
+    scale, pattern = torch.tensor(8.0, device=DEVICE), Pattern("1:4")
+    ws = [weight((8, 64), torch.float32, seed=seed) for seed in range(3)]
+    gs = [weight((8, 64), torch.float32, seed=9 + seed) for seed in range(3)]
+    masks = [expected(w, pattern, 1) for w in ws]
+    jobs = [Job(w, pattern, 1, m if held else None) for w, m in zip(ws, masks, strict=True)]
+    want = [g.clone() for g in gs]
+    for w, out in zip(ws, want, strict=True):
+        gpu.project(w, pattern, 1, 1.0, out=out, values=out, pull=0.5, scale=scale)
+    (launch,) = launches_of(jobs)
+    at = _at(launch, gs)
+    assert bool(launch(at, at, delta=1.0, pull=0.5, scale=scale))
+    for g, out in zip(gs, want, strict=True):
+        assert torch.equal(g, out)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_weights_by_masks_that_are_held(dtype: torch.dtype, on_device: bool) -> None:
+    """Any mask at all, of any shape: weights, then gradients in place, then the pull."""
+    sizes = [(9, 48), (33, 1440), (5,), (2, 3, 7)]
+    ws = [weight(size, dtype, seed=i) for i, size in enumerate(sizes)]
+    masks = [weight(w.shape, torch.float32, seed=50) > 0.3 for w in ws]
+    gs = [weight(w.shape, dtype, seed=70) for w in ws]
+    outs = [torch.full_like(w, 7.0) for w in ws]
+    (launch,) = launches_of([Job(w, Pattern("1:4"), 0, m) for w, m in zip(ws, masks, strict=True)])
+    delta, zero = _number(0.25, on_device), _number(0.0, on_device)
+    assert bool(launch(_at(launch, outs), delta=delta))
+    for w, m, out in zip(ws, masks, outs, strict=True):
+        assert torch.equal(out, torch.where(m, w, w * 0.25))
+    before, at = [g.clone() for g in gs], _at(launch, gs)
+    launch(at, at, delta=zero)
+    for g, m, b in zip(gs, masks, before, strict=True):
+        assert torch.equal(g, torch.where(m, b, 0.0))
+        assert not torch.signbit(g[~m]).any()
+    want = [torch.where(m, w, (w.float() * 0.5).to(dtype)) for w, m in zip(ws, masks, strict=True)]
+    launch(delta=1.0, pull=-1.0, scale=torch.tensor(0.5, device=DEVICE))
+    for w, out in zip(ws, want, strict=True):
+        assert torch.equal(w, out)
+    ws[1].view(-1)[40_000] = float("nan")
+    assert not bool(launch(_at(launch, outs)))
 
 
 def test_one_of_many_that_is_not_finite_is_found() -> None:
     jobs = _jobs(torch.float32)
     jobs[1].w.view(-1)[40_000] = float("inf")
-    flags = gpu.project_all(jobs)
-    assert [bool(flag) for flag in flags] == [False, True, True, True]
+    outs = [torch.empty_like(job.w) for job in jobs]
+    flags = [bool(launch(_at(launch, outs))) for launch in launches_of(jobs)]
+    assert flags == [False, True, True, True]
 
 
 def test_addresses_that_changed_are_read_anew() -> None:
-    """Odd addresses too, which lose nothing but speed."""
-    for shift in (0, 1, 3):
-        jobs = []
-        for seed in range(2):
-            memory = torch.empty(8 * 64 + shift, device=DEVICE)
-            w = memory[shift:].view(8, 64).copy_(weight((8, 64), torch.float32, seed=seed))
-            jobs.append(gpu.Job(w, Pattern("1:8"), 1, 0.0, torch.empty_like(w)))
-        gpu.project_all(jobs)
-        for job in jobs:
-            assert torch.equal(job.out, torch.where(expected(job.w, job.pattern, 1), job.w, 0.0))
+    """Odd addresses too, which lose nothing but speed; and more of them than tables are kept."""
+    ws = [weight((8, 64), torch.float32, seed=seed) for seed in range(2)]
+    (launch,) = launches_of([Job(w, Pattern("1:8"), 1) for w in ws])
+    for shift in [0, 1, 3, 0, *range(12)]:
+        outs = [torch.empty(8 * 64 + shift, device=DEVICE)[shift:].view(8, 64) for _ in ws]
+        launch(_at(launch, outs))
+        for w, out in zip(ws, outs, strict=True):
+            assert torch.equal(out, torch.where(expected(w, Pattern("1:8"), 1), w, 0.0))

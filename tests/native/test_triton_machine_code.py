@@ -18,7 +18,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from nmflow.kernels.gpu_panels_kernel import panels
-from nmflow.masks.triton_kernel import project_all
+from nmflow.masks.triton_kernel import hold_all, project_all
 
 def ptx(kernel, pointers, numbers, constants, **options):
     signature = {**pointers, **numbers, **{name: "constexpr" for name in constants}}
@@ -45,7 +45,11 @@ tables = {"jobs_ptr": "*i64", "owner_ptr": "*i32", "like_ptr": "*bf16", "fine_pt
 shape = dict(M=16, P=16, R=128, AXIS=1, KIND=1, LOWEST=16, ALIGNED=True)
 for values in (False, True):
     text = ptx(project_all, tables, {"n": "i32", "delta": "fp32"},
-               {**shape, "VALUES": values, "scale_ptr": None, "pull": None})
+               {**shape, "VALUES": values, "scale_ptr": None, "delta_ptr": None, "pull": None})
+    check(text, "ld.global.v4.b32", "st.global.v4.b32")
+    text = ptx(hold_all, tables, {"delta": "fp32"},
+               {"B": 2048, "ALIGNED": True, "VALUES": values, "scale_ptr": None,
+                "delta_ptr": None, "pull": None})
     check(text, "ld.global.v4.b32", "st.global.v4.b32")
 print("checked")
 """

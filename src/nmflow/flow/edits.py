@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from nmflow.errors import StateError, WeightError
 from nmflow.flow import writes
-from nmflow.flow.flags import Flags
-from nmflow.flow.marks import fingerprints
+from nmflow.flow.marks import fingerprint
 from nmflow.flow.sharding import bare, local
 from nmflow.flow.slots import Slot
 from nmflow.flow.weights import Weights
@@ -25,8 +26,8 @@ class Edits:
     """
 
     def __init__(self, weights: Weights) -> None:
-        self._weights, self._flags = weights, Flags()
-        self._late: tuple[list[tuple[str, int]], Tensor] | None = None
+        self._weights = weights
+        self._late: list[tuple[list[tuple[str, int]], Tensor]] = []
 
     # -- writes by others ----------------------------------------------------------------------
 
@@ -42,25 +43,38 @@ class Edits:
             FlowError: the model does not have the parameter any more.
             StateError: it was written.
         """
-        for slot in self._weights.slots:
-            slot.home.check(slot.param)
+        self._weights.homes.check()
         self._read_late(k)
-        late: list[Slot] = []
-        for slot in self._weights.pruned:
+        late: list[tuple[str, Tensor]] = []
+        for slot in self._weights.pruned if wait else self._look_together():
             if not slot.moved():
                 if not wait and waits(slot.param):
-                    late.append(slot)
+                    late.append((slot.name, fingerprint(bare(slot.param).detach()) == slot.prints))
                     continue
                 if bool(slot.same()):
                     continue
             if self._written(slot, k) is not None:
                 raise _was_written(slot, k)
         if late:
-            # In few launches, which cost more here than what they compute.
-            now = fingerprints([bare(slot.param) for slot in late])
-            same = torch.cat([slot.prints for slot in late]) == torch.cat(now)
-            self._late = [(s.name, len(x)) for s, x in zip(late, now, strict=True)], same
-            self._flags.send([same.all()])
+            self._tell_late([(n, len(x)) for n, x in late], torch.cat([x for _, x in late]))
+
+    def _look_together(self) -> Sequence[Slot]:
+        """Look at many without waiting for their device; the slots that are left."""
+        weights, bundle = self._weights, self._weights.bundle
+        if bundle is None or bundle.moved() or not all(map(waits, bundle.params[:1])):
+            return weights.pruned
+        same = bundle.agreeing()
+        if same is None:
+            return weights.pruned
+        assert bundle.prints is not None
+        rows = zip(bundle.slots, bundle.prints.rows, strict=True)
+        self._tell_late([(slot.name, some.stop - some.start) for slot, some in rows], same)
+        return weights.singles
+
+    def _tell_late(self, sizes: list[tuple[str, int]], same: Tensor) -> None:
+        """Have the next check read which fingerprints of parameters are the same."""
+        self._late.append((sizes, same))
+        self._weights.flags.add(same.all())
 
     def untouched(self) -> bool:
         """Whether nobody has written a parameter since it was seen; no device is waited for."""
@@ -90,8 +104,7 @@ class Edits:
             StateError: a parameter has another shape.
             WeightError: a NaN or an infinity was written.
         """
-        for slot in self._weights.slots:
-            slot.home.check(slot.param)
+        self._weights.homes.check()
         for slot in self._weights.pruned:
             if self._written(slot, k) is not None:
                 _check_finite(slot, k)
@@ -110,24 +123,28 @@ class Edits:
 
     def forget(self) -> None:
         """Forget the last check on a device: a state was loaded over what it was about."""
-        self._late = None
-        self._flags.read()
+        self._late = []
+        self._weights.flags.read()
+        self._weights.flags.raised = False
 
     def _written(self, slot: Slot, k: int) -> Tensor | None:
         return writes.written(slot, self._weights.stages(k), self._weights.has_masks(k))
 
     def _read_late(self, k: int) -> None:
-        late, self._late = self._late, None
-        if late is None or self._flags.read():
+        late, self._late = self._late, []
+        self._weights.flags.read()
+        if not self._weights.flags.raised:
             return
-        sizes, same = late
-        parts = same.split([size for _, size in sizes])
-        name = next(n for (n, _), p in zip(sizes, parts, strict=True) if not bool(p.all()))
-        raise StateError(
-            f"'{name}' was written before step {k} where torch does not count it, as by `.data`, "
-            "and the step went on from the dense weights in the optimizer's state: write inside "
-            "`with flow.dense():`, or call flow.sync() after the write"
-        )
+        for sizes, same in late:
+            parts = same.split([size for _, size in sizes])
+            for (name, _), part in zip(sizes, parts, strict=True):
+                if not bool(part.all()):
+                    raise StateError(
+                        f"'{name}' was written before step {k} where torch does not count it, as "
+                        "by `.data`, and the step went on from the dense weights in the "
+                        "optimizer's state: write inside `with flow.dense():`, or call "
+                        "flow.sync() after the write"
+                    )
 
     # -- the final masks -----------------------------------------------------------------------
 
@@ -181,8 +198,7 @@ class Edits:
 
     def check_edited(self, k: int) -> None:
         """Raise unless what the parameters hold can be W; the errors of `check_writes`."""
-        for slot in self._weights.slots:
-            slot.home.check(slot.param)
+        self._weights.homes.check()
         for slot in self._weights.pruned:
             writes.check_kind(slot)
             _check_finite(slot, k)
@@ -194,7 +210,7 @@ class Edits:
         """
         weights = self._weights
         stages, hold = weights.stages(k), weights.run.holds(k)
-        reuse = weights.run.reuses(weights.targets, k)
+        reuse = weights.run.reuses(weights.known, k)
         for slot in weights.pruned:
             loaded = slot.loaded
             writes.take(slot, None)

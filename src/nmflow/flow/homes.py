@@ -59,6 +59,43 @@ class Home:
         return module
 
 
+class Homes:
+    """The places of many parameters, of which each step on the way is looked at once."""
+
+    def __init__(self, homes: Sequence[tuple[Home, Tensor]]) -> None:
+        self._homes = list(homes)
+        self._find()
+
+    def _find(self) -> None:
+        inner: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
+        own: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
+        for home, param in self._homes:
+            for _, path, last in home._paths:
+                module = home.model
+                for part in path:
+                    below = module._modules[part]
+                    assert below is not None
+                    inner[id(module), part] = module, part, below
+                    module = below
+                own[id(module), last] = module, last, param
+        self._inner, self._own = list(inner.values()), list(own.values())
+
+    def check(self) -> None:
+        """`Home.check` of each."""
+        for module, name, there in self._inner:
+            if module._modules.get(name) is not there:
+                break
+        else:
+            for module, name, there in self._own:
+                if module._parameters.get(name) is not there:
+                    break
+            else:
+                return
+        for home, param in self._homes:
+            home.check(param)
+        self._find()  # another way to the same parameters
+
+
 def _split(name: str) -> tuple[tuple[str, ...], str]:
     *path, own = name.split(".")
     return tuple(path), own

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -109,23 +110,59 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def check_groups(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -> None:
-    """Raise a `FlowError` unless an optimizer steps the weights, at a rate known to the recipe."""
-    found = rates(optimizer)
-    for slot in slots:
-        if id(slot.param) not in found:
-            raise FlowError(
-                f"'{slot.name}' is no longer in the optimizer's param groups, so nothing would "
-                "train its dense weights: put the parameter back, or finalize() and attach again"
-            )
-        lr = found[id(slot.param)]
-        known = isinstance(lr, int | float | Tensor) and not isinstance(lr, bool)
-        if recipe.pull and not known:
-            raise FlowError(
-                f"'{slot.name}' is in a param group with lr={lr!r}, but {recipe.name} draws "
-                "weights at the learning rate: give the group a number (an Adafactor takes one "
-                "with relative_step=False), or use a recipe without a pull, such as 'mdgf-linear'"
-            )
+class Groups:
+    """The param groups of an optimizer, of which what steps the weights is known from before.
+
+    Attributes:
+        of: for each slot the place of its group.
+        changes: how often they were found to be others.
+    """
+
+    def __init__(self, optimizer: Optimizer, slots: Sequence[Slot]) -> None:
+        self._optimizer, self._slots = optimizer, slots
+        self._known: list[list[Tensor]] = []
+        self.of: list[int] = []
+        self.changes = 0
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise a `FlowError` unless they have the weights, at a rate known to the recipe."""
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._known) or not all(
+            len(group["params"]) == len(known) and all(map(is_, group["params"], known))
+            for group, known in zip(groups, self._known, strict=True)
+        ):
+            self._find(groups)
+        if not recipe.pull:
+            return
+        for i in dict.fromkeys(self.of):
+            lr = groups[i].get("lr")
+            if not isinstance(lr, int | float | Tensor) or isinstance(lr, bool):
+                slot = self._slots[self.of.index(i)]
+                raise FlowError(
+                    f"'{slot.name}' is in a param group with lr={lr!r}, but {recipe.name} draws "
+                    "weights at the learning rate: give the group a number (an Adafactor takes one "
+                    "with relative_step=False), or use a recipe without a pull, such as "
+                    "'mdgf-linear'"
+                )
+
+    def _find(self, groups: Sequence[dict[str, Any]]) -> None:
+        places = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        for slot in self._slots:
+            if id(slot.param) not in places:
+                self._known = []
+                raise FlowError(
+                    f"'{slot.name}' is no longer in the optimizer's param groups, so nothing would "
+                    "train its dense weights: put the parameter back, or finalize() and attach "
+                    "again"
+                )
+        self.of = [places[id(slot.param)] for slot in self._slots]
+        self._known = [list(group["params"]) for group in groups]
+        self.changes += 1
+
+    def rates(self) -> list[Any]:
+        """The learning rate of each slot."""
+        groups = self._optimizer.param_groups
+        return [groups[i].get("lr") for i in self.of]
 
 
 def check_masters(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -> None:
@@ -162,6 +199,8 @@ def uphill(optimizer: Optimizer) -> set[int]:
     """The ids of the parameters whose gradient the optimizer negates, since it maximizes."""
     usual = getattr(optimizer, "maximize", False)
     groups = [g for g in optimizer.param_groups if g.get("maximize", usual)]
+    if not groups:
+        return set()
     return {id(p) for group in groups for p in group["params"]}
 
 

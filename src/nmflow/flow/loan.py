@@ -22,6 +22,15 @@ class Loan:
         self._copied = self._tried = False
         self._sum: Tensor | None = None
 
+    @property
+    def tried(self) -> bool:
+        """Whether the optimizer has shown that it steps the parameter's own memory."""
+        return self._tried
+
+    def given(self, resting: Tensor) -> None:
+        """Somebody else put W into the parameter, whose own memory a tensor has."""
+        self._resting = resting
+
     def give(self, dense: Tensor) -> None:
         """Put W into the parameter."""
         if sharded(self._param):

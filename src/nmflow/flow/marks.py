@@ -5,36 +5,44 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nmflow import native
 from nmflow.masks import native as native_masks
-from nmflow.masks import triton as launches
+from nmflow.masks import triton
+from nmflow.masks.launches import Prints
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Mark:
     """A tensor as it was.
 
     Attributes:
         version: torch's count of the writes that autograd knows.
         address: where the values lie, which `p.data = x` changes.
-        prints: the `fingerprint` of the values, which `p.data.copy_(x)` changes; on their device.
+        whole: the `fingerprint` of the values, which `p.data.copy_(x)` changes; on their device.
+            Where many were taken at once, it is of all of them.
+        rows: which rows of `whole` are of this tensor; None is all.
     """
 
     version: int
     address: int
-    prints: Tensor
+    whole: Tensor
+    rows: slice | None = None
 
     @classmethod
     def of(cls, x: Tensor, prints: Tensor | None = None) -> Mark:
         """The mark of a tensor now, whose fingerprint may be at hand."""
         return cls(x._version, x.data_ptr(), fingerprint(x) if prints is None else prints)
+
+    @property
+    def prints(self) -> Tensor:
+        """The fingerprint of this tensor alone."""
+        return self.whole if self.rows is None else self.whole[self.rows]
 
     def moved(self, x: Tensor) -> bool:
         """Whether torch's version or the address of `x` is another; no value is read."""
@@ -76,30 +84,23 @@ def fingerprint(x: Tensor) -> Tensor:
     return (words * odd).sum(1)
 
 
-def fingerprints(xs: Sequence[Tensor]) -> list[Tensor]:
-    """The fingerprint of each tensor; on a GPU in one launch for all with rows of a length."""
-    found: dict[int, Tensor] = {}
-    alike: dict[tuple[Any, ...], dict[int, Tensor]] = {}
-    for i, x in enumerate(xs):
-        if _together(x):
-            # No views: a call of torch for each weight would cost more than the kernel.
-            rows = x if x.is_contiguous() else _rows(x.detach())
-            row = rows.numel() // (rows.shape[0] if rows.ndim else 1) * rows.element_size()
-            alike.setdefault((x.device, row), {})[i] = rows
-        else:
-            found[i] = fingerprint(x.detach())
-    for (device, row), some in alike.items():
-        size = _largest_word(row)
-        prints, counts = launches.fingerprints(
-            list(some.values()), _odd(row // size, device), _WORDS[size]
-        )
-        found.update(zip(some, prints.split(counts), strict=True))
-    return [found[i] for i in range(len(xs))]
+def prints_of(xs: Sequence[Tensor]) -> Prints | None:
+    """How to take the `fingerprint` of all of some tensors in one launch; None where it cannot."""
+    sizes = set()
+    for x in xs:
+        if not (_together(x) and x.is_contiguous() and x.device == xs[0].device):
+            return None
+        sizes.add(_word(_rows(x)))
+    if len(sizes) != 1:
+        return None
+    size = sizes.pop()
+    odd = [_odd(_rows(x).shape[1] * x.element_size() // size, x.device) for x in xs]
+    return Prints(xs, odd, _WORDS[size])
 
 
 def _together(x: Tensor) -> bool:
     """Whether a kernel takes many like it."""
-    return x.device.type == "cuda" and x.numel() > 0 and not launches.why_not()
+    return x.device.type == "cuda" and x.numel() > 0 and not triton.why_not()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -119,11 +120,7 @@ def blank(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _word(rows: Tensor) -> int:
     """The bytes of the largest words that a row is made of."""
-    return _largest_word(rows.shape[1] * rows.element_size())
-
-
-def _largest_word(row: int) -> int:
-    """The same of a row of so many bytes."""
+    row = rows.shape[1] * rows.element_size()
     return next(size for size in _WORDS if row % size == 0)
 
 

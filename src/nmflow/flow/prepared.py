@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -25,6 +26,16 @@ class Prepared:
         self._drawn.clear()
         self.observed = False
 
+    @property
+    def any_changed(self) -> bool:
+        """Whether the rule has changed a gradient."""
+        return bool(self._changed)
+
+    @property
+    def any_drawn(self) -> bool:
+        """Whether a weight was drawn."""
+        return bool(self._drawn)
+
     def changed(self, label: str, grad: Tensor) -> bool:
         """Whether the rule has changed this gradient for a target, and nobody wrote it since."""
         known, version = self._changed.get(label, (None, 0))
@@ -41,3 +52,7 @@ class Prepared:
     def draw(self, label: str) -> None:
         """Remember that the weights of a target were drawn."""
         self._drawn.add(label)
+
+    def draw_all(self, labels: Iterable[str]) -> None:
+        """Remember that the weights of many targets were drawn."""
+        self._drawn.update(labels)

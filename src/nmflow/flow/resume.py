@@ -115,14 +115,21 @@ def adopt(optimizer: Optimizer, slots: Sequence[Slot]) -> None:
         slot.adopt({**own, **pending.get(places[id(slot.param)], {})})
 
 
-def is_foreign(optimizer: Optimizer, slots: Sequence[Slot], k: int) -> bool:
-    """Whether somebody put another state into the optimizer since step `k`, past its hooks."""
+def is_foreign(optimizer: Optimizer, slots: Sequence[Slot], k: int, bundled: bool) -> bool:
+    """Whether somebody put another state into the optimizer since step `k`, past its hooks.
+
+    Args:
+        optimizer: the optimizer.
+        slots: the slots whose state may be another.
+        k: the optimizer steps done.
+        bundled: whether there are others, whose state was found to be theirs.
+    """
     steps = [group[STEP_KEY] for group in optimizer.param_groups if STEP_KEY in group]
     kept = [slot for slot in slots if slot.tensors and slot.stored is not None]
     moved = any(slot.stored is not slot.tensors[DENSE_KEY] for slot in kept)
     if moved or any(step != k for step in steps):
         return True
-    return PENDING_KEY in optimizer.state or (not steps and not kept)
+    return PENDING_KEY in optimizer.state or not (steps or kept or bundled)
 
 
 def check_saved(optimizer: Optimizer, saved: Any) -> None:

@@ -15,7 +15,6 @@ from nmflow.pattern import EVERY, Pattern
 from nmflow.recipes.schedules import Stage
 
 Stages = Mapping[str, Stage]
-Later = list[masks.Job]
 
 
 class SlotMasks:
@@ -24,13 +23,15 @@ class SlotMasks:
     Attributes:
         regions: its targets' rows on this rank.
         tensors: W, the masks that are held, and β, by key.
+        norms: the norms that masks are chosen by, by label.
+        covered: whether the regions are all of the parameter on this rank.
     """
 
     regions: Sequence[Region]
     tensors: dict[str, Tensor]
     dense: Any  # the dense weights W, shaped and sharded like the parameter
-    _norms: Norms
-    _covered: bool  # whether the regions are all of the parameter on this rank
+    norms: Norms
+    covered: bool
 
     def masks(self, region: Region, stage: Stage, held: bool) -> tuple[Tensor, Tensor | None]:
         """The masks m and m' of a region whose stage has a pattern."""
@@ -52,11 +53,11 @@ class SlotMasks:
     def chosen(self, region: Region, w: Tensor, pattern: Pattern) -> Tensor:
         """The mask of a pattern on the weights of a region."""
         target = region.target
-        return masks.select(scored(w, target, self._norms), pattern, target.dim, target.stacked)[0]
+        return masks.select(scored(w, target, self.norms), pattern, target.dim, target.stacked)[0]
 
     def _in_one_pass(self, region: Region, stage: Stage, w: Tensor, out: Tensor) -> bool:
         """Whether a kernel can go from W to W̃ in one pass over memory."""
-        if stage.pattern is not None and region.target.label in self._norms:
+        if stage.pattern is not None and region.target.label in self.norms:
             return False
         (pattern, previous), target = stage.masks, region.target
         return (
@@ -67,7 +68,7 @@ class SlotMasks:
 
     def _in_one_pass_held(self, stages: Stages, held: bool, out: Tensor) -> bool:
         """Whether a kernel goes from W to all of W̃ by one mask that is held."""
-        if not (held and self._covered and len(self.regions) == 1):
+        if not (held and self.covered and len(self.regions) == 1):
             return False
         stage = stages[self.regions[0].target.label]
         kept = local(self.tensors[KEPT_KEY])
@@ -110,18 +111,7 @@ class SlotMasks:
             scales[i] = masks.least_squares(w, sparse)
 
 
-def project_region(
-    region: Region, stage: Stage, w: Tensor, delta: float, later: Later | None, **more: Any
-) -> Tensor | None:
-    """The kernel by the pattern of a stage; whether `w` was finite, or None if it is put off."""
-    target = region.target
-    pattern = stage.pattern or EVERY
-    if later is not None and _waits(w):
-        later.append(masks.Job(w, pattern, target.dim, delta, **more))
-        return None
+def project_region(region: Region, stage: Stage, w: Tensor, delta: float, **more: Any) -> Tensor:
+    """The kernel by the pattern of a stage; whether `w` was finite."""
+    target, pattern = region.target, stage.pattern or EVERY
     return masks.one_pass(w, pattern, target.dim, delta, stacked=target.stacked, **more)
-
-
-def _waits(w: Tensor) -> bool:
-    """Whether a launch a weight would cost more than the work: on a GPU."""
-    return w.device.type == "cuda"

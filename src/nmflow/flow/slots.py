@@ -21,7 +21,7 @@ from nmflow.flow.marks import Mark, blank
 from nmflow.flow.scores import Norms
 from nmflow.flow.sharding import Region, bare, local
 from nmflow.flow.slot_kept import SlotKept
-from nmflow.flow.slot_masks import Later, Stages, project_region
+from nmflow.flow.slot_masks import Stages, project_region
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SCALE_KEY, SLOT_KEYS
 from nmflow.recipes.schedules import Stage
 
@@ -37,6 +37,8 @@ class Slot(SlotKept):
         home: its places in the model.
         tensors: W and the masks that are held, by key. The optimizer's state has the same ones
             between steps, so that they travel with it; what becomes of that state loses nothing.
+        norms: the norms that masks are chosen by, see `attach`.
+        covered: whether the regions are all of the parameter on this rank.
         stepping: whether the parameter holds the dense weights now, for the optimizer's step.
     """
 
@@ -50,14 +52,14 @@ class Slot(SlotKept):
         norms: Norms,
     ) -> None:
         self.name, self.param, self.optimizer, self.regions = name, param, optimizer, regions
-        self.home, self._norms = home, norms
+        self.home, self.norms = home, norms
         self.tensors: dict[str, Tensor] = {}
         self.stepping = False
         self._loan = Loan(name, param)
         self._mark: Mark | None = None
         self._loading: int | None = None
         rows = sum(r.count for r in regions)
-        self._covered = rows == local(param).shape[regions[0].target.out_dim]
+        self.covered = rows == local(param).shape[regions[0].target.out_dim]
 
     # -- where the tensors are -----------------------------------------------------------------
 
@@ -144,47 +146,45 @@ class Slot(SlotKept):
             if stateless or self.optimizer.state.get(self.param):
                 self.optimizer.state[self.param].update(self.tensors)
 
+    @property
+    def settled(self) -> bool:
+        """Whether a step has shown that the optimizer steps the parameter's own memory."""
+        return self._loan.tried
+
+    def lent(self, shown: Tensor) -> None:
+        """W is in the parameter, and W̃ of it in a tensor: `leave` takes it from there."""
+        self._loan.given(shown)
+
     # -- what the network sees -----------------------------------------------------------------
 
-    def fade(
-        self, region: Region, stage: Stage, held: bool, g: Tensor, later: Later | None = None
-    ) -> None:
-        """The masked rule on `g`, the gradient of a region whose stage has a pattern, in place.
-
-        On a GPU `later` takes what `masks.project_all` is to do, where it is given.
-        """
+    def fade(self, region: Region, stage: Stage, held: bool, g: Tensor) -> None:
+        """The masked rule on `g`, the gradient of a region whose stage has a pattern, in place."""
         w = region.of(local(self.dense))
         if not held and g.dtype == w.dtype and self._in_one_pass(region, stage, w, g):
-            now = later if stage.gain == 1.0 else None
-            project_region(region, stage, w, stage.delta / stage.gain, now, out=g, values=g)
+            project_region(region, stage, w, stage.delta / stage.gain, out=g, values=g)
         else:
             gradients.masked(g, *self.masks(region, stage, held), stage.delta / stage.gain)
         if stage.gain != 1.0:
             g.mul_(stage.gain)
 
     def refine(
-        self, region: Region, stage: Stage, held: bool, g: Tensor, lam: float,
-        scale: Tensor | None, later: Later | None = None,
-    ) -> None:  # fmt: skip
+        self, region: Region, stage: Stage, held: bool, g: Tensor, lam: float, scale: Tensor | None
+    ) -> None:
         """SR-STE's term on `g`, as `fade`; `scale` is the loss scale still in it."""
         w = region.of(local(self.dense))
         if not held and g.dtype == w.dtype and self._in_one_pass(region, stage, w, g):
             pull = lam * (1.0 - stage.delta)
-            project_region(region, stage, w, 1.0, later, out=g, values=g, pull=pull, scale=scale)
+            project_region(region, stage, w, 1.0, out=g, values=g, pull=pull, scale=scale)
         else:
             gradients.refined(g, w, self.masks(region, stage, held)[0], lam, scale)
 
-    def write(
-        self, stages: Stages, held: bool, hold: bool, later: Later | None = None
-    ) -> list[Tensor]:
+    def write(self, stages: Stages, held: bool, hold: bool) -> list[Tensor]:
         """Write W̃ into the parameter.
 
         Args:
             stages: the stage of each target, by label.
             held: whether the masks are those of the state, rather than taken from W.
             hold: whether the masks are to be held in the state; False leaves what is held there.
-            later: takes what `masks.project_all` is to do on a GPU; if it took anything, `wrote` is
-                for whoever has that done.
 
         Returns:
             Bool scalars, on the parameter's device: whether the weights were finite.
@@ -196,10 +196,8 @@ class Slot(SlotKept):
         param = local(self.param)
         # A kernel that masks by what is held takes the fingerprint on its way.
         prints = blank(param) if self._in_one_pass_held(stages, held, param) else None
-        before = len(later or ())
-        finite = self.project(stages, held, hold, param, prints, later)
-        if len(later or ()) == before:
-            self.wrote(None if prints is None else prints[1])
+        finite = self.project(stages, held, hold, param, prints)
+        self.wrote(None if prints is None else prints[1])
         return finite
 
     def wrote(self, prints: Tensor | None = None) -> None:
@@ -215,11 +213,10 @@ class Slot(SlotKept):
         hold: bool,
         sink: Tensor,
         prints: tuple[Tensor, Tensor] | None = None,
-        later: Later | None = None,
     ) -> list[Tensor]:
         """Write W̃ into a tensor shaped like this rank's part; see `write`."""
         source, finite = local(self.dense), []
-        if not self._covered:
+        if not self.covered:
             sink.copy_(source)
         for region in self.regions:
             if region.count == 0:
@@ -228,9 +225,7 @@ class Slot(SlotKept):
             masked = stage.pattern is not None
             kept_as_is = not stage.form and not (masked and (held or hold))
             if kept_as_is and self._in_one_pass(region, stage, w, out):
-                now = later if stage.gain == 1.0 else None  # what is put off is not scaled here
-                fine = project_region(region, stage, w, stage.delta / stage.gain, now, out=out)
-                finite += [] if fine is None else [fine]
+                finite.append(project_region(region, stage, w, stage.delta / stage.gain, out=out))
             elif not masked:
                 out.copy_(w)
                 finite.append(torch.isfinite(w).all())
@@ -260,6 +255,21 @@ class Slot(SlotKept):
             prints: its fingerprint, where whoever wrote it took it.
         """
         self._mark, self._loading = Mark.of(local(self.param), prints), None
+
+    def known(self, version: int, prints: Tensor, rows: slice) -> None:
+        """As `seen`, where the parameter is of a version, and the fingerprint in rows of many."""
+        assert self._mark is not None
+        self._mark.version, self._mark.whole, self._mark.rows = version, prints, rows
+        self._loading = None
+
+    def seen_in(self, prints: Tensor) -> bool:
+        """Whether the parameter was last seen when these fingerprints of many were taken."""
+        return self._mark is not None and self._mark.whole is prints
+
+    @property
+    def version(self) -> int | None:
+        """Torch's version of the parameter as it was seen."""
+        return None if self._mark is None else self._mark.version
 
     def moved(self) -> bool:
         """Whether torch's version of the parameter or its address is another since it was seen."""

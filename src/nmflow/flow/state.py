@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nmflow.errors import StateError
 from nmflow.flow.prolonging import planned
+from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, describe
 from nmflow.recipes.schedules import Stage
 from nmflow.select.target import Target
@@ -29,6 +30,15 @@ _STEPS = ("total_steps", "begun")  # which a run that is resumed may have others
 
 # What wrappers put into a parameter's name; a state may be resumed with or without them.
 _WRAPPINGS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+Kind = tuple[Pattern, int]
+"""The pattern of a target and the length of its grouped axis, which alone decide on its stages."""
+
+
+def kind_of(target: Target) -> Kind:
+    """The kind of a target."""
+    return target.pattern, target.length
 
 
 @dataclass(frozen=True)
@@ -59,16 +69,22 @@ class Run:
 
     def stages(self, targets: Sequence[Target], k: int) -> dict[str, Stage]:
         """The stage of each target after `k` steps, by label."""
-        kinds = dict.fromkeys((t.pattern, t.length) for t in targets)
-        alike = {kind: self.recipe.stage(k, self.planned, *kind) for kind in kinds}
-        stages = {t.label: alike[t.pattern, t.length] for t in targets}
+        return self.spread(targets, self.kinds(dict.fromkeys(map(kind_of, targets)), k))
+
+    def kinds(self, kinds: Iterable[Kind], k: int) -> dict[Kind, Stage]:
+        """The stage of each kind of target after `k` steps."""
+        stages = {kind: self.recipe.stage(k, self.planned, *kind) for kind in kinds}
         if self.begun is None or not self.recipe.prunes:
             return stages
         if k >= self.total_steps:
-            return {label: replace(stage, phase="final") for label, stage in stages.items()}
+            return {kind: replace(stage, phase="final") for kind, stage in stages.items()}
         if k >= self.begun:
-            return {label: replace(stage, phase="finetune") for label, stage in stages.items()}
+            return {kind: replace(stage, phase="finetune") for kind, stage in stages.items()}
         return stages
+
+    def spread(self, targets: Sequence[Target], kinds: Mapping[Kind, Stage]) -> dict[str, Stage]:
+        """The stage of each target, by label, from that of each kind."""
+        return {t.label: kinds[kind_of(t)] for t in targets}
 
     @property
     def dense_steps(self) -> int:
@@ -100,7 +116,7 @@ class Run:
         often = self.mask_interval > 1 or self.recipe.stairs > 0
         return often or (since is not None and k >= since)
 
-    def reuses(self, targets: Sequence[Target], k: int) -> bool:
+    def reuses(self, kinds: Collection[Kind], k: int) -> bool:
         """Whether the masks of step `k` are those of step `k - 1`, rather than taken from W."""
         since = self.frozen_since()
         if since is not None and k > since:
@@ -110,8 +126,8 @@ class Run:
             due = not self.recipe.same_stair(k, self.planned)
         if k == 0 or due:
             return False
-        now, before = self.stages(targets, k), self.stages(targets, k - 1)
-        return all(now[label].masks == before[label].masks for label in now)
+        now, before = self.kinds(kinds, k), self.kinds(kinds, k - 1)
+        return all(now[kind].masks == before[kind].masks for kind in now)
 
     def signature(self, targets: Sequence[Target]) -> str:
         """Text that two runs share when one can resume the other's state."""

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from nmflow.errors import FlowError, WeightError
-from nmflow.flow import hosts, owners, preconditioner
+from nmflow.flow import owners, preconditioner
 from nmflow.flow.clones import Clones
 from nmflow.flow.edits import Edits
 from nmflow.flow.guard import Guard, overrides
@@ -41,10 +41,11 @@ class Stepper:
         sparse_steps: Mode,
     ) -> None:
         self.optimizer, self.slots = optimizer, slots
-        self._weights = Weights(run, slots)
+        self._weights = Weights(run, optimizer, slots)
         self.edits = Edits(self._weights)
         self._record = Record(run, optimizer, self._weights, self.edits)
         self._steps = Steps(optimizer, self._weights, self.edits, self._record, observations)
+        self._weights.shrinks = sparse_steps != "off"
         self._handles: list[Any] = []  # of hooks and guards
         self.layers = SparseSteps(sparse_steps, self._weights.pruned, optimizer, observations)
         self._weights.told.append(self.layers.show)
@@ -102,7 +103,7 @@ class Stepper:
                 )
         if self.run.recipe.freezes_second_moment:
             preconditioner.check(self.optimizer)
-        hosts.check_groups(self.optimizer, self.slots, self.run.recipe)
+        self._weights.groups.check(self.run.recipe)
         if self._record.is_there():
             self._record.check()
 

@@ -63,14 +63,14 @@ class Steps:
                 "would neither count steps nor take masks: capture the forward and backward pass, "
                 "and call step() after each replay"
             )
-        hosts.check_groups(self._optimizer, self._weights.slots, self._weights.run.recipe)
+        self._weights.groups.check(self._weights.run.recipe)
         self._record.notice()
         self._edits.check(self._record.k, wait=False)
         self._weights.read_finite(self._record.k)
         self._inside, self._nested, self._reuse = True, 0, None
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
-            self._enter()
+            self._enter(gathered=True)
             return None
 
         def sparse_closure() -> Any:
@@ -95,7 +95,7 @@ class Steps:
         return (*args[:1], sparse_closure, *args[2:]), kwargs
 
     @torch.no_grad()
-    def _enter(self) -> None:
+    def _enter(self, gathered: bool = False) -> None:
         self._counts = not self._is_phantom()
         if self._counts:
             recipe = self._weights.run.recipe
@@ -109,10 +109,10 @@ class Steps:
             self._weights.shrink()
             self._weights.apply_gradient_rule(self._record.k, scale, hosts.uphill(self._optimizer))
             if self._weights.run.recipe.pull and not self._found_inf():
-                self._weights.draw(self._record.k, hosts.rates(self._optimizer))
+                self._weights.draw(self._record.k, self._weights.groups.rates())
             self._weights.remember(self._record.k)
         self._entered = True
-        self._weights.enter()
+        self._weights.enter(gathered)
         if (
             self._counts
             and self._weights.run.recipe.freezes_second_moment
@@ -149,7 +149,7 @@ class Steps:
         self._weights.prepared.clear()
         if counts:
             self._weights.rescale(self._record.k)
-            self._reuse = self._weights.run.reuses(self._weights.targets, self._record.k + 1)
+            self._reuse = self._weights.run.reuses(self._weights.known, self._record.k + 1)
             self._record.k += 1
             if self._weights.pruned and self._record.k == self._weights.run.total_steps + 1:
                 log.warning(

@@ -3,6 +3,7 @@
 from nmflow.masks.activations import wanda_score
 from nmflow.masks.forms import FORMS, importance, least_squares, soft_threshold
 from nmflow.masks.held import hold, one_pass_holds
+from nmflow.masks.launches import Job, Launch, launches_of
 from nmflow.masks.magnitude import (
     holds,
     largest_groups,
@@ -13,22 +14,22 @@ from nmflow.masks.magnitude import (
     select,
     touched,
 )
-from nmflow.masks.triton import Job, project_all
 
 __all__ = [
     "FORMS",
     "Job",
+    "Launch",
     "hold",
     "holds",
     "importance",
     "largest_groups",
+    "launches_of",
     "least_squares",
     "mask",
     "one_pass",
     "one_pass_holds",
     "one_pass_serves",
     "project",
-    "project_all",
     "select",
     "soft_threshold",
     "touched",

@@ -8,11 +8,9 @@ around it; a warning says so once.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import math
 import subprocess
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from nmflow.pattern import Pattern
 
 log = logging.getLogger("nmflow")
 
-_LOWEST = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+LOWEST = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 """The dtypes, and the lowest bit of a float32 that a value of each can set."""
 _TILE = 2048
 _WIDEST = 4096
@@ -53,7 +51,7 @@ def serves(w: Tensor, pattern: Pattern) -> bool:
     """Say whether the kernel takes this weight as it lies in memory."""
     return (
         w.device.type == "cuda"
-        and w.dtype in _LOWEST
+        and w.dtype in LOWEST
         and pattern.panel == 1
         and pattern.m <= _WIDEST
         and w.numel() > 0
@@ -97,7 +95,7 @@ def project(
     from nmflow.masks import triton_kernel
 
     kernel: Any = triton_kernel.project
-    cut = _cut(w, pattern, dim)
+    cut = cut_of(w, pattern, dim)
     fine = torch.ones((), dtype=torch.bool, device=w.device)
     with torch.cuda.device_of(w):
         kernel[cut.grid](
@@ -113,139 +111,16 @@ def project(
             delta=float(delta),
             pull=float(pull) or None,
             M=cut.m,
-            P=_power_of_two(cut.m),
+            P=power_of_two(cut.m),
             R=cut.groups,
             AXIS=int(cut.inner == 1),
             KIND=0 if pattern.n == pattern.m else min(pattern.n, 2),
-            LOWEST=_LOWEST[w.dtype],
+            LOWEST=LOWEST[w.dtype],
         )
     return fine
 
 
-class Job(NamedTuple):
-    """What `project` is asked of one weight among many; `out` is there."""
-
-    w: Tensor
-    pattern: Pattern
-    dim: int
-    delta: float
-    out: Tensor
-    values: Tensor | None = None
-    pull: float = 0.0
-    scale: Tensor | None = None
-
-
-def project_all(jobs: Sequence[Job]) -> list[Tensor]:
-    """`project` of many weights: one launch for all that are cut alike and asked for the same.
-
-    A launch from Python takes some 50 µs, as long as several weights. Where they lie is a table on
-    the device, which is kept as long as the addresses are the same.
-
-    Returns:
-        A bool scalar on the device for each launch: whether all of its weights were finite.
-    """
-    alike: dict[tuple[Any, ...], list[tuple[Job, _Cut]]] = {}
-    for job in jobs:
-        cut = _cut(job.w, job.pattern, job.dim)
-        n, scale = job.pattern.n, None if job.scale is None else id(job.scale)
-        key = (job.w.device, job.w.dtype, n, job.pattern.m == n, cut.m, cut.groups, cut.inner == 1)
-        key += (float(job.delta), float(job.pull), scale, job.values is None)
-        alike.setdefault(key, []).append((job, cut))
-    return [_launch(together) for together in alike.values()]
-
-
-def _launch(jobs: list[tuple[Job, _Cut]]) -> Tensor:
-    from nmflow.masks import triton_kernel
-
-    first, cut = jobs[0]
-    if len(jobs) == 1:
-        return project(
-            first.w, first.pattern, first.dim, first.delta,
-            out=first.out, values=first.values, pull=first.pull, scale=first.scale,
-        )  # fmt: skip
-    rows: list[tuple[int, ...]] = []
-    counts: list[int] = []
-    for job, own in jobs:
-        values = job.w if job.values is None else job.values
-        places = (t.data_ptr() for t in (job.w, values, job.out))
-        rows.append((*places, job.w.numel(), own.inner, sum(counts), own.grid[1]))
-        counts.append(math.prod(own.grid))
-    device, pattern = first.w.device, first.pattern
-    fine = torch.ones((), dtype=torch.bool, device=device)
-    kernel: Any = triton_kernel.project_all
-    with torch.cuda.device_of(first.w):
-        kernel[(sum(counts),)](
-            jobs_ptr=_table(tuple(rows), device),
-            owner_ptr=_owners(tuple(counts), device),
-            like_ptr=first.w,
-            fine_ptr=fine.view(torch.uint8),
-            scale_ptr=first.scale,
-            n=pattern.n,
-            delta=float(first.delta),
-            pull=float(first.pull) or None,
-            M=cut.m,
-            P=_power_of_two(cut.m),
-            R=cut.groups,
-            AXIS=int(cut.inner == 1),
-            KIND=0 if pattern.n == pattern.m else min(pattern.n, 2),
-            LOWEST=_LOWEST[first.w.dtype],
-            VALUES=first.values is not None,
-            ALIGNED=not any(place % 16 for row in rows for place in row[:4]),
-        )
-    return fine
-
-
-def fingerprints(xs: Sequence[Tensor], odd: Tensor, words: torch.dtype) -> tuple[Tensor, list[int]]:
-    """`Σⱼ oddⱼ·wⱼ mod 2⁶⁴` over the words w of every row of some tensors' memory.
-
-    Args:
-        xs: contiguous tensors with rows of as many words as there are in `odd`.
-        odd: int64, on their device.
-        words: an integer dtype.
-
-    Returns:
-        int64, a number a row, those of the first tensor first; and how many rows each tensor has.
-    """
-    from nmflow.masks import triton_kernel
-
-    kernel: Any = triton_kernel.fingerprints
-    counts = tuple(x.shape[0] if x.ndim else 1 for x in xs)
-    starts = itertools.accumulate(counts, initial=0)
-    rows = tuple((x.data_ptr(), start) for x, start in zip(xs, starts, strict=False))
-    length, device = odd.shape[0], odd.device
-    prints = torch.empty(sum(counts), dtype=torch.int64, device=device)
-    with torch.cuda.device_of(odd):
-        kernel[(sum(counts),)](
-            jobs_ptr=_table(rows, device),
-            owner_ptr=_owners(counts, device),
-            like_ptr=odd.view(words),
-            odd_ptr=odd,
-            prints_ptr=prints,
-            WORDS=length,
-            B=min(1024, _power_of_two(length)),
-        )
-    return prints, list(counts)
-
-
-# What is kept is a function of its key alone, so it cannot be of other weights.
-@functools.lru_cache(64)
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return _sent(torch.tensor(rows, dtype=torch.int64), device)
-
-
-@functools.lru_cache(64)
-def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """The job of each block, of jobs with so many blocks."""
-    each = torch.arange(len(counts), dtype=torch.int32)
-    return _sent(each.repeat_interleave(torch.tensor(counts)), device)
-
-
-def _sent(t: Tensor, device: torch.device) -> Tensor:
-    """A tensor on its way to a device, without waiting for it."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-
-
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """How the memory of a weight is cut into tiles.
 
     Attributes:
@@ -261,27 +136,28 @@ class _Cut(NamedTuple):
     grid: tuple[int, int]
 
 
-def _cut(w: Tensor, pattern: Pattern, dim: int) -> _Cut:
+def cut_of(w: Tensor, pattern: Pattern, dim: int) -> Cut:
+    """How a weight that `serves` takes is cut."""
     order = _order(w)
     assert order is not None
-    return _cut_of(tuple(w.shape), order, pattern.n, pattern.m, dim)
+    return _cut(tuple(w.shape), order, pattern.n, pattern.m, dim)
 
 
 @functools.lru_cache(4096)  # asked for every weight at every step
-def _cut_of(shape: tuple[int, ...], order: tuple[int, ...], n: int, m: int, dim: int) -> _Cut:
+def _cut(shape: tuple[int, ...], order: tuple[int, ...], n: int, m: int, dim: int) -> Cut:
     axis, size = order.index(dim % len(shape)), math.prod(shape)
     inner = math.prod(shape[i] for i in order[axis + 1 :])
     if n == m:  # nothing to choose: any cut of the memory will do
         m, inner = _TILE, 1
-    groups = _TILE // _power_of_two(m)
+    groups = _TILE // power_of_two(m)
     if inner == 1:
         groups = max(1, groups)
-        return _Cut(m, 1, groups, (-(-size // (m * groups)), 1))
-    groups = min(max(16, groups), _power_of_two(inner))
-    return _Cut(m, inner, groups, (size // (m * inner), -(-inner // groups)))
+        return Cut(m, 1, groups, (-(-size // (m * groups)), 1))
+    groups = min(max(16, groups), power_of_two(inner))
+    return Cut(m, inner, groups, (size // (m * inner), -(-inner // groups)))
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
     """The first power of two that is not below a size."""
     return 1 << (size - 1).bit_length()
 

@@ -10,6 +10,19 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
+def _other(value, w, delta, pull, scale_ptr):
+    """What a pruned place becomes."""
+    # No product with 0, which would make -0.0 of pruned negatives.
+    other = tl.where(delta == 0.0, 0.0, value * delta)
+    if pull is not None:
+        strength = pull
+        if scale_ptr is not None:
+            strength = pull * tl.load(scale_ptr).to(tl.float32)
+        other += strength * w
+    return other
+
+
+@triton.jit
 def _tile(
     w_ptr,
     values_ptr,  # None: w
@@ -74,13 +87,7 @@ def _tile(
         value = w
         if values_ptr is not None:
             value = tl.load(values_ptr + at, mask=valid, other=0.0).to(tl.float32)
-        # No product with 0, which would make -0.0 of pruned negatives.
-        other = tl.where(delta == 0.0, 0.0, value * delta)
-        if pull is not None:
-            strength = pull
-            if scale_ptr is not None:
-                strength = pull * tl.load(scale_ptr).to(tl.float32)
-            other += strength * w
+        other = _other(value, w, delta, pull, scale_ptr)
         tl.store(out_ptr + at, tl.where(kept, value, other).to(stored.dtype), mask=valid)
 
 
@@ -119,6 +126,7 @@ def project_all(
     like_ptr,  # of the dtype of all
     fine_ptr,
     scale_ptr,
+    delta_ptr,  # None: `delta` is δ
     n,
     delta,
     pull,
@@ -146,6 +154,8 @@ def project_all(
     place = tl.program_id(0) - tl.load(job_ptr + 5)
     wide = tl.load(job_ptr + 6)
     block, beside = place // wide, place % wide
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr)
     if VALUES:
         _tile(
             w_ptr, values_ptr, out_ptr, None, fine_ptr, scale_ptr, total, inner, n, delta, pull,
@@ -159,23 +169,68 @@ def project_all(
 
 
 @triton.jit
+def hold_all(
+    jobs_ptr,  # addresses of w, values, out and the mask; total, its first block
+    owner_ptr,  # the job of each block
+    like_ptr,  # of the dtype of all
+    fine_ptr,
+    scale_ptr,
+    delta_ptr,  # None: `delta` is δ
+    delta,
+    pull,
+    B: tl.constexpr,  # weights of a block
+    VALUES: tl.constexpr,  # whether what is written is made of other values than w
+    ALIGNED: tl.constexpr,  # whether every address and every size is a multiple of 16
+):
+    """A block of one of many weights whose masks are there already."""
+    job_ptr = jobs_ptr + tl.load(owner_ptr + tl.program_id(0)) * 6
+    kind = tl.pointer_type(like_ptr.dtype.element_ty)
+    w_ptr = tl.load(job_ptr).to(kind)
+    values_ptr = tl.load(job_ptr + 1).to(kind)
+    out_ptr = tl.load(job_ptr + 2).to(kind)
+    mask_ptr = tl.load(job_ptr + 3).to(tl.pointer_type(tl.uint8))
+    total = tl.load(job_ptr + 4)
+    if ALIGNED:
+        total = tl.multiple_of(total, 16)
+        w_ptr = tl.multiple_of(w_ptr, 16)
+        values_ptr = tl.multiple_of(values_ptr, 16)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+        mask_ptr = tl.multiple_of(mask_ptr, 16)
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr)
+    at = (tl.program_id(0) - tl.load(job_ptr + 5)) * B + tl.arange(0, B)
+    valid = at < total
+    stored = tl.load(values_ptr + at, mask=valid, other=0.0)
+    value = stored.to(tl.float32)
+    w = value  # where nobody needs W, such as for the masked rule, it is not read
+    if pull is not None:  # noqa: SIM102 -- Triton's `and` is no short circuit everywhere
+        if VALUES:
+            w = tl.load(w_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    if tl.max(tl.abs(w).to(tl.int32, bitcast=True), 0) >= 0x7F800000:
+        tl.store(fine_ptr, 0)
+    kept = tl.load(mask_ptr + at, mask=valid, other=1) != 0
+    other = _other(value, w, delta, pull, scale_ptr)
+    tl.store(out_ptr + at, tl.where(kept, value, other).to(stored.dtype), mask=valid)
+
+
+@triton.jit
 def fingerprints(
-    jobs_ptr,  # the address of a matrix, and its first block
+    jobs_ptr,  # addresses of a matrix and of its factors; the words of a row, its first block
     owner_ptr,  # the matrix of each block
     like_ptr,  # of the dtype of the words
-    odd_ptr,
     prints_ptr,
-    WORDS: tl.constexpr,  # of a row
     B: tl.constexpr,  # words of a step
 ):
     """A row of one of many matrices: its words times constants, modulo 2⁶⁴."""
     block = tl.program_id(0)
-    job_ptr = jobs_ptr + tl.load(owner_ptr + block) * 2
-    row = block - tl.load(job_ptr + 1)
-    words_ptr = tl.load(job_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty)) + row * WORDS
+    job_ptr = jobs_ptr + tl.load(owner_ptr + block) * 4
+    words = tl.load(job_ptr + 2)
+    row = block - tl.load(job_ptr + 3)
+    words_ptr = tl.load(job_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty)) + row * words
+    odd_ptr = tl.load(job_ptr + 1).to(tl.pointer_type(tl.int64))
     sums = tl.zeros([B], tl.int64)
-    for first in range(0, WORDS, B):
+    for first in range(0, words, B):
         at = first + tl.arange(0, B)
-        word = tl.load(words_ptr + at, mask=at < WORDS, other=0).to(tl.int64)
-        sums += word * tl.load(odd_ptr + at, mask=at < WORDS, other=0)
+        word = tl.load(words_ptr + at, mask=at < words, other=0).to(tl.int64)
+        sums += word * tl.load(odd_ptr + at, mask=at < words, other=0)
     tl.store(prints_ptr + block, tl.sum(sums, 0))

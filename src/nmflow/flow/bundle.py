@@ -1,0 +1,136 @@
+"""Parameters that trade places with their dense weights at once: lists that are made once.
+
+A step looks at every weight several times. What it looks at is nearly always what it was, so it is
+kept in lists, and whether they still hold is asked for all weights together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nmflow.flow.marks import prints_of
+from nmflow.flow.sharding import sharded
+from nmflow.flow.slots import Slot
+from nmflow.flow.state import DENSE_KEY
+
+
+class Bundle:
+    """Slots whose tensors and whose places in the optimizer's state stay where they are.
+
+    It is made between two steps, of slots that `fits` takes.
+
+    Attributes:
+        slots: the slots.
+        params: their parameters.
+        dense: W of each.
+        shown: W̃ of each, as a tensor that shares the parameter's memory between steps.
+        prints: takes the fingerprints of all W̃ in one launch; None where it cannot.
+    """
+
+    def __init__(self, slots: Sequence[Slot], optimizer: Optimizer) -> None:
+        self.slots, self._optimizer = list(slots), optimizer
+        self.params = [slot.param for slot in slots]
+        self.dense = [slot.tensors[DENSE_KEY] for slot in slots]
+        self.shown = [param.data for param in self.params]
+        self._dense_at = [x.data_ptr() for x in self.dense]
+        self._shown_at = [x.data_ptr() for x in self.shown]
+        self._state = optimizer.state
+        self._own: list[dict[str, Any]] = [self._state[param] for param in self.params]
+        self._all = list(self._state.values())
+        self._keys = tuple(slots[0].tensors)
+        self.prints = prints_of(self.shown)
+        self._taken: Tensor | None = None  # the fingerprints of the last write of W̃
+        self._versions: list[int] = []
+
+    @staticmethod
+    def fits(slot: Slot) -> bool:
+        """Whether a slot may be in a bundle now: nothing of it is new, sharded or kept values."""
+        own = slot.optimizer.state.get(slot.param)
+        return (
+            not sharded(slot.param)
+            and slot.param.numel() > 0
+            and slot.places is None
+            and slot.settled
+            and isinstance(own, dict)
+            and own.get(DENSE_KEY) is slot.tensors[DENSE_KEY]
+            and len(own) > len(slot.tensors)  # an optimizer without state has no dictionary
+        )
+
+    def holds(self) -> bool:
+        """Whether everything is where the lists have it."""
+        return (
+            self._optimizer.state is self._state
+            and len(self._state) == len(self._all)
+            and all(map(is_, self._state.values(), self._all))
+            and all(map(is_, [slot.tensors[DENSE_KEY] for slot in self.slots], self.dense))
+            and all(map(is_, [own.get(DENSE_KEY) for own in self._own], self.dense))
+            and [param.data_ptr() for param in self.params] == self._shown_at
+            and [x.data_ptr() for x in self.dense] == self._dense_at
+        )
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """`Slot.enter` of each."""
+        for slot in self.slots:
+            slot.stepping = True
+        for own in self._own:
+            for key in self._keys:
+                own.pop(key, None)
+        for param, dense in zip(self.params, self.dense, strict=True):
+            param.data = dense
+
+    def leave(self) -> list[Slot]:
+        """`Slot.leave` of each; those that need their own, since the optimizer moved something."""
+        odd = []
+        same = len(self._state) == len(self._all) and all(map(is_, self._state.values(), self._all))
+        members = zip(
+            self.slots, self.params, self._dense_at, self.shown, self._shown_at, self._own,
+            strict=True,
+        )  # fmt: skip
+        for slot, param, dense_at, shown, shown_at, own in members:
+            at = param.data_ptr()
+            if at not in (dense_at, shown_at) or not same:
+                # W̃ of a step that was broken off before it began is there already.
+                if at != shown_at:
+                    slot.lent(shown)
+                odd.append(slot)
+                continue
+            param.data = shown
+            own.update(slot.tensors)
+            slot.stepping = False
+        return odd
+
+    # -- marks ---------------------------------------------------------------------------------
+
+    def wrote(self) -> None:
+        """`Slot.wrote` of each, where `prints` can take their fingerprints."""
+        assert self.prints is not None
+        torch.autograd.graph.increment_version(self.params)
+        self._taken = taken = self.prints()
+        self._versions = [param._version for param in self.params]
+        rows = self.prints.rows
+        for slot, version, some in zip(self.slots, self._versions, rows, strict=True):
+            slot.known(version, taken, some)
+
+    def moved(self) -> bool:
+        """Whether torch's version of one of the parameters is another since they were seen."""
+        return [param._version for param in self.params] != [slot.version for slot in self.slots]
+
+    def agreeing(self) -> Tensor | None:
+        """Which of the `prints` are what they were when W̃ was written, on the device.
+
+        None where somebody has looked at one of the parameters since, or `prints` is none.
+        """
+        taken = self._taken
+        if self.prints is None or taken is None:
+            return None
+        if not all(slot.seen_in(taken) for slot in self.slots):
+            return None
+        return self.prints() == taken

@@ -1,0 +1,259 @@
+"""What one launch on a GPU does for many weights: prepared once, asked for at every step.
+
+A launch from Python takes some 50 µs, as long as several weights. Where the weights lie is a table
+on the device, which is made once for a set of addresses.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmflow.masks.triton import LOWEST, Cut, cut_of, power_of_two
+from nmflow.pattern import Pattern
+
+_KEPT = 8  # tables of a launch: gradients come to lie where they lay some steps before
+_BLOCK = 2048
+
+Number = float | Tensor
+"""A number, or a float32 scalar on the device, which a CUDA graph reads at each replay."""
+
+
+class Job(NamedTuple):
+    """One weight among many.
+
+    Attributes:
+        w: a weight that `triton.serves` takes; contiguous where there is a mask.
+        pattern: N:M without panels.
+        dim: the axis that is cut into groups.
+        mask: the mask that is held, contiguous; None is taken from `w`.
+    """
+
+    w: Tensor
+    pattern: Pattern
+    dim: int
+    mask: Tensor | None = None
+
+
+class Launch:
+    """The weights of one launch.
+
+    Attributes:
+        members: their places among the jobs that were given.
+    """
+
+    def __init__(self, jobs: Sequence[Job], members: Sequence[int]) -> None:
+        self.members = list(members)
+        some = [jobs[i] for i in members]
+        self._w = [job.w for job in some]  # which keeps their memory
+        self._masks = [job.mask for job in some]
+        self._held = some[0].mask is not None
+        self._pattern, first = some[0].pattern, some[0].w
+        self._cuts = [cut_of(job.w, job.pattern, job.dim) for job in some]
+        grids = [(-(-w.numel() // _BLOCK), 1) for w in self._w]
+        grids = grids if self._held else [cut.grid for cut in self._cuts]
+        counts = [math.prod(grid) for grid in grids]
+        self._grid = (sum(counts),)
+        starts = list(itertools.accumulate(counts, initial=0))
+        self._fixed = [
+            (w.numel(), start) if self._held else (w.numel(), cut.inner, start, grid[1])
+            for w, cut, start, grid in zip(self._w, self._cuts, starts, grids, strict=False)
+        ]
+        self._tables = Tables(counts, first.device)
+
+    def __call__(
+        self,
+        out: Sequence[int] | None = None,
+        values: Sequence[int] | None = None,
+        *,
+        delta: Number = 0.0,
+        pull: float = 0.0,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """`triton.project`, or `held.hold`, of all of them.
+
+        Args:
+            out: the addresses of what is written, each like its weight; None is the weights.
+            values: the addresses of what it is made of; None is the weights.
+            delta: δ.
+            pull: as for `triton.project`.
+            scale: as for it.
+
+        Returns:
+            A bool scalar on the device: whether all weights that were read were finite. Masks that
+            are held need no weights for `values` without a pull.
+        """
+        from nmflow.masks import triton_kernel
+
+        first, kernel = self._w[0], triton_kernel
+        places = (*(out or ()), None, *(values or ()))
+        table = self._tables.of(places) or self._tables.make(places, self._rows(out, values))
+        fine = torch.ones((), dtype=torch.bool, device=first.device)
+        own = delta if isinstance(delta, Tensor) else None
+        common: dict[str, Any] = {
+            "jobs_ptr": table.rows,
+            "owner_ptr": self._tables.owner,
+            "like_ptr": first,
+            "fine_ptr": fine.view(torch.uint8),
+            "scale_ptr": scale,
+            "delta_ptr": own,
+            "delta": 0.0 if isinstance(delta, Tensor) else float(delta),
+            "pull": float(pull) or None,
+            "VALUES": values is not None,
+            "ALIGNED": table.aligned,
+        }
+        run: Any
+        with torch.cuda.device_of(first):
+            if self._held:
+                run = kernel.hold_all
+                run[self._grid](B=_BLOCK, **common)
+            else:
+                cut, pattern = self._cuts[0], self._pattern
+                run = kernel.project_all
+                run[self._grid](
+                    n=pattern.n,
+                    M=cut.m,
+                    P=power_of_two(cut.m),
+                    R=cut.groups,
+                    AXIS=int(cut.inner == 1),
+                    KIND=0 if pattern.n == pattern.m else min(pattern.n, 2),
+                    LOWEST=LOWEST[first.dtype],
+                    **common,
+                )
+        return fine
+
+    def _rows(
+        self, out: Sequence[int] | None, values: Sequence[int] | None
+    ) -> tuple[list[tuple[int, ...]], int]:
+        """The table's rows, and how many of their first numbers decide on its alignment."""
+        own = [w.data_ptr() for w in self._w]
+        masks = [() if m is None else (m.data_ptr(),) for m in self._masks]
+        rows = [
+            (*places, *mask, *fixed)
+            for *places, mask, fixed in zip(
+                own, values or own, out or own, masks, self._fixed, strict=True
+            )
+        ]
+        return rows, 5 if self._held else 4
+
+
+def launches_of(jobs: Sequence[Job]) -> list[Launch]:
+    """As few launches as serve all weights: one for all that are cut alike."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, job in enumerate(jobs):
+        key: tuple[Any, ...] = (job.w.device, job.w.dtype, job.mask is not None)
+        if job.mask is None:
+            cut: Cut = cut_of(job.w, job.pattern, job.dim)
+            n, m = job.pattern.n, job.pattern.m
+            key += (n, m == n, cut.m, cut.groups, cut.inner == 1)
+        alike.setdefault(key, []).append(i)
+    return [Launch(jobs, members) for members in alike.values()]
+
+
+class Prints:
+    """The fingerprints of many tensors, in a launch for each size of their words.
+
+    Args:
+        xs: contiguous tensors on one device.
+        odd: for each, int64 factors for the words of a row, on that device.
+        words: the integer dtype of the words of all.
+    """
+
+    def __init__(self, xs: Sequence[Tensor], odd: Sequence[Tensor], words: torch.dtype) -> None:
+        counts = [x.shape[0] if x.ndim else 1 for x in xs]
+        starts = list(itertools.accumulate(counts, initial=0))
+        self.rows = [slice(*pair) for pair in itertools.pairwise(starts)]
+        self._count, self._like = starts[-1], odd[0].view(words)
+        self._odd = list(odd)
+        self._tables = Tables(counts, odd[0].device)
+        places = tuple(x.data_ptr() for x in xs)
+        jobs = zip(places, odd, starts, strict=False)
+        rows = [(at, o.data_ptr(), len(o), start) for at, o, start in jobs]
+        self._table = self._tables.make(places, (rows, 0))
+        self._step = min(1024, power_of_two(max(map(len, odd))))
+
+    def __call__(self) -> Tensor:
+        """`Σⱼ oddⱼ·wⱼ mod 2⁶⁴` over the words w of every row, those of the first tensor first."""
+        from nmflow.masks import triton_kernel
+
+        kernel: Any = triton_kernel.fingerprints
+        prints = torch.empty(self._count, dtype=torch.int64, device=self._like.device)
+        with torch.cuda.device_of(prints):
+            kernel[(self._count,)](
+                jobs_ptr=self._table.rows,
+                owner_ptr=self._tables.owner,
+                like_ptr=self._like,
+                prints_ptr=prints,
+                B=self._step,
+            )
+        return prints
+
+
+class Table(NamedTuple):
+    """Numbers on a device, and whether the first ones of every row are multiples of 16."""
+
+    rows: Tensor
+    aligned: bool
+
+
+class Tables:
+    """The tables of one launch, by the addresses that they are for, and the job of each block.
+
+    Args:
+        counts: the blocks of each job.
+        device: where they go.
+    """
+
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        self.owner = _owners(tuple(counts), device)
+        self._known: dict[Any, Table] = {}
+
+    def of(self, places: Any) -> Table | None:
+        """The table for some addresses, where there is one."""
+        return self._known.get(places)
+
+    def make(self, places: Any, rows: tuple[list[tuple[int, ...]], int]) -> Table:
+        """Make it."""
+        numbers, first = rows
+        if len(self._known) >= _KEPT:
+            self._known.pop(next(iter(self._known)))
+        aligned = not any(number % 16 for row in numbers for number in row[:first])
+        table = Table(_sent(torch.tensor(numbers, dtype=torch.int64), self._device), aligned)
+        self._known[places] = table
+        return table
+
+
+# What is kept is a function of its key alone.
+@functools.lru_cache(64)
+def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """The job of each block, of jobs with so many blocks."""
+    each = torch.arange(len(counts), dtype=torch.int32)
+    return _sent(each.repeat_interleave(torch.tensor(counts)), device)
+
+
+late: list[tuple[Tensor, Tensor]] = []
+"""Tables that were asked for while a CUDA graph was captured, and what goes into them after it."""
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor on its way to a device, without waiting for it."""
+    if device.type != "cuda":
+        return t
+    if torch.cuda.is_current_stream_capturing():  # no copy from the host may be captured
+        late.append((there := torch.empty_like(t, device=device), t))
+        return there
+    return t.pin_memory().to(device, non_blocking=True)
+
+
+def send_late() -> None:
+    """Fill the tables that a capture, which has ended, asked for."""
+    while late:
+        there, t = late.pop()
+        there.copy_(t)
