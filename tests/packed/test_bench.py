@@ -28,7 +28,7 @@ from nmflow import mask
 from nmflow.bench import networks
 from nmflow.bench.bench import bench, pruned, where_the_time_goes
 from nmflow.bench.plots import plot
-from nmflow.bench.results import Bench, cpu_name
+from nmflow.bench.results import DENSE, Bench, cpu_name
 from nmflow.bench.rivals import RIVALS, race
 from nmflow.bench.ways import as_linears, best_dense, int8_dynamic, tokens_of
 from nmflow.cli import app
@@ -61,9 +61,8 @@ def test_rows_say_what_was_measured_against_what(found: Bench) -> None:
         race = {r.way: r for r in layers if (r.dtype, r.tokens, r.shape) == (dtype, tokens, shape)}
         assert {"F.linear", "packed"} <= race.keys()
         if dtype == "float32" and torch.backends.quantized.engine != "none":
-            assert "int8 dynamic (torch)" in race
-        dense = [r.median_us for way, r in race.items() if way in
-                 ("F.linear", "oneDNN", "oneDNN packed")]  # fmt: skip
+            assert {"int8 dynamic", "packed int8", "packed bfloat16"} <= race.keys()
+        dense = [r.median_us for way, r in race.items() if way in DENSE]
         for row in race.values():
             assert row.speedup == pytest.approx(min(dense) / row.median_us)
             assert row.q10_us <= row.median_us <= row.q90_us
@@ -73,8 +72,7 @@ def test_rows_say_what_was_measured_against_what(found: Bench) -> None:
             assert f"torch {torch.__version__}" in row.versions
             assert f"nmflow {nmflow.__version__}" in row.versions
         assert race["packed"].kernel
-        assert max(r.speedup for way, r in race.items() if "int8" not in way
-                   and way != "packed") == pytest.approx(1.0)  # fmt: skip
+        assert max(r.speedup for way, r in race.items() if way in DENSE) == pytest.approx(1.0)
     network = {(r.way, r.dtype): r for r in found.rows if r.level == "network"}
     assert {("dense", "float32"), ("dense, best", "bfloat16"), ("packed", "float32")} <= set(
         network
@@ -108,11 +106,14 @@ def test_every_rival_gives_the_network_s_answer(tmp_path: Path) -> None:
     model = pruned(vit(), "1:16")
     example = networks.example(model, 1, 8)
     packed = compress(model, measure=False)
-    runs, skipped = race(tuple(RIVALS), model, packed, example, tmp_path)
+    eight = compress(model, measure=False, values="int8", activations="int8")
+    both = {"packed": packed, "packed int8": eight}
+    runs, skipped = race(tuple(RIVALS), model, both, example, tmp_path)
     assert not skipped
     assert runs.keys() == {
         "int8 dynamic (torch)", "bfloat16 (torch)", "torch.compile", "torch.compile, packed",
-        "onnxruntime float32", "onnxruntime int8 dynamic", "onnxruntime packed",
+        "torch.compile, packed int8", "onnxruntime float32", "onnxruntime int8 dynamic",
+        "onnxruntime packed", "onnxruntime packed int8",
     }  # fmt: skip
     with torch.inference_mode():
         want = model(**example).logits
@@ -134,7 +135,9 @@ def test_rivals_without_their_package_are_named(monkeypatch: pytest.MonkeyPatch)
     assert "pip install 'nmflow[onnx]'" in found.skipped["onnxruntime"]
     assert "not measured, onnxruntime: " in str(found)
     assert found.to_dict()["skipped"] == found.skipped
-    assert {r.way for r in found.rows} == {"dense", "dense, best", "packed", "bfloat16 (torch)"}
+    assert {r.way for r in found.rows} == {
+        "dense", "dense, best", "packed", "packed int8", "bfloat16 (torch)"
+    }  # fmt: skip
 
 
 def test_clock_takes_turns_and_gives_quantiles() -> None:

@@ -6,14 +6,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from networks_of_hf import MODELS
-from nmflow.bench.decoding import by_generate, by_llama_cpp, by_onnxruntime, tokens_a_second
-from nmflow.errors import CompressError
+from nmflow.bench import networks
+from nmflow.bench.decoding import (
+    bench_decoding,
+    by_generate,
+    by_llama_cpp,
+    by_onnxruntime,
+    tokens_a_second,
+)
+from nmflow.cli import app
+from nmflow.errors import CompressError, ConfigError
 from nmflow.packed import compress, export_decoder
 from pruned import prune
 
@@ -36,6 +45,60 @@ def test_tokens_are_counted_without_the_prompt() -> None:
         assert least <= median <= best
         assert median <= most * 1.2
     assert found["a"][0] > 1.5 * found["b"][0]
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return MODELS["llama"][0]().eval()
+
+
+def test_rows_of_decoding_and_what_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    found = bench_decoding(llama(), "1:8", new=2, rounds=3, name="small")
+    ways = {row.way: row for row in found.rows}
+    assert {"dense", "bfloat16 (torch)", "packed", "packed int8"} <= ways.keys()
+    assert ways["dense"].speedup == pytest.approx(1.0)
+    for row in found.rows:
+        assert (row.level, row.name, row.pattern, row.tokens) == ("decoding", "small", "1:8", 1)
+        assert row.q10_us <= row.median_us <= row.q90_us
+        assert f"{row.way}: {1e6 / row.median_us:.1f} tokens/s" in str(found)
+    assert set(found.skipped) == {"onnxruntime", "llama.cpp"}
+    assert "pip install 'nmflow[llama]'" in found.skipped["llama.cpp"]
+    assert "nmflow[onnx" in found.skipped["onnxruntime"]
+
+
+def test_mistakes_of_bench_decoding() -> None:
+    for wrong, said in (
+        ({"rivals": ("llama",)}, "llama.cpp"),
+        ({"new": 0}, "new is 0"),
+        ({"rounds": 0}, "rounds 0"),
+    ):
+        with pytest.raises(CompressError, match=said):
+            bench_decoding(llama(), "1:8", **cast(Any, wrong))
+
+
+def test_a_language_model_by_its_name(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    again, gguf = networks.language_model(str(tmp_path))
+    assert gguf is None
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+    for wrong in ("no such network", str(tmp_path / "none.gguf")):
+        with pytest.raises(ConfigError, match="GGUF"):
+            networks.language_model(wrong)
+
+
+def test_nmflow_bench_decodes(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "net")
+    out = CliRunner().invoke(
+        app(), ["bench", str(tmp_path / "net"), "--decode", "2", "--rivals", "bfloat16,llama.cpp",
+                "--pattern", "1:8", "--include", "ff,attn", "-o", str(tmp_path / "out")],
+    )  # fmt: skip
+    assert out.exit_code == 0, out.output
+    assert "tokens/s" in out.output
+    assert "not measured, llama.cpp: " in out.output
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"bench.csv", "bench.png"}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from nmflow.bench import ways
 from nmflow.bench.results import Bench, Measured, rows_of
-from nmflow.bench.rivals import INT8, RIVALS, check_names, race
+from nmflow.bench.rivals import RIVALS, check_names, race
 from nmflow.errors import CompressError
 from nmflow.kernels import explain
 from nmflow.masks import mask
+from nmflow.packed.bfloat16 import with_bfloat16
 from nmflow.packed.compress import compress
+from nmflow.packed.int8 import with_int8
 from nmflow.packed.layout import as_matrix
-from nmflow.packed.measure import dense_ways, time_ways
+from nmflow.packed.measure import dense_ways, rounded_ways, time_ways
 from nmflow.packed.modules import PackedLinear
 from nmflow.packed.packable import survey
 from nmflow.packed.report import report_of
@@ -46,11 +49,14 @@ def bench(
     """Measure packed layers and the whole network against the best dense way, in one run.
 
     Layers are those of the chosen weights, one of each shape and pattern: `F.linear`, oneDNN,
-    packed oneDNN, packed, and torch's int8 dynamic quantization, turn by turn. The network runs as
-    it is, with packed oneDNN in every linear layer where that is faster (`"dense, best"`), and
-    compressed. In float32 it also runs in the ways that people deploy: torch's int8 dynamic
-    quantization, bfloat16, `torch.compile` (dense and packed), and onnxruntime (float32, its int8
-    dynamic quantization, and packed). `skipped` says of the rivals that cannot run here why.
+    packed oneDNN and packed, turn by turn; in float32 also packed with 8-bit values and inputs,
+    packed in bfloat16 products, and the dense ways that round: oneDNN in bfloat16, and torch's int8
+    dynamic quantization. The network runs as it is, with packed oneDNN in every linear layer where
+    that is faster (`"dense, best"`), and compressed. In float32 it is also compressed to 8-bit
+    values and inputs (`"packed int8"`), and runs in the ways that people deploy: torch's int8
+    dynamic quantization, bfloat16, `torch.compile` (dense and packed), and onnxruntime (float32,
+    its int8 dynamic quantization, and packed). `skipped` says of the rivals that cannot run here
+    why.
 
     Args:
         model: a network; a copy is pruned by magnitude to `pattern`.
@@ -123,21 +129,34 @@ def _layers(
             continue
         done.add(key)
         bias = nn.Parameter(torch.randn(matrix.shape[0]).to(matrix.dtype), requires_grad=False)
-        packed = PackedLinear.pack(matrix, w.runs[0].pattern, bias)
-        held: dict[str, nn.Module] = {"packed": packed}
-        if dtype == "float32" and (eight := _int8_layer(matrix, bias)) is not None:
-            held[INT8] = eight
+        held: dict[str, nn.Module] = {
+            "packed": PackedLinear.pack(matrix, w.runs[0].pattern, bias),
+        }
+        if dtype == "float32":
+            held |= _rounded(held["packed"])
         for t in tokens:
             progress(f"{w.layer.name}, {dtype}, {t} tokens")
             x = torch.randn(t, matrix.shape[1]).to(matrix.dtype)
             with torch.inference_mode():
-                race = dense_ways(matrix, bias, x)
+                race = dense_ways(matrix, bias, x) | rounded_ways(matrix, bias, x)
                 race |= {way: lambda one=one, x=x: one(x) for way, one in held.items()}
                 took = time_ways(race, seconds)
-            kernel = str(explain(packed, x)[0][1].kernel)
+            kernels = {way: str(explain(one, x)[0][1].kernel) for way, one in held.items()}
             rows += rows_of(took, "layer", w.layer.name, "x".join(map(str, matrix.shape)),
-                          str(w.runs[0].pattern), dtype, t, {"packed": kernel})  # fmt: skip
+                          str(w.runs[0].pattern), dtype, t, kernels)  # fmt: skip
     return rows
+
+
+def _rounded(packed: nn.Module) -> dict[str, nn.Module]:
+    """A packed float32 layer whose values are rounded, where that is possible."""
+    made: dict[str, nn.Module] = {}
+    for way, rounded in (
+        ("packed int8", lambda: with_int8(packed, "int8")),
+        ("packed bfloat16", lambda: with_bfloat16(packed)),
+    ):
+        with contextlib.suppress(CompressError):
+            made[way] = rounded()
+    return made
 
 
 def _network(
@@ -150,9 +169,12 @@ def _network(
     }
     progress(f"the network, {dtype}: choosing the best dense way and the packed layers")
     met = max(ways.tokens_of(model, floats).values(), default=1)
-    packed = compress(model, tokens=(met,), onednn=True)
+    packed: dict[str, nn.Module] = {"packed": compress(model, tokens=(met,), onednn=True)}
+    if dtype == "float32":
+        eight = {"values": "int8", "activations": "int8"}
+        packed["packed int8"] = compress(model, tokens=(met,), onednn=True, **eight)
     best = ways.best_dense(model, floats)
-    held: dict[str, nn.Module] = {"dense": model, "dense, best": best, "packed": packed}
+    held: dict[str, nn.Module] = {"dense": model, "dense, best": best, **packed}
     runs: dict[str, Callable[[], object]] = {
         way: lambda one=one: one(**floats) for way, one in held.items()
     }
@@ -162,13 +184,16 @@ def _network(
         progress(f"the network, {dtype}: measuring {len(runs)} ways")
         with torch.inference_mode():
             took = time_ways(runs, 5 * seconds)
-            shares = {(w, dtype): where_the_time_goes(runs[w]) for w in ("dense, best", "packed")}
-    layers = report_of(packed).packed
-    patterns = dict.fromkeys(row.pattern for row in layers)
-    kernels = dict.fromkeys(row.why.removeprefix("by ") for row in layers)
+            shown = ("dense, best", *packed)
+            shares = {(w, dtype): where_the_time_goes(runs[w]) for w in shown}
+    served = {way: report_of(one).packed for way, one in packed.items()}
+    patterns = dict.fromkeys(row.pattern for rows in served.values() for row in rows)
+    kernels = {
+        way: ", ".join(dict.fromkeys(row.why.removeprefix("by ") for row in rows))
+        for way, rows in served.items()
+    }
     label = name or type(model).__name__
-    rows = rows_of(took, "network", label, "", ", ".join(patterns), dtype, met,
-                   {"packed": ", ".join(kernels)})  # fmt: skip
+    rows = rows_of(took, "network", label, "", ", ".join(patterns), dtype, met, kernels)
     return Bench(rows, shares, skipped)
 
 
@@ -198,9 +223,3 @@ def where_the_time_goes(run: Callable[[], object], times: int = 3) -> dict[str, 
         sums[part] += event.self_cpu_time_total
     total = sum(sums.values()) or 1.0
     return {part: time / total for part, time in sums.items() if time / total >= 0.005}
-
-
-def _int8_layer(matrix: Tensor, bias: Tensor) -> nn.Module | None:
-    linear = nn.Linear(matrix.shape[1], matrix.shape[0], device="meta")
-    linear.weight, linear.bias = nn.Parameter(matrix), nn.Parameter(bias)
-    return ways.int8_dynamic(nn.Sequential(linear))

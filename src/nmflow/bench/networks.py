@@ -23,6 +23,11 @@ KNOWN: dict[str, tuple[str, dict[str, int]]] = {
     "t5-small": ("t5", {}),
     "t5-base": ("t5", {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}),
     "bert-base": ("bert", {}),
+    "minilm-l6": (
+        "bert",
+        {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
+         "num_attention_heads": 12},
+    ),
 }  # fmt: skip
 
 
@@ -61,6 +66,43 @@ def network(source: str) -> nn.Module:
     if getattr(config, "is_encoder_decoder", False):
         model = model.get_encoder()
     return model.eval()
+
+
+def language_model(source: str) -> tuple[Any, Path | None]:
+    """A causal language model, float32, in evaluation mode, and its GGUF file if it is one.
+
+    Args:
+        source: a GGUF file or a folder, with the weights in it; a kind of `transformers` (`gpt2`)
+            or the name of a configuration on the hub, with random weights.
+
+    Raises:
+        ConfigError: none of them, or transformers cannot build it.
+    """
+    import transformers
+
+    file = Path(source)
+    try:
+        if file.suffix == ".gguf":
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+            )
+            return model.eval(), file
+        if file.is_dir():
+            return from_folder(file, fallback=transformers.AutoModelForCausalLM).float(), None
+        if source in transformers.CONFIG_MAPPING:
+            config = transformers.AutoConfig.for_model(source)
+        else:
+            config = transformers.AutoConfig.from_pretrained(source, **NO_CODE)
+        model = transformers.AutoModelForCausalLM.from_config(config, **NO_CODE)
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model is {source!r}: give a GGUF file (with nmflow[pretrained]), a folder, a kind of "
+            f"transformers or a name on the hub of a causal language model ({reason})"
+        ) from error
+    return model.float().eval(), None
 
 
 def example(model: Any, batch: int, length: int) -> dict[str, torch.Tensor]:

@@ -13,17 +13,23 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a hatch for print.
 _LOOKS = {
     "packed": ("#0072B2", ""),
+    "packed int8": ("#004C80", ""),
+    "packed bfloat16": ("#5AA9D6", ""),
     "F.linear": ("#999999", ""),
     "dense": ("#999999", ""),
     "oneDNN": ("#CCCCCC", ""),
     "oneDNN packed": ("#E69F00", "//"),
     "dense, best": ("#E69F00", "//"),
+    "int8 dynamic": ("#009E73", ".."),
     "int8 dynamic (torch)": ("#009E73", ".."),
+    "oneDNN bfloat16": ("#F0E442", "oo"),
     "bfloat16 (torch)": ("#F0E442", "oo"),
     "torch.compile": ("#BBBBBB", "++"),
     "torch.compile, packed": ("#5AA9D6", "++"),
+    "torch.compile, packed int8": ("#2E7DAF", "++"),
     "onnxruntime float32": ("#56B4E9", "\\\\"),
     "onnxruntime packed": ("#D55E00", "\\\\"),
+    "onnxruntime packed int8": ("#A34800", "\\\\"),
     "onnxruntime int8 dynamic": ("#CC79A7", "xx"),
 }
 

@@ -24,7 +24,7 @@ class Measured:
     """One way of one computation.
 
     Attributes:
-        level: `"layer"` or `"network"`.
+        level: `"layer"`, `"network"`, or `"decoding"` (a token of a text, batch 1).
         name: the layer's first name, or the network's.
         shape: `(out, in)` as text; of a network empty.
         pattern: the pattern, or patterns.
@@ -33,8 +33,8 @@ class Measured:
         way: how it was computed.
         kernel: for packed, the kernels that served it.
         median_us: microseconds, the median of `runs`.
-        q10_us: the first decile.
-        q90_us: the ninth decile.
+        q10_us: the first decile; of decoding the fastest round.
+        q90_us: the ninth decile; of decoding the slowest round.
         runs: how many.
         speedup: median of the best dense way of the same dtype in the same run, over this one's
             (for rivals of a float32 network: of its best dense way in torch).
@@ -83,7 +83,7 @@ class Bench:
                 row.pattern,
                 row.dtype,
                 str(row.tokens),
-                row.way + (f": {row.kernel}" if row.kernel else ""),
+                row.way + _more(row),
                 f"{row.median_us:,.1f}",
                 f"{row.q10_us:,.1f}",
                 f"{row.q90_us:,.1f}",
@@ -120,6 +120,13 @@ class Bench:
                 writer.writerows(asdict(row) for row in self.rows)
         except OSError as error:
             raise CompressError(f"path '{path}' cannot be written: {error.strerror}") from error
+
+
+def _more(row: Measured) -> str:
+    """What the table says behind a way."""
+    if row.level == "decoding":
+        return f": {1e6 / row.median_us:.1f} tokens/s"
+    return f": {row.kernel}" if row.kernel else ""
 
 
 def rows_of(

@@ -19,12 +19,13 @@ from nmflow.packed.onnx_files import first_line
 from nmflow.packed.onnx_operators import onnxruntime_session_options
 
 Runs = dict[str, Callable[[], object]]
+Packed = Mapping[str, nn.Module]  # by the name of their way, such as "packed int8"
 INT8 = "int8 dynamic (torch)"
 BF16 = "bfloat16 (torch)"
 
 
 def race(
-    names: Sequence[str], model: nn.Module, packed: nn.Module, example: Mapping[str, Any],
+    names: Sequence[str], model: nn.Module, packed: Packed, example: Mapping[str, Any],
     folder: Path, progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[Runs, dict[str, str]]:  # fmt: skip
     """A function for every way of the named rivals, and why the others are left out.
@@ -32,7 +33,7 @@ def race(
     Args:
         names: of `RIVALS`.
         model: the dense network, float32.
-        packed: the same network packed.
+        packed: the same network, packed in one or several ways, by their names.
         example: keyword arguments of its forward pass.
         folder: where exported files may lie for as long as the functions run.
         progress: called with a few words before each rival is built.
@@ -59,16 +60,14 @@ def check_names(names: Sequence[str]) -> None:
             raise CompressError(f"rivals has {name!r}: choose of {', '.join(RIVALS)}")
 
 
-def _int8(model: nn.Module, packed: nn.Module, example: Mapping[str, Any], folder: Path) -> Runs:
+def _int8(model: nn.Module, packed: Packed, example: Mapping[str, Any], folder: Path) -> Runs:
     eight = ways.int8_dynamic(model)
     if eight is None:
         raise CompressError("this torch has no engine for int8 dynamic quantization")
     return {INT8: lambda: eight(**example)}
 
 
-def _bfloat16(
-    model: nn.Module, packed: nn.Module, example: Mapping[str, Any], folder: Path
-) -> Runs:
+def _bfloat16(model: nn.Module, packed: Packed, example: Mapping[str, Any], folder: Path) -> Runs:
     """The best dense way in bfloat16: on AMX the one to beat."""
     floats = {
         k: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -80,10 +79,11 @@ def _bfloat16(
     return {BF16: lambda: half(**floats)}
 
 
-def _compile(model: nn.Module, packed: nn.Module, example: Mapping[str, Any], folder: Path) -> Runs:
-    """torch's own compiler, on the dense network and on the packed one."""
+def _compile(model: nn.Module, packed: Packed, example: Mapping[str, Any], folder: Path) -> Runs:
+    """torch's own compiler, on the dense network and on the packed ones."""
     runs: Runs = {}
-    for name, network in (("torch.compile", model), ("torch.compile, packed", packed)):
+    networks = {"torch.compile": model} | {f"torch.compile, {n}": m for n, m in packed.items()}
+    for name, network in networks.items():
         made = torch.compile(network, dynamic=False)
         try:
             with torch.inference_mode():
@@ -95,7 +95,7 @@ def _compile(model: nn.Module, packed: nn.Module, example: Mapping[str, Any], fo
 
 
 def _onnxruntime(
-    model: nn.Module, packed: nn.Module, example: Mapping[str, Any], folder: Path
+    model: nn.Module, packed: Packed, example: Mapping[str, Any], folder: Path
 ) -> Runs:
     """onnxruntime in float32, with its own int8 dynamic quantization, and with packed layers."""
     try:
@@ -111,10 +111,12 @@ def _onnxruntime(
         small = folder / "int8.onnx"
         quantize_dynamic(plain, small, weight_type=QuantType.QInt8)
         files = {"onnxruntime float32": plain, "onnxruntime int8 dynamic": small}
-        if any(isinstance(m, PackedLinear) for m in packed.modules()):
-            files["onnxruntime packed"] = export_onnx(
-                packed, example, folder / "packed.onnx", dynamic_batch=False, packed=True
-            )
+        for name, network in packed.items():
+            if any(isinstance(m, PackedLinear) for m in network.modules()):
+                file = folder / f"{name.replace(' ', '-')}.onnx"
+                files[f"onnxruntime {name}"] = export_onnx(
+                    network, example, file, dynamic_batch=False, packed=True
+                )
     runs: Runs = {}
     given = [t.numpy() for t in example.values() if isinstance(t, Tensor)]
     for name, path in files.items():
@@ -126,7 +128,7 @@ def _onnxruntime(
     return runs
 
 
-RIVALS: dict[str, Callable[[nn.Module, nn.Module, Mapping[str, Any], Path], Runs]] = {
+RIVALS: dict[str, Callable[[nn.Module, Packed, Mapping[str, Any], Path], Runs]] = {
     "int8": _int8,
     "bfloat16": _bfloat16,
     "compile": _compile,

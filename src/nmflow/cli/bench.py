@@ -1,9 +1,9 @@
-"""`nmflow bench MODEL`: packed against the best dense way, by layer and end to end."""
+"""`nmflow bench MODEL`: packed against the best dense way, by layer, end to end and decoding."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +14,9 @@ def bench(
     model: Annotated[
         str,
         typer.Argument(
-            help="vit-base, t5-base, a kind of transformers such as gpt2, a folder with weights, "
-            "or a name on the hub (random weights)."
+            help="vit-base, bert-base, minilm-l6, t5-base, a kind of transformers such as gpt2, a "
+            "folder with weights, or a name on the hub (random weights); with --decode also a "
+            "GGUF file."
         ),
     ],
     pattern: Annotated[
@@ -32,13 +33,20 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
     layers: Annotated[bool, typer.Option(help="Measure single layers.")] = True,
     network: Annotated[bool, typer.Option(help="Measure the whole network.")] = True,
+    decode: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Instead, tokens that a language model adds to a text, one at a time."
+        ),
+    ] = 0,
     rivals: Annotated[
         str,
         typer.Option(
-            help="What to run beside: int8, bfloat16, compile (takes a minute), onnxruntime (the "
-            "extra onnx); '' for nothing."
+            help="What to run beside: int8, bfloat16, compile (takes a minute; not with --decode), "
+            "onnxruntime (the extra onnx), llama.cpp (the extra llama; with --decode of a GGUF "
+            "file); '' for nothing."
         ),
-    ] = "int8,bfloat16,compile,onnxruntime",
+    ] = "int8,bfloat16,compile,onnxruntime,llama.cpp",
     seconds: Annotated[float, typer.Option(min=0.001, help="Time for each way.")] = 0.2,
     output: Annotated[
         Path | None,
@@ -52,6 +60,7 @@ def bench(
 
     from nmflow.bench import networks
     from nmflow.bench.bench import bench as measure
+    from nmflow.bench.decoding import bench_decoding
     from nmflow.bench.plots import plot
     from nmflow.cli._errors import globs
     from nmflow.cli._output import console
@@ -70,23 +79,34 @@ def bench(
                 f"output is '{output}', which cannot be written: {error}"
             ) from error
     torch.set_num_threads(threads)
-    built = networks.network(model)
+    beside = globs(rivals)
+    chosen = None if pattern == "held" else pattern, globs(include), globs(exclude)
     with console(stderr=True).status("building the network") as status:
-        found = measure(
-            built,
-            networks.example(built, batch, length),
-            None if pattern == "held" else pattern,
-            globs(include),
-            globs(exclude),
-            tokens=counts,
-            dtypes=globs(dtype),
-            layers=layers,
-            network=network,
-            rivals=globs(rivals),
-            seconds=seconds,
-            name=Path(model).name,
-            progress=lambda what: status.update(Text(f"measuring {what}")),
-        )
+        said: dict[str, Any] = {
+            "name": Path(model).name,
+            "progress": lambda what: status.update(Text(f"measuring {what}")),
+        }
+        if decode:
+            if "compile" in beside:  # generate is no one graph
+                beside.remove("compile")
+            built, gguf = networks.language_model(model)
+            found = bench_decoding(built, *chosen, gguf=gguf, rivals=beside, new=decode, **said)
+        else:
+            if "llama.cpp" in beside:  # it runs nothing but texts
+                beside.remove("llama.cpp")
+            built = networks.network(model)
+            found = measure(
+                built,
+                networks.example(built, batch, length),
+                *chosen,
+                tokens=counts,
+                dtypes=globs(dtype),
+                layers=layers,
+                network=network,
+                rivals=beside,
+                seconds=seconds,
+                **said,
+            )
     show(found, as_json)
     if output is not None:
         found.to_csv(output / "bench.csv")
