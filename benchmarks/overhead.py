@@ -3,6 +3,7 @@
     python benchmarks/overhead.py [--tokens 1600 256 128] [--threads 1] [--rounds 15] [--csv FILE]
     python benchmarks/overhead.py --held --fused [--rounds 41] [--csv FILE]
     python benchmarks/overhead.py --device cuda --layers 12 --tokens 25216 3152 --amp --fused
+    python benchmarks/overhead.py --device cuda --layers 12 --tokens 3152 --amp --fused --graphed
 
 The network is the feed-forward pair of ViT-Base (768 → 3072 → 768), every weight of which is a
 target: the hardest case, since nothing else dilutes the cost. A step is zero_grad, forward,
@@ -12,6 +13,8 @@ On a GPU a step lasts until the device is done with it.
 
 `--held` takes `optimizer.step()` alone instead of the whole step, with masks that are taken anew
 and with masks that are held.
+
+`--graphed` has whole steps in CUDA graphs: `Flow.graphed` beside the dense step captured by torch.
 
 `in-forward` is how the released code of arXiv 2402.04744 does it: an argsort, a mask and a product
 in every forward pass.
@@ -24,6 +27,8 @@ import gc
 import resource
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +36,7 @@ from torch.nn import functional as F
 
 import nmflow
 from _timing import facts, write_csv
+from nmflow.flow.graphs import CudaRecorder
 
 GOALS = {1600: 1.01, 256: 1.05, 128: 1.08}  # in plain torch, without the library: 1.05 at 1600
 RECIPES = {
@@ -89,16 +95,46 @@ class Way:
         self.name, self.amp = name, args.amp
         model = network(InForward if name == "in-forward" else nn.Linear, args.layers)
         self.model = model.to(args.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=args.fused)
-        recipe = RECIPES.get(name)
+        own: dict[str, Any] = {"lr": 1e-4, "fused": args.fused}
+        if args.graphed:
+            own |= {"lr": torch.tensor(1e-4, device=args.device), "capturable": True}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **own)
+        recipe, self.flow = RECIPES.get(name), None
         if recipe is not None:
-            nmflow.attach(
+            self.flow = nmflow.attach(
                 self.model, self.optimizer, recipe, args.pattern, include="*", total_steps=1_000_000
             )
+        self.replay: Callable[[], object] | None = None
+
+    def graph(self, x: Tensor) -> None:
+        """Have the step be in a CUDA graph from now on."""
+
+        def one() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+                loss = self.model(x).square().mean()
+            loss.backward()
+            self.optimizer.step()
+
+        if self.flow is not None:
+            step = self.flow.graphed(one)
+            for _ in range(5):
+                step()
+            assert not step.why, step.why
+            self.replay = step
+            return
+        recorder = CudaRecorder()
+        for _ in range(3):
+            recorder.warm(one)
+        self.replay, _ = recorder.capture(one)
 
     def step(self, x: Tensor) -> float:
         """Seconds of one training step."""
         begin = time.perf_counter()
+        if self.replay is not None:
+            self.replay()
+            torch.cuda.synchronize()
+            return time.perf_counter() - begin
         self.optimizer.zero_grad(set_to_none=False)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             loss = self.model(x).square().mean()
@@ -112,8 +148,11 @@ class Way:
 def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, object]]:
     """A row for each way, in turns."""
     InForward.n, InForward.m = map(int, args.pattern.split(":"))
-    ways = [Way(name, args) for name in ("dense", *RECIPES, "in-forward")]
+    names = ("dense", *RECIPES) if args.graphed else ("dense", *RECIPES, "in-forward")
+    ways = [Way(name, args) for name in names]
     x = torch.randn(tokens, 768, device=args.device)
+    for way in ways if args.graphed else ():
+        way.graph(x)
     for _ in range(2):
         for way in ways:
             way.step(x)
@@ -185,6 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--held", action="store_true", help="optimizer.step() alone, masks held")
     parser.add_argument("--fused", action="store_true", help="AdamW(fused=True)")
+    parser.add_argument("--graphed", action="store_true", help="whole steps in CUDA graphs")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, default=1, help="feed-forward pairs")
@@ -193,7 +233,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     where = facts() | {"adamw": "fused" if args.fused else "default"}
-    where |= {"pattern": args.pattern, "layers": args.layers, "amp": args.amp}
+    where |= {
+        "pattern": args.pattern,
+        "layers": args.layers,
+        "amp": args.amp,
+        "graphed": args.graphed,
+    }
     where["device"] = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     rows = []

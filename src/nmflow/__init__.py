@@ -20,7 +20,7 @@ from nmflow.errors import (
     StateError,
     WeightError,
 )
-from nmflow.flow import Flow, FlowStage, LayerStep, LayerSteps, attach
+from nmflow.flow import Flow, FlowStage, GraphedStep, LayerStep, LayerSteps, attach
 from nmflow.inspect.audit import Audit, audit
 from nmflow.inspect.cost import Cost, cost
 from nmflow.integrations import registering
@@ -92,6 +92,7 @@ __all__ = [
     "FlowError",
     "FlowStage",
     "Gradual",
+    "GraphedStep",
     "Hybrid",
     "LayerStep",
     "LayerSteps",

@@ -31,7 +31,7 @@ from harness import (
 )
 from models import BY_ID as FAMILY
 from models import FAMILIES, MLP, Family, loss_of
-from nmflow.errors import WeightError
+from nmflow.errors import StateError, WeightError
 from settings import ADAM, BY_ID, CASES, INTERVAL_CASES, MORE_CASES, OPTIMIZERS, TOTAL, Case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -274,6 +274,47 @@ def test_forward_and_backward_in_a_graph(case: str) -> None:
         parameters_of(model).items(), parameters_of(plain.model).values(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "case", ["mdgf-exp-masked", "settling", "sr-ste", "one-shot", "mdgf-frozen", "ste-interval"]
+)
+def test_whole_steps_in_graphs(case: str) -> None:
+    """Replays are steps: the recipe's numbers move, and a new phase is captured anew."""
+
+    def make(p: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(p, lr=torch.tensor(0.02, device="cuda"), capturable=True)
+
+    graphed, plain = (
+        Run(MLP, BY_ID[case], make, dtype=torch.float32, device="cuda") for _ in range(2)
+    )
+    batches = _on(plain, dtype=torch.float32)
+    x = batches[0].clone()
+
+    def train() -> torch.Tensor:
+        graphed.optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(graphed.model(x))
+        loss.backward()
+        graphed.optimizer.step()
+        return loss.detach()
+
+    step, said = graphed.flow.graphed(train), []
+    for batch in batches:
+        x.copy_(batch)
+        loss = step()
+        said.append(step.why)
+        assert torch.isfinite(loss)
+        plain.step(batch)
+        for a, b in zip(
+            parameters_of(graphed.model).values(), parameters_of(plain.model).values(), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=f"{said}")
+    assert graphed.flow.steps_done == TOTAL
+    assert said.count("") >= TOTAL // 3, said
+    graphed.model.get_parameter("0.weight").data.mul_(1.5)
+    step()
+    with pytest.raises(StateError, match=r"0\.weight"):
+        step()
 
 
 def test_sharded_on_one_gpu(tmp_path: Path) -> None:

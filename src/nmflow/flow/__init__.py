@@ -2,12 +2,14 @@
 
 from nmflow.flow.attach import attach
 from nmflow.flow.flow import Flow, FlowStage
+from nmflow.flow.graphs import GraphedStep
 from nmflow.flow.observing import Observation, Observer, View
 from nmflow.flow.sparse_steps import LayerStep, LayerSteps
 
 __all__ = [
     "Flow",
     "FlowStage",
+    "GraphedStep",
     "LayerStep",
     "LayerSteps",
     "Observation",

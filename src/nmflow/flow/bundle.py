@@ -45,8 +45,8 @@ class Bundle:
         self._all = list(self._state.values())
         self._keys = tuple(slots[0].tensors)
         self.prints = prints_of(self.shown)
-        self._taken: Tensor | None = None  # the fingerprints of the last write of W̃
-        self._versions: list[int] = []
+        # The fingerprints of the last write of W̃, where a CUDA graph finds them too.
+        self._taken = None if self.prints is None else self.prints.blank()
 
     @staticmethod
     def fits(slot: Slot) -> bool:
@@ -113,24 +113,35 @@ class Bundle:
         """`Slot.wrote` of each, where `prints` can take their fingerprints."""
         assert self.prints is not None
         torch.autograd.graph.increment_version(self.params)
-        self._taken = taken = self.prints()
-        self._versions = [param._version for param in self.params]
-        rows = self.prints.rows
-        for slot, version, some in zip(self.slots, self._versions, rows, strict=True):
-            slot.known(version, taken, some)
+        taken = self.prints(self._taken)
+        for slot, param, rows in zip(self.slots, self.params, self.prints.rows, strict=True):
+            slot.known(param._version, taken, rows)
 
     def moved(self) -> bool:
         """Whether torch's version of one of the parameters is another since they were seen."""
         return [param._version for param in self.params] != [slot.version for slot in self.slots]
 
-    def agreeing(self) -> Tensor | None:
-        """Which of the `prints` are what they were when W̃ was written, on the device.
+    def gather_prints(self) -> None:
+        """Have the fingerprints of all W̃ where `wrote` puts them, whoever took them."""
+        assert self.prints is not None
+        assert self._taken is not None
+        if all(slot.seen_in(self._taken) for slot in self.slots):
+            return
+        self._taken.copy_(torch.cat([slot.prints for slot in self.slots]))
+        for slot, rows in zip(self.slots, self.prints.rows, strict=True):
+            assert slot.version is not None
+            slot.known(slot.version, self._taken, rows)
 
-        None where somebody has looked at one of the parameters since, or `prints` is none.
-        """
-        taken = self._taken
-        if self.prints is None or taken is None:
+    def agreeing(self) -> Tensor | None:
+        """Which of the `prints` are what they were when W̃ was seen, on the device; or None."""
+        if self.prints is None:
             return None
-        if not all(slot.seen_in(taken) for slot in self.slots):
-            return None
-        return self.prints() == taken
+        self.gather_prints()
+        return self.prints() == self._taken
+
+    @property
+    def sizes(self) -> list[tuple[str, int]]:
+        """How many of the `prints` each parameter has, by its name."""
+        assert self.prints is not None
+        rows = zip(self.slots, self.prints.rows, strict=True)
+        return [(slot.name, some.stop - some.start) for slot, some in rows]

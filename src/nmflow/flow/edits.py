@@ -19,6 +19,10 @@ FINAL_MASKS, DENSE = "final_masks()", "dense()"
 """The `with` blocks of a flow, by name."""
 
 
+Late = list[tuple[list[tuple[str, int]], Tensor]]
+"""How many fingerprints parameters have, by their names, and which are the same, on a device."""
+
+
 class Edits:
     """What may be done to the weights of one optimizer while it does not step.
 
@@ -27,7 +31,7 @@ class Edits:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._late: list[tuple[list[tuple[str, int]], Tensor]] = []
+        self._late: Late = []
 
     # -- writes by others ----------------------------------------------------------------------
 
@@ -66,10 +70,29 @@ class Edits:
         same = bundle.agreeing()
         if same is None:
             return weights.pruned
-        assert bundle.prints is not None
-        rows = zip(bundle.slots, bundle.prints.rows, strict=True)
-        self._tell_late([(slot.name, some.stop - some.start) for slot, some in rows], same)
+        self._tell_late(bundle.sizes, same)
         return weights.singles
+
+    def check_replay(self, k: int, late: Late) -> None:
+        """As `check`, before a CUDA graph is replayed, which looks at the values itself.
+
+        Args:
+            k: the optimizer steps done.
+            late: what `taken_late` gave after the capture.
+        """
+        bundle = self._weights.bundle
+        if bundle is None or bundle.moved():
+            self.check(k)
+        else:
+            self._weights.homes.check()
+            self._read_late(k)
+            bundle.gather_prints()
+        self._late = late
+
+    def taken_late(self) -> Late:
+        """What the next check is to read, and forget it."""
+        late, self._late = self._late, []
+        return late
 
     def _tell_late(self, sizes: list[tuple[str, int]], same: Tensor) -> None:
         """Have the next check read which fingerprints of parameters are the same."""

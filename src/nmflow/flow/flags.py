@@ -13,10 +13,12 @@ class Flags:
 
     Attributes:
         raised: whether one of those that were read was False, until somebody sees to it.
+        kept: while a CUDA graph is captured, the flags that its replays will raise; else None.
     """
 
     def __init__(self) -> None:
         self.raised = False
+        self.kept: list[Tensor] | None = None
         self._given: list[Tensor] = []
         self._sent: list[tuple[Tensor, torch.cuda.Event | None, torch.device]] = []
         self._free: dict[torch.device, list[tuple[Tensor, torch.cuda.Event]]] = {}
@@ -32,6 +34,9 @@ class Flags:
         next forward and backward pass; a copy that was given before them is there by then.
         """
         flags, self._given = [*self._given, *flags], []
+        if self.kept is not None:
+            self.kept += flags
+            return
         for device in dict.fromkeys(flag.device for flag in flags):
             some = [flag for flag in flags if flag.device == device]
             fine = some[0] if len(some) == 1 else torch.stack(some).all()
@@ -52,7 +57,7 @@ class Flags:
 
     def read(self) -> bool:
         """Whether all that were sent since the last read were True."""
-        if self._given:
+        if self._given and self.kept is None:
             self.send(())
         sent, self._sent = self._sent, []
         fine = True

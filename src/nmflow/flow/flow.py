@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from nmflow.flow import copies
 from nmflow.flow.before import Before
 from nmflow.flow.blocks import Blocks, Dense, FinalMasks
 from nmflow.flow.copies import Copy
+from nmflow.flow.graphs import CudaRecorder, GraphedStep
 from nmflow.flow.loading import Loading, watch
 from nmflow.flow.observing import Observation, Observer
 from nmflow.flow.placing import slots_of
@@ -28,6 +30,7 @@ from nmflow.recipes.schedules import Stage
 from nmflow.select.plan import Plan
 
 log = logging.getLogger("nmflow")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,42 @@ class Flow:
             max(stage.delta for stage in stages.values()),
             stages,
         )
+
+    def graphed(self, step: Callable[[], T]) -> GraphedStep[T]:
+        """A training step that runs as a CUDA graph, captured anew where the recipe changes it.
+
+        Each call is one step of training: it looks for writes by others, tells the graph its δ,
+        replays it and counts. A step runs as it is before its first capture, and wherever it does
+        something else than the last one did: a new phase, another pattern, masks that are taken to
+        be held. So it does at every step where weights do not share a launch (panels, two masks,
+        float64, sharded weights; S-STE, MaxQ and STEP's second phase), and where an observer
+        looks. `GraphedStep.why` says why.
+
+        Args:
+            step: does zero_grad, forward, backward and `optimizer.step()`, on tensors that stay
+                where they are; it waits for no device, and has no GradScaler. What it returns is
+                returned, and overwritten by the next call.
+
+        Returns:
+            A callable, to be called instead of `step`.
+
+        Raises:
+            FlowError: there is no CUDA device, the optimizer has capturable=False, or the flow is
+                finalized.
+
+        Example:
+            >>> step = flow.graphed(train_one_batch)  # doctest: +SKIP
+            >>> for batch in loader:  # doctest: +SKIP
+            ...     x.copy_(batch)
+            ...     loss = step()
+        """
+        self._check_live("graphed()")
+        if not torch.cuda.is_available():
+            raise FlowError(
+                "graphed() needs CUDA, which torch does not find here: call the training step "
+                "itself"
+            )
+        return GraphedStep([s.graphs for s in self._steppers], step, CudaRecorder())
 
     def dense_weights(self) -> dict[str, Tensor]:
         """The dense weights W by parameter name: the tensors themselves, not copies."""

@@ -82,7 +82,7 @@ class Share:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Who does what at steps of a kind.
 

@@ -27,6 +27,11 @@ class Prepared:
         self.observed = False
 
     @property
+    def is_clear(self) -> bool:
+        """Whether no step has raised since the last one was done."""
+        return not (self._changed or self._drawn or self.observed)
+
+    @property
     def any_changed(self) -> bool:
         """Whether the rule has changed a gradient."""
         return bool(self._changed)

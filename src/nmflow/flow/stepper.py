@@ -12,6 +12,7 @@ from nmflow.errors import FlowError, WeightError
 from nmflow.flow import owners, preconditioner
 from nmflow.flow.clones import Clones
 from nmflow.flow.edits import Edits
+from nmflow.flow.graph_steps import GraphSteps
 from nmflow.flow.guard import Guard, overrides
 from nmflow.flow.observing import Observation
 from nmflow.flow.record import Record
@@ -30,6 +31,7 @@ class Stepper:
         slots: the parameters that it owns and a recipe targets.
         edits: what may be done to them between two steps.
         layers: how the layers of the weights compute.
+        graphs: what of its steps is in a CUDA graph.
     """
 
     def __init__(
@@ -45,6 +47,9 @@ class Stepper:
         self.edits = Edits(self._weights)
         self._record = Record(run, optimizer, self._weights, self.edits)
         self._steps = Steps(optimizer, self._weights, self.edits, self._record, observations)
+        self.graphs = GraphSteps(
+            optimizer, self._weights, self.edits, self._record, self._steps, observations
+        )
         self._weights.shrinks = sparse_steps != "off"
         self._handles: list[Any] = []  # of hooks and guards
         self.layers = SparseSteps(sparse_steps, self._weights.pruned, optimizer, observations)

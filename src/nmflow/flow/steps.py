@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from nmflow.errors import FlowError, NMFlowError
 from nmflow.flow import hosts, preconditioner
-from nmflow.flow.edits import FINAL_MASKS, Edits
+from nmflow.flow.edits import FINAL_MASKS, Edits, Late
 from nmflow.flow.observing import Observation
 from nmflow.flow.record import Record
 from nmflow.flow.sharding import local
@@ -57,12 +57,7 @@ class Steps:
             return None
         self.mend()
         self._check_no_block("optimizer.step()")
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise FlowError(
-                f"{type(optimizer).__name__}.step() is captured in a CUDA graph, whose replays "
-                "would neither count steps nor take masks: capture the forward and backward pass, "
-                "and call step() after each replay"
-            )
+        self._check_capture(optimizer)
         self._weights.groups.check(self._weights.run.recipe)
         self._record.notice()
         self._edits.check(self._record.k, wait=False)
@@ -93,6 +88,38 @@ class Steps:
         if kwargs.get("closure"):
             return args, {**kwargs, "closure": sparse_closure}
         return (*args[:1], sparse_closure, *args[2:]), kwargs
+
+    def _check_capture(self, optimizer: Optimizer) -> None:
+        if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+            return
+        kind = type(optimizer).__name__
+        if self._weights.flags.kept is None:
+            raise FlowError(
+                f"{kind}.step() is captured in a CUDA graph, whose replays would neither count "
+                "steps nor follow a schedule: give the training step to flow.graphed(), or "
+                "capture the forward and backward pass and call step() after each replay"
+            )
+        if getattr(optimizer, "found_inf", None) is not None:
+            raise FlowError(
+                f"{kind}.step() is captured in a CUDA graph under a GradScaler, which decides on "
+                "the host whether a step counts: train in bfloat16, or without flow.graphed()"
+            )
+
+    @torch.no_grad()
+    def before_replay(self, late: Late) -> None:
+        """Before a CUDA graph of a step is replayed: what `before` does on the host."""
+        self.mend()
+        self._check_no_block("a graphed step")
+        self._weights.groups.check(self._weights.run.recipe)
+        self._record.notice()
+        self._edits.check_replay(self._record.k, late)
+        self._weights.read_finite(self._record.k)
+
+    def after_replay(self, flags: list[Tensor]) -> None:
+        """After the replay, which will raise flags: what `after` does on the host."""
+        self._count()
+        self._weights.flags.send(flags)
+        self._weights.tell(self._record.k)
 
     @torch.no_grad()
     def _enter(self, gathered: bool = False) -> None:
@@ -150,15 +177,16 @@ class Steps:
         if counts:
             self._weights.rescale(self._record.k)
             self._reuse = self._weights.run.reuses(self._weights.known, self._record.k + 1)
-            self._record.k += 1
-            if self._weights.pruned and self._record.k == self._weights.run.total_steps + 1:
-                log.warning(
-                    "step %d is past total_steps: the final masks go on",
-                    self._weights.run.total_steps + 1,
-                )
-            self._record.write()
+            self._count()
         self._weights.write(self._record.k, self._reuse)
         self._inside = False
+
+    def _count(self) -> None:
+        self._record.k += 1
+        total = self._weights.run.total_steps
+        if self._weights.pruned and self._record.k == total + 1:
+            log.warning("step %d is past total_steps: the final masks go on", total + 1)
+        self._record.write()
 
     def _found_inf(self) -> bool:
         """Whether a loss scaler makes this step of a fused optimizer do nothing."""
@@ -240,7 +268,8 @@ class Steps:
         try:
             if self._entered:
                 self._leave()
-            self._weights.write(self._record.k, self._reuse)
+            if self._weights.flags.kept is None:  # a capture has done nothing to the weights
+                self._weights.write(self._record.k, self._reuse)
         except NMFlowError as error:
             # The exception that broke the step goes on; the next step raises this one again.
             log.warning("%s", error)

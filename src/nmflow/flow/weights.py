@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from nmflow.flow.flags import Flags
 from nmflow.flow.homes import Homes
 from nmflow.flow.hosts import Groups
 from nmflow.flow.observing import View
-from nmflow.flow.plans import Plan, Plans, addresses
+from nmflow.flow.plans import Plan, Plans, Share, addresses
 from nmflow.flow.prepared import Prepared
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
@@ -40,6 +40,7 @@ class Weights:
         flags: what devices are asked, and answer a step later.
         groups: the optimizer's groups that have the parameters.
         homes: the places of the parameters in the model.
+        deltas: while a CUDA graph is captured, where each step's δ of each kind is; else None.
         shrinks: whether steps may be on kept values alone.
         bundle: the slots that are stepped as one; None where there are none.
         singles: the others.
@@ -57,6 +58,7 @@ class Weights:
         self.groups = Groups(optimizer, slots)
         self.homes = Homes([(slot.home, slot.param) for slot in slots])
         self.shrinks = False
+        self.deltas: Mapping[tuple[int, Kind], Tensor] | None = None
         self.bundle: Bundle | None = None
         self.singles: Sequence[Slot] = self.pruned
         self._optimizer = optimizer
@@ -134,6 +136,26 @@ class Weights:
             self._kinds = self.run, k, self.run.kinds(self.known, k)
         return self._kinds[2]
 
+    def holding(self, k: int) -> tuple[bool, bool, bool]:
+        """Whether masks are held before step `k + 1`, stay in it, and are held after it."""
+        return self.has_masks(k), self.run.reuses(self.known, k + 1), self.run.holds(k + 1)
+
+    def plans(self, k: int) -> tuple[Plan, Plan] | None:
+        """What is launched before step `k + 1` and after it; None where weights go one by one."""
+        bundle = self.gather()
+        if bundle is None or self._plans is None or bundle.prints is None or self.singles:
+            return None
+        held, reuse, hold = self.holding(k)
+        before = self._plans.of(self.kinds(k), held, False)
+        after = self._plans.of(self.run.kinds(self.known, k + 1), reuse, hold)
+        return None if before.rest or after.rest else (before, after)
+
+    def _delta(self, share: Share, k: int) -> float | Tensor:
+        """δ of a launch at step `k`; where a CUDA graph finds it, while one is captured."""
+        if self.deltas is None:
+            return self.kinds(k)[share.kind].delta
+        return self.deltas[k, share.kind]
+
     # -- before a step -------------------------------------------------------------------------
 
     def apply_gradient_rule(self, k: int, scale: Tensor | None, uphill: set[int]) -> None:
@@ -193,7 +215,7 @@ class Weights:
                 pull = lam * (1.0 - stage.delta)
                 share.launch(at, at, delta=1.0, pull=pull, scale=scale)
             else:
-                share.launch(at, at, delta=stage.delta)
+                share.launch(at, at, delta=self._delta(share, k))
             for part in share.parts:
                 self.prepared.change(part.region.target.label, bundle.params[part.place].grad)
         return [*plan.rest, *self.singles]
@@ -256,7 +278,7 @@ class Weights:
                     _FOREACH._foreach_lerp_(w, shown, min(1.0, lr * pull * stage.rate))
                 elif len(groups) == 1:
                     amount = (lr.to(w[0].device, torch.float32) * pull * stage.rate).clamp(max=1.0)
-                    share.launch(delta=1.0, pull=stage.delta - 1.0, scale=amount)
+                    share.launch(delta=1.0, pull=-1.0, scale=amount * (1.0 - self._delta(share, k)))
                 else:
                     rest += [bundle.slots[part.place] for part in share.parts]
                     break
@@ -339,6 +361,10 @@ class Weights:
                     one.rest()
                 raise _not_finite(slot, k)
         self.flags.send(raised)
+        self.tell(k)
+
+    def tell(self, k: int) -> None:
+        """Say that W̃ of step `k` was written."""
         for tell in self.told:
             tell(self.run, k)
 
@@ -354,7 +380,7 @@ class Weights:
         if plan.rest:
             return self.pruned
         for share in plan.shares:
-            raised.append(share.launch(share.out, delta=stages[share.kind].delta))
+            raised.append(share.launch(share.out, delta=self._delta(share, k)))
         bundle.wrote()
         return self.singles
 

@@ -3,7 +3,7 @@
 from nmflow.masks.activations import wanda_score
 from nmflow.masks.forms import FORMS, importance, least_squares, soft_threshold
 from nmflow.masks.held import hold, one_pass_holds
-from nmflow.masks.launches import Job, Launch, launches_of
+from nmflow.masks.launches import Job, Launch, begin_capture, end_capture, launches_of
 from nmflow.masks.magnitude import (
     holds,
     largest_groups,
@@ -19,6 +19,8 @@ __all__ = [
     "FORMS",
     "Job",
     "Launch",
+    "begin_capture",
+    "end_capture",
     "hold",
     "holds",
     "importance",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ class Launch:
 
         first, kernel = self._w[0], triton_kernel
         places = (*(out or ()), None, *(values or ()))
-        table = self._tables.of(places) or self._tables.make(places, self._rows(out, values))
+        table = self._tables.of(places, lambda: self._rows(out, values))
         fine = torch.ones((), dtype=torch.bool, device=first.device)
         own = delta if isinstance(delta, Tensor) else None
         common: dict[str, Any] = {
@@ -175,15 +175,19 @@ class Prints:
         places = tuple(x.data_ptr() for x in xs)
         jobs = zip(places, odd, starts, strict=False)
         rows = [(at, o.data_ptr(), len(o), start) for at, o, start in jobs]
-        self._table = self._tables.make(places, (rows, 0))
+        self._table = self._tables.of(places, lambda: (rows, 0))
         self._step = min(1024, power_of_two(max(map(len, odd))))
 
-    def __call__(self) -> Tensor:
+    def blank(self) -> Tensor:
+        """Room for them: int64, a number a row."""
+        return torch.empty(self._count, dtype=torch.int64, device=self._like.device)
+
+    def __call__(self, out: Tensor | None = None) -> Tensor:
         """`Σⱼ oddⱼ·wⱼ mod 2⁶⁴` over the words w of every row, those of the first tensor first."""
         from nmflow.masks import triton_kernel
 
         kernel: Any = triton_kernel.fingerprints
-        prints = torch.empty(self._count, dtype=torch.int64, device=self._like.device)
+        prints = self.blank() if out is None else out
         with torch.cuda.device_of(prints):
             kernel[(self._count,)](
                 jobs_ptr=self._table.rows,
@@ -215,13 +219,14 @@ class Tables:
         self.owner = _owners(tuple(counts), device)
         self._known: dict[Any, Table] = {}
 
-    def of(self, places: Any) -> Table | None:
-        """The table for some addresses, where there is one."""
-        return self._known.get(places)
+    def of(self, places: Any, rows: Callable[[], tuple[list[tuple[int, ...]], int]]) -> Table:
+        """The table for some addresses; `rows` gives what is in it, and how much says `aligned`."""
+        table = self._known.get(places) or self._make(places, *rows())
+        if _captures:
+            _captures[0].tables += [table.rows, self.owner]
+        return table
 
-    def make(self, places: Any, rows: tuple[list[tuple[int, ...]], int]) -> Table:
-        """Make it."""
-        numbers, first = rows
+    def _make(self, places: Any, numbers: list[tuple[int, ...]], first: int) -> Table:
         if len(self._known) >= _KEPT:
             self._known.pop(next(iter(self._known)))
         aligned = not any(number % 16 for row in numbers for number in row[:first])
@@ -238,22 +243,35 @@ def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return _sent(each.repeat_interleave(torch.tensor(counts)), device)
 
 
-late: list[tuple[Tensor, Tensor]] = []
-"""Tables that were asked for while a CUDA graph was captured, and what goes into them after it."""
+class _Capture:
+    """Tables that a CUDA graph reads: kept for it, and filled when its capture is over."""
+
+    def __init__(self) -> None:
+        self.tables: list[Tensor] = []
+        self.late: list[tuple[Tensor, Tensor]] = []
+
+
+_captures: list[_Capture] = []  # the one that runs now, or none
+
+
+def begin_capture() -> None:
+    """Say that a CUDA graph will be captured now."""
+    _captures[:] = [_Capture()]
+
+
+def end_capture() -> list[Tensor]:
+    """Say that the capture has ended; the tables that the graph reads, which must live with it."""
+    capture = _captures.pop()
+    for there, t in capture.late:
+        there.copy_(t)
+    return capture.tables
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
     """A tensor on its way to a device, without waiting for it."""
     if device.type != "cuda":
         return t
-    if torch.cuda.is_current_stream_capturing():  # no copy from the host may be captured
-        late.append((there := torch.empty_like(t, device=device), t))
+    if _captures:  # no copy from the host may be captured
+        _captures[0].late.append((there := torch.empty_like(t, device=device), t))
         return there
     return t.pin_memory().to(device, non_blocking=True)
-
-
-def send_late() -> None:
-    """Fill the tables that a capture, which has ended, asked for."""
-    while late:
-        there, t = late.pop()
-        there.copy_(t)

@@ -1,0 +1,167 @@
+"""The steps of one optimizer in CUDA graphs: what a graph holds, and what replays leave to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nmflow.errors import FlowError
+from nmflow.flow.edits import Edits, Late
+from nmflow.flow.observing import Observation
+from nmflow.flow.record import Record
+from nmflow.flow.state import GROUP_KEYS, Kind
+from nmflow.flow.steps import Steps
+from nmflow.flow.weights import Weights
+
+Deltas = dict[tuple[int, Kind], Tensor]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a graph has of the steps of one optimizer.
+
+    Attributes:
+        deltas: where δ of each kind of target is, before the step (0) and after it (1).
+        late: what the next check of the weights is to read.
+        flags: what each replay says of the weights.
+    """
+
+    deltas: Deltas
+    late: Late
+    flags: list[Tensor]
+
+
+class GraphSteps:
+    """Says what a step of one optimizer is, as far as a graph holds it, and does the rest of it."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weights: Weights,
+        edits: Edits,
+        record: Record,
+        steps: Steps,
+        observations: list[Observation],
+    ) -> None:
+        self.optimizer, self._observations = optimizer, observations
+        self._weights, self._edits, self._record, self._steps = weights, edits, record, steps
+        self._deltas: Deltas = {}
+        self._begun = 0
+
+    def check(self) -> None:
+        """Raise a `FlowError` unless torch can capture the optimizer's steps."""
+        kind = type(self.optimizer).__name__
+        for i, group in enumerate(self.optimizer.param_groups):
+            if group.get("capturable") is False:
+                raise FlowError(
+                    f"param group {i} of the {kind} has capturable=False, so its step cannot be in "
+                    f"a CUDA graph: give {kind}(..., capturable=True)"
+                )
+
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that a graph would hold as they are: those that are no tensors."""
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        return tuple(float(lr) for lr in rates if isinstance(lr, int | float))
+
+    def why_not(self) -> str:
+        """Why the step that comes cannot be in a graph, in one clause; or ""."""
+        weights, k = self._weights, self._record.k
+        run = weights.run
+        if not self.optimizer.state:
+            return "the first step makes the optimizer's state"
+        if not weights.prepared.is_clear:
+            return "it repeats a step that raised"
+        if any(k % o.every == 0 for o in self._observations):
+            return "an observer looks at this step"
+        if run.recipe.freezes_second_moment and k >= run.dense_steps:
+            return f"{run.recipe.name} takes the optimizer's count of steps to the host"
+        if run.recipe.lam and any(g.get("maximize") for g in self.optimizer.param_groups):
+            return "the optimizer maximizes"
+        if weights.pruned and weights.plans(k) is None:
+            return (
+                "not all weights share launches: panels, two masks, forms, float64, sharded "
+                "weights and masks that are taken now to be held are written one by one"
+            )
+        return ""
+
+    def key(self) -> tuple[Any, ...]:
+        """Everything of the step that comes that a graph holds as it is."""
+        weights, k = self._weights, self._record.k
+        stages = weights.kinds(k), weights.run.kinds(weights.known, k + 1)
+        lam = weights.run.recipe.lam
+        groups = [
+            (name, value if isinstance(value, int | float | str | tuple) else id(value))
+            for group in self.optimizer.param_groups
+            for name, value in group.items()
+            if name not in ("params", *GROUP_KEYS)
+        ]
+        numbers = [
+            (stage.pattern, stage.delta == 1.0, stage.delta if lam else 0.0, stage.rate)
+            for some in stages
+            for stage in some.values()
+        ]
+        return (
+            weights.run,
+            weights.bundle,
+            weights.groups.changes,
+            weights.plans(k),
+            *numbers,
+            *groups,
+        )
+
+    # -- the capture ---------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Before a capture: what a step looks at, and where its graph will find δ."""
+        self._steps.before_replay([])
+        weights, self._begun = self._weights, self._record.k
+        bundle = weights.bundle
+        if bundle is not None:
+            both, device = range(self._begun, self._begun + 2), bundle.dense[0].device
+            weights.deltas = {
+                (k, kind): torch.zeros((), device=device) for k in both for kind in weights.known
+            }
+        weights.flags.kept = []
+
+    def end(self) -> Held | None:
+        """After a capture, which has not run: the weights and k are what they were.
+
+        Returns:
+            What the graph has of the step; None if it has none of this optimizer.
+        """
+        weights, late = self._weights, self._edits.taken_late()
+        deltas, flags = weights.deltas or {}, weights.flags.kept or []
+        weights.deltas = weights.flags.kept = None
+        stepped = self._record.k > self._begun
+        self._record.k = self._begun
+        self._record.write()
+        if not stepped:
+            return None
+        moved = {(k - self._begun, kind): delta for (k, kind), delta in deltas.items()}
+        return Held(moved, late, flags)
+
+    @torch.no_grad()
+    def abandon(self) -> None:
+        """After a capture that failed: write W̃ again, which may be marked as another."""
+        self.end()
+        self._weights.prepared.clear()
+        self._weights.write(self._record.k)
+
+    # -- a replay ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before(self, held: Held) -> None:
+        """Before a replay: check, and say what δ is."""
+        self._steps.before_replay(list(held.late))
+        weights, k = self._weights, self._record.k
+        stages = weights.kinds(k), weights.run.kinds(weights.known, k + 1)
+        for (later, kind), delta in held.deltas.items():
+            delta.fill_(stages[later][kind].delta)
+
+    def after(self, held: Held) -> None:
+        """After a replay: count."""
+        self._steps.after_replay(held.flags)

@@ -1,0 +1,160 @@
+"""Whole training steps as CUDA graphs: captured where a step does what the last one did, replayed.
+
+A graph replays kernels, and nothing that Python does. So what a step does on the host, its checks,
+its count and the numbers of its schedule, is done around each replay; and where a schedule changes
+which kernels there are, the step is captured anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from nmflow.errors import FlowError
+from nmflow.flow.graph_steps import GraphSteps, Held
+from nmflow.masks import begin_capture, end_capture
+
+T = TypeVar("T")
+_KEPT = 4
+"""Graphs that are kept: steps with new masks and steps with held ones may take turns."""
+
+
+class Recorder(Protocol):
+    """What captures steps and replays them: `CudaRecorder`, or a test's own."""
+
+    def warm(self, step: Callable[[], T]) -> T:
+        """Run a step as it must run before it is captured."""
+        ...
+
+    def capture(self, step: Callable[[], T]) -> tuple[Callable[[], object], T]:
+        """Capture a step without running it: what replays it, and what it returned."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs that share memory, since no two of them run at once."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pool: Any = None
+
+    def warm(self, step: Callable[[], T]) -> T:
+        """On the stream of the captures, as torch asks for."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            out = step()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return out
+
+    def capture(self, step: Callable[[], T]) -> tuple[Callable[[], object], T]:
+        """A graph in the memory of those before it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            out = step()
+        self._pool = self._pool or graph.pool()
+        return graph.replay, out
+
+
+class GraphedStep(Generic[T]):
+    """A training step that runs as a CUDA graph, see `Flow.graphed`.
+
+    Attributes:
+        why: why the last call ran the step as it is; "" where it replayed a graph.
+        captures: how often a step was captured.
+    """
+
+    def __init__(
+        self, parts: Sequence[GraphSteps], step: Callable[[], T], recorder: Recorder
+    ) -> None:
+        self._parts, self._step, self._recorder = parts, step, recorder
+        self._graphs: dict[Any, _Graph[T]] = {}
+        self._last: Any = None
+        self._rates: Any = None
+        self._shown: _Graph[T] | None = None
+        self.why, self.captures = "", 0
+        for part in parts:
+            part.check()
+
+    def __call__(self) -> T:
+        """Do one training step; what the step returned, which the next call may overwrite."""
+        self.why = next(filter(None, (part.why_not() for part in self._parts)), "")
+        key = None if self.why else tuple(part.key() for part in self._parts)
+        if key is not None and key not in self._graphs and key != self._last:
+            self._check_rates()
+            self.why = "it does something else than the last step did, and is captured next"
+        self._last, self._rates = key, self._held_rates()
+        if self.why:
+            self._shown = None
+            return self._recorder.warm(self._step)
+        graph = self._graphs.pop(key, None) or self._capture()
+        self._graphs[key] = graph  # the one that was used last comes last
+        while len(self._graphs) > _KEPT:
+            del self._graphs[next(iter(self._graphs))]
+        if self._shown is not graph:
+            graph.show_gradients()
+            self._shown = graph
+        for part, held in graph.held:
+            part.before(held)
+        graph.replay()
+        for part, held in graph.held:
+            part.after(held)
+        return graph.out
+
+    def _held_rates(self) -> list[tuple[float, ...]]:
+        return [part.rates() for part in self._parts]
+
+    def _check_rates(self) -> None:
+        """Raise where each step would have to be captured, since a number moves with it."""
+        if self._last is None or not self._graphs or self._held_rates() == self._rates:
+            return
+        raise FlowError(
+            f"lr went from {self._rates} to {self._held_rates()}, but a CUDA graph holds a number "
+            "as it was: give the optimizer its lr in a tensor on the device, such as "
+            "AdamW(..., lr=torch.tensor(1e-3, device='cuda'), capturable=True)"
+        )
+
+    def _capture(self) -> _Graph[T]:
+        for part in self._parts:
+            part.begin()
+        begin_capture()
+        try:
+            replay, out = self._recorder.capture(self._step)
+        except BaseException:
+            end_capture()
+            for part in self._parts:
+                part.abandon()
+            raise
+        tables = end_capture()
+        self.captures += 1
+        found = [(part, part.end()) for part in self._parts]
+        held = [(part, one) for part, one in found if one is not None]
+        if not held:
+            raise FlowError(
+                "step called no optimizer.step() of the flow: give flow.graphed() the whole "
+                "training step, from zero_grad() to step()"
+            )
+        return _Graph(replay, out, held, tables)
+
+
+class _Graph(Generic[T]):
+    """A step that was captured, what it returned, and the gradients that it leaves."""
+
+    def __init__(
+        self,
+        replay: Callable[[], object],
+        out: T,
+        held: list[tuple[GraphSteps, Held]],
+        tables: list[Tensor],
+    ) -> None:
+        self.replay, self.out, self.held = replay, out, held
+        self._tables = tables  # whose memory the kernels read
+        params = [p for part, _ in held for g in part.optimizer.param_groups for p in g["params"]]
+        self._grads: list[tuple[Tensor, Tensor | None]] = [(p, p.grad) for p in params]
+
+    def show_gradients(self) -> None:
+        """Have `.grad` be what the replays write."""
+        for param, grad in self._grads:
+            param.grad = grad
