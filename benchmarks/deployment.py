@@ -1,10 +1,12 @@
 """A packed network beside what people deploy instead, in one run.
 
-    python benchmarks/deployment.py minilm --tokens 16 --pattern 1:8
+    python benchmarks/deployment.py minilm-l6 --tokens 16 --patterns 1:8
+    python benchmarks/deployment.py vit-base --include ff ff,attn --patterns 1:8 1:16 1:16@4
 
-Networks by their configurations, with random weights (speed does not depend on their values), every
-linear layer of the blocks pruned by magnitude. The rivals are those of `nmflow bench`; packed runs
-once with the values as they are and once with 8-bit values and activations. Prints Markdown.
+As `nmflow bench`, but all patterns take turns with the same rivals, and every layer is packed
+without being timed. Networks by their configurations, with random weights (speed does not depend
+on their values), pruned by magnitude. Packed runs once with the values as they are and once with
+8-bit values and activations, in torch and in onnxruntime. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from nmflow.bench import networks, ways
 from nmflow.bench.bench import pruned
@@ -25,50 +26,43 @@ from nmflow.bench.rivals import RIVALS, race
 from nmflow.packed import compress
 from nmflow.packed.measure import time_ways
 
-SIZES: dict[str, Callable[[], Any]] = {
-    "minilm": lambda: transformers.BertModel(
-        transformers.BertConfig(
-            hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12
-        ),
-        add_pooling_layer=False,
-    ),
-    "bert-base": lambda: networks.network("bert-base"),
-    "vit-base": lambda: networks.network("vit-base"),
+VALUES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "int8": {"values": "int8", "activations": "int8"},
 }
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("network", choices=list(SIZES))
+    parser.add_argument("network", help=f"{', '.join(networks.KNOWN)}, or as for nmflow bench")
     parser.add_argument("--tokens", type=int, default=16, help="of a text")
-    parser.add_argument("--pattern", default="1:8")
+    parser.add_argument("--patterns", nargs="+", default=["1:8"])
+    parser.add_argument("--include", nargs="+", default=["ff,attn"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each way")
     parser.add_argument("--rivals", default="int8,bfloat16,onnxruntime", help=", ".join(RIVALS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = pruned(SIZES[args.network]().eval(), args.pattern, ("ff", "attn"))
+    model = networks.network(args.network)
     example = networks.example(model, 1, args.tokens)
     met = max(ways.tokens_of(model, example).values())
-    names = args.rivals.split(",")
+    best = ways.best_dense(model, example)
+    runs: dict[str, Callable[[], object]] = {"dense, best (torch)": lambda: best(**example)}
+    packed = {}
+    for include in args.include:
+        for pattern in args.patterns:
+            sparse = pruned(model, pattern, include.split(","))
+            for values, how in VALUES.items():
+                name = f"packed {include} {pattern}, {values}"
+                packed[name] = compress(sparse, tokens=(met,), measure=False, **how)
+                runs[f"{name} (torch)"] = lambda one=packed[name]: one(**example)
     with ways.scratch() as folder:
-        runs: dict[str, Callable[[], object]] = {}
-        best = ways.best_dense(model, example)
-        runs["dense, best (torch)"] = lambda: best(**example)
-        packed = compress(model, tokens=(met,), measure=False)
-        runs["packed (torch)"] = lambda: packed(**example)
-        eight = compress(model, tokens=(met,), measure=False, values="int8", activations="int8")
-        runs["packed int8 (torch)"] = lambda: eight(**example)
-        rivals, skipped = race(names, model, packed, example, Path(folder))
-        if "onnxruntime" in names and "onnxruntime" not in skipped:
-            (Path(folder) / "int8").mkdir()
-            more, _ = race(["onnxruntime"], model, eight, example, Path(folder) / "int8")
-            rivals["onnxruntime packed int8"] = more["onnxruntime packed"]
+        rivals, skipped = race(args.rivals.split(","), model, packed, example, Path(folder))
         runs |= rivals
         with torch.inference_mode():
-            took = time_ways(runs, args.seconds, least=15)
+            took = time_ways(runs, args.seconds, least=9)
     fastest = min(took[way].median for way in took if "packed" not in way)
     print(f"`python benchmarks/deployment.py {' '.join(sys.argv[1:])}`")
     print(f"{cpu_name()}; threads: {args.threads}; {version_text()}; {met} tokens a layer\n")

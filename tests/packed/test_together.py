@@ -181,6 +181,19 @@ def test_siblings_end_where_their_memory_does(pair: tuple[Any, Any]) -> None:
     agree(*half, x.half())
 
 
+@pytest.mark.parametrize("names", ["q", "qkv"])
+@pytest.mark.parametrize("pair", ["int8 values", "int8"], indirect=True)
+def test_siblings_that_multiply_otherwise_are_apart(pair: tuple[Any, Any], names: str) -> None:
+    whole, apart = pair
+    x = torch.randn(5, 32)
+    agree(whole, apart, x)
+    for model in pair:
+        for name in names:
+            layer = getattr(model, name)
+            layer.activations = "int8" if layer.activations == "float" else "float"
+    agree(whole, apart, x)
+
+
 def saved(model: nn.Module) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(model, file)

@@ -171,7 +171,7 @@ def _network(
     met = max(ways.tokens_of(model, floats).values(), default=1)
     packed: dict[str, nn.Module] = {"packed": compress(model, tokens=(met,), onednn=True)}
     if dtype == "float32":
-        eight = {"values": "int8", "activations": "int8"}
+        eight: dict[str, Any] = {"values": "int8", "activations": "int8"}
         packed["packed int8"] = compress(model, tokens=(met,), onednn=True, **eight)
     best = ways.best_dense(model, floats)
     held: dict[str, nn.Module] = {"dense": model, "dense, best": best, **packed}

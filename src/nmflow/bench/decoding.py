@@ -29,6 +29,11 @@ RIVALS = ("int8", "bfloat16", "onnxruntime", "llama.cpp")
 _PROMPT = 16  # tokens before those that are counted
 _QUANTIZED = ("Q8_0", "Q4_0")  # that llama.cpp makes of a file, beside the file as it is
 
+_PACKED: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "packed int8": {"values": "int8", "activations": "int8"},
+}
+
 # Continues a text of some tokens by exactly as many as asked for, greedily, from an empty cache.
 Decode = Callable[[Sequence[int], int], Any]
 
@@ -164,10 +169,7 @@ def bench_decoding(
         else:
             runs[INT8] = by_generate(eight)
     with ways.scratch() as folder:
-        for way, how in (
-            ("packed", {}),
-            ("packed int8", {"values": "int8", "activations": "int8"}),
-        ):
+        for way, how in _PACKED.items():
             packed = compress(sparse, tokens=(1,), measure=False, **how)
             runs[way] = by_generate(packed)
             if "int8" in rivals and (both := ways.int8_dynamic(packed)) is not None:

@@ -111,9 +111,9 @@ def _onnxruntime(
         small = folder / "int8.onnx"
         quantize_dynamic(plain, small, weight_type=QuantType.QInt8)
         files = {"onnxruntime float32": plain, "onnxruntime int8 dynamic": small}
-        for name, network in packed.items():
+        for number, (name, network) in enumerate(packed.items()):
             if any(isinstance(m, PackedLinear) for m in network.modules()):
-                file = folder / f"{name.replace(' ', '-')}.onnx"
+                file = folder / f"packed-{number}.onnx"
                 files[f"onnxruntime {name}"] = export_onnx(
                     network, example, file, dynamic_batch=False, packed=True
                 )

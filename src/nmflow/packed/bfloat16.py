@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx
@@ -102,6 +103,11 @@ class BFloat16Linear(PackedLinear):
     def like(self) -> Tensor:
         """A tensor of the dtype and device of the weight it stands for."""
         return self.values.new_empty(0, dtype=self.dtype)
+
+    @property
+    def how(self) -> tuple[Any, ...]:
+        """What decides its product beside the buffers."""
+        return self.epilogue, self.dtype
 
     def dense(self) -> Tensor:
         """The weight, rebuilt: the values that bfloat16 holds, in the layer's dtype."""

@@ -104,6 +104,11 @@ class Int8Linear(PackedLinear):
         """The dtype of its inputs and outputs."""
         return self.dtype
 
+    @property
+    def how(self) -> tuple[Any, ...]:
+        """What decides its product beside the buffers."""
+        return self.epilogue, self.activations, self.dtype
+
     def dense(self) -> Tensor:
         """The weight, rebuilt: `scale * q`, exact in float32, rounded once to the layer's dtype."""
         matrix = unpack_int8(self.stream, self.dims).to(self.dtype)

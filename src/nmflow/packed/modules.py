@@ -108,6 +108,11 @@ class PackedLinear(StandsFor):
         return self.values.dtype
 
     @property
+    def how(self) -> tuple[Any, ...]:
+        """What decides its product beside the buffers: joined layers must agree on it."""
+        return (self.epilogue,)
+
+    @property
     def pattern(self) -> Pattern:
         """The pattern of the weight."""
         return self.shape.pattern

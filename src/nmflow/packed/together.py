@@ -111,8 +111,9 @@ class Siblings:
 
     Their buffers become parts of one, which nothing but memory joins: where it is no longer the
     same memory (another dtype, another device, a buffer that was replaced), each computes its own.
-    So it does for another x than the first layer's, for an x that was written since, and where
-    the others' rows are not asked for twice in a row, as in attention to another text.
+    So it does where the layers no longer multiply alike, for another x than the first layer's, for
+    an x that was written since, and where the others' rows are not asked for twice in a row, as in
+    attention to another text.
 
     Args:
         layers: of which `why_apart` says nothing.
@@ -159,7 +160,10 @@ class Siblings:
         return own
 
     def is_whole(self) -> bool:
-        """Whether the layers' weights and biases are still parts of the joined ones."""
+        """Whether the layers are still parts of the joined one, which multiplies as they would."""
+        how = self.whole.how if self.whole is not None else None
+        if any(layer.how != how for layer in self.layers):
+            return False
         for held, name, address in self._places:
             own = held[name]
             if own is None or own.data_ptr() != address:
@@ -183,7 +187,7 @@ def why_apart(layers: tuple[PackedLinear, ...]) -> str:
     """Why layers cannot be joined to one, in one clause; empty if they can."""
     first = layers[0]
     for layer in layers:
-        if type(layer) is not type(first) or layer.rounding != first.rounding:
+        if type(layer) is not type(first) or layer.how != first.how:
             return "they multiply in different ways"
         if layer.in_features != first.in_features or layer.pattern != first.pattern:
             return "their patterns or inputs differ"
