@@ -25,7 +25,7 @@ import emulated_gpu
 from emulated_gpu import Emulated
 from nmflow import mask
 from nmflow.errors import CompressError
-from nmflow.kernels import Call, choose, gpu, gpu_driver, gpu_plan
+from nmflow.kernels import Call, choose, gpu, gpu_driver, gpu_panels, gpu_plan
 from nmflow.kernels.gpu_plan import Card, Kernel
 from nmflow.kernels.layout import LANES, Shape, canonical_from_dense, tiled_from_canonical
 from nmflow.kernels.reference import apply_epilogue
@@ -371,6 +371,64 @@ def test_machine_code_stays_in_registers_and_in_its_budget(
     assert products
     blocks = len(products) / dict(plan.kernel.constants)["NT"]
     assert (products[-1] - products[0] + 1) / blocks <= BUDGET[spec, tokens]
+
+
+def _loop(names: list[str], what: str) -> list[str]:
+    """The instructions from the first of a kind to the last."""
+    places = [i for i, name in enumerate(names) if name.startswith(what)]
+    return names[places[0] : places[-1] + 1]
+
+
+# (kind, pattern, tokens, numbers): the most instructions for 16 x 16 weights of a warp group, and
+# for 256 kept weights without fragments.
+OTHER_BUDGETS = [
+    ("groups", "1:16", 1, (16, 1, 1, 1, 3), 9),
+    ("groups", "1:8", 16, (8, 1, 1, 1, 3), 9),
+    ("groups", "1:8", 64, (16, 1, 1, 1, 3), 10),
+    ("groups", "2:4", 64, (8, 1, 1, 1, 3), 18),
+    ("groups", "1:8", 128, (16, 1, 1, 1, 3), 15),
+    ("lookup", "1:8", 1, (8, 2, 1, 1, 4), 45),
+    ("lookup", "2:4", 1, (8, 2, 1, 1, 4), 45),
+    ("lookup", "1:16", 4, (16, 2, 1, 2, 4), 68),
+]
+
+
+@needs_nvrtc
+@pytest.mark.skipif(not _disassembler(), reason="no nvdisasm: pip install 'nmflow[gpu-dev]'")
+@pytest.mark.parametrize(("kind", "spec", "tokens", "numbers", "most"), OTHER_BUDGETS)
+def test_machine_code_of_other_kernels(
+    kind: str, spec: str, tokens: int, numbers: Any, most: int, tmp_path: Path
+) -> None:
+    """Products of warp groups follow one another; a compiler that cannot keep them apart waits."""
+    shape = Shape.of(11008, 4096, spec)
+    plan = gpu_plan.make(shape, False, tokens, Card(), *numbers, kind)
+    assert plan is not None
+    names = machine_code(plan.kernel, 90, tmp_path)
+    assert not any(name.startswith(("LDL", "STL")) for name in names)
+    if kind == "lookup":  # from the first look at x to the last word that is fetched
+        first = next(i for i, name in enumerate(names) if name.startswith("LDS"))
+        last = max(i for i, name in enumerate(names) if name.startswith("LDG.E.NA"))
+        assert (last - first) / numbers[-1] <= most
+        return
+    loop = _loop(names, "HGMMA")
+    products = sum(name.startswith("HGMMA") for name in loop)
+    waits = sum(name.startswith("WARPGROUP.DEPBAR") for name in loop)
+    assert waits < products / 2
+    assert len(loop) / products <= most
+
+
+@needs_nvrtc
+@pytest.mark.skipif(not _disassembler(), reason="no nvdisasm: pip install 'nmflow[gpu-dev]'")
+@pytest.mark.parametrize(
+    "cut", [gpu_panels.Group(64, 256, 1, 32, 3, 3), gpu_panels.Group(128, 256, 2, 32, 4, 1)]
+)
+def test_machine_code_of_panels(cut: gpu_panels.Group, tmp_path: Path) -> None:
+    shape = Shape.of(11008, 4096, "1:16@128")
+    names = machine_code(gpu_panels.kernel_of(shape, cut, False, 0), 90, tmp_path)
+    assert not any(name.startswith(("LDL", "STL")) for name in names)
+    loop = _loop(names, "HGMMA")
+    assert sum(name.startswith("HGMMA") for name in loop) == cut.entries / 16
+    assert not any(name.startswith("WARPGROUP") for name in loop)
 
 
 @needs_nvrtc

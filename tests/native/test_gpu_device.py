@@ -15,6 +15,7 @@ from test_gpu_decode import MORE, QUICK, TOLERANCE, packed
 from torch import Tensor, nn
 
 import nmflow
+from nmflow.errors import CompressError
 from nmflow.kernels import explain, gpu, gpu_driver, gpu_panels, gpu_plan
 from nmflow.kernels.gpu_panels import Group
 from nmflow.kernels.reference import apply_epilogue
@@ -153,6 +154,13 @@ def test_compress_measures_on_the_gpu() -> None:
     (row,) = nmflow.report_of(nmflow.compress(big, tokens=(1,)))
     print(row)
     assert row.kept == "packed"
+
+
+def test_values_of_8_bits_are_refused() -> None:
+    model = _network().cuda()
+    with pytest.raises(CompressError, match=r"values is 'int8' and the model is on cuda.*the CPU"):
+        nmflow.compress(model, values="int8")
+    nmflow.compress(model.cpu(), values="int8", measure=False)
 
 
 def test_gradients_and_autocast() -> None:

@@ -19,6 +19,7 @@ from nmflow.errors import CompressError, FileFormatError
 from nmflow.kernels import explain, int8, int8_ops
 from nmflow.kernels.layout import Shape, canonical_from_dense, dense_from_canonical
 from nmflow.packed import compress, decompress, export_program, load, load_state, report_of, save
+from nmflow.packed.compress import refuse_device
 from nmflow.packed.int8 import Int8Linear
 from pruned import prune
 from rounded import MODULES, edit, first, net
@@ -257,3 +258,11 @@ def test_sizes_in_bits_a_dense_weight() -> None:
         model = prune(nn.Sequential(nn.Linear(1024, 256)), spec)
         row = report_of(compress(model, measure=False, values="int8"))[0]
         assert row.bytes == 256 * 1024 * bits / 8 + 8 * 256
+
+
+def test_devices_without_kernels_are_refused() -> None:
+    for kind in ("cuda:0", "mps", "xpu"):
+        said = rf"values is 'int8' and the model is on {kind}.*leave values out, or move the model"
+        with pytest.raises(CompressError, match=said):
+            refuse_device("int8", torch.device(kind))
+    refuse_device("int8", torch.device("cpu"))

@@ -92,8 +92,9 @@ def compress(
 
     Raises:
         CompressError: no weight holds a pattern that can be packed, `tokens` is empty or not
-            positive, `values`, `activations` or `dtype` is none of those above, or the copy would
-            go on running layers of `model` (see `inplace`).
+            positive, `values`, `activations` or `dtype` is none of those above, `values` is given
+            for a model on a GPU, or the copy would go on running layers of `model` (see
+            `inplace`).
         PatternError, PlanError: as for `plan`.
 
     Example:
@@ -114,6 +115,9 @@ def compress(
     if not sites:
         raise CompressError(_nothing(weights))
     modules = dict(model.named_modules())
+    if values is not None:
+        for weight in (w for path in sites for w in modules[path].parameters(recurse=False)):
+            refuse_device(values, weight.device)
     judged: dict[tuple[object, ...], Verdict] = {}
     verdicts: dict[str, Verdict] = {}
     made_of: dict[str, nn.Module] = {}
@@ -184,6 +188,15 @@ def decompress(model: Model, *, inplace: bool = False) -> Model:
     made = replace_modules(model, new, inplace)
     hang(made, None)
     return made
+
+
+def refuse_device(values: str, device: torch.device) -> None:
+    """Refuse 8-bit values where no kernel multiplies them."""
+    if device.type not in ("cpu", "meta"):
+        raise CompressError(
+            f"values is {values!r} and the model is on {device}: 8-bit values have kernels on CPUs "
+            "alone, so leave values out, or move the model to the CPU first"
+        )
 
 
 def _nothing(weights: Sequence[Found]) -> str:
