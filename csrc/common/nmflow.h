@@ -39,7 +39,7 @@ extern "C" {
 #define NMFLOW_API __attribute__((visibility("default")))
 #endif
 
-#define NMFLOW_ABI_VERSION 7
+#define NMFLOW_ABI_VERSION 8
 #define NMFLOW_LAYOUT_VERSION 1
 
 enum nmflow_dtype { NMFLOW_F32 = 0, NMFLOW_BF16 = 1, NMFLOW_F16 = 2 };
@@ -55,7 +55,7 @@ enum nmflow_isa { NMFLOW_PORTABLE = 0, NMFLOW_AVX2 = 1, NMFLOW_AVX512 = 2 };
 /* Results. Zero is success; a positive number says something about the data; negative is refused. */
 enum nmflow_status {
   NMFLOW_OK = 0,
-  NMFLOW_NOT_FINITE = 1,    /* nmflow_project: w holds a NaN or an infinity */
+  NMFLOW_NOT_FINITE = 1,    /* what is read holds a NaN or an infinity */
   NMFLOW_NOT_KEPT = 2,      /* a group keeps more than N, or a row than was said */
   NMFLOW_BAD_PATTERN = -1,  /* not 1 <= N <= M, M out of range, in not a multiple of M, panel < 1 */
   NMFLOW_BAD_SHAPE = -2,    /* a size is negative, zero where it may not be, or overflows */
@@ -162,10 +162,12 @@ NMFLOW_API const char *nmflow_kernel_name(int32_t kernel);
 /* NMFLOW_OK where the three below serve a shape on this machine. */
 NMFLOW_API int32_t nmflow_trains(const nmflow_shape *shape);
 
-/* Packs w, [out][in], into kernel layout: places that `mask` (may be null) keeps or that are not 0; a
+/* Packs w, [out][in], into kernel layout: places that `kept` (may be null) keeps or that are not 0; a
  * group, or a panel's, with fewer than N of them is filled up with its lowest others. The buffers
- * have the sizes that the layout demands. NMFLOW_NOT_KEPT: a group has more; they are unspecified. */
-NMFLOW_API int32_t nmflow_pack(const nmflow_shape *shape, const float *w, const uint8_t *mask,
+ * have the sizes that the layout demands. NMFLOW_NOT_KEPT: a group has more; they are unspecified.
+ * A mask of bits, as `kept`: [rows][ceil(cols / 64)] words, bit c % 64 of word c / 64 for column c, 0
+ * past the last one. */
+NMFLOW_API int32_t nmflow_pack(const nmflow_shape *shape, const float *w, const uint64_t *kept,
                                float *values, int64_t values_bytes, void *codes, int64_t codes_bytes,
                                int32_t threads);
 /* dx = dy W: dy is [tokens][out], dx [tokens][in]. */
@@ -176,13 +178,14 @@ NMFLOW_API int32_t nmflow_input_grad(const nmflow_packed *packed, const float *d
 NMFLOW_API int32_t nmflow_weight_grad(const nmflow_packed *packed, const float *x, const float *dy,
                                       float *dw, float *bias, int64_t tokens, int32_t threads);
 
-/* Kept elements of [rows][cols] together: the elements of row r where mask is set go, in their order,
- * to together[starts[r]] and on; starts has rows + 1 entries, and starts[r + 1] - starts[r] is what row r
- * keeps. NMFLOW_NOT_KEPT where it is not; NMFLOW_NO_KERNEL without AVX-512. */
-NMFLOW_API int32_t nmflow_take(const float *apart, const uint8_t *mask, const int64_t *starts,
+/* Kept elements of [rows][cols] together: the elements of row r where `kept`, a mask of bits, is set go,
+ * in their order, to together[starts[r]] and on; starts has rows + 1 entries, and starts[r + 1] -
+ * starts[r] is what row r keeps. NMFLOW_NOT_KEPT where it is not. On any instruction set. */
+NMFLOW_API int32_t nmflow_take(const float *apart, const uint64_t *kept, const int64_t *starts,
                                int64_t rows, int64_t cols, float *together, int32_t threads);
-/* And back, with +0.0 elsewhere; odd and prints (may be null) as in nmflow_hold. */
-NMFLOW_API int32_t nmflow_put(const float *together, const uint8_t *mask, const int64_t *starts,
+/* And back, with +0.0 elsewhere; odd and prints (may be null) as in nmflow_hold. NMFLOW_NOT_FINITE: a
+ * kept element is a NaN or an infinity; all are written all the same. */
+NMFLOW_API int32_t nmflow_put(const float *together, const uint64_t *kept, const int64_t *starts,
                               int64_t rows, int64_t cols, float *apart, const int64_t *odd,
                               int64_t *prints, int32_t threads);
 

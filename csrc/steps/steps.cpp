@@ -12,7 +12,6 @@ thread_local Scratch t_scratch, t_sorted;
 
 struct Run {
   nmf_stepping job;
-  nmf_gathering gathering;
   int64_t chunk, bytes; /* panels, tiles or rows of a task, and its scratch */
   std::atomic<bool> failed, not_kept;
 };
@@ -78,54 +77,15 @@ void weight_grad_task(void *context, int64_t task) {
   const int64_t tile = task * run->chunk, end = nmf_min(tile + run->chunk, run->job.g.tiles);
   if (scratch != nullptr) nmf_weight_grad_avx512(&run->job, tile, end, scratch);
 }
-
-void take_task(void *context, int64_t task) {
-  Run *run = static_cast<Run *>(context);
-  const int64_t row = task * run->chunk;
-  if (!nmf_take_avx512(&run->gathering, row, nmf_min(row + run->chunk, run->gathering.rows)))
-    run->not_kept.store(true, std::memory_order_relaxed);
-}
-
-void put_task(void *context, int64_t task) {
-  Run *run = static_cast<Run *>(context);
-  char *scratch = room(run);
-  const int64_t row = task * run->chunk;
-  if (scratch == nullptr) return;
-  if (!nmf_put_avx512(&run->gathering, row, nmf_min(row + run->chunk, run->gathering.rows), scratch))
-    run->not_kept.store(true, std::memory_order_relaxed);
-}
 #else
 /* No kernel is there, and `check` has said so. */
 void none(void *, int64_t) {}
-const nmf_task pack_task = none, sort_task = none, input_grad_task = none, weight_grad_task = none,
-               take_task = none, put_task = none;
+const nmf_task pack_task = none, sort_task = none, input_grad_task = none, weight_grad_task = none;
 int64_t nmf_none() { return 0; }
 #define nmf_pack_scratch(g) nmf_none()
 #define nmf_input_grad_scratch(g) nmf_none()
 #define nmf_weight_grad_scratch(g, tiles) nmf_none()
 #endif
-
-int32_t gather_all(Run *run, nmf_task task, int threads) {
-  nmf_gathering &job = run->gathering;
-  if (nmf_isa() != NMFLOW_AVX512) return NMFLOW_NO_KERNEL;
-  int64_t total;
-  if (job.rows < 0 || job.cols < 0 || __builtin_mul_overflow(job.rows, job.cols, &total) ||
-      total > (INT64_C(1) << 56))
-    return NMFLOW_BAD_SHAPE;
-  if (total == 0) return NMFLOW_OK;
-  if (job.mask == nullptr || job.starts == nullptr || job.together == nullptr || job.apart == nullptr ||
-      (job.odd == nullptr) != (job.prints == nullptr))
-    return NMFLOW_BAD_POINTER;
-  for (int64_t r = 0; r < job.rows; ++r)
-    if (job.starts[r + 1] < job.starts[r] || job.starts[r + 1] - job.starts[r] > job.cols)
-      return NMFLOW_BAD_SHAPE;
-  run->failed.store(false);
-  run->not_kept.store(false);
-  run->bytes = job.cols * 4 + 64;
-  run->chunk = nmf_ceil_div(32768, job.cols);
-  nmf_parallel(nmf_ceil_div(job.rows, run->chunk), threads < 1 ? 1 : threads, task, run);
-  return result_of(*run);
-}
 
 }  // namespace
 
@@ -134,7 +94,7 @@ int32_t nmflow_trains(const nmflow_shape *shape) {
   return check(shape, &g);
 }
 
-int32_t nmflow_pack(const nmflow_shape *shape, const float *w, const uint8_t *mask, float *values,
+int32_t nmflow_pack(const nmflow_shape *shape, const float *w, const uint64_t *kept, float *values,
                     int64_t values_bytes, void *codes, int64_t codes_bytes, int32_t threads) {
   Run run;
   run.job = {};
@@ -150,7 +110,7 @@ int32_t nmflow_pack(const nmflow_shape *shape, const float *w, const uint8_t *ma
       memset(static_cast<uint32_t *>(codes) + last * g.words * 16, 0, static_cast<size_t>(g.words) * 64);
   }
   run.job.w = w;
-  run.job.mask = mask;
+  run.job.kept = kept;
   run.job.values = values;
   run.job.codes = codes;
   run.failed.store(false);
@@ -210,19 +170,4 @@ int32_t nmflow_weight_grad(const nmflow_packed *packed, const float *x, const fl
   run.bytes = nmf_weight_grad_scratch(&g, run.chunk);
   nmf_parallel(nmf_ceil_div(g.tiles, run.chunk), threads, weight_grad_task, &run);
   return result_of(run);
-}
-
-int32_t nmflow_take(const float *apart, const uint8_t *mask, const int64_t *starts, int64_t rows,
-                    int64_t cols, float *together, int32_t threads) {
-  Run run;
-  run.gathering = {mask, starts, rows, cols, together, const_cast<float *>(apart), nullptr, nullptr, false};
-  return gather_all(&run, take_task, threads);
-}
-
-int32_t nmflow_put(const float *together, const uint8_t *mask, const int64_t *starts, int64_t rows,
-                   int64_t cols, float *apart, const int64_t *odd, int64_t *prints, int32_t threads) {
-  Run run;
-  run.gathering = {mask, starts, rows, cols, const_cast<float *>(together), apart, odd, prints, false};
-  run.gathering.past = rows * cols * 4 >= NMF_PAST;
-  return gather_all(&run, put_task, threads);
 }

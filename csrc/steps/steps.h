@@ -9,7 +9,7 @@
 struct nmf_stepping {
   nmf_geometry g;
   const float *w; /* [out][in] */
-  const uint8_t *mask;
+  const uint64_t *kept; /* a mask of bits, or null */
   float *values;
   void *codes;
   const float *x, *dy;
@@ -43,19 +43,5 @@ int64_t nmf_input_grad_scratch(const nmf_geometry *g);
 /* Tiles [tile, tile_end), of whole panels. */
 void nmf_weight_grad_avx512(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch);
 int64_t nmf_weight_grad_scratch(const nmf_geometry *g, int64_t tiles);
-
-/* Kept elements of [rows][cols] together, and apart again. */
-struct nmf_gathering {
-  const uint8_t *mask;
-  const int64_t *starts; /* where each row's are among all */
-  int64_t rows, cols;
-  float *together, *apart;
-  const int64_t *odd; /* as in nmflow_hold */
-  int64_t *prints;
-  bool past;
-};
-/* False where a row keeps another number than `starts` says. */
-bool nmf_take_avx512(const nmf_gathering *job, int64_t row, int64_t row_end);
-bool nmf_put_avx512(const nmf_gathering *job, int64_t row, int64_t row_end, char *scratch);
 
 #endif

@@ -17,7 +17,7 @@ import torch
 
 from nmflow.errors import NMFlowError
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("portable", "avx2", "avx512")
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "avx512_vnni")

@@ -15,9 +15,11 @@ import nmflow
 from harness import Run, assert_near, assert_same, parameters_of, through_file
 from models import BY_ID as FAMILY
 from models import MLP, loss_of
-from nmflow.errors import StateError
+from nmflow import native
+from nmflow.errors import StateError, WeightError
 from nmflow.flow.marks import blank, fingerprint
 from nmflow.flow.sparse_steps import ELEMENTWISE
+from nmflow.masks import native as native_masks
 from nmflow.masks.kept_values import Places, serves
 from settings import BY_ID, OPTIMIZERS, TOTAL, Case
 
@@ -45,21 +47,54 @@ def begun(name: str = "mdgf-frozen", make: Any = OPTIMIZERS["adamw-fused"], **mo
 # --- taking values together -------------------------------------------------------------------
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request):
+    if not native.available():
+        pytest.skip("no compiled library")
+    before = native.isa()
+    if native.set_isa(request.param) != request.param:
+        native.set_isa(before)
+        pytest.skip(f"no {request.param} here")
+    yield
+    native.set_isa(before)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (33, 64), (4, 3, 5), (1100, 1030)], ids=str)
+@pytest.mark.usefixtures("isa")
 def test_values_go_together_and_apart(shape, dtype, threads):
     torch.set_num_threads(threads)
     x, kept = torch.randn(shape).to(dtype), torch.rand(shape) < 0.3
     kept[0] = True
     places = Places(kept)
+    assert torch.equal(places.kept, kept)
     values = places.together(x)
     assert torch.equal(values, x[kept])
     out = torch.full_like(x, float("nan"))
     prints = blank(out) if serves(out) else None
-    places.apart(values, out, prints)
+    assert places.apart(values, out, prints)
     assert torch.equal(out, torch.where(kept, x, 0.0))
     assert prints is None or torch.equal(prints[1], fingerprint(out))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        values[-1] = bad
+        assert not places.apart(values, out)
+        want = torch.zeros_like(x).masked_scatter(kept, values)
+        torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("isa")
+def test_what_the_bits_do_not_say_is_refused():
+    kept = torch.rand(9, 70) < 0.3
+    x = torch.randn(9, 70)
+    for spoil in (lambda p: p.starts[4:].add_(1), lambda p: p.bits[2, 8:].fill_(255)):
+        places = Places(kept)
+        spoil(places)
+        values = x.new_zeros(places.count + 70)
+        with pytest.raises(WeightError):
+            native_masks.take(x, places.bits, places.starts, values)
+        with pytest.raises(WeightError):
+            native_masks.put(values, places.bits, places.starts, x.clone())
 
 
 # --- the same step ----------------------------------------------------------------------------
@@ -140,8 +175,7 @@ def test_bytes_between_steps_and_whole_tensors_for_whoever_looks() -> None:
     kept = weight.numel() // 4
     held = {k: v.numel() * v.element_size() for k, v in state_of(run).items()}
     assert held == {
-        "exp_avg": 4 * kept, "exp_avg_sq": 4 * kept, "nmflow_dense": 4 * kept,
-        "nmflow_mask": weight.numel(), "step": 4,
+        "exp_avg": 4 * kept, "exp_avg_sq": 4 * kept, "nmflow_dense": 4 * kept, "step": 4
     }  # fmt: skip
     want = weight.detach().clone()
     assert torch.equal(run.flow.dense_weights()["0.weight"], want)

@@ -14,6 +14,7 @@ from nmflow import native
 from nmflow.kernels import cpu_steps, reference, step_ops
 from nmflow.kernels.layout import Shape
 from nmflow.kernels.step_ops import kept_linear
+from nmflow.masks.kept_values import to_bits
 
 pytestmark = pytest.mark.skipif(
     not native.available() or native.isa() != "avx512", reason="no kernels without AVX-512"
@@ -53,7 +54,7 @@ def test_products_are_those_of_the_dense_weight(out, inputs, pattern, tokens, th
     values, codes, fits = cpu_steps.pack(w, None, shape)
     assert fits
     assert torch.equal(reference.dense(values, codes, shape), w)  # which checks every code
-    by_mask = cpu_steps.pack(w, kept, shape)
+    by_mask = cpu_steps.pack(w, to_bits(kept), shape)
     assert torch.equal(values, by_mask[0])
     assert torch.equal(codes, by_mask[1])
     x, dy, bias = torch.randn(tokens, inputs), torch.randn(tokens, out), torch.randn(out)
@@ -76,7 +77,7 @@ def test_packing_fills_up_with_the_lowest_and_takes_the_mask_where_it_is_given(p
     w, kept, shape = made(34, 24, pattern)
     gone = torch.rand(w.shape) < 0.4
     thin = w * ~gone
-    values, codes, fits = cpu_steps.pack(thin, kept, shape)
+    values, codes, fits = cpu_steps.pack(thin, to_bits(kept), shape)
     assert fits
     ones = reference.dense(torch.ones_like(values), codes, shape)
     assert torch.equal(ones != 0, kept)  # places that hold 0 too
@@ -92,7 +93,7 @@ def test_packing_fills_up_with_the_lowest_and_takes_the_mask_where_it_is_given(p
 def test_a_group_that_keeps_too_many_is_told(pattern):
     w, kept, shape = made(64, 32, pattern)
     w[63, 8:][w[63, 8:] == 0] = 1.0
-    values, codes, fits = cpu_steps.pack(w, kept, shape)
+    values, codes, fits = cpu_steps.pack(w, to_bits(kept), shape)
     assert not fits
     assert not values.any()
     assert not codes.any()
@@ -131,7 +132,8 @@ def test_the_op_is_linear_with_the_gradient_of_kept_places():
     bias = torch.randn(32)
     for x in (torch.randn(64), torch.randn(3, 5, 64), torch.randn(64, 7).t(), torch.randn(0, 64)):
         _same_as_dense(x, w, bias, kept, (1, 8, 1))
-        _same_as_dense(x, w, None, kept, (1, 8, 1), kept)
+        for held in (kept, to_bits(kept)):
+            _same_as_dense(x, w, None, kept, (1, 8, 1), held)
     _same_as_dense(torch.randn(3, 64), w.t().contiguous().t(), bias, kept, (1, 8, 1))
     with torch.no_grad():
         y = kept_linear(torch.ones(2, 64), w, bias, None, 1, 8, 1)
@@ -155,7 +157,9 @@ def test_opcheck_and_second_derivatives(fits):
     w = w if fits else torch.randn(32, 64)
     x, bias = torch.randn(3, 64), torch.randn(32)
     leaves: Any = [t.requires_grad_() for t in (x, w, bias)]
-    torch.library.opcheck(torch.ops.nmflow.kept_linear, (*leaves, kept if fits else None, 1, 8, 1))
+    torch.library.opcheck(
+        torch.ops.nmflow.kept_linear, (*leaves, to_bits(kept) if fits else None, 1, 8, 1)
+    )
     found = []
     for sparse in (True, False):
         if sparse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import nmflow
 from harness import Run
 from models import FAMILIES, MLP, Family
 from nmflow.errors import PlanError
-from settings import BY_ID
+from settings import BY_ID, TOTAL
 
 OPTIMIZERS: dict[int, Any] = {
     0: lambda ps: torch.optim.SGD(ps, lr=0.1),
@@ -50,6 +51,27 @@ def test_it_counts_what_a_run_holds(case: str, state: int) -> None:
             continue
         assert {name: getattr(found, name) for name in want} == want, family.id
         assert found.total == sum(want.values())
+
+
+@pytest.mark.parametrize("state", OPTIMIZERS)
+@pytest.mark.parametrize("case", ["one-shot", "mdgf-frozen", "sdgf-frozen", "mdgf-stairs", "ste"])
+def test_it_counts_a_frozen_phase_on_kept_values(case: str, state: int) -> None:
+    for family in FAMILIES:
+        chosen = BY_ID[case]
+        more = {**chosen.attach, "sparse_steps": "on"}
+        run = Run(family, replace(chosen, attach=more), OPTIMIZERS[state], dtype=torch.float32)
+        run.train(family.batches(TOTAL, torch.float32))
+        found = nmflow.memory(
+            run.model, family.pattern, family.include, recipe=chosen.build(), state=state, **more
+        )
+        if any(p.grad is None for p in run.model.parameters()):
+            continue
+        slots = [slot for stepper in run.flow._steppers for slot in stepper.slots]
+        places = [slot.places for slot in slots if slot.places is not None]
+        assert bool(places) == (found.kept is not None) == (case != "ste"), family.id
+        bits = sum(p.bits.nbytes + p.starts.nbytes for p in places)
+        assert found.frozen == sum(held(run).values()) + bits, family.id
+        assert ("frozen" in str(found)) == bool(places)
 
 
 def test_a_network_of_seven_billion_on_meta() -> None:

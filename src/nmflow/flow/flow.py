@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -17,6 +16,7 @@ from nmflow.flow import copies
 from nmflow.flow.before import Before
 from nmflow.flow.blocks import Blocks, Dense, FinalMasks
 from nmflow.flow.copies import Copy
+from nmflow.flow.flow_stage import FlowStage
 from nmflow.flow.graphs import CudaRecorder, GraphedStep
 from nmflow.flow.loading import Loading, watch
 from nmflow.flow.observing import Observation, Observer
@@ -24,30 +24,11 @@ from nmflow.flow.placing import slots_of
 from nmflow.flow.sparse_steps import LayerSteps, Mode
 from nmflow.flow.state import Run
 from nmflow.flow.stepper import Stepper
-from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe
-from nmflow.recipes.schedules import Stage
 from nmflow.select.plan import Plan
 
 log = logging.getLogger("nmflow")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class FlowStage:
-    """Where a flow is: the phase, and what each target goes through.
-
-    Attributes:
-        phase: `"dense"`, `"decay"`, `"sparse"`, `"finetune"` or `"final"`.
-        patterns: the pattern of each target's mask now, by label; None while it is dense.
-        delta: δ now; the largest one where the hybrid's frames differ between targets.
-        targets: the whole `Stage` of each target, by label.
-    """
-
-    phase: str
-    patterns: dict[str, Pattern | None]
-    delta: float
-    targets: dict[str, Stage]
 
 
 class Flow:
@@ -116,13 +97,7 @@ class Flow:
     def stage_at(self, k: int) -> FlowStage:
         """The phase, the pattern of each target and δ after `k` optimizer steps."""
         run = min(self._steppers, key=lambda stepper: stepper.k).run
-        stages = run.stages(self.plan, k)
-        return FlowStage(
-            next(iter(stages.values())).phase,
-            {label: stage.pattern for label, stage in stages.items()},
-            max(stage.delta for stage in stages.values()),
-            stages,
-        )
+        return FlowStage.of(run.stages(self.plan, k))
 
     def graphed(self, step: Callable[[], T]) -> GraphedStep[T]:
         """A training step that runs as a CUDA graph, captured anew where the recipe changes it.

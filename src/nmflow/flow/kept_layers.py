@@ -30,7 +30,7 @@ class Way:
 
     Attributes:
         pattern: N, M and V of W̃.
-        kept: the mask that is held, shaped like the parameter; None where W̃ itself says it.
+        kept: the mask that is held, `(out, in)` as bits; None where W̃ itself says it.
         decided: whether the layer computes on kept places; None is not measured yet.
         said: why it does not, by what its last call or its measurement said.
         compiled: whether a compiler traced a call, where nothing can be measured.
@@ -86,9 +86,7 @@ class OnKept(nn.Module):
         way: Way = self.__dict__[WAY]
         if way.dense_call(x, self.weight):
             return super().forward(x)
-        weight, kept = self.weight, way.kept
-        if self.transposed:
-            weight, kept = weight.t(), None if kept is None else kept.t()
+        kept, weight = way.kept, self.weight.t() if self.transposed else self.weight
         if torch.compiler.is_compiling():
             way.compiled = True
         elif way.decided is None:
@@ -123,6 +121,11 @@ def served(module: nn.Module) -> bool:
     """Whether a layer is of a class that can compute on kept places; subclasses may do more."""
     kind = plain(type(module))
     return kind is nn.Linear or (is_hf_conv1d(module) and kind.__name__ == "Conv1D")
+
+
+def transposed(module: nn.Module) -> bool:
+    """Whether a layer that is served stores its weight `(in, out)`."""
+    return is_hf_conv1d(module)
 
 
 def swap(module: nn.Module, way: Way) -> None:

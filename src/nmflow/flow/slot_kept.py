@@ -1,8 +1,9 @@
 """A weight of which the optimizer steps the kept values alone, while its mask is frozen.
 
-W, its gradient for the time of a step, and the optimizer's moments are then one row of kept values.
-Whoever looks at W, saves, loads or copies the optimizer meets whole tensors: looking expands them,
-and the next step takes them together again. What is pruned is let go: it is 0 from then on.
+W, its gradient for the time of a step, and the optimizer's moments are then one row of kept values,
+and the mask is bits. Whoever looks at W, saves, loads or copies the optimizer meets whole tensors:
+looking expands them, and the next step takes them together again. What is pruned is let go: it is 0
+from then on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nmflow.flow.marks import blank
 from nmflow.flow.sharding import local
 from nmflow.flow.slot_masks import SlotMasks
 from nmflow.flow.state import DENSE_KEY, KEPT_KEY, SLOT_KEYS
-from nmflow.masks.kept_values import Places, serves
+from nmflow.masks.kept_values import Places, serves, to_bits
 
 
 class SlotKept(SlotMasks):
@@ -33,6 +34,7 @@ class SlotKept(SlotMasks):
     shrinks = False
     places: Places | None = None
     _aside: tuple[Tensor, Tensor] | None = None  # W̃ and its gradient, during a step
+    _bits: tuple[Places | Tensor, int, Tensor] | None = None  # of a mask, and of its version
 
     @property
     def dense(self) -> Tensor:
@@ -40,19 +42,38 @@ class SlotKept(SlotMasks):
         self.expand()
         return self.tensors[DENSE_KEY]
 
+    @property
+    def held_mask(self) -> Tensor:
+        """The mask that is held, shaped and sharded like the parameter."""
+        self.expand()
+        return self.tensors[KEPT_KEY]
+
+    def bits(self, transposed: bool) -> Tensor:
+        """The mask that is held as bits, or its transpose; made once for a mask."""
+        places = self.places
+        if places is not None and not transposed:
+            return places.bits
+        source = self.tensors[KEPT_KEY] if places is None else places
+        version = source._version if isinstance(source, Tensor) else 0
+        if self._bits is None or self._bits[0] is not source or self._bits[1] != version:
+            kept = source if isinstance(source, Tensor) else source.kept
+            self._bits = source, version, to_bits(kept.t() if transposed else kept)
+        return self._bits[2]
+
     def shrink(self) -> None:
         """Take the kept values of W and of the optimizer's moments together."""
         grad = self.param.grad
         if self.places is not None or not self.shrinks or (grad is not None and grad.is_sparse):
             return
-        places = Places(self.tensors[KEPT_KEY].contiguous())
+        places = Places(self.tensors.pop(KEPT_KEY))
         self._turn(places.together, self.param.shape)
-        self.places = places
+        self.places, self._bits = places, None
 
     def expand(self) -> None:
         """Have whole tensors again, as every other optimizer has them."""
         places, self.places = self.places, None
         if places is not None:
+            self.tensors[KEPT_KEY] = places.kept
             self._turn(lambda values: self._apart(places, values), torch.Size([places.count]))
 
     def _turn(self, make: Callable[[Tensor], Tensor], shape: torch.Size) -> None:
@@ -62,13 +83,12 @@ class SlotKept(SlotMasks):
         if state is None or state.get(DENSE_KEY, dense) is not dense:
             return  # nothing, or a state that somebody loaded, which is whole
         made = {
-            key: make(x)
-            if key not in SLOT_KEYS and isinstance(x, Tensor) and x.shape == shape
-            else x
+            key: make(x) if isinstance(x, Tensor) and x.shape == shape else x
             for key, x in state.items()
+            if key not in SLOT_KEYS
         }
-        if DENSE_KEY in made:
-            made[DENSE_KEY] = self.tensors[DENSE_KEY]
+        if DENSE_KEY in state:
+            made.update(self.tensors)
         # In a dictionary of its own: a saved state has the old one, whose tensors are whole.
         self.optimizer.state[self.param] = made
 
@@ -107,5 +127,4 @@ class SlotKept(SlotMasks):
         """Write W̃ from them; whether they are finite, and the fingerprint where it is at hand."""
         values, shown = self.tensors[DENSE_KEY], local(self.param)
         prints = blank(shown) if serves(shown) else None
-        places.apart(values, shown, prints)
-        return torch.isfinite(values).all(), None if prints is None else prints[1]
+        return places.apart(values, shown, prints), None if prints is None else prints[1]

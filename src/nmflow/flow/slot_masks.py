@@ -10,7 +10,7 @@ from torch import Tensor
 from nmflow import masks
 from nmflow.flow.scores import Norms, scored
 from nmflow.flow.sharding import Region, local
-from nmflow.flow.state import FADING_KEY, KEPT_KEY, SCALE_KEY
+from nmflow.flow.state import FADING_KEY, SCALE_KEY
 from nmflow.pattern import EVERY, Pattern
 from nmflow.recipes.schedules import Stage
 
@@ -30,6 +30,7 @@ class SlotMasks:
     regions: Sequence[Region]
     tensors: dict[str, Tensor]
     dense: Any  # the dense weights W, shaped and sharded like the parameter
+    held_mask: Any  # the mask that is held, like them
     norms: Norms
     covered: bool
 
@@ -38,9 +39,8 @@ class SlotMasks:
         pattern, previous = stage.masks
         assert pattern is not None
         if held:
-            tensors = self.tensors
-            kept = region.of(local(tensors[KEPT_KEY]))
-            fading = region.of(local(tensors[FADING_KEY])) if previous else None
+            kept = region.of(local(self.held_mask))
+            fading = region.of(local(self.tensors[FADING_KEY])) if previous else None
             return kept, fading
         w, target = region.of(local(self.dense)), region.target
         kept = self.chosen(region, w, pattern)
@@ -71,14 +71,14 @@ class SlotMasks:
         if not (held and self.covered and len(self.regions) == 1):
             return False
         stage = stages[self.regions[0].target.label]
-        kept = local(self.tensors[KEPT_KEY])
+        kept = local(self.held_mask)
         bare = not stage.form and stage.gain == 1.0
         fits = bare and stage.pattern is not None and stage.masks[1] is None
         return fits and masks.one_pass_holds(local(self.dense), kept, out)
 
     def hold(self, region: Region, kept: Tensor, fading: Tensor | None) -> None:
         """Put the masks of a region into the state."""
-        region.of(local(self.tensors[KEPT_KEY])).copy_(kept)
+        region.of(local(self.held_mask)).copy_(kept)
         if fading is not None:
             region.of(local(self.tensors[FADING_KEY])).copy_(fading)
 

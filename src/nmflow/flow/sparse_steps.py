@@ -16,7 +16,7 @@ from nmflow.flow.kept_layers import Way
 from nmflow.flow.observing import Observation
 from nmflow.flow.sharding import local, sharded
 from nmflow.flow.slots import Slot
-from nmflow.flow.state import KEPT_KEY, Run
+from nmflow.flow.state import Run
 from nmflow.kernels import cpu_steps
 from nmflow.kernels.layout import Shape
 from nmflow.recipes import Recipe
@@ -126,7 +126,8 @@ class SparseSteps:
     def _swap(self, slot: Slot, module: nn.Module, stage: Stage, held: bool) -> None:
         assert stage.pattern is not None
         p = stage.pattern
-        pattern, kept = (p.n, p.m, p.panel), slot.tensors[KEPT_KEY] if held else None
+        pattern = p.n, p.m, p.panel
+        kept = slot.bits(kept_layers.transposed(module)) if held else None
         known = kept_layers.way_of(module)
         if known is not None and known.pattern == pattern:
             known.kept = kept
@@ -206,19 +207,22 @@ def why_whole(
     slot: Slot, run: Run, optimizer: Optimizer, stages: Mapping[str, Stage], k: int
 ) -> str:
     """Why the optimizer steps all of a weight, in one clause; or ""."""
-    recipe, since, param = run.recipe, run.frozen_since(), local(slot.param)
+    since, param = run.frozen_since(), local(slot.param)
     if sharded(slot.param) or param.device.type != "cpu":
         return "it is sharded" if sharded(slot.param) else f"it is on {param.device}"
     own = [stages[r.target.label] for r in slot.regions]
     if since is None or k < since or not all(map(binary, own)):
         return "its mask is not frozen"
-    if recipe.form or recipe.lr_scale != 1.0 or recipe.scale != 1.0:
-        return f"{recipe.name} scales what is kept, or makes another weight of it"
-    if recipe.freezes_second_moment:
-        return f"{recipe.name} freezes the second moment itself"
     if any(group.get("differentiable") for group in optimizer.param_groups):
         return "the optimizer is differentiable"
-    return why_not_elementwise(optimizer)
+    return why_recipe_whole(run.recipe) or why_not_elementwise(optimizer)
+
+
+def why_recipe_whole(recipe: Recipe) -> str:
+    """Why no optimizer steps kept values alone under a recipe, in one clause; or ""."""
+    if recipe.form or recipe.lr_scale != 1.0 or recipe.scale != 1.0:
+        return f"{recipe.name} scales what is kept, or makes another weight of it"
+    return f"{recipe.name} freezes the second moment itself" if recipe.freezes_second_moment else ""
 
 
 def binary(stage: Stage) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from nmflow.errors import PlanError
+from nmflow.flow.sparse_steps import Mode, check_mode, why_recipe_whole
 from nmflow.flow.state import Run
 from nmflow.recipes import DEFAULT, Recipe, resolve
 from nmflow.select.plan import Names, Patterns, plan
@@ -25,6 +26,8 @@ class Memory:
         dense: W of every parameter with a target, which a recipe adds.
         masks: masks that are held between steps, a byte a weight each.
         shards: the processes that share all of it evenly.
+        kept: what state, dense weights and masks become while the mask is frozen and the optimizer
+            steps kept values alone; None where it never does.
     """
 
     weights: int
@@ -33,6 +36,7 @@ class Memory:
     dense: int
     masks: int
     shards: int = 1
+    kept: int | None = None
 
     @property
     def without(self) -> int:
@@ -44,6 +48,11 @@ class Memory:
         """All of it."""
         return self.without + self.dense + self.masks
 
+    @property
+    def frozen(self) -> int:
+        """All of it in a frozen phase; `total`, where that changes nothing."""
+        return self.total if self.kept is None else self.weights + self.gradients + self.kept
+
     def __str__(self) -> str:
         parts = {
             "weights W̃": self.weights,
@@ -54,6 +63,8 @@ class Memory:
             "held masks": self.masks,
             "under a recipe": self.total,
         }
+        if self.kept is not None:
+            parts["while its mask is frozen"] = self.frozen
         lines: list[Sequence[str]] = [("GB", "in all", f"of {self.shards}")]
         lines += [
             (name, f"{size / 1e9:.1f}", f"{size / 1e9 / self.shards:.1f}")
@@ -73,6 +84,7 @@ def memory(
     state_bytes: int | None = None,
     mask_interval: int = 1,
     freeze_mask: bool = False,
+    sparse_steps: Mode = "off",
     shards: int = 1,
 ) -> Memory:
     """Count the bytes that a run under a recipe holds between two steps; activations are not in it.
@@ -88,6 +100,8 @@ def memory(
         state_bytes: bytes of one value in them; those of the parameter by default.
         mask_interval: as in `attach`.
         freeze_mask: as in `attach`.
+        sparse_steps: as in `attach`; in a frozen phase on a CPU an optimizer of torch that is
+            elementwise then holds kept values alone.
         shards: the processes that share parameters, gradients and state (FSDP2).
 
     Returns:
@@ -95,13 +109,18 @@ def memory(
 
     Raises:
         PlanError: as in `plan`; a count that is below 0 (of `shards`, below 1).
+        RecipeError: `sparse_steps` is none of its values.
 
     Example:
         >>> model = nn.Linear(64, 64, bias=False)
         >>> found = memory(model, "1:16", include="*")
         >>> found.without, found.total  # 4 × 4 bytes a weight, and W
         (65536, 81920)
+        >>> frozen = {"recipe": "one-shot", "sparse_steps": "on"}
+        >>> memory(model, "1:16", include="*", **frozen).frozen  # 8 bytes a weight, and .875
+        36872
     """
+    check_mode(sparse_steps)
     for name, value, least in (
         ("state", state, 0), ("state_bytes", state_bytes or 0, 0), ("shards", shards, 1)
     ):  # fmt: skip
@@ -109,17 +128,28 @@ def memory(
             raise PlanError(f"{name} is {value!r}: give a whole number of at least {least}")
     known = resolve(recipe)
     params = dict(model.named_parameters())
-    targeted = {target.name for target in plan(model, pattern, include, exclude)}
-    held = [params[name] for name in targeted] if known.prunes else []
-    keys = Run(known, _LONG, mask_interval, freeze_mask).held_keys
+    targets = list(plan(model, pattern, include, exclude))
+    held = {t.name: params[t.name] for t in targets} if known.prunes else {}
+    run = Run(known, _LONG, mask_interval, freeze_mask)
     trained = [p for p in params.values() if p.requires_grad]
+    of_state = {p: state * (state_bytes or p.element_size()) for p in trained}  # bytes a weight
+    whole = sum(p.numel() * size for p, size in of_state.items())
+    kept = None
+    if sparse_steps != "off" and run.frozen_since() is not None and not why_recipe_whole(known):
+        others = (len(run.held_keys) - 1) * sum(p.numel() for p in held.values())
+        kept = whole + others + sum(_bits(p) for p in held.values())
+        for name, p in held.items():
+            own = [t for t in targets if t.name == name]
+            count = p.numel() - sum(t.numel - t.numel // t.pattern.m * t.pattern.n for t in own)
+            kept += count * (p.element_size() + of_state.get(p, 0)) - p.numel() * of_state.get(p, 0)
     return Memory(
         weights=sum(map(_bytes, params.values())),
         gradients=sum(map(_bytes, trained)),
-        state=state * sum(p.numel() * (state_bytes or p.element_size()) for p in trained),
-        dense=sum(map(_bytes, held)),
-        masks=len(keys) * sum(p.numel() for p in held),
+        state=whole,
+        dense=sum(map(_bytes, held.values())),
+        masks=len(run.held_keys) * sum(p.numel() for p in held.values()),
         shards=shards,
+        kept=kept,
     )
 
 
@@ -128,3 +158,9 @@ _LONG = 1 << 20  # steps of a run: whether masks are held does not hang on their
 
 def _bytes(p: Tensor) -> int:
     return p.numel() * p.element_size()
+
+
+def _bits(p: Tensor) -> int:
+    """Bytes of a mask as bits, and of where its rows begin."""
+    rows = p.shape[0] if p.ndim else 1
+    return rows * (-(-p.numel() // max(rows, 1) // 64) * 8) + 8 * (rows + 1)

@@ -46,7 +46,7 @@ def pack(weight: Tensor, kept: Tensor | None, shape: Shape) -> tuple[Tensor, Ten
 
     Args:
         weight: `(out, inputs)`, float32, contiguous.
-        kept: bool like it, or None.
+        kept: its mask as bits, see `masks.kept_values.to_bits`; or None.
         shape: its shape and pattern, for which `why_not` is "".
 
     Returns:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from nmflow.kernels import cpu_steps, reference
 from nmflow.kernels.calls import LIBRARY
 from nmflow.kernels.layout import Shape
+from nmflow.masks.kept_values import to_bits
 
 LIBRARY.define(
     "kept_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? kept, int n, int m, int panel) "
@@ -43,7 +44,7 @@ def kept_linear(
         x: `(..., in)`.
         weight: W̃, `(out, in)`.
         bias: `(out,)` or None.
-        kept: a bool mask like the weight, or None.
+        kept: a bool mask like the weight, or that as `masks.kept_values.to_bits` has it, or None.
         n: N, what is kept of every M.
         m: M.
         panel: V, consecutive rows that share what they keep.
@@ -58,6 +59,8 @@ def kept_linear(
         tensor([[0., 1.],
                 [1., 0.]])
     """
+    if kept is not None and kept.dtype == torch.bool:
+        kept = to_bits(kept)
     return torch.ops.nmflow.kept_linear(x, weight, bias, kept, n, m, panel)[0]
 
 
@@ -84,8 +87,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _shape(weight, n, m, panel)
     if shape is not None and x.dtype == weight.dtype and x.shape[-1:] == weight.shape[1:]:
-        mask = None if kept is None else kept.contiguous()
-        values, codes, fits = cpu_steps.pack(weight.contiguous(), mask, shape)
+        values, codes, fits = cpu_steps.pack(weight.contiguous(), kept, shape)
         if fits:
             bias = None if bias is None else bias.contiguous()
             y = cpu_steps.forward(_rows(x), values, codes, bias, shape)

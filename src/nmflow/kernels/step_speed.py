@@ -24,7 +24,7 @@ def seconds(
     Args:
         x: `(..., in)`, the layer's input.
         weight: W̃, `(out, in)`.
-        kept: its mask, or None.
+        kept: its mask as bits, or None.
         n: N, what is kept of every M.
         m: M.
         panel: V.

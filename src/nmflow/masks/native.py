@@ -186,17 +186,17 @@ def prints(rows: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def take(x: torch.Tensor, kept: torch.Tensor, starts: torch.Tensor, values: torch.Tensor) -> None:
-    """Write the elements of `x` where `kept` is set to `values`, row r from `starts[r]` on.
+def take(x: torch.Tensor, bits: torch.Tensor, starts: torch.Tensor, values: torch.Tensor) -> None:
+    """Write the elements of `x` that are kept to `values`, row r from `starts[r]` on.
 
     Args:
-        x: float32, contiguous, on the CPU; AVX-512 is in use.
-        kept: bool like it.
+        x: float32, contiguous, on the CPU.
+        bits: what is kept, as `kept_values.to_bits` has it.
         starts: int64, one more than rows.
         values: as many as are kept.
     """
     status = library().nmflow_take(
-        *(x.data_ptr(), kept.data_ptr(), starts.data_ptr(), len(x), x[0].numel()),
+        *(x.data_ptr(), bits.data_ptr(), starts.data_ptr(), len(x), x[0].numel()),
         *(values.data_ptr(), torch.get_num_threads()),
     )
     if status:
@@ -205,17 +205,22 @@ def take(x: torch.Tensor, kept: torch.Tensor, starts: torch.Tensor, values: torc
 
 def put(
     values: torch.Tensor,
-    kept: torch.Tensor,
+    bits: torch.Tensor,
     starts: torch.Tensor,
     out: torch.Tensor,
     prints: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> None:
-    """Write `values` to where `kept` is set, and 0 elsewhere; with fingerprints, as `hold`."""
+) -> bool:
+    """Write `values` to the kept places, and 0 elsewhere; with fingerprints, as `hold`.
+
+    Returns:
+        Whether the values are finite.
+    """
     odd, sums = prints or (None, None)
     status = library().nmflow_put(
-        *(values.data_ptr(), kept.data_ptr(), starts.data_ptr(), len(out), out[0].numel()),
+        *(values.data_ptr(), bits.data_ptr(), starts.data_ptr(), len(out), out[0].numel()),
         *(out.data_ptr(), None if odd is None else odd.data_ptr()),
         *(None if sums is None else sums.data_ptr(), torch.get_num_threads()),
     )
-    if status:
+    if status not in (0, NOT_FINITE):
         raise WeightError(f"out of shape {tuple(out.shape)} {REASONS[status]}")
+    return status == 0
