@@ -60,14 +60,15 @@ class SlotKept(SlotMasks):
             self._bits = source, version, to_bits(kept.t() if transposed else kept)
         return self._bits[2]
 
-    def shrink(self) -> None:
-        """Take the kept values of W and of the optimizer's moments together."""
+    def shrink(self) -> bool:
+        """Take the kept values of W and of the optimizer's moments together; whether it did."""
         grad = self.param.grad
         if self.places is not None or not self.shrinks or (grad is not None and grad.is_sparse):
-            return
+            return False
         places = Places(self.tensors.pop(KEPT_KEY))
         self._turn(places.together, self.param.shape)
         self.places, self._bits = places, None
+        return True
 
     def expand(self) -> None:
         """Have whole tensors again, as every other optimizer has them."""

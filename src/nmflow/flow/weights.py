@@ -87,8 +87,9 @@ class Weights:
 
     def shrink(self) -> None:
         """Take kept values together where the step that begins is on them alone."""
-        for slot in self.pruned if self.shrinks else ():
-            slot.shrink()
+        shrunk = [slot.shrink() for slot in self.pruned] if self.shrinks else []
+        if any(shrunk):
+            self.gather()  # a bundle has whole weights
 
     def expand(self) -> None:
         """Have whole tensors in the optimizer's state."""
