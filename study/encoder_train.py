@@ -59,7 +59,12 @@ def wanted() -> list[Run]:
     runs = [Run(DENSE, "main", 0)]
     runs += [run for setup in tuned for run in searched(setup)]
     runs += [Run(setup, "main", seed) for seed in SEEDS for setup in tuned]
-    return runs + [Run(Setup(name, PATTERN), "main", 0) for name in ONE_SHOT]
+    return [*runs, *pruned()]
+
+
+def pruned() -> list[Run]:
+    """One-shot, judged on the sentences of both parts."""
+    return [Run(Setup(name, PATTERN), part, 0) for part in ("main", "tuning") for name in ONE_SHOT]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +180,11 @@ class Study:
     @torch.no_grad()
     def embed(self, encoder: Encoder, rows: Rows) -> Tensor:
         """(sentences, width), of length 1."""
-        made = []
-        for index in torch.arange(len(rows.ids), device=self.device).split(500):
+        made, order = [], rows.lengths.argsort()
+        for index in order.split(500):
             with self.autocast():
-                made.append(encoder(*rows.batch(index, LENGTHS[-1]))[0])
-        return torch.cat(made)
+                made.append(encoder(*rows.batch(index, int(rows.lengths[index].max())))[0])
+        return torch.cat(made)[order.argsort()]
 
     def judged(self, encoder: Encoder, part: str) -> dict[str, float]:
         """Beside the dense encoder, in points; in the main part MRPC's pairs as well."""
@@ -252,8 +257,9 @@ class Study:
 
 def work(study: Study) -> None:
     """Every run, as long as there is time for one more."""
-    steps = study.runs.agreed(study.measured)
-    for run, rate in study.runs.shared(wanted(), lambda run: True):
+    steps = 0 if study.runs.given.one_shot else study.runs.agreed(study.measured)
+    runs = pruned() if study.runs.given.one_shot else wanted()
+    for run, rate in study.runs.shared(runs, lambda run: True):
         began = time.perf_counter()
         study.train(run, rate, steps)
         if study.runs.left() < time.perf_counter() - began:
@@ -265,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(str(__doc__), steps=1_500, least=200)
     parser.add_argument("--model", type=Path, required=True, help="the package's folder `model`")
     parser.add_argument("--data", type=Path, required=True, help="the folder of GLUE's Parquet")
+    parser.add_argument("--one-shot", action="store_true", help="these runs alone")
     parser.add_argument("--rows", type=int, help="the first sentences of each part alone")
     with contextlib.suppress(Stopped):
         work(Study(parser.parse_args(arguments)))

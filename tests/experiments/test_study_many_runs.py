@@ -301,7 +301,7 @@ def test_a_page_says_what_its_table_says(monkeypatch: pytest.MonkeyPatch) -> Non
     written = page_of(monkeypatch, "vision", frame)
     assert "without a teacher, over SR-STE: MDGF-Exponential **+3.00 [" in written
     assert "(confirmed); Settling +0.20 [" in written
-    assert "9 steps of 8, on a device" in written
+    assert "9 steps of 8 sentences (a device)" in written
     (line,) = (x for x in written.splitlines() if x.startswith("| MDGF-Exponential, distilled |"))
     assert "| 84.00 ± " in line
     assert line.count("**+1.00 [") == 1  # over no teacher
