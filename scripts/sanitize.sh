@@ -20,5 +20,5 @@ export ASAN_OPTIONS="detect_leaks=0:strict_string_checks=1:detect_stack_use_afte
 export UBSAN_OPTIONS="print_stacktrace=1"
 export NMFLOW_LIBRARY="$library"
 "$python" -m pytest -q -p no:cacheprovider tests/native/test_native.py tests/native/test_cpu_kernels.py \
-    tests/native/test_int8_kernels.py \
-    tests/packed/test_memory_layouts.py "$@"
+    tests/native/test_int8_kernels.py tests/native/test_hold.py tests/native/test_step_kernels.py \
+    tests/flow/test_kept_values.py tests/packed/test_memory_layouts.py "$@"
