@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from harness import Run, assert_near, assert_same, dense_of, parameters_of
@@ -95,8 +95,7 @@ class Kernel:
         def run(**kwargs: Any) -> None:
             active = _ACTIVE[:]
             _ACTIVE.clear()
-            mode = torch.utils._python_dispatch._disable_current_modes()
-            with mode:
+            with _disable_current_modes():
                 self._kernel[grid](**kwargs)
             if active:
                 active[0].launched(self._kernel, grid, kwargs)
@@ -143,7 +142,8 @@ class Both:
         )
         self.x = torch.empty_like(MLP.batches(1, torch.float32)[0])
         parts = [s.graphs for s in self.run.flow._steppers]
-        self.step = GraphedStep(parts, self._train, Recorder(self._state))
+        self.recorder = Recorder(self._state)
+        self.step = GraphedStep(parts, self._train, self.recorder)
 
     def _train(self) -> Tensor:
         self.run.optimizer.zero_grad(set_to_none=True)
@@ -155,7 +155,7 @@ class Both:
     def _state(self) -> list[Tensor]:
         own = [p.data for p in self.run.model.parameters()]
         state = [x for s in self.run.optimizer.state.values() for x in s.values()]
-        bundle = self.run.flow._steppers[0]._weights.bundle
+        bundle = self.run.flow._steppers[0]._weights.together.bundle
         return [*own, *filter(lambda x: isinstance(x, Tensor), state), bundle._taken]
 
     def train(self, batches: list[Tensor], check: bool = True) -> list[str]:
@@ -252,7 +252,7 @@ def test_a_capture_that_fails_leaves_everything() -> None:
     both = Both("settling")
     batches = MLP.batches(TOTAL, torch.float32)
     both.train(batches[:2])
-    capture, both.step._recorder.capture = both.step._recorder.capture, _broken(both)
+    both.step._recorder = Broken(both)
     for _ in range(3):
         k, dense = both.run.flow.steps_done, dense_of(both.run)
         if both.step._last is None:
@@ -268,25 +268,26 @@ def test_a_capture_that_fails_leaves_everything() -> None:
         assert both.run.flow.steps_done == k
         assert_same(dense_of(both.run), dense)
         both.same()
-    both.step._recorder.capture = capture
+    both.step._recorder = both.recorder
     both.train(batches[both.run.flow.steps_done :])
     assert both.step.captures
 
 
-def _broken(both: Both) -> Any:
-    """A capture that ends in the middle of the optimizer's step."""
+class Broken:
+    """Captures that end in the middle of the optimizer's step."""
 
-    def capture(step: Callable[[], Any]) -> Any:
+    def __init__(self, both: Both) -> None:
+        self._both, self.warm = both, both.recorder.warm
+
+    def capture(self, step: Callable[[], Any]) -> Any:
         def broken(optimizer: Any, *_: Any) -> None:
             raise RuntimeError("broken")
 
-        handle = both.run.optimizer.register_step_pre_hook(broken)
+        handle = self._both.run.optimizer.register_step_pre_hook(broken)
         try:
-            return Recorder.capture(both.step._recorder, step)
+            return self._both.recorder.capture(step)
         finally:
             handle.remove()
-
-    return capture
 
 
 def test_what_cannot_be_captured_is_refused_or_runs_as_it_is() -> None:

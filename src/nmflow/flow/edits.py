@@ -64,14 +64,14 @@ class Edits:
 
     def _look_together(self) -> Sequence[Slot]:
         """Look at many without waiting for their device; the slots that are left."""
-        weights, bundle = self._weights, self._weights.bundle
-        if bundle is None or bundle.moved() or not all(map(waits, bundle.params[:1])):
+        weights, bundle = self._weights, self._weights.together.bundle
+        if bundle is None or bundle.moved() or not waits(bundle.params[0]):
             return weights.pruned
         same = bundle.agreeing()
         if same is None:
             return weights.pruned
         self._tell_late(bundle.sizes, same)
-        return weights.singles
+        return weights.together.singles
 
     def check_replay(self, k: int, late: Late) -> None:
         """As `check`, before a CUDA graph is replayed, which looks at the values itself.
@@ -80,7 +80,7 @@ class Edits:
             k: the optimizer steps done.
             late: what `taken_late` gave after the capture.
         """
-        bundle = self._weights.bundle
+        bundle = self._weights.together.bundle
         if bundle is None or bundle.moved():
             self.check(k)
         else:

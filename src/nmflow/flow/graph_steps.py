@@ -106,7 +106,7 @@ class GraphSteps:
         ]
         return (
             weights.run,
-            weights.bundle,
+            weights.together.bundle,
             weights.groups.changes,
             weights.plans(k),
             *numbers,
@@ -119,10 +119,10 @@ class GraphSteps:
         """Before a capture: what a step looks at, and where its graph will find δ."""
         self._steps.before_replay([])
         weights, self._begun = self._weights, self._record.k
-        bundle = weights.bundle
+        bundle = weights.together.bundle
         if bundle is not None:
             both, device = range(self._begun, self._begun + 2), bundle.dense[0].device
-            weights.deltas = {
+            weights.together.deltas = {
                 (k, kind): torch.zeros((), device=device) for k in both for kind in weights.known
             }
         weights.flags.kept = []
@@ -134,8 +134,8 @@ class GraphSteps:
             What the graph has of the step; None if it has none of this optimizer.
         """
         weights, late = self._weights, self._edits.taken_late()
-        deltas, flags = weights.deltas or {}, weights.flags.kept or []
-        weights.deltas = weights.flags.kept = None
+        deltas, flags = weights.together.deltas or {}, weights.flags.kept or []
+        weights.together.deltas = weights.flags.kept = None
         stepped = self._record.k > self._begun
         self._record.k = self._begun
         self._record.write()

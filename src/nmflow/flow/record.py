@@ -111,8 +111,9 @@ class Record:
         self._weights.write(self.k)
 
     def _is_foreign(self) -> bool:
-        bundled = self._weights.gather() is not None
-        return resume.is_foreign(self._optimizer, self._weights.singles, self.k, bundled)
+        together = self._weights.together
+        bundled = together.gather() is not None
+        return resume.is_foreign(self._optimizer, together.singles, self.k, bundled)
 
     def _check(self, state: dict, groups: list, live: bool = False) -> None:
         run = resume.run_of(groups, self._asked, self._weights.targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,16 @@ from torch.optim import Optimizer
 
 from nmflow.errors import FlowError, WeightError
 from nmflow.flow import gradients
-from nmflow.flow.bundle import Bundle
 from nmflow.flow.flags import Flags
 from nmflow.flow.homes import Homes
 from nmflow.flow.hosts import Groups
 from nmflow.flow.observing import View
-from nmflow.flow.plans import Plan, Plans, Share, addresses
+from nmflow.flow.plans import Plan
 from nmflow.flow.prepared import Prepared
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
 from nmflow.flow.state import Kind, Run, kind_of
+from nmflow.flow.together import Together
 from nmflow.recipes.schedules import Stage
 
 _FOREACH: Any = torch  # whose functions for many tensors it does not type
@@ -40,10 +40,8 @@ class Weights:
         flags: what devices are asked, and answer a step later.
         groups: the optimizer's groups that have the parameters.
         homes: the places of the parameters in the model.
-        deltas: while a CUDA graph is captured, where each step's δ of each kind is; else None.
         shrinks: whether steps may be on kept values alone.
-        bundle: the slots that are stepped as one; None where there are none.
-        singles: the others.
+        together: what is done to many of them at once.
         told: called with the run and k whenever W̃ of step k was written.
     """
 
@@ -58,27 +56,10 @@ class Weights:
         self.groups = Groups(optimizer, slots)
         self.homes = Homes([(slot.home, slot.param) for slot in slots])
         self.shrinks = False
-        self.deltas: Mapping[tuple[int, Kind], Tensor] | None = None
-        self.bundle: Bundle | None = None
-        self.singles: Sequence[Slot] = self.pruned
-        self._optimizer = optimizer
-        self._plans: Plans | None = None
+        self.together = Together(optimizer, self.pruned, self.groups, self.prepared)
         self._kinds: tuple[Run | None, int, dict[Kind, Stage]] = None, -1, {}
         self._stages: tuple[dict[Kind, Stage] | None, dict[str, Stage]] = None, {}
         self._before: dict[int, Tensor] = {}
-
-    def gather(self) -> Bundle | None:
-        """The weights that are stepped as one, where they are as they were, or anew."""
-        if self.bundle is not None and self.bundle.holds():
-            return self.bundle
-        self.bundle, self.singles, self._plans = None, self.pruned, None
-        fit = [slot for slot in self.pruned if Bundle.fits(slot)]
-        if fit:
-            own = {id(slot) for slot in fit}
-            self.bundle = Bundle(fit, self._optimizer)
-            self.singles = [slot for slot in self.pruned if id(slot) not in own]
-            self._plans = Plans(self.bundle, self.slots)
-        return self.bundle
 
     def start(self) -> None:
         """Take the parameters as W."""
@@ -102,24 +83,27 @@ class Weights:
         Args:
             gathered: whether nobody can have moved anything since `gather`.
         """
-        bundle = self.bundle if gathered else self.gather()
+        together = self.together
+        # Taking kept values together moves them, too.
+        bundle = together.bundle if gathered and not self.shrinks else together.gather()
         if bundle is not None:
             bundle.enter()
-        for slot in self.singles:
+        for slot in together.singles:
             slot.enter()
 
     def leave(self, stateless: bool) -> None:
         """Take W out of the parameters again; out of all of them, whatever one of them raises."""
         raised: list[FlowError] = []
-        odd = [] if self.bundle is None else self.bundle.leave()
-        for slot in (*odd, *self.singles):
+        together = self.together
+        odd = [] if together.bundle is None else together.bundle.leave()
+        for slot in (*odd, *together.singles):
             try:
                 if slot.stepping:
                     slot.leave(stateless)
             except FlowError as error:
                 raised.append(error)
         if odd:
-            self.gather()
+            together.gather()
         if raised:
             raise raised[0]
 
@@ -137,25 +121,16 @@ class Weights:
             self._kinds = self.run, k, self.run.kinds(self.known, k)
         return self._kinds[2]
 
-    def holding(self, k: int) -> tuple[bool, bool, bool]:
-        """Whether masks are held before step `k + 1`, stay in it, and are held after it."""
-        return self.has_masks(k), self.run.reuses(self.known, k + 1), self.run.holds(k + 1)
-
     def plans(self, k: int) -> tuple[Plan, Plan] | None:
         """What is launched before step `k + 1` and after it; None where weights go one by one."""
-        bundle = self.gather()
-        if bundle is None or self._plans is None or bundle.prints is None or self.singles:
-            return None
-        held, reuse, hold = self.holding(k)
-        before = self._plans.of(self.kinds(k), held, False)
-        after = self._plans.of(self.run.kinds(self.known, k + 1), reuse, hold)
-        return None if before.rest or after.rest else (before, after)
-
-    def _delta(self, share: Share, k: int) -> float | Tensor:
-        """δ of a launch at step `k`; where a CUDA graph finds it, while one is captured."""
-        if self.deltas is None:
-            return self.kinds(k)[share.kind].delta
-        return self.deltas[k, share.kind]
+        held, reuse, hold = (
+            self.has_masks(k),
+            self.run.reuses(self.known, k + 1),
+            self.run.holds(k + 1),
+        )
+        before = self.together.plan(self.kinds(k), held, False)
+        after = self.together.plan(self.run.kinds(self.known, k + 1), reuse, hold)
+        return None if before is None or after is None else (before, after)
 
     # -- before a step -------------------------------------------------------------------------
 
@@ -171,8 +146,10 @@ class Weights:
         recipe = self.run.recipe
         if recipe.gradient != "masked" and not recipe.lam:
             return
-        rest = self._rule_together(k, scale) if not uphill else self.pruned
-        stages, held = self.stages(k) if rest else {}, self.has_masks(k)
+        held, rest = self.has_masks(k), self.pruned
+        if not uphill:
+            rest = self.together.rule(k, self.kinds(k), held, recipe.lam, scale)
+        stages = self.stages(k) if rest else {}
         for slot in rest:
             if slot.param.grad is None or slot.places is not None:
                 continue
@@ -196,47 +173,15 @@ class Weights:
                     slot.fade(region, stage, held, part)
                 self.prepared.change(label, slot.param.grad)
 
-    def _rule_together(self, k: int, scale: Tensor | None) -> Sequence[Slot]:
-        """The rule in one launch where that can be; the slots that are left."""
-        bundle = self.bundle
-        if bundle is None or self._plans is None or self.prepared.any_changed:
-            return self.pruned
-        grads = [param.grad for param in bundle.params]
-        stages, held, lam = self.kinds(k), self.has_masks(k), self.run.recipe.lam
-        plan = self._plan(grads, stages, held)
-        given = [bundle.params[i].grad for i in plan.places]
-        if not all(map(_like, given, [bundle.dense[i] for i in plan.places])):
-            return self.pruned
-        for share in plan.shares:
-            stage = stages[share.kind]
-            if stage.pattern is None or not (lam or stage.delta != 1.0):
-                continue
-            at = addresses(share.parts, grads)
-            if lam:
-                pull = lam * (1.0 - stage.delta)
-                share.launch(at, at, delta=1.0, pull=pull, scale=scale)
-            else:
-                share.launch(at, at, delta=self._delta(share, k))
-            for part in share.parts:
-                self.prepared.change(part.region.target.label, bundle.params[part.place].grad)
-        return [*plan.rest, *self.singles]
-
-    def _plan(self, grads: Sequence[Tensor | None], stages: Any, held: bool) -> Plan:
-        """The plan of a rule on the gradients that are there."""
-        assert self._plans is not None
-        among = None
-        if any(g is None for g in grads):
-            among = frozenset(i for i, g in enumerate(grads) if g is not None)
-        return self._plans.of(stages, held, False, among)
-
     def draw(self, k: int, rates: Sequence[float | Tensor]) -> None:
         """Draw W to W̃ by the recipe's pull, where the optimizer will step, at rates by slot."""
         if not self.run.recipe.pull:
             return
-        rest = {id(slot) for slot in self._draw_together(k, rates)}
+        held, pull = self.has_masks(k), self.run.recipe.pull
+        rest = set(map(id, self.together.draw(k, self.kinds(k), held, pull, rates)))
         if not rest:
             return
-        stages, held = self.stages(k), self.has_masks(k)
+        stages = self.stages(k)
         alike: dict[float, list[tuple[Tensor, Tensor]]] = {}  # what one launch does, by amount
         for slot, lr in zip(self.pruned, rates, strict=True):
             if slot.param.grad is None or slot.places is not None or id(slot) not in rest:
@@ -251,41 +196,15 @@ class Weights:
                 part, sparse = region.of(dense), region.of(shown)
                 by_mask = (held and not stage.previous) or stage.gain != 1.0
                 kept = slot.masks(region, stage, held)[0] if by_mask else None
-                pull = self.run.recipe.pull * stage.rate
                 if kept is None and not isinstance(lr, Tensor):
-                    alike.setdefault(min(1.0, lr * pull), []).append((part, sparse))
+                    amount = min(1.0, lr * pull * stage.rate)
+                    alike.setdefault(amount, []).append((part, sparse))
                 else:
-                    gradients.drawn(part, sparse, lr, pull, kept, stage.delta)
+                    gradients.drawn(part, sparse, lr, pull * stage.rate, kept, stage.delta)
                 self.prepared.draw(region.target.label)
         for amount, pairs in alike.items():
             parts, shown = map(list, zip(*pairs, strict=True))
             _FOREACH._foreach_lerp_(parts, shown, amount)
-
-    def _draw_together(self, k: int, rates: Sequence[float | Tensor]) -> Sequence[Slot]:
-        """The pull in one launch where that can be; the slots that are left."""
-        bundle = self.bundle
-        if bundle is None or self._plans is None or self.prepared.any_drawn:
-            return self.pruned
-        stages, pull = self.kinds(k), self.run.recipe.pull
-        plan = self._plan([param.grad for param in bundle.params], stages, self.has_masks(k))
-        rest = [*plan.rest, *self.singles]
-        for share in plan.shares:
-            stage = stages[share.kind]
-            if stage.pattern is None or stage.delta == 1.0:
-                continue
-            groups = share.by(self.groups)
-            for lr, w, shown in ((rates[slot], *lists) for slot, *lists in groups):
-                if not isinstance(lr, Tensor):
-                    _FOREACH._foreach_lerp_(w, shown, min(1.0, lr * pull * stage.rate))
-                elif len(groups) == 1:
-                    amount = (lr.to(w[0].device, torch.float32) * pull * stage.rate).clamp(max=1.0)
-                    share.launch(delta=1.0, pull=-1.0, scale=amount * (1.0 - self._delta(share, k)))
-                else:
-                    rest += [bundle.slots[part.place] for part in share.parts]
-                    break
-            else:
-                self.prepared.draw_all(share.labels)
-        return rest
 
     def remember(self, k: int) -> None:
         """Before the optimizer's step: keep W where its learning rate has a factor."""
@@ -349,7 +268,7 @@ class Weights:
         reuse = self.has_masks(k) if reuse is None else reuse
         hold = self.run.holds(k)
         raised: list[Tensor] = []
-        rest = self._write_together(k, reuse, hold, raised)
+        rest = self.together.write(k, self.kinds(k), reuse, hold, raised)
         stages = self.stages(k) if rest else {}
         for slot in rest:
             if self.run.recipe.form == "soft-threshold":
@@ -369,22 +288,6 @@ class Weights:
         for tell in self.told:
             tell(self.run, k)
 
-    def _write_together(
-        self, k: int, reuse: bool, hold: bool, raised: list[Tensor]
-    ) -> Sequence[Slot]:
-        """W̃ in one launch where that can be; the slots that are left."""
-        bundle = self.gather()
-        if bundle is None or self._plans is None or bundle.prints is None:
-            return self.pruned
-        stages = self.kinds(k)
-        plan = self._plans.of(stages, reuse, hold)
-        if plan.rest:
-            return self.pruned
-        for share in plan.shares:
-            raised.append(share.launch(share.out, delta=self._delta(share, k)))
-        bundle.wrote()
-        return self.singles
-
     def read_finite(self, k: int) -> None:
         """Raise a `WeightError` if the last write on a device met a weight that is not finite."""
         if self.flags.raised:
@@ -396,11 +299,6 @@ class Weights:
         for slot in self.pruned:
             if not bool(torch.isfinite(local(slot.dense)).all()):
                 raise _not_finite(slot, k)
-
-
-def _like(g: Tensor, w: Tensor) -> bool:
-    """Whether a gradient lies in memory as a contiguous weight does."""
-    return g.dtype is w.dtype and g.device == w.device and not g.is_sparse and g.is_contiguous()
 
 
 def _not_finite(slot: Slot, k: int) -> WeightError:
