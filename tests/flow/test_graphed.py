@@ -86,15 +86,29 @@ def _replay(calls: list[Any]) -> None:
 
 
 class Kernel:
-    """A Triton kernel whose launches a recorder sees."""
+    """A Triton kernel whose launches a recorder sees: only of what was compiled before."""
 
     def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
+        self._kernel, self._compiled = kernel, set()
+
+    def _variant(self, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What Triton compiles once for."""
+
+        def kind(name: str, x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.dtype, x.data_ptr() % 16 == 0
+            special = (x == 1, x % 16 == 0) if isinstance(x, int) else None
+            return x if name.isupper() or x is None else (type(x), special)
+
+        return tuple((name, kind(name, x)) for name, x in kwargs.items())
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def run(**kwargs: Any) -> None:
             active = _ACTIVE[:]
             _ACTIVE.clear()
+            variant = self._variant(kwargs)
+            assert not active or variant in self._compiled, "compiled in a capture"
+            self._compiled.add(variant)
             with _disable_current_modes():
                 self._kernel[grid](**kwargs)
             if active:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +64,10 @@ class GraphSteps:
                     f"a CUDA graph: give {kind}(..., capturable=True)"
                 )
 
-    def rates(self) -> tuple[float, ...]:
-        """The learning rates that a graph would hold as they are: those that are no tensors."""
+    def rates(self) -> tuple[object, ...]:
+        """The learning rates as a graph holds them: numbers, and which tensors the others are."""
         rates = [group.get("lr") for group in self.optimizer.param_groups]
-        return tuple(float(lr) for lr in rates if isinstance(lr, int | float))
+        return tuple(f"a tensor, {id(lr)}" if isinstance(lr, Tensor) else lr for lr in rates)
 
     def why_not(self) -> str:
         """Why the step that comes cannot be in a graph, in one clause; or ""."""
@@ -113,19 +115,37 @@ class GraphSteps:
             *groups,
         )
 
+    @contextlib.contextmanager
+    def as_captured(self) -> Iterator[None]:
+        """Have a step that runs as it is launch what its capture will: a kernel that is not loaded
+        yet cannot be captured."""
+        together = self._weights.together
+        together.deltas = self._on_device()
+        try:
+            yield
+        finally:
+            together.deltas = None
+
+    def _on_device(self) -> Deltas | None:
+        """δ of each kind before and after the step that comes, where kernels read it."""
+        bundle, k, run = self._weights.together.bundle, self._record.k, self._weights.run
+        if bundle is None:
+            return None
+        device = bundle.dense[0].device
+        return {
+            (at, kind): torch.full((), stage.delta, device=device)
+            for at in (k, k + 1)
+            for kind, stage in run.kinds(self._weights.known, at).items()
+        }
+
     # -- the capture ---------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Before a capture: what a step looks at, and where its graph will find δ."""
         self._steps.before_replay([])
-        weights, self._begun = self._weights, self._record.k
-        bundle = weights.together.bundle
-        if bundle is not None:
-            both, device = range(self._begun, self._begun + 2), bundle.dense[0].device
-            weights.together.deltas = {
-                (k, kind): torch.zeros((), device=device) for k in both for kind in weights.known
-            }
-        weights.flags.kept = []
+        self._begun = self._record.k
+        self._weights.together.deltas = self._on_device()
+        self._weights.flags.kept = []
 
     def end(self) -> Held | None:
         """After a capture, which has not run: the weights and k are what they were.

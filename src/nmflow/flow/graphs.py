@@ -7,6 +7,7 @@ which kernels there are, the step is captured anew.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -88,7 +89,10 @@ class GraphedStep(Generic[T]):
         self._last, self._rates = key, self._held_rates()
         if self.why:
             self._shown = None
-            return self._recorder.warm(self._step)
+            with contextlib.ExitStack() as stack:
+                for part in self._parts if key is not None else ():
+                    stack.enter_context(part.as_captured())
+                return self._recorder.warm(self._step)
         graph = self._graphs.pop(key, None) or self._capture()
         self._graphs[key] = graph  # the one that was used last comes last
         while len(self._graphs) > _KEPT:
@@ -103,7 +107,7 @@ class GraphedStep(Generic[T]):
             part.after(held)
         return graph.out
 
-    def _held_rates(self) -> list[tuple[float, ...]]:
+    def _held_rates(self) -> list[tuple[object, ...]]:
         return [part.rates() for part in self._parts]
 
     def _check_rates(self) -> None:
@@ -111,9 +115,10 @@ class GraphedStep(Generic[T]):
         if self._last is None or not self._graphs or self._held_rates() == self._rates:
             return
         raise FlowError(
-            f"lr went from {self._rates} to {self._held_rates()}, but a CUDA graph holds a number "
-            "as it was: give the optimizer its lr in a tensor on the device, such as "
-            "AdamW(..., lr=torch.tensor(1e-3, device='cuda'), capturable=True)"
+            f"lr went from {self._rates} to {self._held_rates()}, but a CUDA graph holds a number, "
+            "and which tensor it is, as it was: give the optimizer its lr in a tensor on the "
+            "device, such as AdamW(..., lr=torch.tensor(1e-3, device='cuda'), capturable=True), "
+            "and have schedules write into that tensor"
         )
 
     def _capture(self) -> _Graph[T]:

@@ -66,15 +66,17 @@ class Record:
         self.write()
         log.info("resumed %s at step %d", run.recipe.name, self.k)
 
-    @torch.no_grad()
     def notice(self) -> None:
         """Take over a state that was loaded where neither a hook nor a guard saw it.
 
         Raises:
             StateError: it is not of this run, or the gradients are of other weights than its own.
         """
-        if not self._is_foreign():
-            return
+        if self._is_foreign():
+            self._notice()
+
+    @torch.no_grad()
+    def _notice(self) -> None:
         self._weights.expand()
         self.check()
         self.take_over()

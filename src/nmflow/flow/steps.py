@@ -221,12 +221,12 @@ class Steps:
             self._hooked = False
         self._calls += 1
 
-    @torch.no_grad()
     def ends(self, out: Any) -> Any:
         """After a call of `step`: raise a `FlowError` if it ran no hooks."""
         self._calls -= 1
         if not self._calls and (self._inside or not self._hooked):
-            self._weights.write(self._record.k)
+            with torch.no_grad():
+                self._weights.write(self._record.k)
             raise FlowError(
                 f"{type(self._optimizer).__name__}.step() ran without the hooks of "
                 "torch.optim.Optimizer, so it did not step the dense weights: its step is dropped, "
@@ -258,11 +258,13 @@ class Steps:
                 "its weights of this step: call it outside the with block"
             )
 
-    @torch.no_grad()
     def mend(self) -> None:
         """Go on after a step that raised: it is not counted, and its weights are taken as W."""
-        if not self._inside:
-            return
+        if self._inside:
+            self._mend()
+
+    @torch.no_grad()
+    def _mend(self) -> None:
         log.warning("an optimizer.step() was broken off after step %d", self._record.k)
         self._weights.forget()
         try:
