@@ -70,7 +70,7 @@ class Weights:
         """Take kept values together where the step that begins is on them alone."""
         shrunk = [slot.shrink() for slot in self.pruned] if self.shrinks else []
         if any(shrunk):
-            self.gather()  # a bundle has whole weights
+            self.together.gather()  # a bundle has whole weights
 
     def expand(self) -> None:
         """Have whole tensors in the optimizer's state."""
@@ -84,8 +84,7 @@ class Weights:
             gathered: whether nobody can have moved anything since `gather`.
         """
         together = self.together
-        # Taking kept values together moves them, too.
-        bundle = together.bundle if gathered and not self.shrinks else together.gather()
+        bundle = together.bundle if gathered else together.gather()
         if bundle is not None:
             bundle.enter()
         for slot in together.singles:
