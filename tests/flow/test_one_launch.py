@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nmflow
 from harness import Run, assert_near, parameters_of
 from models import BY_ID as FAMILY
 from models import MLP
-from nmflow.errors import FlowError, WeightError
+from nmflow.errors import FlowError, StateError, WeightError
 from nmflow.flow import edits, marks, plans, slots
 from nmflow.masks import Launch
-from settings import BY_ID, TOTAL
+from settings import BY_ID, OPTIMIZERS, TOTAL
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -170,3 +173,35 @@ def test_fingerprints_are_those_of_torch(
     assert marks.prints_of([plain, torch.zeros(9, 7)]) is None  # words of other sizes
     assert marks.prints_of([plain, plain.t()]) is None
     assert marks.prints_of([torch.zeros(0, 8)]) is None
+
+
+@pytest.mark.parametrize("case", ["sr-ste", pytest.param("settling", marks=pytest.mark.slow)])
+def test_shards_are_written_together(case: str, launched: list[int], tmp_path: Path) -> None:
+    """FSDP2 of one process, beside a run that is not sharded."""
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain = Run(MLP, BY_ID[case], dtype=torch.float32)
+        run = Run(MLP, BY_ID[case], dtype=torch.float32, attached=False)
+        fully_shard(run.model, mesh=init_device_mesh("cpu", (1,)))
+        run.optimizer = OPTIMIZERS["adamw-foreach"](run.model.parameters())
+        run.attach()
+        launched.clear()
+        for x in MLP.batches(5, torch.float32):
+            run.step(x)
+            plain.step(x)
+        bundle = run.flow._steppers[0]._weights.together.bundle
+        assert bundle is not None
+        assert bundle.sharded
+        whole = {n: p.full_tensor().detach() for n, p in run.model.named_parameters()}  # type: ignore[attr-defined]
+        assert_near(whole, parameters_of(plain.model))
+        dense = {n: w.full_tensor().detach() for n, w in run.flow.dense_weights().items()}  # type: ignore[attr-defined]
+        assert_near(dense, {n: w.detach() for n, w in plain.flow.dense_weights().items()})
+        param: Any = run.model.get_parameter("2.weight")
+        param.to_local().data[0, 0] = 9.0
+        run.step(MLP.batches(1, torch.float32)[0])
+        with pytest.raises(StateError, match=r"2\.weight"):
+            run.step(MLP.batches(1, torch.float32)[0])
+    finally:
+        dist.destroy_process_group()

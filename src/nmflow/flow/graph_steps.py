@@ -83,10 +83,12 @@ class GraphSteps:
             return f"{run.recipe.name} takes the optimizer's count of steps to the host"
         if run.recipe.lam and any(g.get("maximize") for g in self.optimizer.param_groups):
             return "the optimizer maximizes"
+        if weights.together.bundle is not None and weights.together.bundle.sharded:
+            return "its weights are sharded"
         if weights.pruned and weights.plans(k) is None:
             return (
-                "not all weights share launches: panels, two masks, forms, float64, sharded "
-                "weights and masks that are taken now to be held are written one by one"
+                "not all weights share launches: panels, two masks, forms, float64 and masks "
+                "that are taken now to be held are written one by one"
             )
         return ""
 

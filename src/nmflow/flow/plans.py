@@ -15,7 +15,7 @@ from torch import Tensor
 from nmflow import masks
 from nmflow.flow.bundle import Bundle
 from nmflow.flow.hosts import Groups
-from nmflow.flow.sharding import Region
+from nmflow.flow.sharding import Region, local
 from nmflow.flow.slots import Slot
 from nmflow.flow.state import KEPT_KEY, Kind, kind_of
 from nmflow.pattern import EVERY
@@ -194,7 +194,7 @@ class Plans:
         return masks.Job(part.w, stage.pattern or EVERY, part.region.target.dim, mask)
 
     def _mask(self, part: Part) -> Tensor:
-        return part.region.of(self._bundle.slots[part.place].tensors[KEPT_KEY])
+        return part.region.of(local(self._bundle.slots[part.place].tensors[KEPT_KEY]))
 
 
 def _key(stage: Stage) -> tuple[Any, ...]:

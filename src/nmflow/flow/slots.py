@@ -19,7 +19,7 @@ from nmflow.flow.homes import Home
 from nmflow.flow.loan import Loan
 from nmflow.flow.marks import Mark, blank
 from nmflow.flow.scores import Norms
-from nmflow.flow.sharding import Region, bare, local
+from nmflow.flow.sharding import Region, bare, local, sharded
 from nmflow.flow.slot_kept import SlotKept
 from nmflow.flow.slot_masks import Stages, project_region
 from nmflow.flow.state import DENSE_KEY, FADING_KEY, KEPT_KEY, SCALE_KEY, SLOT_KEYS
@@ -149,7 +149,7 @@ class Slot(SlotKept):
     @property
     def settled(self) -> bool:
         """Whether a step has shown that the optimizer steps the parameter's own memory."""
-        return self._loan.tried
+        return self._loan.tried or sharded(self.param)
 
     def lent(self, shown: Tensor) -> None:
         """W is in the parameter, and W̃ of it in a tensor: `leave` takes it from there."""

@@ -16,6 +16,7 @@ from nmflow.flow.bundle import Bundle
 from nmflow.flow.hosts import Groups
 from nmflow.flow.plans import Plan, Plans, Share, addresses
 from nmflow.flow.prepared import Prepared
+from nmflow.flow.sharding import local, sharded
 from nmflow.flow.slots import Slot
 from nmflow.flow.state import Kind
 from nmflow.recipes.schedules import Stage
@@ -49,6 +50,7 @@ class Together:
             return self.bundle
         self.bundle, self.singles, self._plans = None, self._slots, None
         fit = [slot for slot in self._slots if Bundle.fits(slot)]
+        fit = [slot for slot in fit if sharded(slot.param) == sharded(fit[0].param)]
         if fit:
             own = {id(slot) for slot in fit}
             self.bundle = Bundle(fit, self._optimizer)
@@ -71,7 +73,8 @@ class Together:
         bundle = self.bundle
         if bundle is None or self._prepared.any_changed:
             return self._slots
-        grads: list[Any] = [param.grad for param in bundle.params]
+        given: list[Any] = [param.grad for param in bundle.params]
+        grads = [None if g is None else local(g) for g in given] if bundle.sharded else given
         plan = self._of_grads(grads, stages, held)
         places = plan.places
         if not all(map(_like, [grads[i] for i in places], [bundle.dense[i] for i in places])):
@@ -87,7 +90,7 @@ class Together:
             else:
                 share.launch(at, at, delta=self._delta(k, share, stages))
             for label, part in zip(share.labels, share.parts, strict=True):
-                self._prepared.change(label, grads[part.place])
+                self._prepared.change(label, given[part.place])
         return [*plan.rest, *self.singles]
 
     def draw(
