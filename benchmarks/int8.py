@@ -1,4 +1,4 @@
-"""Packed products with 8-bit values against what is deployed: onnxruntime, torch's int8, bfloat16.
+"""Packed products with rounded values against the deployed: onnxruntime, torch's int8, bfloat16.
 
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/int8.py --csv int8.csv
 
@@ -19,6 +19,7 @@ from _timing import copies_of, facts, interleaved, rotate, write_csv
 from kernels import dense_calls, sparse
 from nmflow.kernels import int8, matmul, matmul_int8
 from nmflow.kernels.layout import Shape, canonical_from_dense, tiled_from_canonical
+from nmflow.packed.bfloat16 import product
 from nmflow.packed.measure import rounded_ways
 from nmflow.pattern import Pattern
 
@@ -66,18 +67,26 @@ def onnx_calls(x: torch.Tensor, w: torch.Tensor, sessions: int) -> dict:
 
 
 def packed_calls(x: torch.Tensor, out: int, pattern: Pattern, cache: str) -> tuple[dict, dict]:
-    """The packed ways of one pattern: float32 values, 8-bit values, and activations too."""
+    """The packed ways of one pattern: float32, bfloat16, 8-bit values, and activations too."""
     inputs, tokens = x.shape[1], x.shape[0]
     shape = Shape.of(out, inputs, pattern)
     values, index = canonical_from_dense(sparse(out, inputs, pattern, torch.float32), shape)
     a, b = tiled_from_canonical(values, index, shape)
+    half = values.bfloat16()
+    c, d = tiled_from_canonical(half, index, shape)
+    halves = [(c.clone(), d.clone()) for _ in range(copies_of(c.nbytes + d.nbytes, cache, tokens))]
     stream = int8.stream_from_canonical(*int8.round_values(values), index, shape)
     dims = (out, inputs, pattern.n, pattern.m, pattern.panel)
     floats = [(a.clone(), b.clone()) for _ in range(copies_of(a.nbytes + b.nbytes, cache, tokens))]
     streams = [stream.clone() for _ in range(copies_of(stream.nbytes, cache, tokens))]
     name = str(pattern)
     calls = {
-        f"{name} float32": rotate([lambda a=a, b=b: matmul(x, a, b, None, dims) for a, b in floats])
+        f"{name} float32": rotate(
+            [lambda a=a, b=b: matmul(x, a, b, None, dims) for a, b in floats]
+        ),
+        f"{name} bfloat16": rotate(
+            [lambda c=c, d=d: product(x, c, d, None, dims, 0, torch.float32) for c, d in halves]
+        ),
     }
     for rounds, way in enumerate(("int8 values", "int8")):
         calls[f"{name} {way}"] = rotate(
@@ -85,6 +94,7 @@ def packed_calls(x: torch.Tensor, out: int, pattern: Pattern, cache: str) -> tup
         )
     sizes = dict.fromkeys(calls, stream.nbytes)
     sizes[f"{name} float32"] = a.nbytes + b.nbytes
+    sizes[f"{name} bfloat16"] = c.nbytes + d.nbytes
     return calls, sizes
 
 
@@ -124,6 +134,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
                     else "",
                     "times_best_rounded": round(dense[best_rounded] / found.median, 2)
                     if best_rounded
+                    else "",
+                    "times_bfloat16": round(dense["oneDNN bfloat16"] / found.median, 2)
+                    if "oneDNN bfloat16" in dense
                     else "",
                     "times_best_dense": round(dense[best] / found.median, 2),
                     **{"best_int8": best_int8, "best_dense": best, "cache": args.cache, **where},
@@ -172,6 +185,7 @@ def main() -> None:
     for way, key in (
         *(("int8", "times_best_int8"), ("int8", "times_best_rounded")),
         *(("int8 values", "times_best_int8"), ("float32", "times_best_dense")),
+        *(("bfloat16", "times_best_rounded"), ("bfloat16", "times_bfloat16")),
     ):
         print(f"\n{way}, {key}\n\n" + table(rows, key, way, args.patterns))
     if args.csv:

@@ -10,11 +10,12 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmflow import mask
 from nmflow.packed import compress, decompress, report_of
 from nmflow.packed.layout import detect, runs
-from nmflow.packed.measure import Timing
+from nmflow.packed.measure import Timing, copies_in_network
 from nmflow.packed.modules import PackedLinear
 from nmflow.packed.onednn import OneDNNLinear, onednn_takes
 from pruned import Attend, prune
@@ -86,6 +87,37 @@ def test_measuring_keeps_dense_where_it_is_faster(monkeypatch: pytest.MonkeyPatc
     assert report_of(kept)[0].why == "the best dense way is faster"
     assert report_of(kept)[0].bytes == report_of(kept)[0].dense_bytes
     assert type(kept[0]) is nn.Linear
+
+
+def test_a_race_runs_on_as_many_weights_as_the_network_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight, called again and again, would lie in a nearer cache than a network's do."""
+    raced: list[set[tuple[int, ...]]] = []
+
+    def time_ways(ways: dict, **kwargs: object) -> dict[str, Timing]:
+        read: set[tuple[int, ...]] = set()
+
+        class Reads(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+                read.add(tuple(a.data_ptr() for a in args[1:2] if isinstance(a, torch.Tensor)))
+                return func(*args, **(kwargs or {}))
+
+        with Reads():
+            for _ in range(5):
+                ways["packed"]()
+        raced.append(read)
+        return {name: Timing(1.0, 1.0, 1.0, 1) for name in ways}
+
+    monkeypatch.setattr(sys.modules["nmflow.packed.faster"], "time_ways", time_ways)
+    model = prune(nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)], nn.Linear(64, 32)))
+    compress(model, tokens=(2,))
+    assert [len(read) for read in raced] == [3, 1]
+
+
+def test_copies_are_those_of_the_network_until_they_fill_a_cache() -> None:
+    assert copies_in_network(1 << 20, 1) == 1
+    assert copies_in_network(1 << 20, 12) == 12
+    assert copies_in_network(9 << 20, 12) == 8
+    assert copies_in_network(180 << 20, 32) == 1
 
 
 @pytest.mark.skipif(not onednn_takes(torch.float32), reason="this torch has no oneDNN")

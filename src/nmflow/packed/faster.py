@@ -19,9 +19,11 @@ from nmflow.packed.measure import (
     Timing,
     Way,
     conv_ways,
+    copies_in_network,
     copies_past_cache,
     dense_ways,
     gpu_ways,
+    rotated,
     rounded_ways,
     time_on_gpu,
     time_ways,
@@ -50,8 +52,13 @@ def kind_of(module: nn.Module, found: Runs) -> tuple[object, ...]:
     return type(module), sizes, runs, str(module)
 
 
-def judge(module: nn.Module, packed: nn.Module, counts: tuple[int, ...]) -> Verdict:
-    """Race the packed module against the dense ways at every token count."""
+def judge(
+    module: nn.Module, packed: nn.Module, counts: tuple[int, ...], layers: int = 1
+) -> Verdict:
+    """Race the packed module against the dense ways at every token count.
+
+    `layers` of its kind are in the network: on a CPU each way runs on as many copies in turn.
+    """
     some = next(module.parameters())
     if some.device.type != "cpu" and (why := _why_slow(packed, some)):
         return Verdict(f"there is no fast packed kernel on {some.device.type}: {why}")
@@ -70,16 +77,11 @@ def judge(module: nn.Module, packed: nn.Module, counts: tuple[int, ...]) -> Verd
                     if matrix.is_cuda:
                         races.append(_race_on_gpu(matrix, bias, parts, x))
                         continue
-                    ways = dense_ways(matrix, bias, x)
-                    kinds = {type(m) for m in parts.modules()}
-                    if kinds & {Int8Linear, BFloat16Linear}:
-                        rounded = rounded_ways(matrix, bias, x)
-                        if Int8Linear not in kinds:  # what rounds more is no rival
-                            rounded.pop("int8 dynamic", None)
-                        ways |= rounded
-                    if is_hf_conv1d(module):
-                        ways["addmm"] = lambda x=x: module(x)
-                    races.append(_race(ways, parts, x))
+                    many = copies_in_network(matrix.nbytes, layers)
+                    races.append(
+                        time_ways(rotated([_ways(module, matrix, bias, parts, x, i)
+                                           for i in range(many)]))
+                    )  # fmt: skip
             for took in races:
                 name = min(took.keys() - {"packed"}, key=lambda way: took[way].median)
                 mine, best = mine + took["packed"].median, best + took[name].median
@@ -143,6 +145,31 @@ def _race_on_gpu(
     copies = [copy.deepcopy(packed) for _ in range(copies_past_cache(size, matrix.device))]
     mine: list[Way] = [lambda one=one: one(x) for one in copies]
     return time_on_gpu({**gpu_ways(matrix, bias, x), "packed": mine})
+
+
+def _ways(
+    module: nn.Module,
+    matrix: Tensor,
+    bias: Tensor | None,
+    packed: nn.Module,
+    x: Tensor,
+    number: int,
+) -> dict[str, Way]:
+    """The dense ways of a product and the packed one; copy 0 is of the weights themselves."""
+    if number:
+        matrix, packed = matrix.clone(), copy.deepcopy(packed)
+    ways = dense_ways(matrix, bias, x)
+    kinds = {type(m) for m in packed.modules()}
+    if kinds & {Int8Linear, BFloat16Linear}:
+        rounded = rounded_ways(matrix, bias, x)
+        if Int8Linear not in kinds:  # what rounds more is no rival
+            rounded.pop("int8 dynamic", None)
+        ways |= rounded
+    if is_hf_conv1d(module):
+        own = copy.deepcopy(module) if number else module
+        ways["addmm"] = lambda: own(x)
+    ways["packed"] = lambda: packed(x)
+    return ways
 
 
 def _race(ways: dict[str, Way], packed: nn.Module, x: Tensor) -> dict[str, Timing]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import warnings
@@ -16,6 +17,7 @@ from nmflow.masks import holds
 from nmflow.packed.onednn import onednn_takes
 
 Way = Callable[[], object]
+_LARGEST_CACHE = 64 << 20  # bytes of a third-level cache, where one core may fill it
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,30 @@ def time_ways(
 def _timing(times: list[float]) -> Timing:
     cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
     return Timing(statistics.median(times), cuts[0], cuts[-1], len(times))
+
+
+def rotated(ways: Sequence[Mapping[str, Way]]) -> dict[str, Way]:
+    """Of the same ways on several copies of a weight: each call is of the next copy.
+
+    A network's layers push each other out of the caches; one copy, called again and again, would
+    not. Every copy is called once, so that no first call is timed.
+    """
+
+    def way(name: str) -> Way:
+        calls = itertools.cycle([one[name] for one in ways])
+        for _ in ways:
+            next(calls)()
+        return lambda: next(calls)()
+
+    return {name: way(name) for name in ways[0]}
+
+
+def copies_in_network(nbytes: int, layers: int) -> int:
+    """How many copies of a dense weight stand for that many layers of a network on a CPU.
+
+    As many, until they fill the largest caches: more would take memory and change nothing.
+    """
+    return max(1, min(layers, -(-_LARGEST_CACHE // max(nbytes, 1))))
 
 
 def time_on_gpu(ways: Mapping[str, Sequence[Way]], rounds: int = 20) -> dict[str, Timing]:
