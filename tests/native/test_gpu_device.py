@@ -67,11 +67,11 @@ def test_plans_that_are_not_taken_are_right_too(kind: str, spec: str, dtype: tor
     )
     before, card, ran = gpu._planned, gpu_driver.driver(0).card, 0
     try:
-        for tokens in (1, 2, 4, 7, 8, 16, 33, 64):
+        for i, tokens in enumerate((1, 7, 16, 33, 64)):
             x, b = torch.randn(tokens, 2048).to(dtype).cuda(), torch.randn(1000).to(dtype).cuda()
             want = (x.double() @ w.double().t() + b.double()).relu()
             size = x.double().abs() @ w.double().abs().t() + b.double().abs()
-            for numbers in CUTS[kind]:
+            for numbers in CUTS[kind][i % 2 :: 2]:
                 half = dtype == torch.float16
                 plan = gpu_plan.make(shape, half, tokens, card, *numbers, kind)
                 if plan is None:

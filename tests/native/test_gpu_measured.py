@@ -15,7 +15,7 @@ from nmflow.kernels.gpu_plan import Card
 from nmflow.kernels.layout import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASURED = ROOT / "docs/benchmarks/data/gpu-h100.csv"
+MEASURED = ROOT / "docs/benchmarks/data/gpu-h200.csv"
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def page(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_plan_that_is_taken_is_the_best_that_was_timed(page: Any) -> None:
     """Within 5 %, for every product of the run."""
     found = page.timed(page.read(MEASURED))
-    assert len(found) == 53
+    assert len(found) == 62
     for (shape, tokens), cuts in found.items():
         plan = gpu_plan.plan(shape, False, tokens, Card())
         took = [us for cut, times in cuts.items() if page.made(cut) == plan for us, _ in times]
@@ -54,11 +54,13 @@ def test_plans_of_products_that_were_not_timed() -> None:
 
 
 def test_the_block_of_many_tokens_is_the_best_that_was_timed(page: Any) -> None:
+    """Of warp groups and of Triton, within 4 %, for every product of the run."""
     rows = [row for row in page.read(MEASURED) if row["what"] == "panels-search"]
-    assert len(rows) == 48
     for key in dict.fromkeys(page.product(row) for row in rows):
         took = {row["plan"]: float(row["packed_us"]) for row in rows if page.product(row) == key}
-        assert took[str(gpu_panels.block(*key))] == min(took.values())
+        assert took[str(gpu_panels.group(*key))] <= 1.04 * min(took.values())
+        triton = [us for plan, us in took.items() if plan.startswith("Block")]
+        assert took[str(gpu_panels.block(*key))] <= 1.04 * min(triton)
     assert gpu_panels.block(Shape.of(768, 3072, "1:16@64"), 256) == Block(64, 32, 128, 4, 4)
 
 

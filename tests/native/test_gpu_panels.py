@@ -14,7 +14,7 @@ from nmflow.kernels.reference import apply_epilogue
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from nmflow.kernels import gpu_panels
+from nmflow.kernels import gpu_driver, gpu_panels
 from nmflow.kernels.gpu_panels import Block, Group
 
 THERE = torch.cuda.is_available()
@@ -107,6 +107,7 @@ def test_products_by_warp_groups(spec: str, out: int, inputs: int, tokens: int, 
 def test_which_panels_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     from nmflow.masks import triton as masks_triton
 
+    monkeypatch.setattr(gpu_driver, "groups", lambda: False)
     monkeypatch.setattr(masks_triton, "why_not", lambda: "")
     assert gpu_panels.serves(Shape.of(128, 64, "1:16@64"))
     assert gpu_panels.serves(Shape.of(128, 64, "1:4@128"))
@@ -115,3 +116,5 @@ def test_which_panels_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gpu_panels.serves(Shape.of(128, 64, "1:16"))
     monkeypatch.setattr(masks_triton, "why_not", lambda: "no Triton")
     assert not gpu_panels.serves(Shape.of(128, 64, "1:16@64"))
+    monkeypatch.setattr(gpu_driver, "groups", lambda: True)
+    assert gpu_panels.serves(Shape.of(128, 64, "1:16@64"))

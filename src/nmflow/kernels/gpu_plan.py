@@ -145,13 +145,14 @@ def _groups(
 ) -> Plan | None:  # fmt: skip
     if not card.groups or shape.shared or warps // 4 % slices or rows != 1:
         return None
-    tiles = _tiles(tokens, 16)
-    # Of x each thread holds 16 inputs of at most four tokens; of two where sums take its registers.
-    most = (4 if tiles < 16 else 2) * warps * 32 * 16 // (tiles * 8 * slices)
+    tiles = _tiles(tokens)
+    # Of x each thread holds 16 inputs of at most four tokens.
+    most = 4 * warps * 32 * 16 // (tiles * 8 * slices)
     if most < unit(shape):
         return None
     chunk, chunks, count = _chunks(shape, slices, shares, most)
-    shared = 4 * slices * chunk * tiles * 8 + warps * stages * bytes_of(shape, chunk)
+    x = slices * chunk // 16 * (256 * tiles + 16)
+    shared = 2 * x + warps * stages * bytes_of(shape, chunk)
     shared = max(shared, (slices - 1) * (warps // slices) * tiles * 4 * 32 * 4)
     if shared > card.shared:
         return None
@@ -198,10 +199,10 @@ def _lookup(
 _MAKERS = {"decode": _decode, "groups": _groups, "lookup": _lookup}
 
 
-def _tiles(tokens: int, most: int = 8) -> int:
+def _tiles(tokens: int) -> int:
     """Tiles of eight tokens that a block multiplies at once."""
     tiles = 1
-    while tiles < most and tiles * 8 < tokens:
+    while tiles < 8 and tiles * 8 < tokens:
         tiles *= 2
     return tiles
 
