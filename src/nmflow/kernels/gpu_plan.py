@@ -1,7 +1,7 @@
 """Which kernel multiplies on a GPU, and how its work is cut: pure functions of sizes.
 
 `cuda/decode.cu`, `groups.cu` and `lookup.cu` say what the numbers mean. They are choices of speed
-only: every plan gives the right product. What is taken was the fastest on an H100 for the nearest
+only: every plan gives the right product. What is taken was the fastest on an H200 for the nearest
 product that was timed (`cuda/cuts.csv`, which `scripts/gpu_page.py` writes).
 """
 
@@ -151,8 +151,7 @@ def _groups(
     if most < unit(shape):
         return None
     chunk, chunks, count = _chunks(shape, slices, shares, most)
-    x = slices * chunk // 16 * (256 * tiles + 16)
-    shared = 2 * x + warps * stages * bytes_of(shape, chunk)
+    shared = 4 * slices * chunk * tiles * 8 + warps * stages * bytes_of(shape, chunk)
     shared = max(shared, (slices - 1) * (warps // slices) * tiles * 4 * 32 * 4)
     if shared > card.shared:
         return None

@@ -13,9 +13,7 @@
 
 constexpr int TOKENS = NT * 8;
 constexpr int TILES = WARPS / SLICES;  // of a block
-constexpr int BLOCK = 32 * TOKENS + 16;  // bytes of sixteen inputs of x, so that they begin in other banks
-constexpr int PART = CHUNK / 16 * BLOCK;  // bytes of x of a chunk
-constexpr int ACROSS = SLICES * CHUNK / 16;  // sixteens of inputs in a round
+constexpr int PART = CHUNK * TOKENS * 2;  // bytes of x of a chunk
 constexpr int ITEMS = TOKENS * SLICES * CHUNK / 16;  // sixteen inputs of a token
 constexpr int EACH = (ITEMS + WARPS * 32 - 1) / (WARPS * 32);
 constexpr int BATCH = 4;  // blocks whose products are waited for together
@@ -52,8 +50,8 @@ groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
   auto load_x = [&](int i) {
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-      const int item = threadIdx.x + j * (WARPS * 32), n = item / ACROSS;
-      const int k = (first + i * SLICES) * CHUNK + item % ACROSS * 16;
+      const int item = threadIdx.x + j * (WARPS * 32), n = item % TOKENS;
+      const int k = (first + i * SLICES) * CHUNK + item / TOKENS * 16;
       const u16* from = x + (token0 + n) * ldx + k;
       if (whole && n < here && k + 16 <= inputs && item < ITEMS) {
         held[j][0] = *(const Quad*)from;
@@ -74,10 +72,10 @@ groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
     u8* to = shared + i % 2 * (SLICES * PART);
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-      const int item = threadIdx.x + j * (WARPS * 32), n = item / ACROSS, block = item % ACROSS;
+      const int item = threadIdx.x + j * (WARPS * 32), n = item % TOKENS, block = item / TOKENS;
       if (item >= ITEMS) continue;
       const Quad &a = held[j][0], &b = held[j][1];
-      Quad* at = (Quad*)(to + block * BLOCK + n * 16);
+      Quad* at = (Quad*)(to + block * (32 * TOKENS) + n * 16);
       at[0] = {a.v[0], a.v[2], b.v[0], b.v[2]};
       at[TOKENS] = {a.v[1], a.v[3], b.v[1], b.v[3]};
     }
@@ -117,11 +115,11 @@ groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
 #pragma unroll
           for (int l = 0; l < BATCH; l++)
             group_mma<NT, 0>(sums, (u32)some[l][0], (u32)some[l][1], some[l][0] >> 32,
-                             some[l][1] >> 32, b + (j + l) * (BLOCK / 16));
+                             some[l][1] >> 32, b + (j + l) * (32 * TOKENS / 16));
           products_end_group();
           products_wait<1>();
         }
-        b += UNIT / 16 * (BLOCK / 16);
+        b += UNIT / 16 * (32 * TOKENS / 16);
       }
       products_wait<0>();
     }
