@@ -10,8 +10,19 @@ namespace {
 
 thread_local Scratch t_scratch, t_sorted;
 
+/* The kernels of the instruction set in use, or null. */
+const nmf_stepper *stepper_now() {
+#if defined(NMFLOW_X86)
+  const int isa = nmf_isa();
+  return isa == NMFLOW_AVX512 ? &nmf_steps_avx512 : isa == NMFLOW_AVX2 ? &nmf_steps_avx2 : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
 struct Run {
   nmf_stepping job;
+  const nmf_stepper *kernels;
   int64_t chunk, bytes; /* panels, tiles or rows of a task, and its scratch */
   std::atomic<bool> failed, not_kept;
 };
@@ -29,10 +40,18 @@ int32_t result_of(const Run &run) {
 int32_t check(const nmflow_shape *shape, nmf_geometry *g) {
   const int status = nmf_geometry_of(shape, g);
   if (status != NMFLOW_OK) return status;
-  if (nmf_isa() != NMFLOW_AVX512 || !nmf_trains(g)) return NMFLOW_NO_KERNEL;
+  if (stepper_now() == nullptr || !nmf_trains(g)) return NMFLOW_NO_KERNEL;
   /* Entries are counted in 32 bits, and so are places in a block of rows. */
   return g->tiles * 16 * g->entries > INT32_MAX / 2 ? NMFLOW_NO_KERNEL : NMFLOW_OK;
 }
+
+void start(Run *run) {
+  run->kernels = stepper_now();
+  run->failed.store(false);
+  run->not_kept.store(false);
+}
+
+int64_t padded(int64_t count) { return nmf_ceil_div(count, 16) * 16; }
 
 int32_t check(const nmflow_packed *packed, int64_t tokens, Run *run) {
   if (packed == nullptr) return NMFLOW_BAD_POINTER;
@@ -45,47 +64,37 @@ int32_t check(const nmflow_packed *packed, int64_t tokens, Run *run) {
   if (tokens < 0 || tokens > limit / g.in || tokens > limit / g.out) return NMFLOW_BAD_SHAPE;
   run->job.codes = const_cast<void *>(packed->codes);
   run->job.tokens = tokens;
-  run->failed.store(false);
-  run->not_kept.store(false);
+  start(run);
   return NMFLOW_OK;
 }
 
-#if defined(NMFLOW_X86)
 void pack_task(void *context, int64_t task) {
   Run *run = static_cast<Run *>(context);
   const nmf_geometry &g = run->job.g;
   char *scratch = room(run);
   if (scratch == nullptr) return;
   const int64_t panels = nmf_ceil_div(g.out, g.panel), from = task * run->chunk;
-  if (!nmf_pack_avx512(&run->job, from, nmf_min(from + run->chunk, panels), scratch))
+  if (!run->kernels->pack(&run->job, from, nmf_min(from + run->chunk, panels), scratch))
     run->not_kept.store(true, std::memory_order_relaxed);
 }
 
 void sort_task(void *context, int64_t task) {
-  nmf_sort_avx512(&static_cast<Run *>(context)->job, task);
+  const Run *run = static_cast<Run *>(context);
+  run->kernels->sort(&run->job, task);
 }
 
 void input_grad_task(void *context, int64_t task) {
   Run *run = static_cast<Run *>(context);
   char *scratch = room(run);
-  if (scratch != nullptr) nmf_input_grad_avx512(&run->job, task, scratch);
+  if (scratch != nullptr) run->kernels->input_grad(&run->job, task, scratch);
 }
 
 void weight_grad_task(void *context, int64_t task) {
   Run *run = static_cast<Run *>(context);
   char *scratch = room(run);
   const int64_t tile = task * run->chunk, end = nmf_min(tile + run->chunk, run->job.g.tiles);
-  if (scratch != nullptr) nmf_weight_grad_avx512(&run->job, tile, end, scratch);
+  if (scratch != nullptr) run->kernels->weight_grad(&run->job, tile, end, scratch);
 }
-#else
-/* No kernel is there, and `check` has said so. */
-void none(void *, int64_t) {}
-const nmf_task pack_task = none, sort_task = none, input_grad_task = none, weight_grad_task = none;
-int64_t nmf_none() { return 0; }
-#define nmf_pack_scratch(g) nmf_none()
-#define nmf_input_grad_scratch(g) nmf_none()
-#define nmf_weight_grad_scratch(g, tiles) nmf_none()
-#endif
 
 }  // namespace
 
@@ -113,9 +122,8 @@ int32_t nmflow_pack(const nmflow_shape *shape, const float *w, const uint64_t *k
   run.job.kept = kept;
   run.job.values = values;
   run.job.codes = codes;
-  run.failed.store(false);
-  run.not_kept.store(false);
-  run.bytes = nmf_pack_scratch(&g);
+  start(&run);
+  run.bytes = padded(g.entries) * 4 + padded(g.in) / 16 * 2 + 64;
   const int64_t panels = nmf_ceil_div(g.out, g.panel);
   run.chunk = nmf_ceil_div(64, g.panel);
   nmf_parallel(nmf_ceil_div(panels, run.chunk), threads < 1 ? 1 : threads, pack_task, &run);
@@ -135,7 +143,7 @@ int32_t nmflow_input_grad(const nmflow_packed *packed, const float *dy, float *d
   run.job.values = static_cast<float *>(const_cast<void *>(packed->values));
   run.job.dy = dy;
   run.job.dx = dx;
-  run.bytes = nmf_input_grad_scratch(&g);
+  run.bytes = (padded(g.in) + padded(g.panels ? g.panel : NMF_ROW_BLOCK)) * NMF_TOKEN_BLOCK * 4;
   if (!g.panels) {
     const int64_t blocks = nmf_ceil_div(g.out, NMF_ROW_BLOCK);
     const int64_t starts = nmf_ceil_div(blocks * (g.in + 1) * 4, 64) * 64;
@@ -167,7 +175,9 @@ int32_t nmflow_weight_grad(const nmflow_packed *packed, const float *x, const fl
   threads = threads < 1 ? 1 : threads;
   const int64_t step = g.panels ? g.panel / 16 : 1;
   run.chunk = nmf_ceil_div(nmf_ceil_div(g.tiles, threads), step) * step;
-  run.bytes = nmf_weight_grad_scratch(&g, run.chunk);
+  const int64_t inputs = g.panels ? padded(g.in) * NMF_TOKEN_BLOCK : g.spans * nmf_tokens_of(&g) * 16;
+  const int64_t rows = (g.panels ? g.panel : 16) * NMF_TOKEN_BLOCK;
+  run.bytes = (run.chunk * (g.entries + 1) * 16 + inputs + rows + padded(g.in) + padded(g.entries)) * 4;
   nmf_parallel(nmf_ceil_div(g.tiles, run.chunk), threads, weight_grad_task, &run);
   return result_of(run);
 }

@@ -34,14 +34,21 @@ NMF_INLINE bool nmf_trains(const nmf_geometry *g) {
   return g->dtype == NMFLOW_F32 && (g->panels > 0 || g->m <= 16);
 }
 
-/* The kernels, each for a part of a job; `scratch` is aligned to 64 bytes. */
-bool nmf_pack_avx512(const nmf_stepping *job, int64_t panel, int64_t panel_end, char *scratch);
-int64_t nmf_pack_scratch(const nmf_geometry *g);
-void nmf_sort_avx512(const nmf_stepping *job, int64_t block);
-void nmf_input_grad_avx512(const nmf_stepping *job, int64_t token_block, char *scratch);
-int64_t nmf_input_grad_scratch(const nmf_geometry *g);
-/* Tiles [tile, tile_end), of whole panels. */
-void nmf_weight_grad_avx512(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch);
-int64_t nmf_weight_grad_scratch(const nmf_geometry *g, int64_t tiles);
+/* Tokens that the gradient of W takes at a time: a longer row's take more room than the second-level
+ * cache has, and where each entry has a span of its own, than the first-level one. */
+NMF_INLINE int64_t nmf_tokens_of(const nmf_geometry *g) {
+  return g->panels || (g->in <= 1536 && g->span_entries > 1) ? NMF_TOKEN_BLOCK : NMF_TOKEN_BLOCK / 2;
+}
+
+/* The kernels of an instruction set, each for a part of a job; `scratch` is aligned to 64 bytes. */
+struct nmf_stepper {
+  /* Packs panels (or rows) [panel, panel_end); false where a group keeps more than N. */
+  bool (*pack)(const nmf_stepping *job, int64_t panel, int64_t panel_end, char *scratch);
+  void (*sort)(const nmf_stepping *job, int64_t block);
+  void (*input_grad)(const nmf_stepping *job, int64_t token_block, char *scratch);
+  /* Tiles [tile, tile_end), of whole panels. */
+  void (*weight_grad)(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch);
+};
+extern const nmf_stepper nmf_steps_avx2, nmf_steps_avx512;
 
 #endif

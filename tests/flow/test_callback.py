@@ -232,7 +232,7 @@ def test_layers_of_a_trainer_run_on_kept_places(tmp_path: Path) -> None:
     trainer.training_step = counted.__get__(trainer)
     trainer.train()
     targets = len(nmflow.plan(trainer.model, "1:4", "ff"))
-    served = native.available() and native.isa() == "avx512"
+    served = native.available() and native.isa() != "portable"
     there = targets if served else 0
     assert seen == [0] * 6 + [there, there, 0, there, there, there]
     assert all(type(m).__name__ != "KeptLinear" for m in trainer.model.modules())

@@ -33,8 +33,8 @@ def why_not(shape: Shape) -> str:
     """Why no kernel trains a weight of this shape and pattern here, in one clause; or ""."""
     if not native.available():
         return f"the compiled library is missing: {native.why_not()}"
-    if native.isa() != "avx512":
-        return f"the kernels of training steps need AVX-512, and {native.isa()} is in use"
+    if native.isa() == "portable":
+        return f"the kernels of training steps need AVX2, and {native.isa()} is in use"
     if shape.m > LANES and not shape.shared:
         return f"rows of a pattern of their own need M <= {LANES}, or panels of 16, 32, ... rows"
     status = _lib().nmflow_trains(ctypes.byref(ShapeStruct.of(shape, torch.float32)))

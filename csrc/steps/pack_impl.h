@@ -1,5 +1,6 @@
-/* Packing a weight by what it keeps, on AVX-512. */
-#include "turn.h"
+/* Packing a weight by what it keeps. The same source is compiled once for each instruction set.
+ * Everything is static: see common.h. */
+#include "entries.h"
 
 namespace {
 
@@ -27,8 +28,22 @@ NMF_INLINE int32_t *columns_of_group(const G &g, const uint16_t *used, int64_t g
 
 /* Which of the 16 columns from 16 c on a row keeps. */
 NMF_INLINE uint32_t kept_of(const G &g, const float *w, const uint64_t *kept, int64_t c) {
-  const __m512i bits = _mm512_maskz_loadu_epi32(first(nmf_min(16, g.in - 16 * c)), w + 16 * c);
-  const uint32_t some = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7fffffff));
+  const int64_t count = nmf_min(16, g.in - 16 * c);
+  uint32_t some = 0;
+#if defined(__AVX512BW__)
+  const __m512i bits = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1u), w + 16 * c);
+  some = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7fffffff));
+#else
+#if defined(__AVX2__)
+  if (count == 16) {
+    const __m256 zero = _mm256_setzero_ps();
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(w + 16 * c), zero, _CMP_NEQ_UQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(w + 16 * c + 8), zero, _CMP_NEQ_UQ));
+    some = static_cast<uint32_t>(low | high << 8);
+  } else
+#endif
+    for (int64_t i = 0; i < count; ++i) some |= static_cast<uint32_t>(!(w[16 * c + i] == 0.0f)) << i;
+#endif
   return kept == nullptr ? some : some | (static_cast<uint32_t>(kept[c / 4] >> (c % 4 * 16)) & 0xffffu);
 }
 
@@ -85,13 +100,9 @@ bool columns_of(const G &g, const uint16_t *used, int32_t *to) {
   return true;
 }
 
-}  // namespace
-
-int64_t nmf_pack_scratch(const G *g) { return padded(g->entries) * 4 + padded(g->in) / 16 * 2 + 64; }
-
 /* A row's, or a panel's, kept places: the mask's and those that are not zero. Returns whether no group
  * has more than N. */
-bool nmf_pack_avx512(const nmf_stepping *job, int64_t panel, int64_t panel_end, char *scratch) {
+bool pack(const nmf_stepping *job, int64_t panel, int64_t panel_end, char *scratch) {
   const G &g = job->g;
   int32_t *columns = reinterpret_cast<int32_t *>(scratch);
   uint16_t *used = reinterpret_cast<uint16_t *>(scratch + padded(g.entries) * 4);
@@ -130,3 +141,5 @@ bool nmf_pack_avx512(const nmf_stepping *job, int64_t panel, int64_t panel_end, 
   }
   return true;
 }
+
+}  // namespace

@@ -1,99 +1,120 @@
-/* The gradient of W at kept places, with rows in lanes, on AVX-512. */
+/* The gradient of W at kept places, with rows in lanes. The same source is compiled once for each
+ * instruction set. Everything is static: see common.h. */
+#include "entries.h"
 #include "send.h"
-#include "turn.h"
 
 namespace {
-
-/* A longer row's tokens take more room than the second-level cache has. */
-int64_t tokens_of(const G &g) { return g.in <= 1536 && g.span_entries > 1 ? TOKENS : TOKENS / 2; }
 
 /* x of some tokens by spans: [spans][stride tokens][16]. */
 void pack_inputs(const G &g, const float *x, int64_t count, int64_t stride, float *to) {
   for (int64_t span = 0; span < g.spans; ++span) {
     const int64_t column = span * g.span;
-    const __mmask16 there = first(nmf_min(16, g.in - column));
     for (int64_t t = 0; t < count; ++t)
-      _mm512_storeu_ps(to + (span * stride + t) * 16, _mm512_maskz_loadu_ps(there, x + t * g.in + column));
+      copy16(x + t * g.in + column, nmf_min(16, g.in - column), to + (span * stride + t) * 16);
   }
 }
 
 /* A tile's dy of some tokens, [count][16], added up into the gradient of its bias. */
 void pack_rows(const G &g, const float *dy, int64_t tile, int64_t count, float *to, int64_t stride,
                float *bias) {
-  const __mmask16 there = first(nmf_min(16, g.out - tile * 16));
-  __m512 sum = at(bias);
+  vecf sum[V];
+  for (int v = 0; v < V; ++v) sum[v] = load(bias + LANES * v);
   for (int64_t t = 0; t < count; ++t) {
-    const __m512 v = _mm512_maskz_loadu_ps(there, dy + t * g.out + tile * 16);
-    sum = _mm512_add_ps(sum, v);
-    _mm512_storeu_ps(to + t * stride, v);
+    copy16(dy + t * g.out + tile * 16, nmf_min(16, g.out - tile * 16), to + t * stride);
+    for (int v = 0; v < V; ++v) sum[v] += load(to + t * stride + LANES * v);
   }
-  _mm512_storeu_ps(bias, sum);
+  for (int v = 0; v < V; ++v) store(bias + LANES * v, sum[v]);
 }
 
-/* ENTRIES of a tile's rows. PER: entries of a span, where the first one begins a span; else 0. */
+/* How a lane picks one of 16 floats: the codes of a register's rows, as `pick16` takes them. */
+NMF_INLINE vecu picks_of(const uint32_t *words, int shift) {
+  const vecu code = load(words) >> shift;
+#if defined(__AVX512BW__)
+  return code; /* a permutation reads the low four bits of a lane */
+#else
+  return (code & 7u) | code << 28; /* three of them, and the fourth is the sign */
+#endif
+}
+
+/* Lane by lane one of the 16 floats at x. */
+NMF_INLINE vecf pick16(vecu picks, const float *x) {
+#if defined(__AVX512BW__)
+  return (vecf)_mm512_permutexvar_ps((__m512i)picks, (__m512)load(x));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps((__m256)load(x), (__m256i)picks);
+  const __m256 high = _mm256_permutevar8x32_ps((__m256)load(x + 8), (__m256i)picks);
+  return (vecf)_mm256_blendv_ps(low, high, (__m256)picks);
+#else
+  vecf v;
+  for (int lane = 0; lane < LANES; ++lane) v[lane] = x[picks[lane] & 15u];
+  return v;
+#endif
+}
+
+/* ENTRIES of a register's rows. PER: entries of a span, where the first one begins a span; else 0. */
 template <int ENTRIES, int PER>
 NMF_INLINE void add_rows(const G &g, const uint32_t *words, int64_t s, const float *dy, const float *x,
                          int64_t count, int64_t stride, float *sums) {
-  __m512 sum[ENTRIES];
-  __m512i code[ENTRIES];
+  vecf sum[ENTRIES];
+  vecu picks[ENTRIES];
   const float *from[ENTRIES];
 #pragma GCC unroll 16
   for (int k = 0; k < ENTRIES; ++k) {
-    sum[k] = at(sums + (s + k) * 16);
-    /* A permutation reads the low four bits of a lane. */
-    code[k] = _mm512_srl_epi32(_mm512_loadu_si512(words + (s + k) / 8 * 16),
-                               _mm_cvtsi32_si128(static_cast<int>((s + k) % 8 * 4)));
+    sum[k] = load(sums + (s + k) * 16);
+    picks[k] = picks_of(words + (s + k) / 8 * 16, static_cast<int>((s + k) % 8 * 4));
     const int64_t span = PER > 0 ? s / (PER > 0 ? PER : 1) + k / (PER > 0 ? PER : 1) : (s + k) / g.span_entries;
     from[k] = x + span * stride * 16;
   }
   for (int64_t t = 0; t < count; ++t) {
-    const __m512 d = at(dy + 16 * t);
-    __m512 v = _mm512_setzero_ps();
+    const vecf d = load(dy + 16 * t);
 #pragma GCC unroll 16
-    for (int k = 0; k < ENTRIES; ++k) {
-      if (PER == 0 || k % (PER > 0 ? PER : 1) == 0) v = at(from[k] + 16 * t);
-      sum[k] = _mm512_fmadd_ps(_mm512_permutexvar_ps(code[k], v), d, sum[k]);
-    }
+    for (int k = 0; k < ENTRIES; ++k) sum[k] += pick16(picks[k], from[k] + 16 * t) * d;
   }
 #pragma GCC unroll 16
-  for (int k = 0; k < ENTRIES; ++k) _mm512_storeu_ps(sums + (s + k) * 16, sum[k]);
+  for (int k = 0; k < ENTRIES; ++k) store(sums + (s + k) * 16, sum[k]);
 }
 
 template <int PER>
 void add_tile(const G &g, const uint32_t *words, const float *dy, const float *x, int64_t count,
               int64_t stride, float *sums) {
-  int64_t s = 0;
-  for (; s + 12 <= g.entries; s += 12) add_rows<12, PER>(g, words, s, dy, x, count, stride, sums);
-  for (; s < g.entries; ++s) add_rows<1, 0>(g, words, s, dy, x, count, stride, sums);
+  const int entries = LANES == 16 ? 12 : 4; /* whole spans, and as many as registers hold */
+  for (int v = 0; v < 16; v += LANES) {
+    int64_t s = 0;
+    for (; s + entries <= g.entries; s += entries)
+      add_rows<entries, PER>(g, words + v, s, dy + v, x, count, stride, sums + v);
+    for (; s < g.entries; ++s) add_rows<1, 0>(g, words + v, s, dy + v, x, count, stride, sums + v);
+  }
 }
 
 /* TILES tiles of a panel at ENTRIES of its columns. */
 template <int TILES, int ENTRIES>
 NMF_INLINE void add_entries(const G &g, const void *codes, int64_t panel, int64_t s, const float *dy,
                             int64_t width, const float *x, int64_t count, float *sums) {
-  __m512 sum[ENTRIES][TILES];
+  const int wide = TILES * V; /* registers of a token's rows */
+  vecf sum[ENTRIES][wide];
   const float *from[ENTRIES];
+  const auto at = [&](int k, int j) { return sums + (j / V * g.entries + s + k) * 16 + j % V * LANES; };
 #pragma GCC unroll 24
   for (int k = 0; k < ENTRIES; ++k) {
     from[k] = x + nmf_min(panel_column(g, codes, panel, s + k), g.in - 1) * TOKENS;
 #pragma GCC unroll 4
-    for (int j = 0; j < TILES; ++j) sum[k][j] = at(sums + (j * g.entries + s + k) * 16);
+    for (int j = 0; j < wide; ++j) sum[k][j] = load(at(k, j));
   }
   for (int64_t t = 0; t < count; ++t) {
-    __m512 d[TILES];
+    vecf d[wide];
 #pragma GCC unroll 4
-    for (int j = 0; j < TILES; ++j) d[j] = at(dy + t * width + 16 * j);
+    for (int j = 0; j < wide; ++j) d[j] = load(dy + t * width + LANES * j);
 #pragma GCC unroll 24
     for (int k = 0; k < ENTRIES; ++k) {
-      const __m512 v = _mm512_set1_ps(from[k][t]);
+      const vecf v = splat(from[k][t]);
 #pragma GCC unroll 4
-      for (int j = 0; j < TILES; ++j) sum[k][j] = _mm512_fmadd_ps(d[j], v, sum[k][j]);
+      for (int j = 0; j < wide; ++j) sum[k][j] += d[j] * v;
     }
   }
 #pragma GCC unroll 24
   for (int k = 0; k < ENTRIES; ++k)
 #pragma GCC unroll 4
-    for (int j = 0; j < TILES; ++j) _mm512_storeu_ps(sums + (j * g.entries + s + k) * 16, sum[k][j]);
+    for (int j = 0; j < wide; ++j) store(at(k, j), sum[k][j]);
 }
 
 template <int TILES, int ENTRIES>
@@ -128,18 +149,10 @@ void write_row(const nmf_stepping *job, int64_t row, const float *sums, float *l
   for (int64_t s = 0; s < g.entries; ++s) line[columns[s]] = 0.0f;
 }
 
-}  // namespace
-
-int64_t nmf_weight_grad_scratch(const G *g, int64_t tiles) {
-  const int64_t inputs = g->panels ? padded(g->in) * TOKENS : g->spans * tokens_of(*g) * 16;
-  return (tiles * (g->entries + 1) * 16 + inputs + panel_rows(*g) * TOKENS + padded(g->in) +
-          padded(g->entries)) * 4;
-}
-
-void nmf_weight_grad_avx512(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch) {
+void weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch) {
   const G &g = job->g;
   const int64_t tiles = tile_end - tile, width = panel_rows(g), step = width / 16;
-  const int64_t most = g.panels ? TOKENS : tokens_of(g);
+  const int64_t most = nmf_tokens_of(&g);
   float *sums = reinterpret_cast<float *>(scratch), *bias = sums + tiles * g.entries * 16;
   float *x = bias + tiles * 16, *dy = x + (g.panels ? padded(g.in) * TOKENS : g.spans * most * 16);
   float *line = dy + width * TOKENS;
@@ -176,12 +189,13 @@ void nmf_weight_grad_avx512(const nmf_stepping *job, int64_t tile, int64_t tile_
       }
       const int64_t panel = t / step;
       int64_t j = 0;
-      for (; j + 4 <= here; j += 4)
+      for (; LANES == 16 && j + 4 <= here; j += 4)
         add_panel<4, 6>(g, job->codes, panel, dy + 16 * j, width, x, count, to + j * g.entries * 16);
-      for (; j + 2 <= here; j += 2)
+      for (; LANES == 16 && j + 2 <= here; j += 2)
         add_panel<2, 12>(g, job->codes, panel, dy + 16 * j, width, x, count, to + j * g.entries * 16);
       for (; j < here; ++j)
-        add_panel<1, 24>(g, job->codes, panel, dy + 16 * j, width, x, count, to + j * g.entries * 16);
+        add_panel<1, LANES == 16 ? 24 : 6>(g, job->codes, panel, dy + 16 * j, width, x, count,
+                                           to + j * g.entries * 16);
     }
   }
   for (int64_t row = tile * 16; row < nmf_min(tile_end * 16, g.out); ++row) {
@@ -190,3 +204,5 @@ void nmf_weight_grad_avx512(const nmf_stepping *job, int64_t tile, int64_t tile_
   }
   if (job->past) sent();
 }
+
+}  // namespace

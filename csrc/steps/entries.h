@@ -1,29 +1,54 @@
-/* What the kernels of training steps share on AVX-512: columns of entries, and blocks that are
- * transposed. All static, see common.h. */
-#ifndef NMFLOW_TURN_H
-#define NMFLOW_TURN_H
+/* What the kernels of training steps share: where entries lie, vectors of 16 floats as registers, and
+ * blocks that are transposed. All static, see common.h. */
+#ifndef NMFLOW_ENTRIES_H
+#define NMFLOW_ENTRIES_H
 
-#include "avx512.h"
 #include "steps.h"
+#if defined(__AVX512BW__)
+#include "avx512.h"
+#else
+#include "vector.h"
+#endif
 
 namespace {
 
 typedef nmf_geometry G;
 const int64_t TOKENS = NMF_TOKEN_BLOCK;
+/* Registers of 16 floats. */
+const int V = 16 / LANES;
 
-NMF_INLINE __m512 at(const float *p) { return _mm512_loadu_ps(p); }
-NMF_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
+#if !defined(__AVX512BW__)
+NMF_INLINE void transpose16(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+  for (int j = 0; j < 16; ++j)
+    for (int i = 0; i < 16; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+}
+#endif
 
-int64_t padded(int64_t count) { return nmf_ceil_div(count, 16) * 16; }
-int64_t panel_rows(const G &g) { return g.panels ? g.panel : 16; }
+/* `count` floats, 16 at most, and zeros after them. */
+NMF_INLINE void copy16(const float *from, int64_t count, float *to) {
+#if defined(__AVX512BW__)
+  _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), from));
+#else
+  if (count == 16) {
+    memcpy(to, from, 64);
+    return;
+  }
+  memset(to, 0, 64);
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+#endif
+}
+
+NMF_INLINE int64_t padded(int64_t count) { return nmf_ceil_div(count, 16) * 16; }
+NMF_INLINE int64_t panel_rows(const G &g) { return g.panels ? g.panel : 16; }
 
 /* The first input of the span that entry s lies in. */
 NMF_INLINE int64_t span_of(const G &g, int64_t s) { return s / g.span_entries * g.span; }
 
-/* The column of an entry of a panel, or of a row. */
+/* The column of an entry of a panel. */
 NMF_INLINE int64_t panel_column(const G &g, const void *codes, int64_t panel, int64_t s) {
   return span_of(g, s) + static_cast<const uint8_t *>(codes)[panel * g.entries + s];
 }
+/* The codes of a tile of rows. */
 NMF_INLINE const uint32_t *words_of(const G &g, const void *codes, int64_t tile) {
   return static_cast<const uint32_t *>(codes) + tile * g.words * 16;
 }
@@ -40,8 +65,7 @@ void transpose_in(const float *from, int64_t stride, int64_t count, int64_t widt
         continue;
       }
       for (int64_t r = 0; r < 16; ++r)
-        _mm512_storeu_ps(block + 16 * r, r < rows ? _mm512_maskz_loadu_ps(first(columns), from + (i + r) * stride + j)
-                                                  : _mm512_setzero_ps());
+        copy16(from + (i + nmf_min(r, rows - 1)) * stride + j, r < rows ? columns : 0, block + 16 * r);
       transpose16(block, 16, to + j * TOKENS + i, TOKENS);
     }
 }
@@ -58,7 +82,7 @@ void transpose_out(const float *from, int64_t count, int64_t width, float *to, i
       }
       transpose16(from + j * TOKENS + i, TOKENS, block, 16);
       for (int64_t r = 0; r < rows; ++r)
-        _mm512_mask_storeu_ps(to + (i + r) * stride + j, first(columns), at(block + 16 * r));
+        memcpy(to + (i + r) * stride + j, block + 16 * r, static_cast<size_t>(columns) * 4);
     }
 }
 
