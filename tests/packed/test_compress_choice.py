@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmflow import mask
 from nmflow.packed import compress, decompress, report_of
+from nmflow.packed.bfloat16 import BFloat16Linear
 from nmflow.packed.layout import detect, runs
 from nmflow.packed.measure import Timing, copies_in_network
 from nmflow.packed.modules import PackedLinear
@@ -111,6 +112,23 @@ def test_a_race_runs_on_as_many_weights_as_the_network_has(monkeypatch: pytest.M
     model = prune(nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)], nn.Linear(64, 32)))
     compress(model, tokens=(2,))
     assert [len(read) for read in raced] == [3, 1]
+
+
+@pytest.mark.skipif(not onednn_takes(torch.bfloat16), reason="oneDNN has no bfloat16 here")
+@pytest.mark.parametrize(("half", "kind"), [(1.0, BFloat16Linear), (3.0, PackedLinear)])
+def test_values_are_rounded_to_bfloat16_only_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, half: float, kind: type
+) -> None:
+    def time_ways(ways: dict, **kwargs: object) -> dict[str, Timing]:
+        rounded = "oneDNN bfloat16" in ways
+        took = {"packed": half if rounded else 2.0}
+        return {name: Timing(took.get(name, 9.0), 0, 0, 1) for name in ways}
+
+    monkeypatch.setattr(sys.modules["nmflow.packed.faster"], "time_ways", time_ways)
+    model = prune(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)))
+    packed = compress(model, tokens=(1, 9), dtype="bfloat16")
+    assert [type(layer) for layer in packed] == [kind, kind]
+    assert all((row.error is None) == (kind is PackedLinear) for row in report_of(packed))
 
 
 def test_copies_are_those_of_the_network_until_they_fill_a_cache() -> None:

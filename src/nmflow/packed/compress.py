@@ -15,7 +15,7 @@ from nmflow.kernels import Call, choose, int8
 from nmflow.packed import build
 from nmflow.packed.bfloat16 import with_bfloat16
 from nmflow.packed.build import PACKED, Run
-from nmflow.packed.faster import Verdict, judge, kind_of, on_onednn
+from nmflow.packed.faster import Verdict, is_faster, judge, kind_of, on_onednn
 from nmflow.packed.fuse import Fused
 from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.int8 import with_int8
@@ -84,7 +84,8 @@ def compress(
             rounds each token to 8 bits first, which is faster and less exact.
         dtype: `"bfloat16"` lets the packed layers of a float32 network multiply in bfloat16: kept
             values are stored so, x is rounded at the layer's door, and y is float32 again. The
-            report has each layer's error. None multiplies in the dtype of the weight.
+            report has each layer's error. Layers that are as fast in float32 stay in it, if
+            `measure` is on. None multiplies in the dtype of the weight.
 
     Returns:
         A model that runs like `model`, for inference; `report_of` says what became of each weight,
@@ -122,13 +123,14 @@ def compress(
             refuse_device(values, weight.device)
     alike = Counter(kind_of(modules[path], found) for path, found in sites.items())
     judged: dict[tuple[object, ...], Verdict] = {}
+    not_rounded: frozenset[tuple[object, ...]] = frozenset()
     verdicts: dict[str, Verdict] = {}
     made_of: dict[str, nn.Module] = {}
     new: dict[nn.Module, nn.Module] = {}
     for path, found in sites.items():
         module = modules[path]
         try:
-            packed = build.pack(module, found)
+            packed = exact = build.pack(module, found)
             if values is not None:
                 packed = with_int8(packed, activations)
             elif dtype is not None:
@@ -139,6 +141,11 @@ def compress(
         key = kind_of(module, found)
         if measure and key not in judged:
             judged[key] = judge(module, packed, counts, alike[key])
+            if dtype is not None and packed is not exact:  # rounding that gains nothing is none
+                other = judge(module, exact, counts, alike[key])
+                if is_faster(other, judged[key]):
+                    judged[key], not_rounded = other, not_rounded | {key}
+        packed = exact if key in not_rounded else packed
         verdicts[path] = judged[key] if measure else Verdict()
         made_of[path] = packed
         if not verdicts[path].why:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -95,6 +96,13 @@ def judge(
     runs_on = type(module) is nn.Linear and onednn > 1
     why = "the best dense way is faster" + (", so it runs on packed oneDNN" if runs_on else "")
     return Verdict(why, times, runs_on)
+
+
+def is_faster(one: Verdict, other: Verdict) -> bool:
+    """Whether one's packed layer was timed, and is as fast as the other's over the token counts."""
+    return (
+        bool(one.times) and math.prod(other.times[t][0] / one.times[t][0] for t in one.times) >= 1
+    )
 
 
 def on_onednn(
