@@ -335,14 +335,14 @@ def check_kinds() -> Iterator[Row]:
         if isinstance(numbers, gpu_panels.Group):
             if not card.groups:
                 continue
-            y = gpu_panels.matmul(*there, None, shape, 0, numbers)
+            y = gpu_panels.matmul(*there, bias=None, shape=shape, cut=numbers)
         else:
             plan = gpu_plan.make(shape, False, tokens, card, *numbers)
             if plan is None:
                 continue
             gpu._planned = lambda *args, plan=plan: plan  # pyright: ignore
             try:
-                y = gpu.matmul(*there, None, shape)
+                y = gpu.matmul(*there, bias=None, shape=shape)
             finally:
                 gpu._planned = planned
         want = x.double() @ w.double().t()

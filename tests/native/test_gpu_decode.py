@@ -167,7 +167,7 @@ MORE_OTHERS = [
 def by_kind(
     kind: str, spec: str, out: int, inputs: int, tokens: int, numbers: Any, half: bool
 ) -> Any:
-    made = gpu_plan.make(Shape.of(out, inputs, spec), half, tokens, SMALL, *numbers, kind)
+    made = gpu_plan.make(Shape.of(out, inputs, spec), half, tokens, SMALL, *numbers, kind=kind)
     assert made is not None
     assert made.kernel.function == kind
     return lambda *args: made
@@ -215,7 +215,10 @@ def test_every_pattern_by_other_kernels(
 def test_what_other_kernels_do_not_take(
     kind: str, spec: str, inputs: int, tokens: int, numbers: Any
 ) -> None:
-    assert gpu_plan.make(Shape.of(64, inputs, spec), False, tokens, Card(), *numbers, kind) is None
+    assert (
+        gpu_plan.make(Shape.of(64, inputs, spec), False, tokens, Card(), *numbers, kind=kind)
+        is None
+    )
 
 
 def test_cards_without_warp_groups_take_no_plan_of_them() -> None:
@@ -405,7 +408,7 @@ def test_machine_code_of_other_kernels(
 ) -> None:
     """Products of warp groups follow one another; a compiler that cannot keep them apart waits."""
     shape = Shape.of(11008, 4096, spec)
-    plan = gpu_plan.make(shape, False, tokens, Card(), *numbers, kind)
+    plan = gpu_plan.make(shape, False, tokens, Card(), *numbers, kind=kind)
     assert plan is not None
     names = machine_code(plan.kernel, 90, tmp_path)
     assert not any(name.startswith(("LDL", "STL")) for name in names)

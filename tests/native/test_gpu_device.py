@@ -62,9 +62,8 @@ CUTS = {
 @pytest.mark.parametrize("kind", CUTS)
 def test_plans_that_are_not_taken_are_right_too(kind: str, spec: str, dtype: torch.dtype) -> None:
     """A benchmark may find one of them to be the fastest; also with a tail of rows."""
-    shape, w, values, codes = (
-        t.cuda() if isinstance(t, Tensor) else t for t in packed(spec, 1000, 2048, dtype)
-    )
+    shape, *buffers = packed(spec, 1000, 2048, dtype)
+    w, values, codes = (t.cuda() for t in buffers)
     before, card, ran = gpu._planned, gpu_driver.driver(0).card, 0
     try:
         for i, tokens in enumerate((1, 7, 16, 33, 64)):
@@ -73,7 +72,7 @@ def test_plans_that_are_not_taken_are_right_too(kind: str, spec: str, dtype: tor
             size = x.double().abs() @ w.double().abs().t() + b.double().abs()
             for numbers in CUTS[kind][i % 2 :: 2]:
                 half = dtype == torch.float16
-                plan = gpu_plan.make(shape, half, tokens, card, *numbers, kind)
+                plan = gpu_plan.make(shape, half, tokens, card, *numbers, kind=kind)
                 if plan is None:
                     continue
                 gpu._planned = lambda *args, plan=plan: plan  # pyright: ignore
@@ -95,9 +94,8 @@ def test_panels_by_warp_groups(spec: str, dtype: torch.dtype) -> None:
         pytest.skip("this card has no products of warp groups")
     ran = 0
     for out, tokens, epilogue in ((520, 700, 0), (385, 72, 2), (256, 513, 1)):
-        shape, w, values, codes = (
-            t.cuda() if isinstance(t, Tensor) else t for t in packed(spec, out, inputs, dtype)
-        )
+        shape, *buffers = packed(spec, out, inputs, dtype)
+        w, values, codes = (t.cuda() for t in buffers)
         x, b = torch.randn(tokens, inputs).to(dtype).cuda(), torch.randn(out).to(dtype).cuda()
         side = torch.nn.functional.pad(x.t(), (0, -tokens % 8)).contiguous()[:, :tokens].t()
         want = apply_epilogue(x.double() @ w.double().t() + b.double(), epilogue)

@@ -264,7 +264,7 @@ def measured() -> tuple[Cut, ...]:
         Cut(
             Shape.of(int(row["out"]), int(row["inputs"]), row["pattern"]),
             *(int(row[name]) for name in Cut._fields[1:-1]),
-            row["kind"],
+            kind=row["kind"],
         )
         for row in rows
     )
