@@ -179,6 +179,52 @@ def ours(frames: dict[str, pd.DataFrame]) -> list[str]:
     return ["## A recipe of ours over the paper's", "", about, "", table(head, rows)]
 
 
+def aims(frames: dict[str, pd.DataFrame]) -> list[str]:
+    """What the protocol wants of this part, and how far it is."""
+    confirmed = [
+        TASKS[task].title
+        for task, frame in frames.items()
+        if any(c.better for c in over_conventional(frame, ""))
+    ]
+    held = "holds" if len(confirmed) >= 2 else "does not hold"
+    lines = [
+        f"* Claim 1 {held} in fine-tuning (a recipe above SR-STE on two of the three tasks): it is "
+        f"confirmed on {' and '.join(confirmed) or 'none'}."
+    ]
+    for task, most in (("cola", 3.0), ("sst2-minilm", 1.0)):
+        if task not in frames:
+            continue
+        pairs = [(n + TAUGHT, PATTERN, "Dense", None) for n in TITLES.values() if n != "Dense"]
+        cells = family(frames[task], pairs, "points")
+        if not cells:
+            continue
+        best = max(cells, key=lambda c: c.difference.mean)
+        word = "reached" if best.difference.mean >= -most else "missed"
+        lines.append(
+            f"* At 1:8 with a teacher, at most {most:g} behind dense on {TASKS[task].title}: "
+            f"{word}, {best.setup} {gain(best)}."
+        )
+    for task, frame in frames.items():
+        for rival in (NARROWER, SHALLOWER):
+            pairs = [(n + TAUGHT, PATTERN, rival, None) for n in TITLES.values() if n != "Dense"]
+            cells = family(frame, pairs, "points")
+            if cells:
+                best = max(cells, key=lambda c: c.difference.mean)
+                word = "above" if best.better else "below" if best.worse else "undecided against"
+                lines.append(
+                    f"* {TASKS[task].title}: {best.setup} is {word} {rival}: {gain(best)}."
+                )
+    return ["**What this part aims at:**", "", *lines, ""]
+
+
+def over_conventional(frame: pd.DataFrame, end: str) -> list[Cell]:
+    """The sparse setups against SR-STE: those without a teacher, or those with one."""
+    names = [n for n in dict.fromkeys(frame["setup"]) if not n.startswith("Dense")]
+    some = [n for n in names if n.endswith(TAUGHT) == bool(end)]
+    rival = CONVENTIONAL + end
+    return family(frame, [(n, PATTERN, rival, None) for n in some if n != rival], "points")
+
+
 def _conventional(name: str) -> str:
     return CONVENTIONAL + TAUGHT if name.endswith(TAUGHT) else CONVENTIONAL
 

@@ -46,13 +46,14 @@ def pretrained() -> str:
     out = ["# n. Pretrained networks", "", f"*{_ABOUT}*", ""]
     verdicts = []
     frames: dict[str, pd.DataFrame] = {}
+    mains: dict[str, pd.DataFrame] = {}
     for task, told in TASKS.items():
         frame = joined(task, *_MAIN)
         out += [f"## {told.title}", ""]
         if frame is None or not (frame["setup"] == CONVENTIONAL).any():
             out += ["*The main runs have not been made: nothing is judged.*", ""]
         else:
-            frame = more.in_points(frame, task)
+            frame = mains[task] = more.in_points(frame, task)
             frames[task] = more.in_points(_all(task, frame), task)
             out += _judged(frame, task)
             verdicts += [f"* {told.title}: {line}" for line in _verdict(frame)]
@@ -60,7 +61,8 @@ def pretrained() -> str:
         out += _int8(task) + _tuning(task)
     out += more.ours(frames)
     if verdicts:
-        out[4:4] = ["**Claim 1 in fine-tuning, at 1:8 in FF:**", "", *verdicts, ""]
+        told = ["**Claim 1 in fine-tuning, at 1:8 in FF:**", "", *verdicts, ""]
+        out[4:4] = [*more.aims(mains), *told]
     return "\n".join(out)
 
 
@@ -116,9 +118,7 @@ def _verdict(frame: pd.DataFrame) -> list[str]:
     """A line for the runs without a teacher, and one for those with it."""
     lines = []
     for end, word in (("", "without a teacher"), (TAUGHT, "distilled")):
-        names = [n for n in dict.fromkeys(frame["setup"]) if not n.startswith("Dense")]
-        some = [n for n in names if n.endswith(TAUGHT) == bool(end)]
-        cells = _against(frame, some, CONVENTIONAL + end)
+        cells = more.over_conventional(frame, end)
         if not cells:
             continue
         each = [

@@ -48,7 +48,11 @@ def _trained(frame: pd.DataFrame) -> list[str]:
         for row in ends.itertuples()
     ]
     head = ["", "FF", "rate", "tokens", "seconds", "perplexity", "× dense"]
-    out += [f"Held-out documents, seed 0, {device}; seconds of training alone:", ""]
+    out += [
+        f"Held-out documents, seed 0, {device}, which 15 other trainings shared; seconds of "
+        "training alone:",
+        "",
+    ]
     out += [table(head, rows)]
     done = runs[runs["label"].isin(ends["label"]) & (runs["trained_tokens"] > 0)]
     spread = done.pivot_table("perplexity", "label", "trained_tokens", sort=False)
