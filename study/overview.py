@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-import pretrained as fine_tuned
+import pretrained_setups as fine_tuned
 from choose import ROOT
 from compare import by_seed
+from pretrained_tuning import joined
 from rivals import against_narrower
 from tables import NARROW, OURS, main_runs, sparse_patterns, table, with_one_rival
 from tasks import BY_NAME, TASKS
@@ -73,7 +74,7 @@ def pretrained() -> str:
     shown = {key: said for key, said in SETUPS.items() if key not in ("One-shot", NARROW)}
     rows = []
     for task, told in fine_tuned.TASKS.items():
-        frame = fine_tuned.joined(task, "dense", "main-1-8", "distilled-1-8")
+        frame = joined(task, "dense", "main-1-8", "distilled-1-8")
         for end, word in (("", ""), (fine_tuned.TAUGHT, ", with a teacher")):
             if frame is not None and (frame["setup"] == fine_tuned.CONVENTIONAL + end).any():
                 points = frame.assign(points=100 * frame[f"test_{told.metric}"])
