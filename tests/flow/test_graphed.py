@@ -253,6 +253,26 @@ def test_writes_by_others_are_told_at_once_or_a_step_late() -> None:
     both.step()
 
 
+def test_a_write_before_a_capture_is_told() -> None:
+    """By whichever call meets it; what is told leaves nothing half-begun."""
+    both = Both("mdgf-exp-masked")
+    batches = MLP.batches(6, torch.float32)
+    both.train(batches[:1])
+    for x in batches[1:4]:
+        both.x.copy_(x)
+        with torch.no_grad():
+            both.run.model.get_parameter("0.weight")[0, 0] = 9.0
+        with pytest.raises(StateError, match=r"0\.weight"):
+            both.step()
+        both.run.flow.sync()
+        both.step()
+    assert both.run.flow.steps_done == 4
+    for x in batches[4:]:
+        both.x.copy_(x)
+        both.step()
+    assert both.step.captures
+
+
 def test_weights_that_are_not_finite_are_named_a_step_later() -> None:
     both = Both("mdgf-exp-masked")
     both.train(MLP.batches(5, torch.float32))

@@ -52,7 +52,7 @@ class GraphSteps:
         self.optimizer, self._observations = optimizer, observations
         self._weights, self._edits, self._record, self._steps = weights, edits, record, steps
         self._deltas: Deltas = {}
-        self._begun = 0
+        self._begun: int | None = None  # k, while a capture runs
 
     def check(self) -> None:
         """Raise a `FlowError` unless torch can capture the optimizer's steps."""
@@ -155,23 +155,27 @@ class GraphSteps:
         Returns:
             What the graph has of the step; None if it has none of this optimizer.
         """
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return None
         weights, late = self._weights, self._edits.taken_late()
         deltas, flags = weights.together.deltas or {}, weights.flags.kept or []
         weights.together.deltas = weights.flags.kept = None
-        stepped = self._record.k > self._begun
-        self._record.k = self._begun
+        stepped = self._record.k > begun
+        self._record.k = begun
         self._record.write()
         if not stepped:
             return None
-        moved = {(k - self._begun, kind): delta for (k, kind), delta in deltas.items()}
+        moved = {(k - begun, kind): delta for (k, kind), delta in deltas.items()}
         return Held(moved, late, flags)
 
     @torch.no_grad()
     def abandon(self) -> None:
         """After a capture that failed: write W̃ again, which may be marked as another."""
-        self.end()
-        self._weights.prepared.clear()
-        self._weights.write(self._record.k)
+        if self._begun is not None:
+            self.end()
+            self._weights.prepared.clear()
+            self._weights.write(self._record.k)
 
     # -- a replay ------------------------------------------------------------------------------
 

@@ -86,13 +86,16 @@ class GraphedStep(Generic[T]):
         if key is not None and key not in self._graphs and key != self._last:
             self._check_rates()
             self.why = "it does something else than the last step did, and is captured next"
-        self._last, self._rates = key, self._held_rates()
+        # A step that raises is none that a capture could follow.
+        self._last, self._rates = None, self._held_rates()
         if self.why:
             self._shown = None
             with contextlib.ExitStack() as stack:
                 for part in self._parts if key is not None else ():
                     stack.enter_context(part.as_captured())
-                return self._recorder.warm(self._step)
+                out = self._recorder.warm(self._step)
+            self._last = key
+            return out
         graph = self._graphs.pop(key, None) or self._capture()
         self._graphs[key] = graph  # the one that was used last comes last
         while len(self._graphs) > _KEPT:
@@ -105,6 +108,7 @@ class GraphedStep(Generic[T]):
         graph.replay()
         for part, held in graph.held:
             part.after(held)
+        self._last = key
         return graph.out
 
     def _held_rates(self) -> list[tuple[object, ...]]:
@@ -122,10 +126,10 @@ class GraphedStep(Generic[T]):
         )
 
     def _capture(self) -> _Graph[T]:
-        for part in self._parts:
-            part.begin()
         begin_capture()
         try:
+            for part in self._parts:
+                part.begin()
             replay, out = self._recorder.capture(self._step)
         except BaseException:
             end_capture()
