@@ -52,7 +52,7 @@ def trained(
     )  # fmt: skip
     model = BertForSequenceClassification(config)
     draw = torch.Generator().manual_seed(1)
-    rows = [
+    rows: Any = [
         {"ids": torch.randint(1, 50, (3 + 9 * (i % 5),), generator=draw).tolist(), "label": i % 2}
         for i in range(44)
     ]
