@@ -74,7 +74,9 @@ class Together:
         if bundle is None or self._prepared.any_changed:
             return self._slots
         given: list[Any] = [param.grad for param in bundle.params]
-        grads = [None if g is None else local(g) for g in given] if bundle.sharded else given
+        grads: list[Any] = given
+        if bundle.sharded:
+            grads = [None if g is None else local(g) for g in given]
         plan = self._of_grads(grads, stages, held)
         places = plan.places
         if not all(map(_like, [grads[i] for i in places], [bundle.dense[i] for i in places])):
