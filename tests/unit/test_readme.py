@@ -133,7 +133,14 @@ def check_python(words: list[str]) -> None:
     if words[0] == "-m":
         assert script in ("pytest", "http.server"), f"unknown module {script}"
         return
-    source = (ROOT / script).read_text("utf-8")
+    file = ROOT / script
+    shared = ("many_runs",)  # whose options are those of the scripts that import it
+    source = file.read_text("utf-8")
+    source += "".join(
+        file.with_name(f"{name}.py").read_text("utf-8")
+        for name in shared
+        if f"from {name} import" in source
+    )
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert f'"{flag}"' in source, f"{script} has no option {flag}"
 

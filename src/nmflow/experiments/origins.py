@@ -87,7 +87,7 @@ def of_a_run(folder: Path, key: str) -> Path:
     """The network in a folder of one finished run; any other folder as it is.
 
     Raises:
-        ConfigError: a folder of several runs, or of none that is finished.
+        ConfigError: a folder of several runs, or of one that kept no network.
     """
     if (folder / "model.safetensors").is_file():
         return folder
@@ -96,7 +96,7 @@ def of_a_run(folder: Path, key: str) -> Path:
     held = [run / MODEL for run in runs if (run / MODEL).is_dir()]
     if len(held) == 1:
         return held[0]
-    if runs or not (folder / "config.json").is_file():
+    if runs:
         raise ConfigError(
             f"{key} is {str(folder)!r}: it holds {len(held)} finished runs with a network; give a "
             "network's folder, or one of a single run with training.save_model"
