@@ -46,6 +46,10 @@ DEFAULTS: dict[str, dict[Any, str]] = {
     "finetune": {0.2: "recipes that decay", 0.0: "those that do not"},
     "gradient": {"masked": "", "straight-through": "SDGF and settling, by their papers"},
     "packed": {True: "a decoder is exported to be fast", False: "other runtimes read any other"},
+    "rivals": {
+        ("int8", "bfloat16", "compile", "onnxruntime"): "of a forward pass",
+        ("int8", "bfloat16", "onnxruntime", "llama.cpp"): "of decoding, which is no one graph",
+    },
     "rounds": {40: "of an order", 5: "of a measurement"},
     "tokens": {(1, 197): "compress judges by two", (1, 16, 197): "bench measures three"},
 }
