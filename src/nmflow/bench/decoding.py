@@ -83,7 +83,7 @@ def by_llama_cpp(path: str | os.PathLike[str], threads: int) -> Decode:
 
 
 def tokens_a_second(
-    ways: Mapping[str, Decode], prompt: Sequence[int], *, new: int = 32, rounds: int = 5
+    ways: Mapping[str, Decode], prompt: Sequence[int], *, new: int = 24, rounds: int = 5
 ) -> dict[str, tuple[float, float, float]]:
     """Tokens a second of every way, turn by turn: median, least and most of some rounds.
 
