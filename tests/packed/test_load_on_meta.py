@@ -150,3 +150,18 @@ def test_a_file_goes_where_the_model_lies(
     tensors = [*model.named_parameters(), *model.named_buffers()]
     assert {t.device for name, t in tensors if name in dict(make().named_parameters())} == {device}
     assert {t.device for name, t in tensors if name.endswith((".values", ".codes"))} == {device}
+
+
+def test_what_is_loaded_answers_the_same_twice(tmp_path: Path) -> None:
+    """A fresh architecture is in training mode, and its dropout would draw."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64))
+
+    model = build().eval()
+    prune(model, "1:4")
+    save(compress(model, measure=False), tmp_path / "packed")
+    made = load(tmp_path / "packed", build().train())
+    x = torch.randn(3, 64)
+    assert not any(module.training for module in made.modules())
+    assert torch.equal(made(x), made(x))

@@ -34,7 +34,8 @@ def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
     Returns:
         `model`, its weights replaced (with the dtypes of the file), and its modules packed where
         they were packed when saved, or packable when a dense model was saved. If the root itself
-        is packed, the packed module.
+        is packed, the packed module. It is in evaluation mode: a fresh architecture is in training
+        mode, where dropout would change every answer.
 
     Raises:
         FileFormatError: a file is missing, damaged, hostile, or does not fit the model.
@@ -64,7 +65,7 @@ def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
     if fuse:
         fuse_activations(made)
         join(made)
-    return made
+    return made.eval()
 
 
 @dataclass
