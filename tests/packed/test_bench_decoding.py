@@ -52,6 +52,21 @@ def llama() -> Any:
     return MODELS["llama"][0]().eval()
 
 
+def test_a_busy_machine_makes_no_token_free() -> None:
+    """The first call of each round stalls, so that one token takes longer than nine."""
+    calls = 0
+
+    def stalls(prompt: Sequence[int], count: int) -> list[int]:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.02 if count == 1 else 0.002)
+        return [0] * count
+
+    median, least, most = tokens_a_second({"it": stalls}, [1, 2], new=8, rounds=3)["it"]
+    assert calls == 7
+    assert 0 < least <= median <= most < 8 / 0.002
+
+
 def test_rows_of_decoding_and_what_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)

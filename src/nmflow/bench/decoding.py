@@ -88,7 +88,8 @@ def tokens_a_second(
     """Tokens a second of every way, turn by turn: median, least and most of some rounds.
 
     The time of the prompt is not counted: a round is the time of `new + 1` tokens, less the least
-    time of one token over the rounds, so that a stall in one makes no token free.
+    time of one token over the rounds, so that a stall in one makes no token free. Where a whole
+    round is no longer than that, the machine is too busy to tell, and the prompt is counted.
 
     Args:
         ways: names to what decodes.
@@ -107,7 +108,8 @@ def tokens_a_second(
                 seconds.append(time.perf_counter() - start)
     found = {}
     for name, (one, more) in took.items():
-        a_second = [new / (seconds - min(one)) for seconds in more]
+        free = min(one) if min(one) < min(more) else 0.0
+        a_second = [new / (seconds - free) for seconds in more]
         found[name] = statistics.median(a_second), min(a_second), max(a_second)
     return found
 
