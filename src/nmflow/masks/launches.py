@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nmflow.masks.triton import LOWEST, Cut, cut_of, power_of_two
+from nmflow.masks.triton import Cut, constants, cut_of, power_of_two
 from nmflow.pattern import Pattern
 
 _KEPT = 8  # tables of a launch: gradients come to lie where they lay some steps before
@@ -114,18 +114,8 @@ class Launch:
                 run = kernel.hold_all
                 run[self._grid](B=_BLOCK, **common)
             else:
-                cut, pattern = self._cuts[0], self._pattern
                 run = kernel.project_all
-                run[self._grid](
-                    n=pattern.n,
-                    M=cut.m,
-                    P=power_of_two(cut.m),
-                    R=cut.groups,
-                    AXIS=int(cut.inner == 1),
-                    KIND=0 if pattern.n == pattern.m else min(pattern.n, 2),
-                    LOWEST=LOWEST[first.dtype],
-                    **common,
-                )
+                run[self._grid](**constants(self._pattern, self._cuts[0], first.dtype), **common)
         return fine
 
     def _rows(

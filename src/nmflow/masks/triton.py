@@ -107,17 +107,24 @@ def project(
             scale_ptr=scale,
             total=w.numel(),
             inner=cut.inner,
-            n=pattern.n,
             delta=float(delta),
             pull=float(pull) or None,
-            M=cut.m,
-            P=power_of_two(cut.m),
-            R=cut.groups,
-            AXIS=int(cut.inner == 1),
-            KIND=0 if pattern.n == pattern.m else min(pattern.n, 2),
-            LOWEST=LOWEST[w.dtype],
+            **constants(pattern, cut, w.dtype),
         )
     return fine
+
+
+def constants(pattern: Pattern, cut: Cut, dtype: torch.dtype) -> dict[str, int]:
+    """What a kernel that chooses masks is told of groups and of a dtype."""
+    return {
+        "n": pattern.n,
+        "M": cut.m,
+        "P": power_of_two(cut.m),
+        "R": cut.groups,
+        "AXIS": int(cut.inner == 1),
+        "KIND": 0 if pattern.n == pattern.m else min(pattern.n, 2),
+        "LOWEST": LOWEST[dtype],
+    }
 
 
 class Cut(NamedTuple):
