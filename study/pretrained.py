@@ -24,6 +24,7 @@ from pretrained_setups import (
     RATE,
     RATES,
     SPARSE_FIRST,
+    SPARSEST,
     TASKS,
     TAUGHT,
     TITLES,
@@ -34,12 +35,10 @@ from pretrained_tuning import (
     best_of,
     choices,
     edges,
-    joined,
     noisy,
     rates,
     said,
     settled,
-    tuned,
 )
 from tables import there
 
@@ -68,28 +67,28 @@ def sweeps(task: str) -> Iterator[Sweep]:
     if there(f"{task}-teacher"):
         yield from _rivals(task)
     for number, group in enumerate(TASKS[task].groups):
-        turn = 4 * number
+        turn = 5 * number
         chosen = choices(task, group)
         if not chosen:
             continue
         plain = [choice.keys(name, TITLES[name]) for name, choice in chosen.items()]
         about = "The main runs, without a teacher."
-        yield Sweep(4 + turn, f"main-1-8{group}", about, _main(plain, PATTERN))
+        yield Sweep(3 + turn, f"main-1-8{group}", about, _main(plain, PATTERN))
         if not number and noisy(task, "main-1-8", CONVENTIONAL):
             axes = _main(plain, PATTERN, MORE)
             yield Sweep(6, "main-1-8-more", "Seeds 5 to 9, since differences vary.", axes)
         best = []
         if there(f"{task}-teacher"):
-            yield from _distilled(task, group, chosen, taught, 4 + turn)
+            yield from _distilled(task, group, chosen, taught, 3 + turn)
             if there(f"{task}-distilled-rates{group}"):
                 each = _each(chosen, taught)
                 best = best_of(task, f"distilled-rates{group}", each)
         if not number:
             for pattern in TASKS[task].patterns:
-                end = pattern.replace(":", "-")
-                yield Sweep(7, f"main-{end}", about, _main(plain, pattern))
+                end, turn = pattern.replace(":", "-"), 9 if pattern in SPARSEST else 7
+                yield Sweep(turn, f"main-{end}", about, _main(plain, pattern))
                 if best:
-                    yield Sweep(7, f"distilled-{end}", _DISTILLED, _main(best, pattern))
+                    yield Sweep(turn, f"distilled-{end}", _DISTILLED, _main(best, pattern))
             if best:
                 yield from _longer(task, [{"label": "Dense", "recipe": "dense", RATE: rate}, *best])
             if best and TASKS[task].wide:
@@ -107,7 +106,7 @@ def _searches(task: str) -> Iterator[Sweep]:
         setups = [Choice({}, rate).keys("dense", title) for title, rate in beyond]
         yield Sweep(2, "dense-rates-edges", about, {"setup": _told(setups), **tuning})
     for number, (group, names) in enumerate(TASKS[task].groups.items()):
-        turn = 6 * number
+        turn = 4 * number
         recipes = [{"name": n, "label": TITLES[n], **OPTIONS[n][0]} for n in names]
         axes = {"recipe": recipes, RATE: RATES, **tuning}
         yield Sweep(1 + turn, f"rates{group}", "Learning rates, on the tuning seed.", axes)
@@ -156,28 +155,30 @@ def _each(chosen: Mapping[str, Choice], taught: dict[str, Any]) -> list[dict[str
 
 def _longer(task: str, setups: list[dict[str, Any]]) -> Iterator[Sweep]:
     """Four times the steps, at what was tuned before."""
+    if not TASKS[task].long:
+        return
     axes = _main([{**one, **LONG} for one in setups], PATTERN)
-    turn = 6 if TASKS[task].wide else 8
+    turn = 6 if TASKS[task].wide else 12
     yield Sweep(turn, "long", "Four times the steps.", axes)
     if there(f"{task}-rivals"):
         best = best_of(task, "rivals-rates", _cut(task))
         axes = _main([{**one, **LONG} for one in best], PATTERN)
-        yield Sweep(turn, "rivals-long", "Smaller dense networks, four times the steps.", axes)
+        yield Sweep(12, "rivals-long", "Smaller dense networks, four times the steps.", axes)
 
 
 def _wider(plain: list[dict[str, Any]], best: list[dict[str, Any]]) -> Iterator[Sweep]:
     """Attention as well, and rows that share their columns, with and without an order of units."""
     attention = {"include": ["ff", "attn"]}
     axes = _main([{**one, **attention} for one in (*plain, *best)], PATTERN)
-    yield Sweep(8, "attention", "FF and attention.", axes)
+    yield Sweep(10, "attention", "FF and attention.", axes)
     setups = []
     for one in best:
         if not one["label"].startswith(CONVENTIONAL):
             setups += [one, {**one, "label": one["label"] + PERMUTED, "permute": True}]
     axes = {"setup": setups, "pattern": list(PANELS), "seed": list(SEEDS)}
-    yield Sweep(9, "panels", "Panels, as the units stand and in order.", axes)
+    yield Sweep(11, "panels", "Panels, as the units stand and in order.", axes)
     axes = _main([one for one in setups if "permute" in one], PATTERN)
-    yield Sweep(9, "permuted", "Units in order, without panels.", axes)
+    yield Sweep(11, "permuted", "Units in order, without panels.", axes)
 
 
 def general(rate: float) -> str:
@@ -203,11 +204,6 @@ def _sparse_first(task: str, choice: Choice, taught: dict[str, Any]) -> Iterator
         for rate in RATES
     ]
     yield Sweep(6, "first-rates", "Rates of both stages.", {"setup": each, "seed": [100]})
-    frame = joined(task, "first-rates")
-    if frame is not None:
-        best = tuned(frame, task, "setup")["setup"].iloc[0]
-        setup = next({**one, "label": SPARSE_FIRST} for one in each if one["label"] == best)
-        yield Sweep(6, "first", "A sparse encoder, fine-tuned.", _main([setup], PATTERN))
 
 
 _DISTILLED = "The main runs, distilled."

@@ -31,7 +31,7 @@ def _trained(frame: pd.DataFrame) -> list[str]:
     dense = frame[(frame["setup"] == DENSE) & (frame["part"] == "held_out")]["perplexity"].item()
     runs = frame[frame["part"] == "held_out"].assign(label=_labels(frame))
     step = runs["trained_tokens"].where(runs["trained_tokens"] > 0).min()
-    last = runs.groupby("label", sort=False)["trained_tokens"].transform("max")
+    last = runs.groupby(["label", "tokens"], sort=False)["trained_tokens"].transform("max")
     ends = runs[(runs["trained_tokens"] == last) & (runs["tokens"] - last < step)]
     device = frame["device"].iloc[0]
     out = [_verdict(ends, dense), "", "## Trained", ""]
@@ -49,15 +49,16 @@ def _trained(frame: pd.DataFrame) -> list[str]:
     ]
     head = ["", "FF", "rate", "tokens", "seconds", "perplexity", "× dense"]
     out += [
-        f"Held-out documents, seed 0, {device}, which 15 other trainings shared; seconds of "
+        f"Held-out documents, seed 0, {device}, which other trainings shared; seconds of "
         "training alone:",
         "",
     ]
     out += [table(head, rows)]
-    done = runs[runs["label"].isin(ends["label"]) & (runs["trained_tokens"] > 0)]
+    longest = ends.groupby("label")["tokens"].max()
+    done = runs[runs["label"].map(longest).eq(runs["tokens"]) & (runs["trained_tokens"] > 0)]
     spread = done.pivot_table("perplexity", "label", "trained_tokens", sort=False)
     rows = [[label, *(f"{x:.1f}" for x in row)] for label, row in spread.iterrows()]
-    out += ["Over tokens, every network shown as N:M:", ""]
+    out += ["Over tokens, the longest training of each, every network shown as N:M:", ""]
     out += [table(["", *(f"{tokens / 1e6:.2f} M" for tokens in spread)], rows)]
     out += [curves(spread, dense, "smollm"), ""]
     return out + _tuning(frame.loc[frame["part"] == "tuning"])

@@ -74,6 +74,8 @@ class Study:
         self.teacher = Network(copy.deepcopy(self.dense).to(torch.bfloat16).requires_grad_(False))
         torch._dynamo.config.suppress_errors = True  # a compiler that is missing costs time alone
         self.taught_loss: Any = torch.compile(taught_loss) if self.compiled else taught_loss
+        self.before = pd.read_parquet(given.known) if given.known else pd.DataFrame()
+        self.known = searched(self.before)
         self.table: list[dict[str, Any]] = []
         self.cost: dict[bool, float] = {}
 
@@ -116,7 +118,8 @@ class Study:
         """The table, with what made it."""
         name = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         about = {"device": name, "torch": torch.__version__, "compiled": self.compiled}
-        pd.DataFrame(self.table).assign(**about).to_parquet(self.to, index=False)
+        made = pd.DataFrame(self.table).assign(**about)
+        pd.concat([self.before, made], ignore_index=True).to_parquet(self.to, index=False)
 
     def train(self, run: Run, noted: bool = True) -> float:
         """Train and judge; returns the last perplexity. What is not noted warms the device up."""
@@ -204,13 +207,30 @@ class Study:
     def tuned(self, setup: str, pattern: str, taught: bool, tokens: int) -> float:
         """The best of three rates on the tuning documents; one more where it lies at an edge."""
         found: dict[float, float] = {}
+
+        def tried(rate: float) -> float:
+            run = Run(setup, pattern, taught, rate, "tuning", tokens)
+            if run not in self.known:
+                self.known[run] = self.train(run)
+            return self.known[run]
+
         for rate in RATES:
-            found[rate] = self.train(Run(setup, pattern, taught, rate, "tuning", tokens))
+            found[rate] = tried(rate)
         best = min(found, key=lambda rate: found[rate])
         beyond = {min(RATES): best / 2, max(RATES): best * 2}.get(best)
         if beyond:
-            found[beyond] = self.train(Run(setup, pattern, taught, beyond, "tuning", tokens))
+            found[beyond] = tried(beyond)
         return min(found, key=lambda rate: found[rate])
+
+
+def searched(table: pd.DataFrame) -> dict[Run, float]:
+    """The perplexities of the tuning runs that a table has."""
+    if table.empty:
+        return {}
+    rows = table[(table["part"] == "tuning") & (table["tokens"] > 0)]
+    names = [field.name for field in dataclasses.fields(Run)]
+    keys = (Run(**row) for row in rows[names].to_dict("records"))
+    return dict(zip(keys, rows["perplexity"], strict=True))
 
 
 def rows_of(tokens: Any) -> Tensor:
@@ -227,15 +247,15 @@ def _linear(steps: int) -> Callable[[int], float]:
 def work(study: Study, given: argparse.Namespace) -> None:
     """Every run, the most wanted first."""
     study.train(Run("Settling", "1:4", True, RATES[0], "tuning", 3 * ROWS * LENGTH), noted=False)
-    for part in ("held_out", "tuning"):
+    for part in ("held_out", "tuning") if study.before.empty else ():
         found = study.perplexity(Network(study.dense), part)
         study.note(Run("Dense, as it is", "", False, 0.0, part, 0), 0, 0.0, found, 0.0)
     rate = {n: study.tuned(n, "1:4", True, given.tuning) for n in ("Settling", "SR-STE")}
     # What is left goes to these two and to the dense one, which has no teacher: 2.6 such runs.
     room = int(0.9 * study.left() / (2.6 * study.cost[True])) * ROWS * LENGTH
-    if room < given.tuning:
+    if room < given.tuning and not given.main:
         raise Stopped
-    tokens = min(given.budget, room)
+    tokens = given.main or min(given.budget, room)
 
     def judged(name: str, pattern: str, taught: bool, rate: float) -> None:
         study.train(Run(name, pattern, taught, rate, "held_out", tokens))
@@ -261,6 +281,8 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=int, default=8_000_000, help="tokens of a main run, at most"
     )
+    parser.add_argument("--main", type=int, help="tokens of a main run, instead of the room")
+    parser.add_argument("--known", type=Path, help="an earlier table, whose search stands")
     parser.add_argument("--tuning", type=int, default=500_000, help="tokens of a tuning run")
     parser.add_argument("--hidden", type=float, default=1.0, help="weight of the hidden states")
     parser.add_argument("--compile", action="store_true", help="compile the loss with a teacher")
