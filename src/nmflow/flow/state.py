@@ -93,9 +93,9 @@ class Run:
 
     def frozen_since(self) -> int | None:
         """The step at which the mask is taken for good; None if it never is."""
-        if self.freeze_mask:
-            return self.planned - self.recipe.phases(self.planned)[1]
-        return self.recipe.frozen_since(self.planned)
+        own = self.recipe.frozen_since(self.planned)
+        asked = self.planned - self.recipe.phases(self.planned)[1] if self.freeze_mask else None
+        return min((since for since in (own, asked) if since is not None), default=None)
 
     @property
     def held_keys(self) -> tuple[str, ...]:
