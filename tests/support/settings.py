@@ -65,6 +65,7 @@ CASES = [
 MORE_CASES = [
     Case("ste-at-once", "STE"),
     Case("sr-ste-at-once", "SRSTE", {"lam": 0.05}),
+    Case("one-shot-frozen", "OneShot", {"dense": 5}, {"freeze_mask": True}),
     Case("gradual-at-once", "Gradual", {"finetune": 0}),
     Case("gradual-st", "Gradual", {"dense": 2, "finetune": 4, "gradient": "straight-through"}),
     Case("gradual-frozen", "Gradual", {"dense": 2, "finetune": 4}, {"freeze_mask": True}),

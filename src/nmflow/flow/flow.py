@@ -16,12 +16,11 @@ from nmflow.flow import copies
 from nmflow.flow.before import Before
 from nmflow.flow.blocks import Blocks, Dense, FinalMasks
 from nmflow.flow.copies import Copy
-from nmflow.flow.flow_stage import FlowStage
 from nmflow.flow.graphs import CudaRecorder, GraphedStep
 from nmflow.flow.loading import Loading, watch
-from nmflow.flow.observing import Observation, Observer
+from nmflow.flow.looking import Looking
 from nmflow.flow.placing import slots_of
-from nmflow.flow.sparse_steps import LayerSteps, Mode
+from nmflow.flow.sparse_steps import Mode
 from nmflow.flow.state import Run
 from nmflow.flow.stepper import Stepper
 from nmflow.recipes import Recipe
@@ -31,7 +30,7 @@ log = logging.getLogger("nmflow")
 T = TypeVar("T")
 
 
-class Flow:
+class Flow(Looking):
     """A recipe at work on a model's weights; made by `attach`.
 
     Attributes:
@@ -53,8 +52,7 @@ class Flow:
         self.model, self.plan, self._norms = model, chosen, norms
         self.recipe: Recipe = run.recipe
         self.total_steps = run.total_steps
-        self._observations: list[Observation] = []
-        self._finalized = False
+        self._observations = []
         self._loading: list[Loading] = []
         slots = slots_of(model, optimizers, run.recipe, chosen, norms)
         owned = {id(o): [s for s in slots if s.optimizer is o] for o in optimizers}
@@ -81,23 +79,6 @@ class Flow:
                 one.restore()
             raise
         log.info("attached %s to %d weights", self.recipe.name, len(self.plan))
-
-    # -- where it is ---------------------------------------------------------------------------
-
-    @property
-    def steps_done(self) -> int:
-        """k, the optimizer steps done; the fewest, where several optimizers step on their own."""
-        return min(stepper.k for stepper in self._steppers)
-
-    @property
-    def stage(self) -> FlowStage:
-        """The phase, the pattern of each target and δ, now."""
-        return self.stage_at(self.steps_done)
-
-    def stage_at(self, k: int) -> FlowStage:
-        """The phase, the pattern of each target and δ after `k` optimizer steps."""
-        run = min(self._steppers, key=lambda stepper: stepper.k).run
-        return FlowStage.of(run.stages(self.plan, k))
 
     def graphed(self, step: Callable[[], T]) -> GraphedStep[T]:
         """A training step that runs as a CUDA graph, captured anew where the recipe changes it.
@@ -134,51 +115,6 @@ class Flow:
                 "itself"
             )
         return GraphedStep([s.graphs for s in self._steppers], step, CudaRecorder())
-
-    def dense_weights(self) -> dict[str, Tensor]:
-        """The dense weights W by parameter name: the tensors themselves, not copies."""
-        self._check_live("dense_weights()")
-        slots = [slot for stepper in self._steppers for slot in stepper.slots]
-        return {s.name: s.weight for s in slots}
-
-    def observe(self, observer: Observer, *, every: int = 1) -> Observation:
-        """Call `observer(step, views)` before an optimizer step, on what it will step with.
-
-        Args:
-            observer: called with the number of steps done and a `View` of each target.
-            every: call it at steps 0, `every`, 2 · `every` … only; the others cost nothing.
-
-        Returns:
-            A handle; its `remove()` ends it.
-
-        Raises:
-            FlowError: `every` is not a whole number of at least 1.
-        """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise FlowError(f"every is {every!r}: give a whole number of steps, at least 1")
-        observation = Observation(observer, every, self._observations)
-        self._observations.append(observation)
-        for stepper in self._steppers:
-            stepper.layers.show(stepper.run, stepper.k)
-        return observation
-
-    def explain(self) -> LayerSteps:
-        """How each weight's layer computes now, on kept places or dense, and why; see `attach`.
-
-        Returns:
-            An entry a weight; as text it is a table.
-
-        Example:
-            >>> import nmflow, torch
-            >>> model = torch.nn.Linear(16, 8)
-            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> flow = nmflow.attach(model, optimizer, "ste", "1:8", include="*", total_steps=9)
-            >>> print(flow.explain())
-            weight  forward and backward          optimizer step
-            ------------------------------------------------------------------
-            weight  dense: sparse_steps is 'off'  whole: sparse_steps is 'off'
-        """
-        return LayerSteps(tuple(x for s in self._steppers for x in s.layers.explain()))
 
     # -- what one does with it -----------------------------------------------------------------
 
@@ -326,7 +262,3 @@ class Flow:
     def __repr__(self) -> str:
         where = "finalized" if self._finalized else f"step {self.steps_done} of {self.total_steps}"
         return f"<Flow {self.recipe.name}, {len(self.plan)} weights, {where}>"
-
-    def _check_live(self, what: str) -> None:
-        if self._finalized:
-            raise FlowError(f"{what} was called after finalize(): attach again to go on training")

@@ -137,7 +137,7 @@ class Steps:
             self._weights.apply_gradient_rule(self._record.k, scale, hosts.uphill(self._optimizer))
             if self._weights.run.recipe.pull and not self._found_inf():
                 self._weights.draw(self._record.k, self._weights.groups.rates())
-            self._weights.remember(self._record.k)
+            self._weights.paces.remember(self._record.k)
         self._entered = True
         self._weights.enter(gathered)
         if (
@@ -175,7 +175,7 @@ class Steps:
         self._leave()
         self._weights.prepared.clear()
         if counts:
-            self._weights.rescale(self._record.k)
+            self._weights.paces.rescale(self._record.k)
             self._reuse = self._weights.run.reuses(self._weights.known, self._record.k + 1)
             self._count()
         self._weights.write(self._record.k, self._reuse)
@@ -266,7 +266,7 @@ class Steps:
     @torch.no_grad()
     def _mend(self) -> None:
         log.warning("an optimizer.step() was broken off after step %d", self._record.k)
-        self._weights.forget()
+        self._weights.paces.forget()
         try:
             if self._entered:
                 self._leave()

@@ -15,6 +15,7 @@ from nmflow.flow.flags import Flags
 from nmflow.flow.homes import Homes
 from nmflow.flow.hosts import Groups
 from nmflow.flow.observing import View
+from nmflow.flow.paces import Paces
 from nmflow.flow.plans import Plan
 from nmflow.flow.prepared import Prepared
 from nmflow.flow.sharding import local
@@ -41,6 +42,7 @@ class Weights:
         groups: the optimizer's groups that have the parameters.
         homes: the places of the parameters in the model.
         shrinks: whether steps may be on kept values alone.
+        paces: how far steps go where the learning rate has a factor.
         together: what is done to many of them at once.
         told: called with the run and k whenever W̃ of step k was written.
     """
@@ -56,10 +58,10 @@ class Weights:
         self.groups = Groups(optimizer, slots)
         self.homes = Homes([(slot.home, slot.param) for slot in slots])
         self.shrinks = False
+        self.paces = Paces(self.pruned, run.recipe.lr_scale, self.stages)
         self.together = Together(optimizer, self.pruned, self.groups, self.prepared)
         self._kinds: tuple[Run | None, int, dict[Kind, Stage]] = None, -1, {}
         self._stages: tuple[dict[Kind, Stage] | None, dict[str, Stage]] = None, {}
-        self._before: dict[int, Tensor] = {}
 
     def start(self) -> None:
         """Take the parameters as W."""
@@ -204,33 +206,6 @@ class Weights:
         for amount, pairs in alike.items():
             parts, shown = map(list, zip(*pairs, strict=True))
             _FOREACH._foreach_lerp_(parts, shown, amount)
-
-    def remember(self, k: int) -> None:
-        """Before the optimizer's step: keep W where its learning rate has a factor."""
-        if self.run.recipe.lr_scale == 1.0:
-            return
-        stages = self.stages(k)
-        for slot in self.pruned:
-            rated = any(stages[r.target.label].rate != 1.0 for r in slot.regions)
-            if rated and slot.param.grad is not None:
-                self._before[id(slot)] = local(slot.dense).clone()
-
-    def rescale(self, k: int) -> None:
-        """After the step: go on from W before it by so many times the way that it went."""
-        stages = self.stages(k) if self._before else {}
-        for slot in self.slots if self._before else ():
-            before = self._before.get(id(slot))
-            if before is None:
-                continue
-            for region in slot.regions:
-                w, rate = region.of(local(slot.dense)), stages[region.target.label].rate
-                if rate != 1.0 and region.count:
-                    w.copy_(torch.lerp(region.of(before), w, rate))
-        self._before.clear()
-
-    def forget(self) -> None:
-        """The step was broken off: what was kept for it is of no use."""
-        self._before.clear()
 
     def views(self, k: int, scale: Tensor | None) -> list[View]:
         """What an observer sees before step `k + 1`; `scale` as for the gradient rule."""
