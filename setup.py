@@ -56,7 +56,7 @@ TARGETS = {
 }
 TARGETS["vnni"] = [*TARGETS["avx512"], "-mavx512vnni", "-mavx512vbmi"]
 # Left out, alone, where the compiler is too old to know it.
-TARGETS["amx"] = [*TARGETS["avx512"], "-mamx-tile", "-mamx-bf16"]
+TARGETS["amx"] = [*TARGETS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 FAILURES = (BaseError, OSError)
 # Where LLVM and Visual Studio put clang on Windows, if not on the PATH.
 ON_WINDOWS = ("LLVM/bin", "Microsoft Visual Studio/*/*/VC/Tools/Llvm/x64/bin")
@@ -200,12 +200,12 @@ class BuildNative(build_ext):
 
         objects = []
         # The optional target first: the others must know whether it is there.
-        for source in [name for name in wanted if "_amx" in name]:
-            try:
-                objects.append(compiled(source))
-                flags.append("-DNMFLOW_AMX=1")
-            except CompileError as error:
-                self.announce(f"left out: {error}", level=2)
+        try:
+            objects += [compiled(name) for name in wanted if "_amx" in name]
+            flags.append("-DNMFLOW_AMX_BUILT=1")
+        except CompileError as error:
+            objects.clear()
+            self.announce(f"left out: {error}", level=2)
         rest = [name for name in wanted if "_amx" not in name]
         with ThreadPoolExecutor(self.parallel or min(8, os.cpu_count() or 1)) as pool:
             objects += pool.map(compiled, rest)
@@ -232,7 +232,10 @@ setup(
         Extension(
             "nmflow._native",
             sources=sources(),
-            include_dirs=["csrc/common", "csrc/masks", "csrc/matmul", "csrc/int8", "csrc/steps"],
+            include_dirs=[
+                f"csrc/{folder}"
+                for folder in ("common", "masks", "matmul", "int8", "steps", "tiles")
+            ],
             depends=sorted(p.relative_to(HERE).as_posix() for p in (HERE / "csrc").rglob("*.h")),
             language="c++",
         )

@@ -58,7 +58,12 @@ int features() {
   return found;
 }
 
+std::atomic<bool> g_emulates{false};
+
 int best_isa() {
+#if defined(NMFLOW_AMX_BUILT)
+  if ((features() & 8) || g_emulates.load(std::memory_order_relaxed)) return NMFLOW_AMX;
+#endif
   return (features() & 2) ? NMFLOW_AVX512 : (features() & 1) ? NMFLOW_AVX2 : NMFLOW_PORTABLE;
 }
 
@@ -69,6 +74,7 @@ int first_isa() {
     int wanted = isa;
     if (strcmp(asked, "portable") == 0) wanted = NMFLOW_PORTABLE;
     if (strcmp(asked, "avx2") == 0) wanted = NMFLOW_AVX2;
+    if (strcmp(asked, "avx512") == 0) wanted = NMFLOW_AVX512;
     if (wanted < isa) isa = wanted;
   }
   return isa;
@@ -87,6 +93,8 @@ int nmf_isa(void) {
   return isa;
 }
 
+bool nmf_emulates(void) { return g_emulates.load(std::memory_order_relaxed); }
+
 int32_t nmflow_abi_version(void) { return NMFLOW_ABI_VERSION; }
 int32_t nmflow_isa_now(void) { return nmf_isa(); }
 int32_t nmflow_cpu_features(void) { return features(); }
@@ -95,6 +103,23 @@ int32_t nmflow_set_isa(int32_t isa) {
   if (isa >= NMFLOW_PORTABLE && isa <= best_isa()) g_isa.store(isa, std::memory_order_relaxed);
   return nmf_isa();
 }
+
+int32_t nmflow_emulate_tiles(int32_t on) {
+#if defined(NMFLOW_AMX_BUILT)
+  const int isa = nmf_isa();
+  g_emulates.store(on != 0 && (features() & 6) == 6, std::memory_order_relaxed);
+  if (isa > best_isa()) g_isa.store(best_isa(), std::memory_order_relaxed);
+#else
+  (void)on;
+#endif
+  return nmf_emulates() ? 1 : 0;
+}
+
+#if !defined(NMFLOW_AMX_BUILT)
+int32_t nmflow_emulated_dot(int32_t, int32_t, int32_t, const uint16_t *, const uint16_t *, float *) {
+  return NMFLOW_NO_KERNEL;
+}
+#endif
 
 const char *nmflow_compiler(void) {
 #if defined(__VERSION__)

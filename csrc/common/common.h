@@ -110,7 +110,9 @@ int nmf_geometry_of(const nmflow_shape *shape, nmf_geometry *geometry);
  * order, on at most `threads` threads. */
 typedef void (*nmf_task)(void *context, int64_t task);
 void nmf_parallel(int64_t tasks, int threads, nmf_task run, void *context);
+/* abi.cpp: the instruction set in use, and whether its tiles are emulated. */
 int nmf_isa(void);
+bool nmf_emulates(void);
 
 /* Threads of whoever calls: while one is borrowed, the calling thread's regions run on it. `run`
  * calls task(data, i) for every i below total, in any order; false if it could not start. */
@@ -135,7 +137,7 @@ struct nmf_job {
   const void *values, *codes, *x, *bias;
   void *y;
   int64_t x_stride, y_stride, tokens;
-  int epilogue;
+  int epilogue, turned; /* nmflow_turned */
   /* The grid of tasks: token blocks (fastest) x tile blocks. Filled in by the driver. */
   int64_t token_blocks, tile_block;
 };
@@ -151,6 +153,8 @@ struct nmf_kernel {
   /* Most tokens of a part; a call's are cut evenly into multiples of `step`. */
   int64_t (*max_tokens)(const nmf_geometry *geometry, int64_t tokens);
   int64_t step;
+  /* Most tiles of a part; null where a part may have all. */
+  int64_t (*max_tiles)(const nmf_geometry *geometry);
 };
 /* matmul.cpp: checks what every product's call says, and runs a checked one with a kernel; the weight
  * has `bytes`. */
@@ -164,7 +168,8 @@ const nmf_kernel *nmf_kernel_of(int number, const nmf_geometry *g);
 const nmf_kernel *nmf_gather_portable(void), *nmf_tokens_portable(void), *nmf_panel_portable(void);
 const nmf_kernel *nmf_gather_avx2(void), *nmf_tokens_avx2(void), *nmf_panel_avx2(void);
 const nmf_kernel *nmf_gather_avx512(void), *nmf_tokens_avx512(void), *nmf_panel_avx512(void);
-const nmf_kernel *nmf_permute_avx2(void), *nmf_permute_avx512(void), *nmf_tiles_amx(void);
+const nmf_kernel *nmf_permute_avx2(void), *nmf_permute_avx512(void);
+const nmf_kernel *nmf_tiles_amx(void), *nmf_tiles_emulated(void);
 /* The same for 8-bit weights: dot with 8-bit activations, permute with floats. */
 const nmf_kernel *nmf_int8_dot_portable(void), *nmf_int8_dot_avx2(void), *nmf_int8_dot_vnni(void);
 const nmf_kernel *nmf_int8_permute_avx512(void);

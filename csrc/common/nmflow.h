@@ -39,7 +39,7 @@ extern "C" {
 #define NMFLOW_API __attribute__((visibility("default")))
 #endif
 
-#define NMFLOW_ABI_VERSION 8
+#define NMFLOW_ABI_VERSION 9
 #define NMFLOW_LAYOUT_VERSION 1
 
 enum nmflow_dtype { NMFLOW_F32 = 0, NMFLOW_BF16 = 1, NMFLOW_F16 = 2 };
@@ -50,7 +50,8 @@ enum nmflow_epilogue {
   NMFLOW_SILU = 3,      /* v / (1 + exp(-v)) */
   NMFLOW_GELU_TANH = 4  /* v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))) / 2 */
 };
-enum nmflow_isa { NMFLOW_PORTABLE = 0, NMFLOW_AVX2 = 1, NMFLOW_AVX512 = 2 };
+/* NMFLOW_AMX is NMFLOW_AVX512 with tiles. */
+enum nmflow_isa { NMFLOW_PORTABLE = 0, NMFLOW_AVX2 = 1, NMFLOW_AVX512 = 2, NMFLOW_AMX = 3 };
 
 /* Results. Zero is success; a positive number says something about the data; negative is refused. */
 enum nmflow_status {
@@ -85,10 +86,16 @@ typedef struct nmflow_packed {
 NMFLOW_API int32_t nmflow_abi_version(void);
 
 /* The instruction set in use: the best that CPU and operating system offer, or NMFLOW_ISA
- * ("portable", "avx2", "avx512") from the environment at the first call, never above what is
+ * ("portable", "avx2", "avx512", "amx") from the environment at the first call, never above what is
  * there. nmflow_set_isa changes it for tests and returns the one now in use. */
 NMFLOW_API int32_t nmflow_isa_now(void);
 NMFLOW_API int32_t nmflow_set_isa(int32_t isa);
+/* For tests: tiles in C++, so that NMFLOW_AMX can be set on a machine without them (1), or not (0); it needs
+ * avx512_bf16. Slow, and exact. Returns whether they are emulated now. Tiles that are there are preferred to none. */
+NMFLOW_API int32_t nmflow_emulate_tiles(int32_t on);
+/* c[rows][columns] += a[rows][pairs][2] b[pairs][columns][2], each at most 16, as the emulation does it. */
+NMFLOW_API int32_t nmflow_emulated_dot(int32_t rows, int32_t pairs, int32_t columns, const uint16_t *a,
+                                       const uint16_t *b, float *c);
 /* Bit 0 avx2+fma+f16c, 1 avx512 f/bw/dq/vl, 2 avx512_bf16, 3 amx_bf16 (usable, not just named),
  * 4 avx512 vnni and vbmi. */
 NMFLOW_API int32_t nmflow_cpu_features(void);
@@ -140,6 +147,13 @@ NMFLOW_API int32_t nmflow_validate(const nmflow_packed *packed);
 NMFLOW_API int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stride,
                                  const void *bias, void *y, int64_t y_stride, int64_t tokens,
                                  int32_t epilogue, int32_t threads, int32_t kernel);
+
+/* The same with x or y, or both, turned: x is [in][tokens], y [out][tokens], and a stride is that between features,
+ * at least `tokens`. Only NMFLOW_TILES serves it; NMFLOW_NO_KERNEL elsewhere. */
+enum nmflow_turned { NMFLOW_X_TURNED = 1, NMFLOW_Y_TURNED = 2 };
+NMFLOW_API int32_t nmflow_matmul_turned(const nmflow_packed *packed, const void *x, int64_t x_stride,
+                                        const void *bias, void *y, int64_t y_stride, int64_t tokens,
+                                        int32_t turned, int32_t epilogue, int32_t threads);
 
 enum nmflow_kernel {
   NMFLOW_AUTO = 0,

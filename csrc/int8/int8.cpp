@@ -107,7 +107,7 @@ Found dot_of(const nmf_geometry &g) {
   (void)g;
 #if defined(NMFLOW_X86)
   const int isa = nmf_isa();
-  if (isa == NMFLOW_AVX512 && (nmflow_cpu_features() & 16) && vnni_serves(g))
+  if (isa >= NMFLOW_AVX512 && (nmflow_cpu_features() & 16) && vnni_serves(g))
     return {NMFLOW_DOT, nmf_int8_dot_vnni(), "vnni"};
   if (isa != NMFLOW_PORTABLE && avx2_serves(g)) return {NMFLOW_DOT, nmf_int8_dot_avx2(), "avx2"};
 #endif
@@ -117,14 +117,14 @@ Found dot_of(const nmf_geometry &g) {
 Found permute_of(const nmf_geometry &g) {
   (void)g;
 #if defined(NMFLOW_X86)
-  if (nmf_isa() == NMFLOW_AVX512 && g.n <= 2 && (g.m == 4 || g.m == 8 || g.m == 16))
+  if (nmf_isa() >= NMFLOW_AVX512 && g.n <= 2 && (g.m == 4 || g.m == 8 || g.m == 16))
     return {NMFLOW_PERMUTE, nmf_int8_permute_avx512(), "avx512"};
 #endif
   return {NMFLOW_PERMUTE, nullptr, ""};
 }
 
 const char *isa_name() {
-  return nmf_isa() == NMFLOW_AVX512 ? "avx512" : nmf_isa() == NMFLOW_AVX2 ? "avx2" : "portable";
+  return nmf_isa() >= NMFLOW_AVX512 ? "avx512" : nmf_isa() == NMFLOW_AVX2 ? "avx2" : "portable";
 }
 
 /* Tokens from which decoding a tile for the kernel of many tokens pays, measured. */

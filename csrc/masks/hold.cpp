@@ -23,6 +23,7 @@ void run_task(void *context, int64_t task) {
 nmf_holder holder_now() {
   switch (nmf_isa()) {
 #if defined(NMFLOW_X86)
+    case NMFLOW_AMX:
     case NMFLOW_AVX512:
       return nmf_hold_avx512;
     case NMFLOW_AVX2:

@@ -33,6 +33,7 @@ void run_task(void *context, int64_t task) {
 const nmf_projector *projector_now() {
   switch (nmf_isa()) {
 #if defined(NMFLOW_X86)
+    case NMFLOW_AMX:
     case NMFLOW_AVX512:
       return nmf_projector_avx512();
     case NMFLOW_AVX2:

@@ -53,26 +53,26 @@ const nmf_kernel *nmf_kernel_of(int number, const nmf_geometry *geometry) {
   switch (number) {
 #if defined(NMFLOW_X86)
     case NMFLOW_GATHER:
-      return isa == NMFLOW_AVX512 ? nmf_gather_avx512()
+      return isa >= NMFLOW_AVX512 ? nmf_gather_avx512()
              : isa == NMFLOW_AVX2 ? nmf_gather_avx2()
                                   : nmf_gather_portable();
     case NMFLOW_TOKENS:
-      return isa == NMFLOW_AVX512 ? nmf_tokens_avx512()
+      return isa >= NMFLOW_AVX512 ? nmf_tokens_avx512()
              : isa == NMFLOW_AVX2 ? nmf_tokens_avx2()
                                   : nmf_tokens_portable();
     case NMFLOW_PANEL:
       if (!g.panels && !is_small_panel(g)) return nullptr;
-      return isa == NMFLOW_AVX512 ? nmf_panel_avx512()
+      return isa >= NMFLOW_AVX512 ? nmf_panel_avx512()
              : isa == NMFLOW_AVX2 ? nmf_panel_avx2()
                                   : nmf_panel_portable();
-#if defined(NMFLOW_AMX)
-    case NMFLOW_TILES:
-      if (!g.panels || g.dtype != NMFLOW_BF16 || g.in < 2 || isa != NMFLOW_AVX512) return nullptr;
-      return (nmflow_cpu_features() & 8) ? nmf_tiles_amx() : nullptr;
+#if defined(NMFLOW_AMX_BUILT)
+    case NMFLOW_TILES: /* columns are counted in bytes of a block of x */
+      if (!g.panels || g.dtype != NMFLOW_BF16 || g.in >= 1 << 24 || isa != NMFLOW_AMX) return nullptr;
+      return nmf_emulates() ? nmf_tiles_emulated() : nmf_tiles_amx();
 #endif
     case NMFLOW_PERMUTE:
       if (g.m > 32 || g.panels) return nullptr;
-      return isa == NMFLOW_AVX512 ? nmf_permute_avx512()
+      return isa >= NMFLOW_AVX512 ? nmf_permute_avx512()
              : isa == NMFLOW_AVX2 ? nmf_permute_avx2()
                                   : nullptr;
 #else
@@ -95,13 +95,13 @@ namespace {
  * not hold a span two or four and a choice; the transposed way costs a load, and the transposing. */
 int64_t transpose_from(const nmf_geometry &g) {
   if (nmf_kernel_of(NMFLOW_PERMUTE, &g) == nullptr) return 6;
-  if (nmf_isa() == NMFLOW_AVX512) return 32;
+  if (nmf_isa() >= NMFLOW_AVX512) return 32;
   return 8 % g.m == 0 ? 16 : g.m <= 16 ? 9 : 5;
 }
 
 /* Tokens from which sharing inputs among 2, 4 or 8 rows pays, measured: with AVX2's 16 registers never. */
 int64_t small_panels_from(const nmf_geometry &g) {
-  if (nmf_isa() != NMFLOW_AVX512) return INT64_MAX;
+  if (nmf_isa() < NMFLOW_AVX512) return INT64_MAX;
   return g.panel == 2 ? 17 : 13;
 }
 
@@ -162,6 +162,7 @@ int nmf_run(nmf_job *job, const nmf_kernel *kernel, int64_t bytes, int threads) 
     const int64_t shared = nmf_ceil_div(g.tiles, nmf_min(wanted, nmf_ceil_div(g.tiles, 4)));
     job->tile_block = nmf_min(job->tile_block, shared);
   }
+  if (kernel->max_tiles != nullptr) job->tile_block = nmf_min(job->tile_block, kernel->max_tiles(&g));
   Run run;
   run.job = *job;
   run.kernel = kernel;
@@ -173,9 +174,10 @@ int nmf_run(nmf_job *job, const nmf_kernel *kernel, int64_t bytes, int threads) 
   return run.failed.load() ? NMFLOW_NO_MEMORY : NMFLOW_OK;
 }
 
-int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stride,
-                      const void *bias, void *y, int64_t y_stride, int64_t tokens,
-                      int32_t epilogue, int32_t threads, int32_t kernel) {
+namespace {
+
+int32_t multiply(const nmflow_packed *packed, const void *x, int64_t x_stride, const void *bias, void *y,
+                 int64_t y_stride, int64_t tokens, int turned, int32_t epilogue, int32_t threads, int kernel) {
   if (packed == nullptr) return NMFLOW_BAD_POINTER;
   nmf_job job = {};
   int status = nmf_geometry_of(&packed->shape, &job.g);
@@ -183,7 +185,13 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
   const nmf_geometry &g = job.g;
   if (packed->values_bytes != g.values_bytes || packed->codes_bytes != g.codes_bytes)
     return NMFLOW_BAD_BYTES;
-  status = nmf_check_call(&g, x, x_stride, y, y_stride, tokens, epilogue);
+  /* What is turned has features for tokens, and a stride of at least those. */
+  const bool x_turned = turned & NMFLOW_X_TURNED, y_turned = turned & NMFLOW_Y_TURNED;
+  const int64_t limit = INT64_C(1) << 56;
+  if ((x_turned && (x_stride < tokens || x_stride > limit / g.in)) ||
+      (y_turned && (y_stride < tokens || y_stride > limit / g.out)))
+    return NMFLOW_BAD_SHAPE;
+  status = nmf_check_call(&g, x, x_turned ? g.in : x_stride, y, y_turned ? g.out : y_stride, tokens, epilogue);
   if (status != NMFLOW_OK || tokens == 0) return status;
   if (packed->values == nullptr || packed->codes == nullptr) return NMFLOW_BAD_POINTER;
   if (kernel == NMFLOW_AUTO) kernel = choose(g, tokens);
@@ -198,5 +206,21 @@ int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stri
   job.y_stride = y_stride;
   job.tokens = tokens;
   job.epilogue = epilogue;
+  job.turned = turned;
   return nmf_run(&job, found, g.values_bytes + g.codes_bytes, threads);
+}
+
+}  // namespace
+
+int32_t nmflow_matmul(const nmflow_packed *packed, const void *x, int64_t x_stride,
+                      const void *bias, void *y, int64_t y_stride, int64_t tokens,
+                      int32_t epilogue, int32_t threads, int32_t kernel) {
+  return multiply(packed, x, x_stride, bias, y, y_stride, tokens, 0, epilogue, threads, kernel);
+}
+
+int32_t nmflow_matmul_turned(const nmflow_packed *packed, const void *x, int64_t x_stride, const void *bias,
+                             void *y, int64_t y_stride, int64_t tokens, int32_t turned, int32_t epilogue,
+                             int32_t threads) {
+  if (turned < 0 || turned > (NMFLOW_X_TURNED | NMFLOW_Y_TURNED)) return NMFLOW_BAD_SHAPE;
+  return multiply(packed, x, x_stride, bias, y, y_stride, tokens, turned, epilogue, threads, NMFLOW_TILES);
 }

@@ -30,7 +30,7 @@ void run_task(void *context, int64_t task) {
 /* The one of three that serves this machine. */
 nmf_gatherer of_isa(nmf_gatherer portable, nmf_gatherer avx2, nmf_gatherer avx512) {
   const int isa = nmf_isa();
-  return isa == NMFLOW_AVX512 ? avx512 : isa == NMFLOW_AVX2 ? avx2 : portable;
+  return isa >= NMFLOW_AVX512 ? avx512 : isa == NMFLOW_AVX2 ? avx2 : portable;
 }
 
 int32_t run_all(Run *run, int threads) {

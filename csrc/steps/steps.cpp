@@ -14,7 +14,7 @@ thread_local Scratch t_scratch, t_sorted;
 const nmf_stepper *stepper_now() {
 #if defined(NMFLOW_X86)
   const int isa = nmf_isa();
-  return isa == NMFLOW_AVX512 ? &nmf_steps_avx512 : isa == NMFLOW_AVX2 ? &nmf_steps_avx2 : nullptr;
+  return isa >= NMFLOW_AVX512 ? &nmf_steps_avx512 : isa == NMFLOW_AVX2 ? &nmf_steps_avx2 : nullptr;
 #else
   return nullptr;
 #endif

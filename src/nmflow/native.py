@@ -3,7 +3,7 @@
 The library (`csrc/`, its C ABI in `csrc/common/nmflow.h`) is built when the package is
 installed and a C++ compiler is at hand. Without it `available()` is False, `why_not()` says why,
 and the rest of nmflow works in pure torch, slower. Setting `NMFLOW_NATIVE=0` leaves it unloaded;
-`NMFLOW_ISA=portable|avx2|avx512` caps the instruction set.
+`NMFLOW_ISA=portable|avx2|avx512|amx` caps the instruction set.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from nmflow.errors import NMFlowError
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 FEATURES = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "avx512_vnni")
 NOT_FINITE = 1
 # What `nmflow_status` says, in words; the caller adds the parameter's name and its value.
@@ -85,6 +85,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.nmflow_put.argtypes = [pointer, pointer, pointer, i64, i64, pointer, pointer, pointer, i32]
     lib.nmflow_prints.argtypes = [pointer, i64, i64, pointer, pointer, i32]
     lib.nmflow_set_isa.argtypes = [i32]
+    lib.nmflow_emulate_tiles.argtypes = [i32]
+    lib.nmflow_emulated_dot.argtypes = [i32, i32, i32, pointer, pointer, pointer]
     lib.nmflow_set_runner.argtypes = [pointer]
     lib.nmflow_set_runner.restype = None
     lib.nmflow_compiler.restype = ctypes.c_char_p
@@ -130,7 +132,7 @@ def library() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set in use: "portable", "avx2" or "avx512"."""
+    """The instruction set in use: "portable", "avx2", "avx512", or "amx" (that, and tiles)."""
     return ISAS[library().nmflow_isa_now()]
 
 
@@ -145,6 +147,15 @@ def set_isa(name: str) -> str:
     if name not in ISAS:
         raise NMFlowError(f"isa is {name!r}: it must be one of {', '.join(ISAS)}")
     return ISAS[library().nmflow_set_isa(ISAS.index(name))]
+
+
+def emulate_tiles(on: bool) -> bool:
+    """Have tiles of AMX computed in C++ (for tests), exactly and slowly; returns whether they are.
+
+    `set_isa("amx")` then works on any machine with AVX-512 and its bfloat16 products. Turned off,
+    a machine without tiles falls back to "avx512".
+    """
+    return bool(library().nmflow_emulate_tiles(on))
 
 
 def features() -> tuple[str, ...]:

@@ -82,8 +82,9 @@ def test_a_compiler_that_knows_no_amx_builds_all_else(tmp_path, old):
     assert done.returncode == 0, done.stderr
     assert made == ["_native.so"]
     knows = old == "%"
-    assert any("-DNMFLOW_AMX=1" in call for call in compiled) == knows
-    assert any("panel_amx" in word for word in linked) == knows
+    assert any("-DNMFLOW_AMX_BUILT=1" in call for call in compiled) == knows
+    assert any("tiles_amx" in word for word in linked) == knows
+    assert any("emulated_amx" in word for word in linked) == knows
 
 
 def test_clang_cl_is_driven_as_clang(tmp_path):

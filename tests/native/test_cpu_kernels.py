@@ -73,7 +73,7 @@ def product(x, packed, bias=None, kernel="auto", threads=1) -> torch.Tensor:
     return y
 
 
-@pytest.fixture(params=native.ISAS)
+@pytest.fixture(params=native.ISAS[:3])  # tiles: test_tiles.py
 def isa(request):
     before = native.isa()
     if native.set_isa(request.param) != request.param:
@@ -145,8 +145,7 @@ def test_products(isa, spec, dtype):
             check(y, x, w, bias, epilogue, dtype)
     assert {"auto", "gather", "tokens"} <= served
     assert ("panel" in served) == (pattern.panel in (2, 4, 8) or pattern.panel % 16 == 0)
-    amx = "amx_bf16" in native.features() and isa == "avx512" and dtype == torch.bfloat16
-    assert ("tiles" in served) == (amx and pattern.panel % 16 == 0)
+    assert "tiles" not in served
     if isa != "portable":
         assert ("permute" in served) == (pattern.m <= 32 and pattern.panel % 16 != 0)
 

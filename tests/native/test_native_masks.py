@@ -26,7 +26,7 @@ KINDS = ("normal", "few values", "one value", "awkward", "mostly zeros", "mostly
 AWKWARD = [0.0, -0.0, 1e-40, -1e-40, 6e-8, -6e-8, 1.0, -1.0, 6e4, -6e4]
 
 
-@pytest.fixture(params=native.ISAS)
+@pytest.fixture(params=native.ISAS[:3])  # tiles: test_tiles.py
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = native.isa()
     if native.set_isa(request.param) != request.param:

@@ -8,7 +8,8 @@ A backend is a module of this package with four names:
   epilogue)` writes `y = epilogue(x Wᵀ + bias)`, where `x (tokens, inputs)` and `y (tokens, out)`
   have unit stride along their last axis and any row stride (`y` may be a slice of a wider output),
   `bias` is None or contiguous of the weight's dtype, and epilogue is a number of
-  `reference.EPILOGUES`.
+  `reference.EPILOGUES`. `run.turned`, where it is there, is a `run` for x and y of which each may
+  have its unit stride along the first axis; it returns False where no kernel takes them so.
 """
 
 from __future__ import annotations

@@ -62,8 +62,10 @@ def product(
         if tokens := y.numel() // out:
             run(x, bias, y, tokens, epilogue)
     elif y.numel():
-        flat = rows_of(x, inputs)
-        run(flat, bias, y.view(-1, out), flat.shape[0], epilogue)
+        flat, rows = x.reshape(-1, inputs), y.view(-1, out)
+        turned = getattr(run, "turned", None)
+        if turned is None or not turned(flat, bias, rows, flat.shape[0], epilogue):
+            run(rows_of(flat, inputs), bias, rows, flat.shape[0], epilogue)
     return y
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from nmflow.kernels.layout import Shape
 
 KERNELS = ("auto", "gather", "tokens", "permute", "tiles", "panel", "dot")
+TILES = "tiles"
+FEWEST_OF_TILES = 4  # tokens from which tiles are chosen
 
 
 class ShapeStruct(ctypes.Structure):
@@ -65,6 +67,9 @@ def lib() -> ctypes.CDLL:
     library.nmflow_matmul.argtypes = [
         *(pointer, pointer, i64, pointer, pointer, i64, i64, i32, i32, i32),
     ]
+    library.nmflow_matmul_turned.argtypes = [
+        *(pointer, pointer, i64, pointer, pointer, i64, i64, i32, i32, i32),
+    ]
     library.nmflow_choose.argtypes = [pointer, i64]
     library.nmflow_int8_bytes.argtypes = [pointer, pointer]
     library.nmflow_int8_validate.argtypes = [pointer]
@@ -105,11 +110,13 @@ def why_not(call: Call) -> str | None:
 
 def kernel(call: Call) -> str:
     """The instruction set and the kernel that would run, such as "avx512 tokens"."""
-    isa = native.isa()
+    isa, name = native.isa(), KERNELS[_choose(call)]
     if call.values:
         shape = ctypes.byref(ShapeStruct.of(call.shape, call.dtype))
         isa = lib().nmflow_int8_isa(shape, call.rounds, max(call.tokens, 1)).decode()
-    return f"{isa} {KERNELS[_choose(call)]}"
+    elif isa == "amx" and name != TILES:
+        isa = "avx512"
+    return f"{isa} {name}"
 
 
 def _choose(call: Call) -> int:
@@ -124,7 +131,11 @@ def bind(values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]:
     """Prepare one tiled weight, checked here once; its memory must outlive the result."""
     validate(values, codes, shape)
     weight = PackedStruct.of(values, codes, shape)
-    return runner(functools.partial(lib().nmflow_matmul, ctypes.byref(weight)), shape)
+    run: Any = runner(functools.partial(lib().nmflow_matmul, ctypes.byref(weight)), shape)
+    if shape.shared and values.dtype == torch.bfloat16:
+        call = functools.partial(lib().nmflow_matmul_turned, ctypes.byref(weight))
+        run.turned = turned_runner(call, shape)
+    return run
 
 
 def runner(call: Callable[..., int], shape: Shape) -> Callable[..., None]:
@@ -153,6 +164,29 @@ def runner(call: Callable[..., int], shape: Shape) -> Callable[..., None]:
         )
         if status:
             raise CompressError(f"{name_of(shape)} {native.REASONS[status]}")
+
+    return run
+
+
+def turned_runner(call: Callable[..., int], shape: Shape) -> Callable[..., bool]:
+    """What `backend` calls `run.turned`, over `nmflow_matmul_turned` of a weight."""
+
+    def run(x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int) -> bool:
+        if tokens < FEWEST_OF_TILES or native.isa() != "amx":
+            return False
+        orders = [t.stride(0) == 1 and t.stride(1) >= tokens for t in (x, y)]
+        rows = [t.stride(1) == 1 and t.stride(0) >= t.shape[1] for t in (x, y)]
+        if not all(a or b for a, b in zip(orders, rows, strict=True)):
+            return False
+        status = call(
+            *(x.data_ptr(), x.stride(1) if orders[0] else x.stride(0)),
+            *(None if bias is None else bias.data_ptr(), y.data_ptr()),
+            *(y.stride(1) if orders[1] else y.stride(0), tokens, orders[0] + 2 * orders[1]),
+            *(epilogue, torch.get_num_threads()),
+        )
+        if status:
+            raise CompressError(f"{name_of(shape)} {native.REASONS[status]}")
+        return True
 
     return run
 
