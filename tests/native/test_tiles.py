@@ -7,6 +7,8 @@ import itertools
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -400,3 +402,16 @@ def test_loops_on_tiles_are_the_loads_and_products_that_they_should_be():
         assert not any(re.search(r"[xyz]mm\d", line) and "(%r" in line for line in part), part
     # 16 rows by 64 tokens, 32 by 32, and 16 by 32.
     assert {(4, 5), (4, 4), (2, 3)} <= shapes
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_here_in_small_and_refuses_where_there_is_no_amx():
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "benchmarks/amx.py", "--seconds", "0.01"]
+    small = subprocess.run([*command, "--rehearse"], cwd=root, capture_output=True, text=True)
+    assert small.returncode == 0, small.stderr
+    assert "1:16@32 by features" in small.stdout
+    if not _REAL:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.strip().startswith("benchmarks/amx.py needs a processor with AMX")
