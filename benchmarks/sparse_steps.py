@@ -2,6 +2,7 @@
 
     python benchmarks/sparse_steps.py [--networks vit-base bert-base] [--patterns 1:8 1:16 1:16@16]
         [--ways …] [--threads 1] [--rounds 5] [--csv FILE]
+    python benchmarks/sparse_steps.py --products 1576 [--patterns …] [--csv FILE]
 
 The networks are those of transformers by their configurations, with random weights, 12 layers and a
 head of classes: ViT-Base on 8 images (1,576 tokens), BERT-base on 12 texts of 128 (1,536 tokens).
@@ -9,6 +10,9 @@ The six projections of every layer (feed-forward and attention) are targets, and
 A step is zero_grad, forward, backward and `AdamW(fused=True).step`. The ways take turns, step by
 step, in one process, and each figure is the median of the ratios to the dense float32 step of the
 same round. `held` is a frozen mask with dense products, as without `sparse_steps`.
+
+`--products TOKENS` times the three products of ViT-Base's feed-forward layers alone, and packing,
+in milliseconds, the best of the rounds, beside torch's dense ones.
 """
 
 from __future__ import annotations
@@ -22,9 +26,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import nmflow
 from _timing import facts, write_csv
+from nmflow.kernels import cpu_steps
+from nmflow.kernels.layout import Shape
+from nmflow.masks.kept_values import to_bits
 
 WAYS = ("dense", "dense, bfloat16 autocast", "held", "kept places")
 
@@ -125,6 +133,50 @@ def measure(network: str, pattern: str, names: list[str], rounds: int) -> list[d
     return rows
 
 
+def products(tokens: int, patterns: list[str], rounds: int) -> list[dict[str, object]]:
+    """A row for each layer and pattern, of one layer's products."""
+    rows = []
+    for out, inputs in ((3072, 768), (768, 3072)):
+        x, dy, w = torch.randn(tokens, inputs), torch.randn(tokens, out), torch.randn(out, inputs)
+        dense = {
+            "forward": _best(rounds, F.linear, x, w),
+            "input_grad": _best(rounds, torch.matmul, dy, w),
+            "weight_grad": _best(rounds, torch.matmul, dy.t(), x),
+        }
+        for pattern in patterns:
+            kept, shape = nmflow.mask(w, pattern), Shape.of(out, inputs, pattern)
+            given = w * kept, to_bits(kept), shape
+            values, codes, _ = cpu_steps.pack(*given)
+            found = {
+                "forward": _best(rounds, cpu_steps.forward, x, values, codes, None, shape),
+                "input_grad": _best(rounds, cpu_steps.input_grad, dy, values, codes, shape),
+                "weight_grad": _best(
+                    rounds, cpu_steps.weight_grad, x, dy, values, codes, shape, True
+                ),
+            }
+            pack = _best(rounds, cpu_steps.pack, *given)
+            whole = sum(dense.values()) / (sum(found.values()) + pack)
+            rows.append(
+                {
+                    **{"out": out, "in": inputs, "tokens": tokens, "pattern": pattern},
+                    **{f"dense_{key}_ms": round(ms, 2) for key, ms in dense.items()},
+                    **{f"{key}_ms": round(ms, 2) for key, ms in found.items()},
+                    **{"pack_ms": round(pack, 2), "times_dense": round(whole, 1)},
+                }
+            )
+    return rows
+
+
+def _best(rounds: int, call: Callable[..., object], *given: object) -> float:
+    """Milliseconds."""
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call(*given)
+        found.append(time.perf_counter() - began)
+    return min(found) * 1e3
+
+
 def main() -> None:
     """Print the ways side by side."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -133,13 +185,18 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--products", type=int, metavar="TOKENS", help="of one layer alone")
     parser.add_argument("--csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     where = facts()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     rows: list[dict[str, object]] = []
-    for network in args.networks:
+    if args.products:
+        rows = products(args.products, args.patterns, args.rounds)
+        for one in rows:
+            print(" ".join(f"{key}={value}" for key, value in one.items()), flush=True)
+    for network in [] if args.products else args.networks:
         for pattern in args.patterns:
             gc.collect()
             found = measure(network, pattern, args.ways, args.rounds)

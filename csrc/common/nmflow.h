@@ -169,9 +169,8 @@ NMFLOW_API int32_t nmflow_choose(const nmflow_shape *shape, int64_t tokens);
 NMFLOW_API const char *nmflow_kernel_name(int32_t kernel);
 
 /* ---------------------------------------------------------------------------------------------
- * Training on kept places: fp32, on AVX2 or AVX-512, rows of patterns with M <= 16 or panels of multiples
- * of 16 rows. Everything is contiguous and row-major. With nmflow_matmul for y these are the products of
- * a step.
+ * Training on kept places: fp32, on AVX2 or AVX-512. Everything is contiguous and row-major. With
+ * nmflow_matmul for y these are the products of a step.
  * --------------------------------------------------------------------------------------------- */
 /* NMFLOW_OK where the three below serve a shape on this machine. */
 NMFLOW_API int32_t nmflow_trains(const nmflow_shape *shape);

@@ -48,9 +48,25 @@ NMF_INLINE int64_t span_of(const G &g, int64_t s) { return s / g.span_entries * 
 NMF_INLINE int64_t panel_column(const G &g, const void *codes, int64_t panel, int64_t s) {
   return span_of(g, s) + static_cast<const uint8_t *>(codes)[panel * g.entries + s];
 }
-/* The codes of a tile of rows. */
+/* The codes of a tile of rows, `bits` each, and one of a row's: `words` are those of its lane. */
 NMF_INLINE const uint32_t *words_of(const G &g, const void *codes, int64_t tile) {
   return static_cast<const uint32_t *>(codes) + tile * g.words * 16;
+}
+template <int BITS>
+NMF_INLINE uint32_t code_at(const uint32_t *words, int64_t s) {
+  const int per = 32 / BITS;
+  return words[s / per * 16] >> (s % per * BITS) & ((1u << BITS) - 1u);
+}
+
+/* The columns of a row's entries. */
+void row_columns(const G &g, const void *codes, int64_t row, int32_t *to) {
+  const uint32_t *words = g.panels ? nullptr : words_of(g, codes, row / 16) + row % 16;
+  const uint8_t *shared = static_cast<const uint8_t *>(codes) + (g.panels ? row / g.panel * g.entries : 0);
+  for (int64_t span = 0, s = 0; s < g.entries; span += g.span)
+    for (const int64_t stop = nmf_min(s + g.span_entries, g.entries); s < stop; ++s) {
+      const int64_t code = g.panels ? shared[s] : g.bits == 4 ? code_at<4>(words, s) : code_at<8>(words, s);
+      to[s] = static_cast<int32_t>(nmf_min(span + code, g.in - 1));
+    }
 }
 
 /* 16 x 16 blocks of from [count][width], stride apart, to to[width][TOKENS]; zeros past `count` up to

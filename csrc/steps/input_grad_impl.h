@@ -6,7 +6,8 @@ namespace {
 
 /* The entries of a block of rows by columns: a counting sort span by span, whose columns are few enough
  * for what is counted and written to stay in the first cache. */
-void sort(const nmf_stepping *job, int64_t block) {
+template <int BITS>
+void sort_of(const nmf_stepping *job, int64_t block) {
   const G &g = job->g;
   const int64_t tile = block * (NMF_ROW_BLOCK / 16), end = nmf_min(tile + NMF_ROW_BLOCK / 16, g.tiles);
   int32_t *starts = job->starts + block * (g.in + 1), before = static_cast<int32_t>(tile * 16 * g.entries);
@@ -15,12 +16,11 @@ void sort(const nmf_stepping *job, int64_t block) {
   for (int64_t column = 0, s = 0; column < g.in; column += g.span, s += g.span_entries) {
     /* Lanes past the last row have codes of 0 and values of 0: they count as any other. */
     const int64_t width = nmf_min(g.span, g.in - column), stop = nmf_min(s + g.span_entries, g.entries);
-    int32_t from[17] = {};
+    int32_t from[(1 << BITS) + 1] = {};
     const auto codes_of = [&](int64_t t, int64_t e) {
-      const uint32_t *word = words_of(g, job->codes, t) + e / 8 * 16, most = static_cast<uint32_t>(width - 1);
-      const int shift = static_cast<int>(e % 8 * 4);
+      const uint32_t *words = words_of(g, job->codes, t), most = static_cast<uint32_t>(width - 1);
       for (int lane = 0; lane < 16; ++lane) {
-        const uint32_t code = word[lane] >> shift & 15u;
+        const uint32_t code = code_at<BITS>(words + lane, e);
         codes[lane] = code < most ? code : most;
       }
     };
@@ -47,6 +47,10 @@ void sort(const nmf_stepping *job, int64_t block) {
     before += static_cast<int32_t>((stop - s) * (end - tile) * 16);
   }
   starts[g.in] = before;
+}
+
+void sort(const nmf_stepping *job, int64_t block) {
+  job->g.bits == 4 ? sort_of<4>(job, block) : sort_of<8>(job, block);
 }
 
 template <int VECS>

@@ -55,7 +55,9 @@ NMF_INLINE bool each_keeps(const G &g, uint32_t some) {
   return each;
 }
 
-/* A row whose groups keep N each, in one go: the common case. False where one does not. */
+/* A row whose groups keep N each, in one go: the common case. False where one does not. Codes of 4 bits
+ * are of chunks of 16 columns, with several groups; those of 8 bits of groups of several chunks. */
+template <int BITS>
 bool pack_row(const nmf_stepping *job, int64_t row) {
   const G &g = job->g;
   const float *w = job->w + row * g.in;
@@ -63,19 +65,30 @@ bool pack_row(const nmf_stepping *job, int64_t row) {
   float *values = job->values + row / 16 * g.entries * 16 + row % 16;
   uint32_t *codes = static_cast<uint32_t *>(job->codes) + row / 16 * g.words * 16 + row % 16, word = 0;
   int shift = 0;
+  int64_t first = 0, left = g.n, room = g.entries; /* of a group of several chunks; of the row */
   for (int64_t c = 0; c < g.in / 16; ++c) {
     uint32_t some = kept_of(g, w, kept, c);
-    if (!each_keeps(g, some)) return false;
+    if (BITS == 4) {
+      if (!each_keeps(g, some)) return false;
+    } else {
+      const int64_t count = __builtin_popcount(some);
+      left -= count;
+      if ((room -= count) < 0) return false;
+    }
     for (; some != 0; some &= some - 1, values += 16) {
       const uint32_t column = static_cast<uint32_t>(__builtin_ctz(some));
       *values = w[16 * c + column];
-      word |= column << shift;
-      if ((shift += 4) < 32) continue;
+      word |= (static_cast<uint32_t>(first) + column) << shift;
+      if ((shift += BITS) < 32) continue;
       *codes = word;
       codes += 16;
       word = 0;
       shift = 0;
     }
+    if (BITS == 4 || (first += 16) < g.m) continue;
+    if (left != 0) return false;
+    first = 0;
+    left = g.n;
   }
   if (shift != 0) *codes = word;
   return true;
@@ -107,9 +120,10 @@ bool pack(const nmf_stepping *job, int64_t panel, int64_t panel_end, char *scrat
   int32_t *columns = reinterpret_cast<int32_t *>(scratch);
   uint16_t *used = reinterpret_cast<uint16_t *>(scratch + padded(g.entries) * 4);
   const int64_t chunks = nmf_ceil_div(g.in, 16), words = nmf_ceil_div(g.in, 64);
-  const bool alone = g.panel == 1 && 16 % g.m == 0 && g.in % 16 == 0;
+  const auto row_of = g.bits == 4 ? pack_row<4> : pack_row<8>;
+  const bool alone = g.panel == 1 && (16 % g.m == 0 || g.m % 16 == 0) && g.in % 16 == 0;
   for (int64_t p = panel; p < panel_end; ++p) {
-    if (alone && pack_row(job, p)) continue;
+    if (alone && row_of(job, p)) continue;
     const int64_t begin = p * g.panel, end = nmf_min(begin + g.panel, g.out);
     memset(used, 0, static_cast<size_t>(chunks) * 2);
     for (int64_t row = begin; row < end; ++row) {
@@ -133,8 +147,8 @@ bool pack(const nmf_stepping *job, int64_t panel, int64_t panel_end, char *scrat
     }
     for (int64_t word = 0; word < g.words; ++word) {
       uint32_t bits = 0;
-      for (int64_t s = word * 8; s < nmf_min(word * 8 + 8, g.entries); ++s)
-        bits |= static_cast<uint32_t>(columns[s]) << (s % 8 * 4);
+      for (int64_t s = word * g.per; s < nmf_min(word * g.per + g.per, g.entries); ++s)
+        bits |= static_cast<uint32_t>(columns[s]) << (s % g.per * g.bits);
       for (int64_t row = begin; row < end; ++row)
         static_cast<uint32_t *>(job->codes)[(row / 16 * g.words + word) * 16 + row % 16] = bits;
     }

@@ -40,7 +40,7 @@ int32_t result_of(const Run &run) {
 int32_t check(const nmflow_shape *shape, nmf_geometry *g) {
   const int status = nmf_geometry_of(shape, g);
   if (status != NMFLOW_OK) return status;
-  if (stepper_now() == nullptr || !nmf_trains(g)) return NMFLOW_NO_KERNEL;
+  if (stepper_now() == nullptr || g->dtype != NMFLOW_F32) return NMFLOW_NO_KERNEL;
   /* Entries are counted in 32 bits, and so are places in a block of rows. */
   return g->tiles * 16 * g->entries > INT32_MAX / 2 ? NMFLOW_NO_KERNEL : NMFLOW_OK;
 }
@@ -93,7 +93,8 @@ void weight_grad_task(void *context, int64_t task) {
   Run *run = static_cast<Run *>(context);
   char *scratch = room(run);
   const int64_t tile = task * run->chunk, end = nmf_min(tile + run->chunk, run->job.g.tiles);
-  if (scratch != nullptr) run->kernels->weight_grad(&run->job, tile, end, scratch);
+  const auto kernel = nmf_wide(&run->job.g) ? run->kernels->wide_weight_grad : run->kernels->weight_grad;
+  if (scratch != nullptr) kernel(&run->job, tile, end, scratch);
 }
 
 }  // namespace
@@ -175,9 +176,14 @@ int32_t nmflow_weight_grad(const nmflow_packed *packed, const float *x, const fl
   threads = threads < 1 ? 1 : threads;
   const int64_t step = g.panels ? g.panel / 16 : 1;
   run.chunk = nmf_ceil_div(nmf_ceil_div(g.tiles, threads), step) * step;
-  const int64_t inputs = g.panels ? padded(g.in) * NMF_TOKEN_BLOCK : g.spans * nmf_tokens_of(&g) * 16;
-  const int64_t rows = (g.panels ? g.panel : 16) * NMF_TOKEN_BLOCK;
-  run.bytes = (run.chunk * (g.entries + 1) * 16 + inputs + rows + padded(g.in) + padded(g.entries)) * 4;
+  const bool wide = nmf_wide(&g);
+  const int64_t inputs =
+      g.panels || wide ? padded(g.in) * NMF_TOKEN_BLOCK : g.spans * nmf_tokens_of(&g) * 16;
+  const int64_t rows = (g.panels ? g.panel : wide ? 32 : 16) * NMF_TOKEN_BLOCK;
+  /* Sums and a bias; columns of one row, or of all where the sums are row by row. */
+  const int64_t places = wide ? run.chunk * (2 * padded(g.entries) + 1) * 16
+                              : run.chunk * (g.entries + 1) * 16 + padded(g.entries);
+  run.bytes = (places + inputs + rows + padded(g.in)) * 4;
   nmf_parallel(nmf_ceil_div(g.tiles, run.chunk), threads, weight_grad_task, &run);
   return result_of(run);
 }

@@ -29,15 +29,14 @@ struct nmf_entry {
 /* Rows that are transposed together, and tokens. */
 const int64_t NMF_ROW_BLOCK = 192, NMF_TOKEN_BLOCK = 64;
 
-/* Whether kernels serve a geometry: panels of whole tiles, or rows whose spans fit a register. */
-NMF_INLINE bool nmf_trains(const nmf_geometry *g) {
-  return g->dtype == NMFLOW_F32 && (g->panels > 0 || g->m <= 16);
-}
+/* Whether rows have codes of their own that reach over more than a register: spans of M > 16 inputs. */
+NMF_INLINE bool nmf_wide(const nmf_geometry *g) { return !g->panels && g->bits == 8; }
 
 /* Tokens that the gradient of W takes at a time: a longer row's take more room than the second-level
  * cache has, and where each entry has a span of its own, than the first-level one. */
 NMF_INLINE int64_t nmf_tokens_of(const nmf_geometry *g) {
-  return g->panels || (g->in <= 1536 && g->span_entries > 1) ? NMF_TOKEN_BLOCK : NMF_TOKEN_BLOCK / 2;
+  const bool fits = g->in <= 1536 && (g->span_entries > 1 || nmf_wide(g));
+  return g->panels || fits ? NMF_TOKEN_BLOCK : NMF_TOKEN_BLOCK / 2;
 }
 
 /* The kernels of an instruction set, each for a part of a job; `scratch` is aligned to 64 bytes. */
@@ -48,6 +47,7 @@ struct nmf_stepper {
   void (*input_grad)(const nmf_stepping *job, int64_t token_block, char *scratch);
   /* Tiles [tile, tile_end), of whole panels. */
   void (*weight_grad)(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch);
+  void (*wide_weight_grad)(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch);
 };
 extern const nmf_stepper nmf_steps_avx2, nmf_steps_avx512;
 

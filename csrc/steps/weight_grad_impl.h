@@ -126,22 +126,12 @@ void add_panel(const G &g, const void *codes, int64_t panel, const float *dy, in
   for (; s < g.entries; ++s) add_entries<TILES, 1>(g, codes, panel, s, dy, width, x, count, sums);
 }
 
-/* The columns of a row's entries. */
-void columns_of(const G &g, const void *codes, int64_t row, int32_t *to) {
-  const uint32_t *words = g.panels ? nullptr : words_of(g, codes, row / 16) + row % 16;
-  const uint8_t *shared = static_cast<const uint8_t *>(codes) + (g.panels ? row / g.panel * g.entries : 0);
-  for (int64_t span = 0, s = 0; s < g.entries; span += g.span)
-    for (const int64_t stop = nmf_min(s + g.span_entries, g.entries); s < stop; ++s) {
-      const int64_t code = g.panels ? shared[s] : words[s / 8 * 16] >> (s % 8 * 4) & 15u;
-      to[s] = static_cast<int32_t>(nmf_min(span + code, g.in - 1));
-    }
-}
-
-/* A row of the gradient: zero, but for the kept places. `line` is zero before and after. */
-void write_row(const nmf_stepping *job, int64_t row, const float *sums, float *line, int32_t *columns) {
+/* A row of the gradient: zero, but for the kept places, whose sums are `step` apart. `line` is zero
+ * before and after. */
+void write_row(const nmf_stepping *job, int64_t row, const float *sums, int64_t step, const int32_t *columns,
+               float *line) {
   const G &g = job->g;
-  if (!g.panels || row % g.panel == 0) columns_of(g, job->codes, row, columns);
-  for (int64_t s = 0; s < g.entries; ++s) line[columns[s]] = sums[s * 16];
+  for (int64_t s = 0; s < g.entries; ++s) line[columns[s]] = sums[s * step];
   if (job->past)
     send(job->dw + row * g.in, line, g.in * 4);
   else
@@ -149,6 +139,7 @@ void write_row(const nmf_stepping *job, int64_t row, const float *sums, float *l
   for (int64_t s = 0; s < g.entries; ++s) line[columns[s]] = 0.0f;
 }
 
+/* Of panels, and of rows whose spans fit a register. */
 void weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch) {
   const G &g = job->g;
   const int64_t tiles = tile_end - tile, width = panel_rows(g), step = width / 16;
@@ -199,7 +190,8 @@ void weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *
     }
   }
   for (int64_t row = tile * 16; row < nmf_min(tile_end * 16, g.out); ++row) {
-    write_row(job, row, sums + (row / 16 - tile) * g.entries * 16 + row % 16, line, columns);
+    if (!g.panels || row % g.panel == 0) row_columns(g, job->codes, row, columns);
+    write_row(job, row, sums + (row / 16 - tile) * g.entries * 16 + row % 16, 16, columns, line);
     if (job->bias != nullptr) job->bias[row] = bias[row - tile * 16];
   }
   if (job->past) sent();

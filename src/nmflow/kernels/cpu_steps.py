@@ -12,7 +12,7 @@ from nmflow import native
 from nmflow.errors import CompressError
 from nmflow.kernels import cpu
 from nmflow.kernels.cpu import PackedStruct, ShapeStruct, name_of
-from nmflow.kernels.layout import LANES, Shape
+from nmflow.kernels.layout import Shape
 
 NOT_KEPT = 2
 
@@ -35,8 +35,6 @@ def why_not(shape: Shape) -> str:
         return f"the compiled library is missing: {native.why_not()}"
     if native.isa() == "portable":
         return f"the kernels of training steps need AVX2, and {native.isa()} is in use"
-    if shape.m > LANES and not shape.shared:
-        return f"rows of a pattern of their own need M <= {LANES}, or panels of 16, 32, ... rows"
     status = _lib().nmflow_trains(ctypes.byref(ShapeStruct.of(shape, torch.float32)))
     return f"the weight {native.REASONS[status]}" if status else ""
 
