@@ -84,6 +84,20 @@ std::atomic<int> g_isa{-1};
 
 }  // namespace
 
+/* AMD's, by what a Zen 4 does: there a product of one token takes 1 to 20 % longer with prefetches. On
+ * an Emerald Rapids it took two thirds of the time with them. */
+bool nmf_reads_ahead(void) {
+#if defined(NMF_HAS_X86)
+  static const bool found = [] {
+    unsigned a, vendor, c, d;
+    return __get_cpuid(0, &a, &vendor, &c, &d) && vendor == signature_AMD_ebx;
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
 int nmf_isa(void) {
   int isa = g_isa.load(std::memory_order_relaxed);
   if (isa < 0) {

@@ -112,6 +112,8 @@ typedef void (*nmf_task)(void *context, int64_t task);
 void nmf_parallel(int64_t tasks, int threads, nmf_task run, void *context);
 /* abi.cpp: the instruction set in use, and whether its tiles are emulated. */
 int nmf_isa(void);
+/* Whether the CPU reads one stream of memory faster if it is not told what comes next. */
+bool nmf_reads_ahead(void);
 bool nmf_emulates(void);
 
 /* Threads of whoever calls: while one is borrowed, the calling thread's regions run on it. `run`
@@ -138,6 +140,8 @@ struct nmf_job {
   void *y;
   int64_t x_stride, y_stride, tokens;
   int epilogue, turned; /* nmflow_turned */
+  /* Whether a kernel fetches the weights of a token alone, which are read once and in order. */
+  bool fetch;
   /* The grid of tasks: token blocks (fastest) x tile blocks. Filled in by the driver. */
   int64_t token_blocks, tile_block;
 };

@@ -20,13 +20,14 @@ struct Quads {
   int64_t count;       /* quads of a window */
 };
 
-/* QW: quads of a window where a block holds whole windows, else 0. AHEAD: bytes, of the weights to come;
- * they go to the second-level cache where x fills the first. */
+/* QW: quads of a window where a block holds whole windows, else 0. FULL: x fills the first-level cache, so
+ * that weights to come go to the second. */
 template <int BITS, int QW, bool WIDE, int NT, int TILES, bool FULL>
 NMF_INLINE void block(const nmf_job *job, Quads quads, int64_t token, int64_t tile, const int8_t *x,
                       int64_t line, const float *steps) {
   const int PER = 8 / BITS, U = NT * TILES >= 8 ? 1 : NT * TILES >= 4 ? (PER < 2 ? PER : 2) : PER;
-  const int BYTES = 64 + PER * 64, AHEAD = FULL ? 4096 : 2048;
+  const int BYTES = 64 + PER * 64;
+  const int64_t ahead = NT < 4 && !job->fetch ? 0 : 4096;
   __m512i acc[U][TILES][NT];
   const char *w[TILES];
 #pragma GCC unroll 4
@@ -51,7 +52,7 @@ NMF_INLINE void block(const nmf_job *job, Quads quads, int64_t token, int64_t ti
       code[i] = _mm512_loadu_si512(w[i]);
 #pragma GCC unroll 8
       for (int at = 0; at < BYTES; at += 64)
-        _mm_prefetch(w[i] + AHEAD + at, FULL ? _MM_HINT_T1 : _MM_HINT_T0);
+        _mm_prefetch(w[i] + ahead + at, FULL ? _MM_HINT_T1 : _MM_HINT_T0);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < PER; ++j) {
@@ -84,24 +85,31 @@ NMF_INLINE void block(const nmf_job *job, Quads quads, int64_t token, int64_t ti
     for (int i = 0; i < TILES; ++i) w[i] += BYTES;
   }
   const nmf_geometry &g = job->g;
+  const bool plain = g.dtype == NMFLOW_F32 && job->epilogue == NMFLOW_NONE;
+  const int64_t y_stride = job->y_stride;
 #pragma GCC unroll 4
   for (int i = 0; i < TILES; ++i) {
     const int64_t row = (tile + i) * 16, count = nmf_min(16, g.out - row);
     float bias[16];
     read_bias(job, tile + i, bias);
     const vecf scales = load(int8_scales(job, tile + i)), biases = load(bias);
+    vecf y[NT];
 #pragma GCC unroll 16
     for (int t = 0; t < NT; ++t) {
       __m512i sum = acc[0][i][t];
 #pragma GCC unroll 4
       for (int u = 1; u < U; ++u) sum = _mm512_add_epi32(sum, acc[u][i][t]);
-      const vecf y = steps[t] * scales * (vecf)_mm512_cvtepi32_ps(sum) + biases;
-      if (g.dtype == NMFLOW_F32 && job->epilogue == NMFLOW_NONE && count == 16) {
-        store(static_cast<float *>(job->y) + (token + t) * job->y_stride + row, y);
-        continue;
-      }
+      y[t] = steps[t] * scales * (vecf)_mm512_cvtepi32_ps(sum) + biases;
+    }
+    if (plain && count == 16) {
+      float *to = static_cast<float *>(job->y) + token * y_stride + row;
+#pragma GCC unroll 16
+      for (int t = 0; t < NT; ++t) store(to + t * y_stride, y[t]);
+      continue;
+    }
+    for (int t = 0; t < NT; ++t) {
       float sums[16];
-      store(sums, y);
+      store(sums, y[t]);
       write_rows(job, token + t, row, sums, count);
     }
   }

@@ -143,6 +143,7 @@ int nmf_check_call(const nmf_geometry *g, const void *x, int64_t x_stride, const
 
 int nmf_run(nmf_job *job, const nmf_kernel *kernel, int64_t bytes, int threads) {
   const nmf_geometry &g = job->g;
+  job->fetch = !nmf_reads_ahead();
   const int64_t tokens = job->tokens, most = kernel->max_tokens(&g, tokens);
   job->token_blocks = nmf_ceil_div(tokens, most);
   job->tile_block = g.tiles;

@@ -73,8 +73,10 @@ void block(const nmf_job *job, int64_t token, int64_t tile, const float *const (
   const nmf_geometry &g = job->g;
   const int PER = WIDTH == WIDE ? 4 : 8, U = turns(NT * TILES * VECS);
   /* Weights to come are fetched early, as the third-level cache is far away: a little ahead where
-   * tiles follow each other, else the same place of the next tiles. */
-  const int64_t ahead = TILES == 1 ? 512 : TILES * g.entries_held * 16;
+   * tiles follow each other, else the same place of the next tiles. With one token memory is all that
+   * takes time, and some CPUs read it faster alone. */
+  const bool alone = NT == 1 && TILES == 1 && !job->fetch;
+  const int64_t ahead = alone ? 0 : TILES == 1 ? 512 : TILES * g.entries_held * 16;
   const uint32_t *words[TILES];
   vecf acc[U][TILES * VECS][NT];
 #pragma GCC unroll 8
@@ -91,7 +93,7 @@ void block(const nmf_job *job, int64_t token, int64_t tile, const float *const (
         for (int u = 1; u < U; ++u) acc[u][i * VECS + v][t] = vecf{};
       }
   }
-  const int64_t words_ahead = TILES == 1 ? 64 : TILES * g.words * 16;
+  const int64_t words_ahead = alone ? 0 : TILES == 1 ? 64 : TILES * g.words * 16;
   vecu code[TILES * VECS];
   int64_t s = 0;
   if (P > 0) {
