@@ -76,8 +76,12 @@ def test_sparse_steps_are_part_of_a_run_and_leave_the_hashes_of_others():
     plain_run, sparse = one(), one(sparse_steps="on")
     assert one(sparse_steps="off").hash == plain_run.hash != sparse.hash
     assert sparse.sparse_steps == "on"
-    with pytest.raises(ConfigError, match="sparse_steps"):
-        experiment(sparse_steps=True)
+    # What YAML makes of a bare on and off.
+    assert one(sparse_steps=True).hash == sparse.hash
+    assert one(sparse_steps=False).hash == plain_run.hash
+    for wrong in ("maybe", 1):
+        with pytest.raises(ConfigError, match="sparse_steps"):
+            experiment(sparse_steps=wrong)
 
 
 def test_runs_are_named_by_what_decides_their_outcome():

@@ -7,6 +7,7 @@ network computes with, step for step.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from settings import (
     MORE_CASES,
     NORMS_CASES,
     OPTIMIZERS,
+    PANEL_CASES,
     TOTAL,
     Case,
 )
@@ -54,6 +56,16 @@ def test_row(case: Case, family: Family, optimizer: str) -> None:
 @pytest.mark.parametrize("case", [*MORE_CASES, *NORMS_CASES], ids=lambda case: case.id)
 def test_variant(case: Case) -> None:
     check_row(case, MLP, "adamw-foreach")
+
+
+GROWING = [*(f for f in FAMILIES if "@" in f.pattern),
+           *(replace(BY_ID["panels"], pattern=p) for p in ("1:4@12", "2:8@16"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", GROWING, ids=lambda family: f"{family.id}-{family.pattern}")
+@pytest.mark.parametrize("case", PANEL_CASES, ids=lambda case: case.id)
+def test_panels_that_grow(case: Case, family: Family) -> None:
+    check_row(case, family, "adamw-plain")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

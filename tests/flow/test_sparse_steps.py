@@ -110,6 +110,43 @@ def test_from_which_step_on(name: str) -> None:
     assert first == WHEN[name]
 
 
+FRAMES = {  # recipes whose mask is binary while its pattern changes, and the patterns served
+    "sdgf-stepwise": (nmflow.SDGF("stepwise", gradient="masked"), "1:16", ["4:16", "2:16", "1:16"]),
+    "sdgf-geometric": (
+        nmflow.SDGF("geometric", gradient="masked"), "1:8", ["8:64", "4:32", "2:16", "1:8"],
+    ),
+    "sdgf-panels": (
+        nmflow.SDGF("panels", gradient="masked"), "1:8@16",
+        ["1:8", "1:8@2", "1:8@4", "1:8@8", "1:8@16"],
+    ),
+    "gradual": (nmflow.Gradual(), "1:16", ["4:16", "3:16", "2:16", "1:16"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_masked_frames_of_a_quarter_and_less_are_sparse_and_equal_dense_steps(name: str) -> None:
+    recipe, pattern, served = FRAMES[name]
+    models, met = [], []
+    for mode in ("off", "on"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 64))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        flow = nmflow.attach(
+            model, optimizer, recipe, pattern, include="0.weight", total_steps=60, sparse_steps=mode
+        )
+        for k in range(60):
+            if sparse(flow):
+                met.append(str(flow.stage.patterns["0.weight"]))
+            torch.manual_seed(k + 1)
+            optimizer.zero_grad()
+            model(torch.randn(9, 64)).square().mean().backward()
+            optimizer.step()
+        models.append(model)
+    assert list(dict.fromkeys(met)) == served
+    for one, other in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 def test_off_swaps_nothing_and_auto_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     off = Run(MLP, on(BY_ID["mdgf-frozen"], "off"), dtype=FP32)
     off.train([*MLP.batches(10, FP32), *MLP.batches(4, FP32)])

@@ -22,7 +22,8 @@ from torch.func import functional_call
 from models import Spec
 from settings import Case, MakeOptimizer
 
-NM = tuple[int, int]
+NM = tuple[int, ...]
+"""N and M, and V where it is another than the final pattern's."""
 Frame = tuple[NM, "NM | None", float]
 """The pattern, the pattern before it or None for all weights, and delta."""
 
@@ -126,8 +127,12 @@ def rows_of(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
 # --- schedules --------------------------------------------------------------------------------
 
 
-def ladder(structure: str, n: int, m: int, length: int) -> list[NM]:
+def ladder(structure: str, n: int, m: int, length: int, panel: int = 1) -> list[NM]:
     """The patterns of SDGF's frames."""
+    if structure == "panels":  # divisors of V, each by the largest power of two that is left
+        twos = [2**i for i in range(panel.bit_length()) if panel % 2**i == 0]
+        widths = sorted({1, *(panel // two for two in twos)})
+        return [(n, m, v) for v in widths[:-1]] + [(n, m)]
     if structure == "geometric":
         frames: list[NM] = []
         for j in (3, 2, 1, 0):
@@ -160,7 +165,9 @@ def treads(stairs: int, span: int) -> list[int]:
     return sorted({math.ceil(Fraction(i * span, stairs)) for i in range(stairs + 1)})
 
 
-def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Frame | None:
+def frame_at(
+    case: Case, k: int, total: int, n: int, m: int, length: int, panel: int = 1
+) -> Frame | None:
     """What the network computes with after k steps; None is the dense weight."""
     options = case.kwargs
     dense = options.get("dense", 0)
@@ -177,7 +184,7 @@ def frame_at(case: Case, k: int, total: int, n: int, m: int, length: int) -> Fra
         return (max(n, min(kept, m - 1)), m), None, 0.0
     if case.kind in ("MDGF", "Settling"):
         return (n, m), None, fade(options["decay"], options.get("beta"), j, span)
-    frames = ladder(options["structure"], n, m, length)
+    frames = ladder(options["structure"], n, m, length, panel)
     index = j * len(frames) // span
     if case.kind == "SDGF":
         return frames[index], None, 0.0
@@ -228,7 +235,12 @@ class Reference:
         self.betas: dict[str, float] = {}
 
     def _frame(self, weight: torch.Tensor, spec: Spec) -> Frame | None:
-        return frame_at(self.case, self.k, self.total, self.n, self.m, weight.shape[spec.dim])
+        size = weight.shape[spec.dim]
+        return frame_at(self.case, self.k, self.total, self.n, self.m, size, self.panel)
+
+    def _keep(self, name: str, weight: torch.Tensor, nm: NM, spec: Spec) -> torch.Tensor:
+        n, m, panel = nm if len(nm) == 3 else (*nm, self.panel)
+        return keep(self._scored(name, weight), n, m, spec.dim, panel, spec.stacked)
 
     def _masks(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The kept weights, and the factor of every weight, for the rows of one target."""
@@ -237,28 +249,26 @@ class Reference:
         frame = self._frame(weight, spec)
         if frame is None:
             return None
-        (n, m), previous, delta = frame
-        kept = self._kept(name, weight, (n, m), spec)
+        now, previous, delta = frame
+        kept = self._kept(name, weight, now, spec)
         finetune = self.k >= self.total - self.case.kwargs.get("finetune", 0)
         if self.case.kind == "OneShot" or (self.case.attach.get("freeze_mask") and finetune):
             kept = self.frozen.setdefault(name, kept)
         fading = torch.ones_like(kept)
         if previous is not None:
-            fading = keep(self._scored(name, weight), *previous, spec.dim, self.panel, spec.stacked)
+            fading = self._keep(name, weight, previous, spec)
         factor = kept.to(weight.dtype) + (~kept & fading).to(weight.dtype) * delta
         if self.case.kind == "SSTE":
             factor = self._thresholded(name, weight, kept, spec)
         elif self.case.kind == "MaxQ":
             factor = kept * (1 + enhanced(weight, self.n, self.m, spec, self.case.kwargs["tau"]))
         if "scale" in self.case.kwargs:
-            factor = torch.where(
-                kept, factor * self._grown("scale", (n, m), previous, delta), factor
-            )
+            factor = torch.where(kept, factor * self._grown("scale", now, previous, delta), factor)
         return kept, factor
 
     def _grown(self, option: str, nm: NM, previous: NM | None, delta: float) -> float:
         """A factor that goes from 1 to what was given as the mean of the mask goes down."""
-        shares = [Fraction(*x) for x in (nm, previous or (1, 1), (self.n, self.m))]
+        shares = [Fraction(*x[:2]) for x in (nm, previous or (1, 1), (self.n, self.m))]
         now, before, final = map(float, shares)
         come = (1 - (now + delta * (before - now))) / (1 - final)
         return 1 + (self.case.kwargs.get(option, 1.0) - 1) * come
@@ -292,7 +302,7 @@ class Reference:
             dense, finetune = (self.case.kwargs.get(x, 0) for x in ("dense", "finetune"))
             due = self.k - dense in treads(stairs, self.total - dense - finetune)
         if held != nm or (due and since != self.k):
-            kept = keep(self._scored(name, weight), *nm, spec.dim, self.panel, spec.stacked)
+            kept = self._keep(name, weight, nm, spec)
             if self.case.kind == "MaxQ":
                 kept |= spared(weight, self._share(), self.m, spec, self.panel)
             self.held[name] = (self.k, nm, kept)

@@ -58,6 +58,7 @@ CASES = [
     ),
     Case("sdgf-stepwise", "SDGF", {"structure": "stepwise", "dense": 2, "finetune": 4}),
     Case("sdgf-geometric", "SDGF", {"structure": "geometric", "dense": 2, "finetune": 4}),
+    Case("sdgf-panels", "SDGF", {"structure": "panels", "dense": 2, "finetune": 4}),
     Case("hybrid", "Hybrid", {"structure": "stepwise", **_mdgf("linear", "straight-through")}),
     Case("hybrid-masked", "Hybrid", {"structure": "geometric", **_mdgf("exponential", "masked")}),
 ]
@@ -162,6 +163,21 @@ NORMS_CASES = [
         {"norms": NORMS},
     ),
 ]
+
+_PANELS = {"structure": "panels", "dense": 2, "finetune": 4}
+_HOWS = {"": {}, "-frozen": {"freeze_mask": True}, "-interval": {"mask_interval": 3}}
+PANEL_CASES = [
+    Case(id + ending, kind, {**_PANELS, **kwargs}, how)
+    for id, kind, kwargs in (
+        ("sdgf-panels-masked", "SDGF", {"gradient": "masked"}),
+        ("sdgf-panels-stairs", "SDGF", {"stairs": 3}),
+        ("hybrid-panels", "Hybrid", {"decay": "linear", "gradient": "masked"}),
+    )
+    for ending, how in _HOWS.items()
+    # Stairs have no interval, and the reference takes the hybrid's second mask at every step.
+    if "mask_interval" not in how or "masked" in id
+]
+"""Panels that grow, for networks whose patterns have some."""
 
 BY_ID = {case.id: case for case in [*CASES, *MORE_CASES, *INTERVAL_CASES, *NORMS_CASES]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import warnings
 from fractions import Fraction
@@ -150,6 +151,24 @@ def test_geometric(pattern: str, length: int, ladder: list[str]) -> None:
     assert all(s.delta == 0.0 for s in walk(recipe, 11, pattern, length)[1:])
 
 
+@pytest.mark.parametrize(
+    ("pattern", "ladder"),
+    [
+        ("1:8@16", ["1:8", "1:8@2", "1:8@4", "1:8@8", "1:8@16"]),
+        ("2:4@3", ["2:4", "2:4@3"]),
+        ("1:4@48", ["1:4", "1:4@3", "1:4@6", "1:4@12", "1:4@24", "1:4@48"]),
+        ("1:4", ["1:4"]),
+    ],
+)
+def test_panels_grow_by_whole_ones(pattern: str, ladder: list[str]) -> None:
+    recipe = nmflow.SDGF(structure="panels", dense=0, finetune=2)
+    expected = [frame for frame in ladder for _ in range(3)] + [pattern] * 3
+    assert frames(recipe, 3 * len(ladder) + 2, pattern) == expected
+    widths = [Pattern(frame).panel for frame in ladder]
+    assert all(wide % narrow == 0 for narrow, wide in itertools.pairwise(widths))
+    assert bool(recipe.note(Pattern(pattern), 64)) == ("@" not in pattern)
+
+
 def test_frames_differ_by_one_step_where_they_do_not_divide() -> None:
     for span in range(5, 40):
         recipe = nmflow.SDGF(structure="stepwise", dense=0, finetune=1)
@@ -271,7 +290,7 @@ RECIPES = st.one_of(
     ),
     st.builds(
         nmflow.SDGF,
-        structure=st.sampled_from(["stepwise", "geometric"]),
+        structure=st.sampled_from(["stepwise", "geometric", "panels"]),
         dense=st.integers(0, 5),
         finetune=st.integers(0, 5),
     ),
@@ -283,7 +302,7 @@ RECIPES = st.one_of(
     ),
     st.builds(
         nmflow.Hybrid,
-        structure=st.sampled_from(["stepwise", "geometric"]),
+        structure=st.sampled_from(["stepwise", "geometric", "panels"]),
         decay=st.sampled_from(["linear", "exponential"]),
         dense=st.integers(0, 5),
         finetune=st.integers(0, 5),
@@ -311,7 +330,7 @@ def test_every_schedule(recipe: Any, total: int, pattern: str, groups: int) -> N
         if stage.pattern is not None:
             assert length % stage.pattern.m == 0
             assert stage.pattern.density >= final.density
-            assert stage.pattern.panel == final.panel
+            assert final.panel % stage.pattern.panel == 0
         if stage.phase in ("sparse", "finetune", "final"):
             assert (stage.pattern, stage.delta) == (final, 0.0)
     densities = [s.pattern.density for s in stages if s.pattern is not None]
@@ -335,6 +354,7 @@ NAMES = {
     "mdgf-exponential": nmflow.MDGF(decay="exponential"),
     "sdgf-stepwise": nmflow.SDGF(structure="stepwise"),
     "sdgf-geometric": nmflow.SDGF(structure="geometric"),
+    "sdgf-panels": nmflow.SDGF(structure="panels"),
     "hybrid": nmflow.Hybrid(),
     "maxq": nmflow.MaxQ(),
     "s-ste": nmflow.SSTE(),

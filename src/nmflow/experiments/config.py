@@ -71,6 +71,12 @@ class Setting(Strict):
             Pattern(pattern)
         return value
 
+    @field_validator("sparse_steps", mode="before")
+    @classmethod
+    def _yaml(cls, value: object) -> object:
+        # YAML reads a bare on as true, and a bare off as false.
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _task_knows(self) -> Setting:
         options(self.task, self.options)

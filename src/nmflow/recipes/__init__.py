@@ -46,6 +46,7 @@ RECIPES: dict[str, Recipe] = {
         MDGF("exponential"),
         SDGF("stepwise"),
         SDGF("geometric"),
+        SDGF("panels"),
         Hybrid(),
         MaxQ(),
         Settling(),

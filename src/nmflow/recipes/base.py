@@ -221,7 +221,9 @@ def warn_of_high_delta(decay: str, beta: float | None, span: int) -> None:
 
 
 def frames_note(structure: str, pattern: Pattern, length: int) -> str:
-    """Say which geometric frames had to shrink to divide an axis of `length`."""
+    """Say which geometric frames had to shrink to divide an axis of `length`; and of no panels."""
+    if structure == "panels" and pattern.panel == 1:
+        return f"no panels in '{pattern}': every frame is {pattern}; write '{pattern}@16'"
     if structure != "geometric":
         return ""
     full = schedules.geometric_frames(pattern, 8 * pattern.m * length)

@@ -77,10 +77,11 @@ class MDGF(Decaying):
 class SDGF(Decaying):
     """Structure decay gradient flow: binary masks whose pattern sharpens frame by frame.
 
-    Stepwise: (M-1):M, ⌈M/2⌉:M … N:M. Geometric: 8N:8M, 4N:4M, 2N:2M, N:M. Frames of equal length.
+    Stepwise: (M-1):M, ⌈M/2⌉:M … N:M. Geometric: 8N:8M, 4N:4M, 2N:2M, N:M. Panels: N:M, N:M@2, N:M@4
+    … N:M@V. Frames of equal length.
 
     Args:
-        structure: `"stepwise"` or `"geometric"`.
+        structure: `"stepwise"`, `"geometric"` or `"panels"`.
         gradient: `"straight-through"` or `"masked"`, see `Recipe`.
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, at N:M; a fraction or steps.
@@ -90,7 +91,7 @@ class SDGF(Decaying):
     References:
         arXiv 2402.04744, section 3 (SDGF). The authors' code for images is straight-through; their
         code for language (JAX: praxis and aqt) is masked, with at most 16 stairs:
-        `SDGF(gradient="masked", stairs=16)`.
+        `SDGF(gradient="masked", stairs=16)`. `"panels"` is nmflow's own.
     """
 
     structure: str = "stepwise"
@@ -108,7 +109,7 @@ class SDGF(Decaying):
 
     @property
     def name(self) -> str:
-        """`sdgf-stepwise` or `sdgf-geometric`."""
+        """`sdgf-stepwise`, `sdgf-geometric` or `sdgf-panels`."""
         return f"sdgf-{self.structure}"
 
     def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
@@ -121,7 +122,7 @@ class SDGF(Decaying):
         return schedules.FRAMES[self.structure](pattern, length)
 
     def note(self, pattern: Pattern, length: int) -> str:
-        """Says which geometric frames had to shrink."""
+        """Says which geometric frames had to shrink, and where there are no panels to grow."""
         return frames_note(self.structure, pattern, length)
 
 
@@ -132,7 +133,7 @@ class Hybrid(Decaying):
     W̃ = W ⊙ (m + (1 - m) ⊙ m' · δ) with m of the frame's pattern and m' of the frame before it.
 
     Args:
-        structure: `"stepwise"` or `"geometric"`.
+        structure: `"stepwise"`, `"geometric"` or `"panels"`, as for `SDGF`.
         decay: `"linear"` or `"exponential"`, within each frame.
         beta: β per optimizer step; None solves it for each frame.
         gradient: `"masked"` or `"straight-through"`.
@@ -170,7 +171,7 @@ class Hybrid(Decaying):
         return schedules.FRAMES[self.structure](pattern, length)
 
     def note(self, pattern: Pattern, length: int) -> str:
-        """Says which geometric frames had to shrink."""
+        """Says which geometric frames had to shrink, and where there are no panels to grow."""
         return frames_note(self.structure, pattern, length)
 
 

@@ -134,7 +134,24 @@ def geometric_frames(pattern: Pattern, length: int) -> tuple[Pattern, ...]:
     return tuple(frames)
 
 
-FRAMES = {"stepwise": stepwise_frames, "geometric": geometric_frames}
+def panel_frames(pattern: Pattern, length: int) -> tuple[Pattern, ...]:
+    """N:M by single rows, then by panels that grow to N:M@V: V is halved while it is even.
+
+    Each frame's panels are cut into whole ones of the frame before. `length` is not needed.
+
+    Example:
+        >>> [str(p) for p in panel_frames(Pattern("1:8@16"), 64)]
+        ['1:8', '1:8@2', '1:8@4', '1:8@8', '1:8@16']
+        >>> [str(p) for p in panel_frames(Pattern("1:8@6"), 64)]
+        ['1:8', '1:8@3', '1:8@6']
+    """
+    widths = [pattern.panel]
+    while widths[-1] > 1:
+        widths.append(1 if widths[-1] % 2 else widths[-1] // 2)
+    return tuple(_of(pattern.n, pattern.m, v) for v in reversed(widths))
+
+
+FRAMES = {"stepwise": stepwise_frames, "geometric": geometric_frames, "panels": panel_frames}
 
 
 def frame_at(t: int, span: int, frames: int) -> tuple[int, int, int]:
