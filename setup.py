@@ -55,8 +55,10 @@ TARGETS = {
     ],
 }
 TARGETS["vnni"] = [*TARGETS["avx512"], "-mavx512vnni", "-mavx512vbmi"]
-# Left out, alone, where the compiler is too old to know it.
-TARGETS["amx"] = [*TARGETS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+# Left out together, and alone, where the compiler is too old to know them.
+TARGETS["bf16"] = [*TARGETS["avx512"], "-mavx512bf16"]
+TARGETS["amx"] = [*TARGETS["bf16"], "-mamx-tile", "-mamx-bf16"]
+NEWEST = ("_bf16", "_amx")
 FAILURES = (BaseError, OSError)
 # Where LLVM and Visual Studio put clang on Windows, if not on the PATH.
 ON_WINDOWS = ("LLVM/bin", "Microsoft Visual Studio/*/*/VC/Tools/Llvm/x64/bin")
@@ -199,14 +201,15 @@ class BuildNative(build_ext):
             return str(made)
 
         objects = []
-        # The optional target first: the others must know whether it is there.
+        # The newest targets first: the others must know whether they are there.
+        newest = [name for name in wanted if Path(name).stem.endswith(NEWEST)]
         try:
-            objects += [compiled(name) for name in wanted if "_amx" in name]
-            flags.append("-DNMFLOW_AMX_BUILT=1")
+            objects += [compiled(name) for name in newest]
+            flags.append("-DNMFLOW_TILES_BUILT=1")
         except CompileError as error:
             objects.clear()
             self.announce(f"left out: {error}", level=2)
-        rest = [name for name in wanted if "_amx" not in name]
+        rest = [name for name in wanted if name not in newest]
         with ThreadPoolExecutor(self.parallel or min(8, os.cpu_count() or 1)) as pool:
             objects += pool.map(compiled, rest)
         library = Path(self.get_ext_fullpath(ext.name))

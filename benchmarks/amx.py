@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,11 @@ from nmflow.pattern import Pattern
 PANELS = (16, 32, 64)
 PATTERNS = ("1:8", "1:16")
 # What prototypes reached, by shape and tokens: panels of 16 rows by features, 1:8 and 1:16.
-GOALS = {(768, 3072, 197): (4.0, 7.2), (768, 3072, 1024): (4.4, 7.5), (3072, 768, 1024): (3.2, 4.0)}
+GOALS: dict[tuple[int, int, int], tuple[float, float]] = {
+    (768, 3072, 197): (4.0, 7.2),
+    (768, 3072, 1024): (4.4, 7.5),
+    (3072, 768, 1024): (3.2, 4.0),
+}
 Call = Callable[[], object]
 
 
@@ -44,8 +49,8 @@ def packed_calls(x: torch.Tensor, out: int, pattern: Pattern) -> dict[str, Call]
     weights = [(values.clone(), codes.clone()) for _ in range(count)]
     numbers = (out, x.shape[1], pattern.n, pattern.m, pattern.panel)
     turned, y = by_features(x), by_features(x.new_empty(len(x), out))
-    tokens = [lambda a=a, b=b: ops.matmul(x, a, b, None, numbers) for a, b in weights]
-    features = []
+    tokens: list[Call] = [lambda a=a, b=b: ops.matmul(x, a, b, None, numbers) for a, b in weights]
+    features: list[Call] = []
     for a, b in weights:
         run = cpu.bind(a, b, shape).turned  # type: ignore[attr-defined]
         features.append(lambda run=run, held=(a, b): run(turned, None, y, len(turned), 0))
@@ -65,7 +70,8 @@ def layers(shapes: list[tuple[int, int]], tokens: list[int], seconds: float) -> 
                     calls |= packed_calls(x, out, Pattern(f"{spec}@{panel}"))
             times = interleaved(calls, seconds)
             best = min(dense, key=lambda name: times[name].median)
-            goals = dict(zip(PATTERNS, GOALS.get((out, inputs, count), ()), strict=False))
+            known = GOALS.get((out, inputs, count), ())
+            goals = dict(zip(PATTERNS, known, strict=bool(known)))
             for name, found in times.items():
                 goal = goals.get(name.split("@")[0]) if "@16 by features" in name else None
                 rows.append(
@@ -83,12 +89,14 @@ def vit(seconds: float, small: bool) -> list[dict]:
     """Rows of ViT-Base in bfloat16, one image."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4} if small else {}
+    size: dict[str, Any] = (
+        {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4} if small else {}
+    )
     image = torch.randn(1, 3, 224, 224).bfloat16()
 
     def network() -> nn.Module:
         torch.manual_seed(0)
-        layers = {"num_hidden_layers": 2} if small else {}
+        layers: dict[str, Any] = {"num_hidden_layers": 2} if small else {}
         return ViTForImageClassification(ViTConfig(**size, **layers)).bfloat16().eval()
 
     dense = network()

@@ -61,7 +61,7 @@ int features() {
 std::atomic<bool> g_emulates{false};
 
 int best_isa() {
-#if defined(NMFLOW_AMX_BUILT)
+#if defined(NMFLOW_TILES_BUILT)
   if ((features() & 8) || g_emulates.load(std::memory_order_relaxed)) return NMFLOW_AMX;
 #endif
   return (features() & 2) ? NMFLOW_AVX512 : (features() & 1) ? NMFLOW_AVX2 : NMFLOW_PORTABLE;
@@ -119,7 +119,7 @@ int32_t nmflow_set_isa(int32_t isa) {
 }
 
 int32_t nmflow_emulate_tiles(int32_t on) {
-#if defined(NMFLOW_AMX_BUILT)
+#if defined(NMFLOW_TILES_BUILT)
   const int isa = nmf_isa();
   g_emulates.store(on != 0 && (features() & 6) == 6, std::memory_order_relaxed);
   if (isa > best_isa()) g_isa.store(best_isa(), std::memory_order_relaxed);
@@ -129,7 +129,7 @@ int32_t nmflow_emulate_tiles(int32_t on) {
   return nmf_emulates() ? 1 : 0;
 }
 
-#if !defined(NMFLOW_AMX_BUILT)
+#if !defined(NMFLOW_TILES_BUILT)
 int32_t nmflow_emulated_dot(int32_t, int32_t, int32_t, const uint16_t *, const uint16_t *, float *) {
   return NMFLOW_NO_KERNEL;
 }

@@ -173,7 +173,7 @@ const nmf_kernel *nmf_gather_portable(void), *nmf_tokens_portable(void), *nmf_pa
 const nmf_kernel *nmf_gather_avx2(void), *nmf_tokens_avx2(void), *nmf_panel_avx2(void);
 const nmf_kernel *nmf_gather_avx512(void), *nmf_tokens_avx512(void), *nmf_panel_avx512(void);
 const nmf_kernel *nmf_permute_avx2(void), *nmf_permute_avx512(void);
-const nmf_kernel *nmf_tiles_amx(void), *nmf_tiles_emulated(void);
+const nmf_kernel *nmf_tiles_amx(void), *nmf_tiles_emulated(void), *nmf_tiles_vectors(void);
 /* The same for 8-bit weights: dot with 8-bit activations, permute with floats. */
 const nmf_kernel *nmf_int8_dot_portable(void), *nmf_int8_dot_avx2(void), *nmf_int8_dot_vnni(void);
 const nmf_kernel *nmf_int8_permute_avx512(void);

@@ -160,7 +160,7 @@ enum nmflow_kernel {
   NMFLOW_GATHER = 1,  /* rows in lanes, x gathered from memory: few tokens, any pattern */
   NMFLOW_TOKENS = 2,  /* tokens in lanes, x transposed block by block: many tokens, any pattern */
   NMFLOW_PERMUTE = 3, /* rows in lanes, x permuted in registers: M <= 32 */
-  NMFLOW_TILES = 4,   /* panels of bf16 on the tile registers of AMX */
+  NMFLOW_TILES = 4,   /* panels of bf16, on the tiles of AMX or by AVX-512's products of bf16 */
   NMFLOW_PANEL = 5,   /* panels of 2, 4, 8 or multiples of 16 rows: x loaded once for several rows */
   NMFLOW_DOT = 6      /* rows in lanes, four products at once: 8-bit weights and activations */
 };

@@ -65,10 +65,11 @@ const nmf_kernel *nmf_kernel_of(int number, const nmf_geometry *geometry) {
       return isa >= NMFLOW_AVX512 ? nmf_panel_avx512()
              : isa == NMFLOW_AVX2 ? nmf_panel_avx2()
                                   : nmf_panel_portable();
-#if defined(NMFLOW_AMX_BUILT)
+#if defined(NMFLOW_TILES_BUILT)
     case NMFLOW_TILES: /* columns are counted in bytes of a block of x */
-      if (!g.panels || g.dtype != NMFLOW_BF16 || g.in >= 1 << 24 || isa != NMFLOW_AMX) return nullptr;
-      return nmf_emulates() ? nmf_tiles_emulated() : nmf_tiles_amx();
+      if (!g.panels || g.dtype != NMFLOW_BF16 || g.in >= 1 << 24) return nullptr;
+      if (isa == NMFLOW_AMX) return nmf_emulates() ? nmf_tiles_emulated() : nmf_tiles_amx();
+      return isa == NMFLOW_AVX512 && (nmflow_cpu_features() & 4) ? nmf_tiles_vectors() : nullptr;
 #endif
     case NMFLOW_PERMUTE:
       if (g.m > 32 || g.panels) return nullptr;
@@ -105,9 +106,12 @@ int64_t small_panels_from(const nmf_geometry &g) {
   return g.panel == 2 ? 17 : 13;
 }
 
+/* Tokens from which tiles pay, which take 32 at least: measured for vectors as tiles. */
+int64_t tiles_from() { return nmf_isa() == NMFLOW_AMX ? 4 : 17; }
+
 int choose(const nmf_geometry &g, int64_t tokens) {
   if (g.panels)
-    return tokens >= 4 && nmf_kernel_of(NMFLOW_TILES, &g) != nullptr ? NMFLOW_TILES : NMFLOW_PANEL;
+    return tokens >= tiles_from() && nmf_kernel_of(NMFLOW_TILES, &g) != nullptr ? NMFLOW_TILES : NMFLOW_PANEL;
   if (is_small_panel(g) && tokens >= small_panels_from(g)) return NMFLOW_PANEL;
   if (tokens >= transpose_from(g)) return NMFLOW_TOKENS;
   return nmf_kernel_of(NMFLOW_PERMUTE, &g) != nullptr ? NMFLOW_PERMUTE : NMFLOW_GATHER;

@@ -1,11 +1,11 @@
-/* tiles: panels in bfloat16 on AMX. Rows of W are the rows of a tile, tokens its columns.
+/* tiles: panels in bfloat16 on AMX, or on what stands for its tiles (tiles.h). Rows of W are the rows of a tile, tokens its columns.
  *
  * 64 tokens of x lie as [in][64], two lines an input, so that a panel's kept inputs are whole rows of it. A STEP of
  * products takes 32 of them, laid in pairs as an operand wants them. They are laid one step ahead of the products,
  * in a ring of two steps that stays in the first cache: the vector unit lays, the tile unit multiplies. A panel of
  * more than 32 rows uses what is laid several times, so it is laid whole.
  *
- * The values of a part are turned once, tile by tile, to the other operand. AMX takes subnormal numbers as 0. */
+ * The values of a part are turned once, tile by tile, to the other operand. Subnormal numbers are taken as 0. */
 #ifndef NMFLOW_TILES_IMPL_H
 #define NMFLOW_TILES_IMPL_H
 

@@ -8,8 +8,9 @@
  *   tile_store(t, to, stride)
  *   tile_release()
  *
- * a and b hold bfloat16, c float32. `amx.h` has them as instructions, `emulated.h` in C++: a file includes one of
- * the two, then a kernel. So tests run on any machine with AVX-512 the source that AMX runs. */
+ * a and b hold bfloat16, c float32. Sums are tiles 0 to 3, and operands 4 to 7. `amx.h` has them as instructions,
+ * `vectors.h` by the vectors of AVX-512, and `emulated.h` in C++, to the bit, so that tests run on other machines what
+ * AMX runs. A file includes one of the three, then a kernel. */
 #ifndef NMFLOW_TILES_H
 #define NMFLOW_TILES_H
 

@@ -68,7 +68,7 @@ def test_flags_are_those_of_the_target(tmp_path, macros, library, x86, flags, li
         assert ("-fPIC" in call) == ("_WIN32" not in macros)
         assert ("-DNMFLOW_X86=1" in call) == x86
         assert ("-mavx512f" in call) == any(
-            f"_{isa}" in call[-3] for isa in ("avx512", "vnni", "amx")
+            f"_{isa}" in call[-3] for isa in ("avx512", "vnni", "bf16", "amx")
         )
     assert len({call[-1] for call in compiled}) == len(compiled)  # an object each
     if "_MSC_VER" in macros:  # its import library is not shipped
@@ -82,9 +82,9 @@ def test_a_compiler_that_knows_no_amx_builds_all_else(tmp_path, old):
     assert done.returncode == 0, done.stderr
     assert made == ["_native.so"]
     knows = old == "%"
-    assert any("-DNMFLOW_AMX_BUILT=1" in call for call in compiled) == knows
+    assert any("-DNMFLOW_TILES_BUILT=1" in call for call in compiled) == knows
     assert any("tiles_amx" in word for word in linked) == knows
-    assert any("emulated_amx" in word for word in linked) == knows
+    assert any("emulated_bf16" in word for word in linked) == knows
 
 
 def test_clang_cl_is_driven_as_clang(tmp_path):

@@ -1,4 +1,4 @@
-"""Kernels on the tiles of AMX, or on tiles in C++, against torch in double precision."""
+"""Kernels on tiles, of AMX, in C++ or by vectors, against torch in double precision."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import nn
@@ -25,16 +26,24 @@ from nmflow.kernels.reference import apply_epilogue
 from nmflow.kernels.registry import choose
 
 _REAL = native.available() and "amx_bf16" in native.features()
-TILES = ("emulated", "amx") if _REAL else ("emulated",)
+FEWEST = {"emulated": 4, "amx": 4, "vectors": 17}  # tokens from which they are chosen
+TILES = ("emulated", "vectors", *(["amx"] if _REAL else []))
 
 
 def _use(tiles: str) -> str:
     """Switch to tiles; why they cannot be had, or ""."""
     if not native.available():
         return native.why_not()
+    needs = "tiles in C++ need AVX-512 with bfloat16 products, and a compiler that knows AMX"
     if native.emulate_tiles(tiles == "emulated") != (tiles == "emulated"):
-        return "tiles in C++ need AVX-512 with bfloat16 products, and a compiler that knows AMX"
-    return "" if native.set_isa("amx") == "amx" else "this machine has no AMX"
+        return needs
+    isa = "avx512" if tiles == "vectors" else "amx"
+    there = native.set_isa(isa) == isa and cpu.kernel(_call("1:16@16", torch.bfloat16, 64))
+    return "" if there == f"{isa} tiles" else needs
+
+
+def _call(pattern: str, dtype: torch.dtype, tokens: int) -> Call:
+    return Call(Shape.of(64, 64, pattern), dtype, "cpu", tokens)
 
 
 @pytest.fixture(params=TILES)
@@ -94,7 +103,7 @@ def _model(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return _flushed(_flushed(c) + both)
 
 
-def _bits(x: np.ndarray) -> np.ndarray:
+def _bits(x: npt.ArrayLike) -> np.ndarray:
     """The upper half of float32: bfloat16 by cutting."""
     return (np.asarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
@@ -189,7 +198,7 @@ def test_products_in_every_order_are_those_of_the_dense_weight(tiles, pattern):
         found = torch.empty(tokens, out, dtype=torch.bfloat16)
         run(x, bias, found, tokens, 0, cpu.KERNELS.index("tiles"))
         _near(found, x, w, bias, 0)
-        if tokens < cpu.FEWEST_OF_TILES:
+        if tokens < FEWEST[tiles]:
             continue
         for orders, threads in itertools.product(
             itertools.product((False, True), repeat=2), (1, 2)
@@ -266,7 +275,7 @@ def test_what_is_refused(tiles):
         bad[7], bad[stride] = turned, 39
         assert call(*bad) == -2
     before = native.isa()
-    native.set_isa("avx512")
+    native.set_isa("avx2")
     try:
         assert call(*good) == -8
         assert not run.turned(x, None, y, 40, 0)
@@ -301,26 +310,29 @@ def test_the_instruction_set_is_there_or_is_not():
 @pytest.mark.parametrize(
     ("pattern", "dtype", "tokens", "kernel"),
     [
-        ("1:16@16", torch.bfloat16, 4, "amx tiles"),
-        ("1:16@16", torch.bfloat16, 3, "avx512 panel"),
-        ("1:16@16", torch.float32, 64, "avx512 panel"),
-        ("1:16@8", torch.bfloat16, 64, "avx512 panel"),
-        ("1:16", torch.bfloat16, 64, "avx512 tokens"),
-        ("1:16@64", torch.float16, 64, "avx512 panel"),
-        ("1:8@32", torch.bfloat16, 197, "amx tiles"),
+        ("1:16@16", torch.bfloat16, 17, "tiles"),
+        ("1:16@16", torch.bfloat16, 3, "panel"),
+        ("1:16@16", torch.float32, 64, "panel"),
+        ("1:16@8", torch.bfloat16, 64, "panel"),
+        ("1:16", torch.bfloat16, 64, "tokens"),
+        ("1:16@64", torch.float16, 64, "panel"),
+        ("1:8@32", torch.bfloat16, 197, "tiles"),
     ],
 )
 def test_the_choice_names_what_runs(tiles, pattern, dtype, tokens, kernel):
-    assert choose(Call(Shape.of(64, 64, pattern), dtype, "cpu", tokens)).kernel == kernel
-    native.set_isa("avx512")
-    assert "tiles" not in choose(Call(Shape.of(64, 64, pattern), dtype, "cpu", tokens)).kernel
+    isa = native.isa() if kernel == "tiles" else "avx512"
+    assert choose(_call(pattern, dtype, tokens)).kernel == f"{isa} {kernel}"
+    chosen = [cpu.kernel(_call("1:16@16", torch.bfloat16, t)).split()[1] for t in range(1, 40)]
+    assert chosen.index("tiles") == FEWEST[tiles] - 1
+    native.set_isa("avx2")
+    assert "tiles" not in choose(_call(pattern, dtype, tokens)).kernel
 
 
 def _network(pattern: str) -> nn.Module:
-    network = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
-    for layer in (network[0], network[2]):
+    layers = nn.Linear(64, 96), nn.Linear(96, 64)
+    for layer in layers:
         layer.weight.data *= nmflow.mask(layer.weight, pattern)
-    return network
+    return nn.Sequential(layers[0], nn.GELU(), layers[1])
 
 
 @pytest.mark.parametrize("pattern", ["1:8@16", "1:16@32"])
@@ -338,11 +350,8 @@ def test_networks_take_tiles_in_bfloat16_and_only_so(tiles, pattern):
         said[name] = {choice.kernel for _, choice in explain(packed, given)}
         with torch.no_grad():
             torch.testing.assert_close(packed(given), model(given), rtol=2e-2, atol=2e-2)
-    assert said == {
-        "float32": {"avx512 panel"},
-        "rounded": {"amx tiles"},
-        "bfloat16": {"amx tiles"},
-    }
+    on = {f"{native.isa()} tiles"}
+    assert said == {"float32": {"avx512 panel"}, "rounded": on, "bfloat16": on}
 
 
 def test_features_side_by_side_are_taken_as_they_lie(tiles, monkeypatch):

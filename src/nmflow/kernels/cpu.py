@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 KERNELS = ("auto", "gather", "tokens", "permute", "tiles", "panel", "dot")
 TILES = "tiles"
-FEWEST_OF_TILES = 4  # tokens from which tiles are chosen
 
 
 class ShapeStruct(ctypes.Structure):
@@ -170,9 +169,10 @@ def runner(call: Callable[..., int], shape: Shape) -> Callable[..., None]:
 
 def turned_runner(call: Callable[..., int], shape: Shape) -> Callable[..., bool]:
     """What `backend` calls `run.turned`, over `nmflow_matmul_turned` of a weight."""
+    numbers = ctypes.byref(ShapeStruct.of(shape, torch.bfloat16))
 
     def run(x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int) -> bool:
-        if tokens < FEWEST_OF_TILES or native.isa() != "amx":
+        if KERNELS[lib().nmflow_choose(numbers, tokens)] != TILES:
             return False
         orders = [t.stride(0) == 1 and t.stride(1) >= tokens for t in (x, y)]
         rows = [t.stride(1) == 1 and t.stride(0) >= t.shape[1] for t in (x, y)]
