@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_gpu_decode import MORE, QUICK, TOLERANCE, packed
+from test_gpu_int8 import streamed
 from torch import Tensor, nn
 
 import nmflow
@@ -154,11 +155,65 @@ def test_compress_measures_on_the_gpu() -> None:
     assert row.kept == "packed"
 
 
-def test_values_of_8_bits_are_refused() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "spec", ["1:4", "2:4", "1:8", "1:16", "1:32", "3:8", "1:16@16", "1:16@64", "1:8@4"]
+)
+def test_products_of_values_of_8_bits(spec: str, dtype: torch.dtype) -> None:
+    """One rounding of y; of many tokens W is rounded too. With a tail of rows."""
+    for out, inputs in ((1000, 1024), (520, 2048)):
+        shape, w, stream = (t.cuda() if isinstance(t, Tensor) else t
+                            for t in streamed(spec, out, inputs))  # fmt: skip
+        for tokens, roundings in ((1, 1), (3, 1), (8, 1), (16, 1), (33, 1), (64, 1), (300, 3)):
+            x, b = torch.randn(tokens, inputs).to(dtype).cuda(), torch.randn(out).to(dtype).cuda()
+            y = gpu.matmul_int8(x, stream, b, shape, 1)
+            want = apply_epilogue(x.double() @ w.double().t() + b.double(), 1)
+            size = x.double().abs() @ w.double().abs().t() + b.double().abs()
+            wrong = (y.double() - want).abs() > roundings * TOLERANCE[dtype] * size
+            assert not wrong.any(), (out, tokens, int(wrong.sum()))
+
+
+def test_networks_with_values_of_8_bits(tmp_path: Path) -> None:
+    """Packed here or on a CPU: moved, saved, explained, unpacked, compiled, in graphs."""
+    on_cpu = nmflow.compress(_network(), values="int8", measure=False)
+    moved = copy.deepcopy(on_cpu).cuda()
+    x = torch.randn(5, 512, device="cuda", dtype=torch.bfloat16)
+    dense = nmflow.decompress(moved)
+    with torch.no_grad():
+        want = moved(x)
+        _near(want, dense(x))
+        here = nmflow.compress(_network().cuda(), values="int8", measure=False)
+        assert torch.equal(here(x), want)
+        assert {choice.backend for _, choice in explain(moved, x)} == {"cuda"}
+        nmflow.save(moved, tmp_path / "packed")
+        assert torch.equal(nmflow.load(tmp_path / "packed", _network().cuda())(x), want)
+        graph = torch.cuda.CUDAGraph()
+        moved(x)
+        with torch.cuda.graph(graph):
+            y = moved(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, moved(x))
+        _near(torch.compile(moved, fullgraph=True)(x), y)
+        many = torch.randn(300, 512, device="cuda", dtype=torch.bfloat16)
+        _near(moved(many), dense(many))
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            wide = copy.deepcopy(moved).float()(x.float())
+        assert wide.dtype == torch.bfloat16
+        _near(wide, y)
+    given = x.clone().requires_grad_()
+    moved(given).float().square().sum().backward()
+    assert given.grad is not None
+
+
+def test_inputs_of_8_bits_are_refused() -> None:
     model = _network().cuda()
-    with pytest.raises(CompressError, match=r"values is 'int8' and the model is on cuda.*the CPU"):
-        nmflow.compress(model, values="int8")
-    nmflow.compress(model.cpu(), values="int8", measure=False)
+    with pytest.raises(CompressError, match=r"activations is 'int8' and the model is on cuda"):
+        nmflow.compress(model, values="int8", activations="int8")
+    both = nmflow.compress(model.cpu(), values="int8", activations="int8", measure=False).cuda()
+    x = torch.randn(1, 512, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(CompressError, match=r"activations is 'int8' and x is on cuda.*the CPU"):
+        both(x)
 
 
 def test_gradients_and_autocast() -> None:

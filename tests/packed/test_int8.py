@@ -261,8 +261,11 @@ def test_sizes_in_bits_a_dense_weight() -> None:
 
 
 def test_devices_without_kernels_are_refused() -> None:
-    for kind in ("cuda:0", "mps", "xpu"):
+    for kind in ("mps", "xpu"):
         said = rf"values is 'int8' and the model is on {kind}.*leave values out, or move the model"
         with pytest.raises(CompressError, match=said):
-            refuse_device("int8", torch.device(kind))
-    refuse_device("int8", torch.device("cpu"))
+            refuse_device("int8", "float", torch.device(kind))
+    with pytest.raises(CompressError, match=r"activations is 'int8' and the model is on cuda:0"):
+        refuse_device("int8", "int8", torch.device("cuda:0"))
+    refuse_device("int8", "float", torch.device("cuda:0"))
+    refuse_device("int8", "int8", torch.device("cpu"))

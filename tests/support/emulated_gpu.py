@@ -20,6 +20,7 @@ _HERE = Path(__file__).parent / "emulated"
 _KERNELS = {
     "decode.cu": ("decode",), "expand.cu": ("expand",), "lookup.cu": ("lookup",),
     "groups.cu": ("groups",), "panels.cu": ("panels",), "turn.cu": ("turn",), "sum.cu": ("sum",),
+    "widen.cu": ("widen",),
 }  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def _library(file: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     lines = [
         f"#define HALF {named.pop('HALF')}",
         f"#define GROUPS {named.pop('GROUPS', 0)}",
+        f"#define INT8 {named.pop('INT8', 0)}",
         f'#include "{_HERE / "device.h"}"',
         *(f"#define {name} {value}" for name, value in named.items()),
         text,

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from nmflow.kernels import gpu_driver, gpu_panels, gpu_plan
 from nmflow.kernels.backend import Call
 from nmflow.kernels.gpu_driver import Launcher
-from nmflow.kernels.gpu_plan import DTYPES, Kernel
+from nmflow.kernels.gpu_plan import DTYPES, Kernel, Plan
 from nmflow.kernels.layout import LANES, Shape
 from nmflow.kernels.reference import apply_epilogue
 
 _EXPAND = Kernel("expand.cu", "expand")
+_ROW = 256  # threads of a block of `widen`
 _SPANS = 4  # blocks of `expand` write at least that many spans of codes
 
 _MOST_EPILOGUE = 2  # of those that the GPU kernels apply
@@ -31,8 +32,8 @@ def why_not(call: Call) -> str | None:
     """None if these kernels serve the call, else the reason in words."""
     if call.device != "cuda":
         return f"x is on {call.device} and these kernels run on NVIDIA GPUs"
-    if call.values:
-        return "8-bit values have no kernel on GPUs"
+    if call.rounds:
+        return "8-bit inputs have no kernel on GPUs"
     if call.dtype not in DTYPES:
         return f"tensor cores multiply bfloat16 and float16, and the weight is {call.dtype}"
     return gpu_driver.why_not()
@@ -88,10 +89,41 @@ def matmul(
     if plan is None:
         dense = expand(values, codes, shape, launcher)
         return apply_epilogue(F.linear(x, dense, bias), epilogue)
+    return _by_plan(x, _aligned(values), _aligned(codes), bias, shape, epilogue, plan, launcher)
+
+
+def matmul_int8(
+    x: Tensor, stream: Tensor, bias: Tensor | None, shape: Shape, epilogue: int = 0,
+    launcher: Launcher | None = None,
+) -> Tensor:  # fmt: skip
+    """`epilogue(x Wᵀ + bias)` of a weight with 8-bit values, W[o] = scale[o] q[o]; as `matmul`.
+
+    Few tokens are multiplied by q, and sums by the scale. For many, values are made of two bytes,
+    rounded once, in a pass over what is packed.
+    """
+    if epilogue > _MOST_EPILOGUE:
+        return apply_epilogue(matmul_int8(x, stream, bias, shape, 0, launcher), epilogue)
+    launcher = launcher or gpu_driver.driver(x.device.index)
+    tokens = x.numel() // shape.inputs
+    half, plan = x.dtype == torch.float16, None
+    if tokens and not _by_panels(shape, tokens):
+        plan = _planned(shape, half, tokens, launcher.card, True)
+    if plan is None:
+        values, codes = widened(stream, shape, x.dtype, launcher)
+        return matmul(x, values, codes, bias, shape, epilogue, launcher)
+    return _by_plan(x, _aligned(stream), None, bias, shape, epilogue, plan, launcher)
+
+
+def _by_plan(
+    x: Tensor, values: Tensor, codes: Tensor | None, bias: Tensor | None, shape: Shape,
+    epilogue: int, plan: Plan, launcher: Launcher,
+) -> Tensor:  # fmt: skip
+    """A product of few tokens; `values` and `codes`, or a stream and None."""
+    rows = x.reshape(-1, shape.inputs)
+    tokens = rows.shape[0]
     if rows.stride(1) != 1 or (tokens > 1 and rows.stride(0) < shape.inputs):
         rows = rows.contiguous()
     y = x.new_empty(*x.shape[:-1], shape.out)
-    values, codes = _aligned(values), _aligned(codes)
     bias = None if bias is None else bias.contiguous()
     stride = rows.stride(0) if tokens > 1 else shape.inputs
     whole = not (stride % 8 or shape.inputs % 8 or rows.data_ptr() % 16)
@@ -113,7 +145,7 @@ def matmul(
             ctypes.c_longlong(shape.out),
             *map(ctypes.c_int, (shape.out, tokens, plan.shares, epilogue)),
         ]
-        last = Kernel("sum.cu", "sum", (("HALF", int(half)),))
+        last = Kernel("sum.cu", "sum", (("HALF", int(x.dtype == torch.float16)),))
         launcher.launch(last, (-(-shape.out // 256), tokens, 1), 256, 0, args)
     return y
 
@@ -132,6 +164,25 @@ def expand(values: Tensor, codes: Tensor, shape: Shape, launcher: Launcher | Non
     grid = (shape.tiles, -(-shape.inputs // columns), 1)
     launcher.launch(_EXPAND, grid, 256, 2 * LANES * columns, args)
     return dense
+
+
+def widened(
+    stream: Tensor, shape: Shape, dtype: torch.dtype, launcher: Launcher | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tiled values and codes of a weight with 8-bit values: scale times q, rounded once."""
+    launcher = launcher or gpu_driver.driver(stream.device.index)
+    stream, sizes = _aligned(stream), shape.tiled_sizes(dtype)
+    values = stream.new_empty(sizes[0], dtype=dtype)
+    codes = stream.new_empty(sizes[1], dtype=shape.code_dtype())
+    constants = {"N": shape.n, "M": shape.m, "HALF": int(dtype == torch.float16)}
+    args = [
+        *(_address(t) for t in (stream, values, codes)),
+        *map(ctypes.c_int, (shape.out, shape.entries, shape.panel if shape.shared else 0)),
+    ]
+    threads = shape.tiles * LANES * -(-shape.entries // (32 // shape.bits))
+    kernel = Kernel("widen.cu", "widen", tuple(constants.items()))
+    launcher.launch(kernel, (-(-threads // _ROW), 1, 1), _ROW, 0, args)
+    return values, codes
 
 
 def expands(dtype: torch.dtype) -> bool:

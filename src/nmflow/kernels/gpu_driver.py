@@ -20,7 +20,7 @@ import torch
 from nmflow.errors import CompressError
 from nmflow.kernels.gpu_plan import Card, Kernel
 
-HEADERS = ("device.h", "finish.h", "fragment.h")
+HEADERS = ("device.h", "finish.h", "fragment.h", "fragment8.h", "stream.h")
 OLDEST = (8, 0)
 """The compute capability that fragments of bfloat16 and asynchronous copies need."""
 
@@ -99,7 +99,7 @@ def compile_kernel(kernel: Kernel, architecture: int) -> bytes:
     _compiled(status, library)
     try:
         constants = dict(kernel.constants)
-        constants.setdefault("HALF", 0)
+        constants |= {name: constants.get(name, 0) for name in ("HALF", "INT8")}
         special = "a" * constants.setdefault("GROUPS", 0)  # instructions of one architecture alone
         options = [
             f"--gpu-architecture={'sm' if native else 'compute'}_{target}{special}",

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import csv
 import functools
-import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
 
+from nmflow.kernels.int8 import Layout
 from nmflow.kernels.layout import LANES, Shape
 
 # Tokens that fragments serve in one pass over the weights; with more, a dense product is faster.
@@ -90,15 +90,19 @@ def unit(shape: Shape) -> int:
     return span * LANES // math.gcd(LANES, span // shape.m * shape.n)
 
 
-def bytes_of(shape: Shape, inputs: int) -> int:
+def bytes_of(shape: Shape, inputs: int, int8: bool = False) -> int:
     """Bytes of that many inputs of sixteen rows: values and codes."""
     entries = inputs // shape.m * shape.n
+    if int8:
+        per = Layout.of(shape).per
+        return entries // (4 * per) * (1 + per) * 64
     return entries * 32 + (entries if shape.shared else entries * 2 * shape.bits)
 
 
 def make(
     shape: Shape, half: bool, tokens: int, card: Card,
     warps: int, slices: int, rows: int, shares: int, stages: int = 3, kind: str = "decode",
+    int8: bool = False,
 ) -> Plan | None:  # fmt: skip
     """The plan of some numbers; None where the kernel or the memory of a block does not take them.
 
@@ -113,25 +117,27 @@ def make(
         shares: shares of the inputs, each in blocks of its own.
         stages: chunks that a warp has room for.
         kind: the kernel: fragments of a warp, or of a warp group, or none for a few tokens.
+        int8: whether values are of 8 bits.
     """
-    return _MAKERS[kind](shape, half, tokens, card, warps, slices, rows, shares, stages)
+    return _MAKERS[kind](shape, half, tokens, card, warps, slices, rows, shares, stages, int8)
 
 
 def _decode(
     shape: Shape, half: bool, tokens: int, card: Card,
-    warps: int, slices: int, rows: int, shares: int, stages: int,
+    warps: int, slices: int, rows: int, shares: int, stages: int, int8: bool,
 ) -> Plan | None:  # fmt: skip
     tiles = _tiles(tokens)
-    chunk, chunks, count = _chunks(shape, slices, shares)
+    chunk, chunks, count = _chunks(shape, slices, shares, int8)
     stride = -(-chunks * chunk // 64) * 64 + 16
     held = tokens if tiles == 1 else tiles * 8  # rows of x
-    shared = held * stride * 2 + warps * stages * rows * bytes_of(shape, chunk)
+    shared = held * stride * 2 + warps * stages * rows * bytes_of(shape, chunk, int8)
     shared = max(shared, (slices - 1) * (warps // slices) * rows * tiles * 4 * 32 * 4)
     if shared > card.shared:
         return None
     constants = {
         "N": shape.n, "M": shape.m, "PANEL": int(shape.shared), "HALF": int(half), "NT": tiles,
         "RT": rows, "WARPS": warps, "SLICES": slices, "CHUNK": chunk, "STAGES": stages,
+        **_INT8[int8],
     }  # fmt: skip
     blocks = -(-shape.tiles // (warps // slices * rows))
     grid = (blocks, -(-count // chunks), -(-tokens // (tiles * 8)))
@@ -141,16 +147,17 @@ def _decode(
 
 def _groups(
     shape: Shape, half: bool, tokens: int, card: Card,
-    warps: int, slices: int, rows: int, shares: int, stages: int,
+    warps: int, slices: int, rows: int, shares: int, stages: int, int8: bool,
 ) -> Plan | None:  # fmt: skip
-    if not card.groups or shape.shared or warps // 4 % slices or rows != 1:
+    # Values of 8 bits would be converted beside sums that fill the registers.
+    if int8 or not card.groups or shape.shared or warps // 4 % slices or rows != 1:
         return None
     tiles = _tiles(tokens)
     # Of x each thread holds 16 inputs of at most four tokens.
     most = 4 * warps * 32 * 16 // (tiles * 8 * slices)
     if most < unit(shape):
         return None
-    chunk, chunks, count = _chunks(shape, slices, shares, most)
+    chunk, chunks, count = _chunks(shape, slices, shares, False, most)
     shared = 4 * slices * chunk * tiles * 8 + warps * stages * bytes_of(shape, chunk)
     shared = max(shared, (slices - 1) * (warps // slices) * tiles * 4 * 32 * 4)
     if shared > card.shared:
@@ -168,27 +175,34 @@ def _groups(
 
 def _lookup(
     shape: Shape, half: bool, tokens: int, card: Card,
-    warps: int, slices: int, rows: int, shares: int, stages: int,
+    warps: int, slices: int, rows: int, shares: int, stages: int, int8: bool,
 ) -> Plan | None:  # fmt: skip
+    # Inputs that a code reaches over, what is kept of them, and the codes of a word. With values of
+    # 8 bits a code reaches over its group, and every row of a panel has its own.
     span, word = max(shape.m, LANES), 32 // shape.bits
-    kept = span // shape.m * shape.n  # of a span
-    if shape.shared or tokens > MOST_LOOKUP or word % kept or shape.entries % word or rows != 1:
+    if int8:
+        span, word = shape.m, 4 * Layout.of(shape).per
+    elif shape.shared:
         return None
+    kept = span // shape.m * shape.n
+    if tokens > MOST_LOOKUP or rows != 1 or word % kept or shape.entries % word:
+        return None
+    wide = word // kept * span
     held = 1 << (tokens - 1).bit_length()
     place = 8 if held > 1 else 4
-    stride = word // kept * span * 4 * held
-    if stages * slices * stride % 256:
+    stride = wide * 4 * held
+    if wide % LANES or stages * slices * stride % 256:
         return None
     words = shape.entries // word
     chunks = -(-words // (2 * slices * shares)) * 2 * slices
-    # Damaged codes of a byte may reach over the end.
-    shared = chunks * stride + 128 + (256 * place if shape.m > LANES else 0)
+    # Damaged codes may reach over the end.
+    shared = chunks * stride + 128 + (256 if shape.m > LANES else LANES * int8) * place
     shared = max(shared, warps * 32 * held * 4)
     if shared > card.shared:
         return None
     constants = {
         "N": shape.n, "M": shape.m, "HALF": int(half), "TOKENS": held, "WARPS": warps,
-        "SLICES": slices, "STAGES": stages,
+        "SLICES": slices, "STAGES": stages, **_INT8[int8],
     }  # fmt: skip
     grid = (-(-shape.tiles // (warps // slices)), -(-words // chunks), 1)
     kernel = Kernel("lookup.cu", "lookup", tuple(constants.items()))
@@ -196,6 +210,7 @@ def _lookup(
 
 
 _MAKERS = {"decode": _decode, "groups": _groups, "lookup": _lookup}
+_INT8: tuple[dict[str, int], ...] = {}, {"INT8": 1}
 
 
 def _tiles(tokens: int) -> int:
@@ -206,33 +221,16 @@ def _tiles(tokens: int) -> int:
     return tiles
 
 
-def _chunks(shape: Shape, slices: int, shares: int, most: int = 1 << 30) -> tuple[int, int, int]:
+def _chunks(
+    shape: Shape, slices: int, shares: int, int8: bool, most: int = 1 << 30
+) -> tuple[int, int, int]:
     """Inputs of a chunk, `most` at most; chunks of a share; and all of them."""
     step = unit(shape)
     whole = -(-shape.inputs // step)
-    each = max(1, round(_STAGE / bytes_of(shape, step)))
+    each = max(1, round(_STAGE / bytes_of(shape, step, int8)))
     each = min(each, max(1, whole // (slices * shares)), most // step)
     count = -(-shape.inputs // (step * each))
     return step * each, -(-count // shares), count
-
-
-def plans(shape: Shape, half: bool, tokens: int, card: Card) -> Iterator[Plan]:
-    """Every plan that is worth a measurement: warp groups, no fragments, and fragments of warps."""
-    most = -(-shape.inputs // unit(shape))
-    cuts = sorted({*(2**i for i in range(most.bit_length())), most})
-    seen: set[Plan] = set()
-    few = itertools.product(("lookup", "groups"), (4, 8, 16), (1,), (3, 4))
-    every = itertools.product(("decode",), (4, 8, 16), (1, 2), (2, 3, 4))
-    for kind, warps, rows, stages in itertools.chain(few, every):
-        if kind == "decode" and not _fits_registers(warps, rows, tokens):
-            continue
-        for slices in (s for s in (1, 2, 4, 8, 16) if s <= warps):
-            for shares in (cut for cut in cuts if cut * slices <= max(most, slices)):
-                numbers = (warps, slices, rows, shares, stages, kind)
-                made = make(shape, half, tokens, card, *numbers)
-                if made is not None and made not in seen:
-                    seen.add(made)
-                    yield made
 
 
 def most_tokens(shape: Shape) -> int:
@@ -270,21 +268,23 @@ def measured() -> tuple[Cut, ...]:
     )
 
 
-def plan(shape: Shape, half: bool, tokens: int, card: Card) -> Plan | None:
+def plan(shape: Shape, half: bool, tokens: int, card: Card, int8: bool = False) -> Plan | None:
     """The plan of the product that is nearest among those that were timed; None for a dense matrix.
 
     Where its plan does not fit into a block of this card, the inputs are shared out further, and
-    then the next product's is tried.
+    then the next product's is tried. Values of 8 bits take the plans of those of two bytes.
     """
     if tokens > most_tokens(shape):
         return None
-    return next(near(shape, half, tokens, card), None)
+    return next(near(shape, half, tokens, card, int8), None)
 
 
-def near(shape: Shape, half: bool, tokens: int, card: Card) -> Iterator[Plan]:
+def near(shape: Shape, half: bool, tokens: int, card: Card, int8: bool = False) -> Iterator[Plan]:
     """The plan that each product that was timed gives, the nearest product first."""
     most = -(-shape.inputs // unit(shape))
-    for cut in sorted(measured(), key=lambda cut: distance(cut, shape, tokens, card)):
+    # With values of 8 bits a panel's rows are looked up as others are.
+    own = replace(shape, panel=1) if int8 and tokens <= MOST_LOOKUP else shape
+    for cut in sorted(measured(), key=lambda cut: distance(cut, own, tokens, card)):
         if cut.kind == "decode" and not _fits_registers(cut.warps, cut.rows, tokens):
             continue
         tiles = cut.warps // cut.slices * cut.rows  # of a block
@@ -292,7 +292,7 @@ def near(shape: Shape, half: bool, tokens: int, card: Card) -> Iterator[Plan]:
         scale = round(math.log2(card.processors / Card().processors / blocks))
         shares = min(round(cut.shares * 2.0**scale), most // cut.slices) or 1
         while True:
-            cut_as = (cut.warps, cut.slices, cut.rows, shares, cut.stages, cut.kind)
+            cut_as = (cut.warps, cut.slices, cut.rows, shares, cut.stages, cut.kind, int8)
             made = make(shape, half, tokens, card, *cut_as)
             if made is not None:
                 yield made

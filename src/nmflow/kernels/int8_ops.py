@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nmflow.errors import CompressError, FileFormatError
-from nmflow.kernels import int8, reference, registry
+from nmflow.kernels import gpu, int8, reference, registry
+from nmflow.kernels.backend import Call
 from nmflow.kernels.calls import (
     LIBRARY,
     SHAPE,
@@ -113,13 +114,20 @@ def _refuse_bias(x: Tensor, bias: Tensor, out: int) -> None:
 
 
 def _matmul_any(x, stream, bias, out, inputs, n, m, panel, activations, epilogue):
-    """Every device but the CPU: the reference."""
+    """Every device but the CPU: nothing here waits for it, so a CUDA graph can capture it."""
     shape = Shape.of(out, inputs, f"{n}:{m}@{panel}")
     int8.check_stream(stream, shape)
     if not x.shape or x.shape[-1] != inputs or x.device != stream.device:
         _refuse(x, stream, inputs)
     if bias is not None and (bias.device != x.device or bias.dtype != x.dtype):
         _refuse_bias(x, bias, out)
+    if activations and x.is_cuda:
+        raise CompressError(
+            f"activations is 'int8' and x is on {x.device}: 8-bit inputs have kernels on CPUs "
+            "alone, so pack with activations='float', or move the model to the CPU"
+        )
+    if not activations and gpu.why_not(Call(shape, x.dtype, x.device.type, 1)) is None:
+        return gpu.matmul_int8(x, stream, bias, shape, epilogue)
     return int8.matmul(x, stream, bias, shape, activations, epilogue)
 
 
@@ -221,6 +229,7 @@ def matmul_int8(
     to = autocast_dtype(x, x)
     if to is not None:
         with torch.autocast(x.device.type, enabled=False):
+            x = x.to(to) if x.is_cuda else x  # whose kernels take no float32
             bias = None if bias is None else bias.to(x.dtype)
             return matmul_int8(x, stream, bias, shape, activations, epilogue).to(to)
     if wants:

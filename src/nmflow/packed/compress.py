@@ -81,7 +81,7 @@ def compress(
         values: `"int8"` rounds the kept values to 8 bits with one scale a row, `W[o] = s[o] q[o]`,
             which `decompress` gives back; the report has each layer's error. None keeps their bits.
         activations: with `values="int8"`: `"float"` multiplies the inputs as they are; `"int8"`
-            rounds each token to 8 bits first, which is faster and less exact.
+            rounds each token to 8 bits first, which is faster and less exact, on CPUs alone.
         dtype: `"bfloat16"` lets the packed layers of a float32 network multiply in bfloat16: kept
             values are stored so, x is rounded at the layer's door, and y is float32 again. The
             report has each layer's error. Layers that are as fast in float32 stay in it, if
@@ -96,8 +96,8 @@ def compress(
     Raises:
         CompressError: no weight holds a pattern that can be packed, `tokens` is empty or not
             positive, `values`, `activations` or `dtype` is none of those above, `values` is given
-            for a model on a GPU, or the copy would go on running layers of `model` (see
-            `inplace`).
+            for a model on a device without kernels for them, `activations="int8"` for one on a GPU,
+            or the copy would go on running layers of `model` (see `inplace`).
         PatternError, PlanError: as for `plan`.
 
     Example:
@@ -120,7 +120,7 @@ def compress(
     modules = dict(model.named_modules())
     if values is not None:
         for weight in (w for path in sites for w in modules[path].parameters(recurse=False)):
-            refuse_device(values, weight.device)
+            refuse_device(values, activations, weight.device)
     alike = Counter(kind_of(modules[path], found) for path, found in sites.items())
     judged: dict[tuple[object, ...], Verdict] = {}
     not_rounded: frozenset[tuple[object, ...]] = frozenset()
@@ -200,12 +200,17 @@ def decompress(model: Model, *, inplace: bool = False) -> Model:
     return made
 
 
-def refuse_device(values: str, device: torch.device) -> None:
-    """Refuse 8-bit values where no kernel multiplies them."""
-    if device.type not in ("cpu", "meta"):
+def refuse_device(values: str, activations: str, device: torch.device) -> None:
+    """Refuse 8-bit values, and 8-bit inputs, where no kernel multiplies them."""
+    if device.type not in ("cpu", "meta", "cuda"):
         raise CompressError(
             f"values is {values!r} and the model is on {device}: 8-bit values have kernels on CPUs "
-            "alone, so leave values out, or move the model to the CPU first"
+            "and NVIDIA GPUs, so leave values out, or move the model to one of them first"
+        )
+    if device.type == "cuda" and activations == "int8":
+        raise CompressError(
+            f"activations is 'int8' and the model is on {device}: 8-bit inputs have kernels on "
+            "CPUs alone, so leave activations out, or move the model to the CPU first"
         )
 
 

@@ -234,6 +234,22 @@ DEVICE void store_turned(void* to, u32 v0, u32 v1, u32 v2, u32 v3) {
 }
 
 DEVICE u64 shl64(u32 v, u32 s) { return s > 63 ? 0 : (u64)v << s; }
+DEVICE u64 shr64(u32 v, u32 s) { return s > 63 ? 0 : (u64)v << 32 >> s; }
+DEVICE u32 bits_of(float f) {
+  u32 bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+DEVICE u32 add_halves(u32 a, u32 b) {
+  u32 r = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const _Float16 sum = (_Float16)(emulated::half_to_float(a >> i) + emulated::half_to_float(b >> i));
+    u16 v;
+    std::memcpy(&v, &sum, 2);
+    r |= (u32)v << i;
+  }
+  return r;
+}
 DEVICE u32 bytes_of(u32 a, u32 b, u32 select) {
   const u64 both = (u64)b << 32 | a;
   u32 r = 0;

@@ -5,9 +5,11 @@
 // sixteen rows, and every SLICES-th chunk of CHUNK inputs, which it copies to shared memory STAGES
 // - 1 chunks ahead.
 //
-// Per row, the kept weights become fragments of `mma.m16n8k16` in registers (`fragment.h`). In a panel of rows nothing is expanded: the kept weights are the fragment, and x is gathered.
+// Per row, the kept weights become fragments of `mma.m16n8k16` in registers (`fragment.h`). In a panel
+// of rows nothing is expanded: the kept weights are the fragment, and x is gathered.
 //
 // Compiled for N, M, PANEL (1 if sixteen rows share their columns), HALF (1: float16, 0: bfloat16),
+// INT8 (1: `values` is a stream of 8-bit values, see `stream.h`),
 // NT (tiles of eight tokens), RT, WARPS, SLICES, CHUNK, STAGES; `gpu_plan` chooses them.
 #include "device.h"
 #include "finish.h"
@@ -23,44 +25,35 @@ DEVICE void multiply(float (*sums)[NT][4], const u8* stage, const u16* x, int st
   if (PANEL) {
 #pragma unroll 2
     for (int s = 0; s < ENTRIES / 16; s++) {
+      u32 a[RT][4];
+      int column[RT][4];
 #pragma unroll
-      for (int t = 0; t < RT; t++) {
-        const u32* values = (const u32*)(stage + t * TILE_BYTES) + (8 * s + q) * 16 + r;
-        const u8* codes = stage + t * TILE_BYTES + VALUE_BYTES + 16 * s + 2 * q;
-        int column[4];
+      for (int t = 0; t < RT; t++) panel_block(a[t], column[t], stage + t * TILE_BYTES, s, r, q);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int e = 16 * s + 2 * q + (i / 2 * 8 + i % 2);
-          column[i] = e / PER_SPAN * SPAN + codes[i / 2 * 8 + i % 2];
-        }
+      for (int n = 0; n < NT; n++) {
+        const u16* row = x + n * 8 * stride;
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-          const u16* row = x + n * 8 * stride;
-          mma(sums[t][n], values[0], values[8], values[64], values[72],
-              row[column[0]] | (u32)row[column[1]] << 16, row[column[2]] | (u32)row[column[3]] << 16);
+        for (int t = 0; t < RT; t++) {
+          const int* k = column[t];
+          mma(sums[t][n], a[t][0], a[t][1], a[t][2], a[t][3], row[k[0]] | (u32)row[k[1]] << 16,
+              row[k[2]] | (u32)row[k[3]] << 16);
         }
       }
     }
     return;
   }
 #pragma unroll 1
-  for (int u = 0; u < CHUNK / UNIT; u++) {
-    constexpr int WIDE = UNIT / M * N;  // entries of a unit
+  for (int u = 0; u < CHUNK / STEP; u++) {
 #pragma unroll
-    for (int b = 0; b < UNIT / 16; b++) {
+    for (int b = 0; b < STEP / 16; b++) {
       u64 a[RT][2];
 #pragma unroll
       for (int t = 0; t < RT; t++)
 #pragma unroll
-        for (int s = 0; s < 2; s++) {
-          const u32* values = (const u32*)(stage + t * TILE_BYTES) + u * (WIDE / 2 * 16) + r + 8 * s;
-          const u32* codes = (const u32*)(stage + t * TILE_BYTES + VALUE_BYTES) +
-                             u * (WIDE / PER_WORD * 16) + r + 8 * s;
-          a[t][s] = fragment(values, codes, b, q);
-        }
+        for (int s = 0; s < 2; s++) a[t][s] = fragment(stage + t * TILE_BYTES, u, b, r + 8 * s, q);
 #pragma unroll
       for (int n = 0; n < NT; n++) {
-        const u64 four = *(const u64*)(x + n * 8 * stride + u * UNIT + b * 16 + 4 * q);
+        const u64 four = *(const u64*)(x + n * 8 * stride + u * STEP + b * 16 + 4 * q);
 #pragma unroll
         for (int t = 0; t < RT; t++)
           mma(sums[t][n], (u32)a[t][0], (u32)a[t][1], a[t][0] >> 32, a[t][1] >> 32, (u32)four,
@@ -163,9 +156,10 @@ decode(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
       for (int e = 0; e < 4; e++) {
         const int token = n * 8 + 2 * q + e % 2, o = (tile + t) * 16 + r + e / 2 * 8;
         if (token >= here || o >= out) continue;
+        const float sum = sums[t][n][e] * scale_of(w, o);
         if (gridDim.y > 1)
-          partial[((i64)blockIdx.y * tokens + token0 + token) * out + o] = sums[t][n][e];
+          partial[((i64)blockIdx.y * tokens + token0 + token) * out + o] = sum;
         else
-          y[(token0 + token) * ldy + o] = from_float(finish(sums[t][n][e], bias, o, epilogue));
+          y[(token0 + token) * ldy + o] = from_float(finish(sum, bias, o, epilogue));
       }
 }

@@ -31,11 +31,25 @@ DEVICE void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 bits_of(float f) { return __float_as_uint(f); }
+// Two float16 and two others.
+DEVICE u32 add_halves(u32 a, u32 b) {
+  u32 r;
+  asm("add.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 
 // v << s in 64 bits; 0 for s above 63, which C++ leaves undefined and PTX does not.
 DEVICE u64 shl64(u32 v, u32 s) {
   u64 r;
   asm("{ .reg .b64 t; cvt.u64.u32 t, %1; shl.b64 %0, t, %2; }" : "=l"(r) : "r"(v), "r"(s));
+  return r;
+}
+
+// v << 32 >> s in 64 bits, likewise.
+DEVICE u64 shr64(u32 v, u32 s) {
+  u64 r;
+  asm("{ .reg .b64 t; mov.b64 t, {%3, %1}; shr.b64 %0, t, %2; }" : "=l"(r) : "r"(v), "r"(s), "r"(0));
   return r;
 }
 

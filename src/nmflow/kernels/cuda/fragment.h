@@ -1,5 +1,6 @@
-// Fragments of `mma.m16n8k16` from the kept weights of sixteen rows, as `nmflow.kernels.layout` tiles
-// them, and the copies that bring them. Compiled for N, M, PANEL, CHUNK.
+// Fragments of `mma.m16n8k16` from the kept weights of sixteen rows, and the copies that bring them.
+// Compiled for N, M, PANEL, CHUNK; INT8: weights are streams of 8-bit values (`fragment8.h`), else they
+// lie as `nmflow.kernels.layout` tiles them.
 //
 // The order of the sixteen columns of a fragment is free as long as W and x agree, so lane q of a quad
 // owns the columns 4q ... 4q + 3 of a block: a weight at column i of it is `v << 16 (i ^ 4q)` in 64
@@ -8,12 +9,8 @@
 
 constexpr int SPAN = M > 16 ? M : 16;        // inputs that one code reaches over
 constexpr int PER_SPAN = SPAN / M * N;       // kept in it
-constexpr int PER_WORD = M > 16 ? 4 : 8;     // codes in a word
 constexpr int BLOCKS = M > 16 ? M / 16 : 1;  // blocks of sixteen inputs in a group
 constexpr int ENTRIES = CHUNK / M * N;
-constexpr int VALUE_BYTES = ENTRIES * 32;
-constexpr int CODE_BYTES = PANEL ? ENTRIES : ENTRIES / PER_WORD * 64;
-constexpr int TILE_BYTES = VALUE_BYTES + CODE_BYTES;
 constexpr int UNIT = M > 16 ? 4 * M : 128;  // inputs after which words of codes start anew
 static_assert(16 % M == 0 || M % 16 == 0, "a group is a share of a block, or whole blocks");
 static_assert(CHUNK % (PANEL ? SPAN : UNIT) == 0, "whole words of codes");
@@ -23,6 +20,15 @@ struct Packed {
   const u8* codes;
   int entries, tiles, panel;
 };
+
+#if INT8
+#include "fragment8.h"
+#else
+constexpr int PER_WORD = M > 16 ? 4 : 8;  // codes in a word
+constexpr int VALUE_BYTES = ENTRIES * 32;
+constexpr int CODE_BYTES = PANEL ? ENTRIES : ENTRIES / PER_WORD * 64;
+constexpr int TILE_BYTES = VALUE_BYTES + CODE_BYTES;
+constexpr int STEP = UNIT;  // inputs that a warp has in registers at a time
 
 // Start the copies of one tile's chunk; beyond the tile's end zeros are written.
 DEVICE void fetch(u8* to, const Packed& w, int tile, int chunk, int lane) {
@@ -50,8 +56,10 @@ DEVICE void fetch(u8* to, const Packed& w, int tile, int chunk, int lane) {
   }
 }
 
-// The sixteen columns of block b of a unit, of one row: lane q's four of them, first in low bits.
-DEVICE u64 fragment(const u32* values, const u32* codes, int b, u32 q) {
+// The sixteen columns of block b of step u, of one row: lane q's four of them, first in low bits.
+DEVICE u64 fragment(const u8* tile, int u, int b, int row, u32 q) {
+  const u32* values = (const u32*)tile + u * (STEP / M * N / 2 * 16) + row;
+  const u32* codes = (const u32*)(tile + VALUE_BYTES) + u * (STEP / M * N / PER_WORD * 16) + row;
   u64 four = 0;
   if (M >= 16) {  // every lane tries every weight of the group
 #pragma unroll
@@ -100,3 +108,18 @@ DEVICE u64 fragment(const u32* values, const u32* codes, int b, u32 q) {
   }
   return four;
 }
+
+// In a panel: the s-th sixteen weights of rows r and r + 8, as they lie, and the columns of lane q's.
+DEVICE void panel_block(u32* a, int* column, const u8* tile, int s, int r, int q) {
+  const u32* values = (const u32*)tile + (8 * s + q) * 16 + r;
+  const u8* codes = tile + VALUE_BYTES + 16 * s + 2 * q;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int e = 16 * s + 2 * q + (i / 2 * 8 + i % 2);
+    column[i] = e / PER_SPAN * SPAN + codes[i / 2 * 8 + i % 2];
+    a[i] = values[i / 2 * 64 + i % 2 * 8];
+  }
+}
+
+DEVICE float scale_of(const Packed& w, int o) { return 1.0f; }
+#endif

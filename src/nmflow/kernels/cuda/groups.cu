@@ -100,9 +100,6 @@ groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
       u64 b = describe(shared + (i % 2 * SLICES + slice) * PART, TOKENS * 16, 128, 0);
 #pragma unroll 1
       for (int u = 0; u < CHUNK / UNIT; u++) {
-        constexpr int WORDS = UNIT / M * N;  // entries of a unit
-        const u32* own = (const u32*)stage + u * (WORDS / 2 * 16) + r;
-        const u32* own_codes = (const u32*)(stage + VALUE_BYTES) + u * (WORDS / PER_WORD * 16) + r;
         u64 a[2][BATCH][2];
 #pragma unroll
         for (int j = 0; j < UNIT / 16; j += BATCH) {
@@ -110,7 +107,7 @@ groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
 #pragma unroll
           for (int l = 0; l < BATCH; l++)
 #pragma unroll
-            for (int s = 0; s < 2; s++) some[l][s] = fragment(own + 8 * s, own_codes + 8 * s, j + l, q);
+            for (int s = 0; s < 2; s++) some[l][s] = fragment(stage, u, j + l, r + 8 * s, q);
           products_begin();
 #pragma unroll
           for (int l = 0; l < BATCH; l++)

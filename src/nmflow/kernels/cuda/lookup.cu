@@ -6,11 +6,20 @@
 // upper half the odd ones. The odd words' inputs begin half of the banks later, so the 32 lanes read
 // different banks or the same place. Weights go from memory to registers, STAGES words ahead.
 //
-// Compiled for N, M, HALF, TOKENS (1, 2, 4 or 8), WARPS, SLICES, STAGES; `gpu_plan` chooses them.
+// Compiled for N, M, HALF, INT8 (1: `values` is a stream of 8-bit values), TOKENS (1, 2, 4 or 8), WARPS,
+// SLICES, STAGES; `gpu_plan` chooses them. A word of codes lies beside VALUES words of values.
 #include "device.h"
 #include "finish.h"
 
+#if INT8
+#include "stream.h"
+constexpr int SPAN = M, PER_SPAN = N, PER_WORD = PIECE, VALUES = PER, FIELD_BITS = BITS;
+constexpr int CODES_STEP = PIECE_BYTES / 4, VALUES_STEP = CODES_STEP;  // to the next word's
+#else
 constexpr int SPAN = M > 16 ? M : 16, PER_SPAN = SPAN / M * N, PER_WORD = M > 16 ? 4 : 8;
+constexpr int VALUES = PER_WORD / 2, FIELD_BITS = M > 16 ? 8 : 4;
+constexpr int CODES_STEP = 16, VALUES_STEP = VALUES * 16;
+#endif
 constexpr int WIDE = PER_WORD / PER_SPAN * SPAN;  // inputs of a word
 constexpr int WIDTH = TOKENS > 1 ? 2 : 1;         // tokens side by side
 constexpr int PLACE = 4 * WIDTH;                  // bytes of an input
@@ -19,7 +28,7 @@ constexpr int STRIDE = SIDE * (TOKENS / WIDTH);   // bytes from a word's inputs 
 constexpr int HALVES = WIDTH == 1 ? 64 : 128;     // bytes of half of the banks; of all
 constexpr int TILES = WARPS / SLICES;             // of a block
 static_assert(16 % M == 0 || M % 16 == 0, "a group is a share of a block, or whole blocks");
-static_assert(PER_WORD % PER_SPAN == 0, "whole spans in a word");
+static_assert(PER_WORD % PER_SPAN == 0 && WIDE % 16 == 0, "whole spans in a word");
 static_assert(STAGES * SLICES * STRIDE % 256 == 0, "the low byte of a place stays what it is");
 
 struct alignas(16) Four {
@@ -47,15 +56,18 @@ lookup(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
   const int left = mine - odd - 2 * slice;
   const int count = tile < tiles && left > 0 ? (left + 2 * SLICES - 1) / (2 * SLICES) : 0;
   const i64 begin = (i64)(tile < tiles ? tile : 0) * all + first + odd + 2 * slice;
-  const u32* next_codes = (const u32*)codes + begin * 16 + row;
-  const u32* next_values = (const u32*)values + begin * (PER_WORD / 2 * 16) + row;
-  u32 code[STAGES], value[STAGES][PER_WORD / 2];
+  const u32* next_codes = (const u32*)codes + begin * CODES_STEP + row;
+  const u32* next_values = (const u32*)values + begin * VALUES_STEP + row;
+#if INT8
+  next_codes = next_values + (i64)((tile < tiles ? tile : 0) + 1) * (HEAD / 4);
+  next_values = next_codes + 16;
+#endif
+  u32 code[STAGES], value[STAGES][VALUES];
   auto load = [&](int s, int ahead) {
     const int words = (s + ahead) * 2 * SLICES;
-    code[s] = read_once(next_codes + words * 16);
+    code[s] = read_once(next_codes + words * CODES_STEP);
 #pragma unroll
-    for (int j = 0; j < PER_WORD / 2; j++)
-      value[s][j] = read_once(next_values + (words * (PER_WORD / 2) + j) * 16);
+    for (int j = 0; j < VALUES; j++) value[s][j] = read_once(next_values + words * VALUES_STEP + j * 16);
   };
 #pragma unroll
   for (int s = 0; s < STAGES; s++)
@@ -96,21 +108,28 @@ lookup(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
   u32 base = place_of(shared) + odd * offset + slice * STRIDE;
   const u32 low = (base & 255) * 0x01010101u;
   auto use = [&](int s) {
-    // Nibbles as bytes of places, with the low byte of the word's place.
-    const u32 even = ((WIDTH == 1 ? code[s] << 2 : code[s] << 3) & 0x0f0f0f0fu * PLACE) | low;
-    const u32 upper = ((WIDTH == 1 ? code[s] >> 2 : code[s] >> 1) & 0x0f0f0f0fu * PLACE) | low;
+    // Fields of codes as bytes of places, with the low byte of the word's place.
+    u32 places[8 / FIELD_BITS];
+#pragma unroll
+    for (int f = 0; f < 8 / FIELD_BITS; f++) {
+      const int up = (WIDTH == 1 ? 2 : 3) - FIELD_BITS * f;
+      const u32 moved = up > 0 ? code[s] << up : code[s] >> -up;
+      places[f] = (moved & ((1 << FIELD_BITS) - 1) * 0x01010101u * PLACE) | low;
+    }
 #pragma unroll
     for (int e = 0; e < PER_WORD; e++) {
-      u32 at;
-      if (M > 16)
-        at = base + bytes_of(code[s], 0, 0x4440 + e) * PLACE;
-      else
-        at = bytes_of(e % 2 ? upper : even, base, 0x7650 + e / 2);
+      const int field = (INT8 ? e / 4 : e) % (8 / FIELD_BITS), byte = e / (INT8 ? 1 : 8 / FIELD_BITS) % 4;
+      const u32 at = M > 16 ? base + bytes_of(code[s], 0, 0x4440 + byte) * PLACE
+                            : bytes_of(places[field], base, 0x7650 + byte);
+#if INT8
+      const float w = number_of(raised(value[s][e / 4]), e % 4);
+#else
       const u32 v = value[s][e / 2];
 #if HALF
       const float w = to_float(e % 2 ? v >> 16 : v);
 #else
       const float w = as_float(e % 2 ? v & 0xffff0000u : v << 16);
+#endif
 #endif
       const u32 from = at + (s * SLICES * STRIDE + e / PER_SPAN * SPAN * PLACE);
 #pragma unroll
@@ -134,8 +153,8 @@ lookup(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
       if (k + s + STAGES < count) load(s, STAGES);
     }
     base += STAGES * SLICES * STRIDE;
-    next_codes += STAGES * 2 * SLICES * 16;
-    next_values += STAGES * 2 * SLICES * (PER_WORD / 2 * 16);
+    next_codes += STAGES * 2 * SLICES * CODES_STEP;
+    next_values += STAGES * 2 * SLICES * VALUES_STEP;
   }
 #pragma unroll
   for (int s = 0; s < STAGES; s++)
@@ -154,6 +173,9 @@ lookup(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
 #pragma unroll
     for (int s = 0; s < 2 * SLICES; s++)
       sum += others[token * (WARPS * 32) + group * SLICES * 32 + s * 16 + r];
+#if INT8
+    sum *= scale_at(values, entries, o);
+#endif
     if (gridDim.y > 1)
       partial[((i64)blockIdx.y * tokens + token) * out + o] = sum;
     else
