@@ -1,19 +1,20 @@
 """Packed products on a GPU against cuBLAS: microseconds in CUDA graphs, weights past the L2.
 
     python benchmarks/gpu.py tables [--search] [--seconds 90] [--csv FILE] [--kernels FOLDER]
-    python benchmarks/gpu.py decode panels llama roof steps [--seconds 90] [--csv FILE]
+    python benchmarks/gpu.py decode panels llama roof steps int8 three train [--seconds 90] …
     python benchmarks/gpu.py check
     python benchmarks/gpu.py compile --kernels FOLDER [--search] [--workers 8] [--seconds 60]
     python benchmarks/gpu.py warm [--workers 4] [--seconds 60]
 
 `decode` is products of up to 64 tokens, `panels` of many, `llama` tokens a second of a network
 of the shape of Llama-2-7B with random weights and 1:8 in every linear layer, `steps` training steps
-that are bound by launches, `roof` what memory gives to a copy. `tables` is all of them in one
-process. With `--search` other plans than the one that is taken are timed too, last, to judge
-`gpu_plan.plan` and `gpu_panels.block`. `check` runs a few small products once, for
-compute-sanitizer. `compile` compiles the kernels of `decode` on many cores and needs no GPU, `warm`
-those of `panels`. Rows are written as they are found, and a run ends with its seconds, so that
-nothing is lost.
+that are bound by launches, `roof` what memory gives to a copy. `int8` is products with 8-bit
+values, `three` the products of a training step on panels, `train` whole steps of networks in their
+sparse phase. `tables` is all of them in one process. With `--search` other plans than the one that
+is taken are timed too, last, to judge `gpu_plan.plan` and `gpu_panels.block`. `check` runs a few
+small products once, for compute-sanitizer. `compile` compiles the kernels of `decode` on many cores
+and needs no GPU, `warm` those of `panels`. Rows are written as they are found, and a run ends with
+its seconds, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from torch.nn import functional as F
 
 from nmflow.errors import CompressError
 from nmflow.kernels import gpu, gpu_driver, gpu_panels, gpu_plan
+from nmflow.kernels import int8 as stream_layout
 from nmflow.kernels.gpu_plan import Card, Kernel, Plan
 from nmflow.kernels.layout import Shape, canonical_from_dense, tiled_from_canonical
 from nmflow.masks import mask
@@ -258,9 +260,11 @@ def llama(search: bool = False) -> Iterator[Row]:
 
     planned = gpu._planned
 
-    def fastest(shape: Shape, half: bool, tokens: int, card: Card) -> Plan | None:
-        found = FASTEST.get((shape, tokens))
-        return found[1] if found else planned(shape, half, tokens, card)
+    def fastest(
+        shape: Shape, half: bool, tokens: int, card: Card, int8: bool = False
+    ) -> Plan | None:
+        found = None if int8 else FASTEST.get((shape, tokens))
+        return found[1] if found else planned(shape, half, tokens, card, int8)
 
     gpu._planned = fastest  # pyright: ignore
     try:
@@ -295,6 +299,27 @@ def steps(search: bool = False) -> Iterator[Row]:
                 "packed_us": one["ms"] * 1e3, "ratio": one["ratio"],
                 "failed": f"quartiles {one['ratio_q25']:.3f} {one['ratio_q75']:.3f}",
             }  # fmt: skip
+
+
+def int8(search: bool = False) -> Iterator[Row]:
+    """Few tokens, with 8-bit values; `ready_us` is the product of two bytes."""
+    import _gpu_int8
+
+    yield from _gpu_int8.products()
+
+
+def three(search: bool = False) -> Iterator[Row]:
+    """Forward, input gradient and weight gradient of layers in panels."""
+    import _gpu_steps
+
+    yield from _gpu_steps.products()
+
+
+def train(search: bool = False) -> Iterator[Row]:
+    """Training steps of networks whose layers compute on kept places."""
+    import _gpu_steps
+
+    yield from _gpu_steps.networks()
 
 
 # --- without tables ---------------------------------------------------------------------------
@@ -347,6 +372,21 @@ def check_kinds() -> Iterator[Row]:
                 gpu._planned = planned
         want = x.double() @ w.double().t()
         yield {"what": "check", "pattern": spec, "tokens": tokens, "error": error(y.cpu(), want)}
+    yield from check_int8()
+
+
+def check_int8() -> Iterator[Row]:
+    """8-bit values: look-ups, fragments, panels of them, and many tokens."""
+    for spec, tokens in (("1:8", 1), ("2:4", 3), ("1:16", 20), ("1:16@16", 20), ("1:32", 70)):
+        shape = Shape.of(100, 1024, spec)
+        w = torch.randn(shape.out, shape.inputs)
+        canonical = canonical_from_dense(w * mask(w, spec), shape)
+        q, scale = stream_layout.round_values(canonical[0])
+        stream = stream_layout.stream_from_canonical(q, scale, canonical[1], shape)
+        x = torch.randn(tokens, shape.inputs).bfloat16()
+        y = gpu.matmul_int8(x.to(DEVICE), stream.to(DEVICE), None, shape).cpu()
+        want = x.double() @ stream_layout.dense(stream, shape).double().t()
+        yield {"what": "check int8", "pattern": spec, "tokens": tokens, "error": error(y, want)}
 
 
 _FOLDER: list[Path] = []
@@ -401,6 +441,9 @@ def compile_all(search: bool, workers: int, seconds: float) -> None:
             cuts = [gpu_panels.group(shape, tokens), *blocks(shape)]
             groups = [cut for cut in cuts if isinstance(cut, gpu_panels.Group)]
             kernels |= {gpu_panels.kernel_of(shape, cut, False, 0): None for cut in groups}
+    import _gpu_int8
+
+    kernels |= dict.fromkeys(_gpu_int8.kernels(card))
     for wide in (False, True) if search else (False,):
         for layer, tokens, patterns in points():
             for spec in patterns:
@@ -415,9 +458,9 @@ def compile_all(search: bool, workers: int, seconds: float) -> None:
 
 PARTS = {
     "decode": decode, "panels": panels, "llama": llama, "roof": roof, "steps": steps,
-    "check": check,
+    "int8": int8, "three": three, "train": train, "check": check,
 }  # fmt: skip
-TABLES = ["roof", "decode", "panels", "steps", "llama"]
+TABLES = ["roof", "decode", "int8", "panels", "three", "train", "steps", "llama"]
 FIELDS = [
     "what", "out", "inputs", "tokens", "pattern", "dense_us", "packed_us", "ready_us", "ratio",
     "tb_per_s", "turn_us", "tokens_per_s", "error", "taken", "plan", "failed", "device", "torch",

@@ -40,6 +40,7 @@ def checks(kernels: Path, seconds: float, cores: int, sample: int) -> list[tuple
     return [
         tests("products", few, "tests/native/test_gpu_device.py"),
         tests("panels", 1, "tests/native/test_gpu_panels.py"),
+        tests("steps", few, "tests/native/test_gpu_steps.py"),
         tests("masks", 1, "--every", str(sample), "tests/native/test_gpu_kernel.py"),
         tests("training", few, "--every", str(sample), "tests/flow/test_cuda.py"),
         ("compile", [*BENCH, "compile", "--search", "--workers", str(max(2, cores // 2)), *kept]),

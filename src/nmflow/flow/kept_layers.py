@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from nmflow.kernels import gpu_steps
+from nmflow.kernels.calls import autocast_dtype
 from nmflow.kernels.step_ops import kept_linear
 from nmflow.kernels.step_speed import seconds
 from nmflow.select.weights import is_hf_conv1d
@@ -61,12 +63,21 @@ class Way:
 
 def _said(x: Tensor, weight: Tensor) -> str:
     """Why a call is dense, in one clause; or ""."""
+    on = x.device.type
+    if on == weight.device.type == "cuda":
+        if why := gpu_steps.why_not_dtypes(autocast_dtype(x, weight) or x.dtype, weight.dtype):
+            return why
+        return _said_by_torch()
     if torch.is_autocast_enabled(x.device.type):
         return "it was called under autocast, and no kernel of its dtype is there"
     if not (x.dtype == weight.dtype == torch.float32):
         return f"it was called with {x.dtype} on weights of {weight.dtype}"
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"it was called on {x.device}"
+    return _said_by_torch()
+
+
+def _said_by_torch() -> str:
     if torch.compiler.is_compiling():
         return ""
     if _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
@@ -87,6 +98,8 @@ class OnKept(nn.Module):
         if way.dense_call(x, self.weight):
             return super().forward(x)
         kept, weight = way.kept, self.weight.t() if self.transposed else self.weight
+        if x.is_cuda:
+            x = x.to(autocast_dtype(x, weight) or x.dtype)
         if torch.compiler.is_compiling():
             way.compiled = True
         elif way.decided is None:

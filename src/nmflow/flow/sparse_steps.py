@@ -17,7 +17,7 @@ from nmflow.flow.observing import Observation
 from nmflow.flow.sharding import local, sharded
 from nmflow.flow.slots import Slot
 from nmflow.flow.state import Run
-from nmflow.kernels import cpu_steps
+from nmflow.kernels import cpu_steps, gpu_steps
 from nmflow.kernels.layout import Shape
 from nmflow.recipes import Recipe
 from nmflow.recipes.schedules import Stage
@@ -178,9 +178,15 @@ def why_dense(slot: Slot) -> str:
     if "forward" in vars(module):
         return "its layer's forward was replaced on the object"
     param = local(slot.param)
+    kind = str(param.dtype).removeprefix("torch.")
+    if param.device.type == "cuda":
+        fits = param.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return "" if fits else f"it is {kind}: the kernels take floats of 16 and 32 bits"
     if param.dtype != torch.float32:
-        return f"it is {str(param.dtype).removeprefix('torch.')}: the kernels take float32"
-    return "" if param.device.type == "cpu" else f"it is on {param.device}: the kernels are a CPU's"
+        return f"it is {kind}: the kernels take float32"
+    if param.device.type == "cpu":
+        return ""
+    return f"it is on {param.device}: the kernels are those of CPUs and NVIDIA GPUs"
 
 
 def why_not_yet(run: Run, optimizer: Optimizer, stage: Stage, k: int) -> str:
@@ -264,6 +270,8 @@ def why_shape(slot: Slot, stage: Stage) -> str:
     size = local(slot.param).shape
     out, inputs = (size[1], size[0]) if target.dim == 0 else (size[0], size[1])
     try:
-        return cpu_steps.why_not(Shape.of(out, inputs, p))
+        shape = Shape.of(out, inputs, p)
+        on_gpu = local(slot.param).device.type == "cuda"
+        return gpu_steps.why_not(shape) if on_gpu else cpu_steps.why_not(shape)
     except CompressError as error:
         return str(error)

@@ -1,8 +1,9 @@
 """Ops of training on kept places, behind `torch.library`: `nmflow::kept_linear`, its backward.
 
-Both are functions of their inputs alone. The weight is packed at each forward pass, from what it
-holds then, so no write of it goes unseen; the backward pass gets what was packed. A weight with a
-group that keeps more than N is multiplied as it is: the result is always that of `F.linear`.
+By `cpu_steps`, or on a GPU by `gpu_steps`, where `fits` stays on the device. Both are functions of
+their inputs alone. The weight is packed at each forward pass, from what it holds then, so no write
+of it goes unseen; the backward pass gets what was packed. A weight with a group that keeps more
+than N is multiplied as it is: the result is always that of `F.linear`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmflow.kernels import cpu_steps, reference
+from nmflow.kernels import cpu_steps, gpu_steps, reference
 from nmflow.kernels.calls import LIBRARY
 from nmflow.kernels.layout import Shape
 from nmflow.masks.kept_values import to_bits
@@ -42,7 +43,7 @@ def kept_linear(
 
     Args:
         x: `(..., in)`.
-        weight: W̃, `(out, in)`.
+        weight: W̃, `(out, in)`; on a GPU float32, or of the dtype of x, which is then of two bytes.
         bias: `(out,)` or None.
         kept: a bool mask like the weight, or that as `masks.kept_values.to_bits` has it, or None.
         n: N, what is kept of every M.
@@ -85,6 +86,10 @@ def _shape(weight: Tensor, n: int, m: int, panel: int) -> Shape | None:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None, n: int, m: int, panel: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if shape := gpu_steps.served(x, weight, n, m, panel):
+        packed = gpu_steps.pack(weight, kept, shape, x.dtype)
+        y = gpu_steps.forward(_rows(x), weight, *packed, bias, shape)
+        return y.view(*x.shape[:-1], shape.out), *packed
     shape = _shape(weight, n, m, panel)
     if shape is not None and x.dtype == weight.dtype and x.shape[-1:] == weight.shape[1:]:
         values, codes, fits = cpu_steps.pack(weight.contiguous(), kept, shape)
@@ -105,6 +110,13 @@ def _backward(
     n: int, m: int, panel: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dw, bias = (dy.new_empty(0) for _ in range(3))
+    if fits.dtype == torch.int32:  # of `gpu_steps`
+        shape, rows = _of(weight, n, m, panel), _rows(dy)
+        if wanted[0]:
+            dx = gpu_steps.input_grad(rows, weight, values, codes, fits, shape).view(x.shape)
+        if wanted[1]:
+            dw = gpu_steps.weight_grad(_rows(x), rows, codes, fits, shape, weight.dtype)
+        return dx, dw, rows.sum(0) if wanted[2] else bias
     if not bool(fits):
         flat = dy.reshape(-1, dy.shape[-1])
         dx = dy @ weight if wanted[0] else dx
@@ -131,6 +143,14 @@ for _key in ("CPU", "CUDA", "MPS", "XPU"):
 @torch.library.register_fake("nmflow::kept_linear", lib=LIBRARY)
 def _forward_fake(x, weight, bias, kept, n, m, panel):
     shape = _of(weight, n, m, panel)
+    if gpu_steps.served(x, weight, n, m, panel):
+        values, codes = gpu_steps.sizes(shape)
+        return (
+            x.new_empty((*x.shape[:-1], shape.out)),
+            x.new_empty(values),
+            x.new_empty(codes, dtype=torch.uint8),
+            x.new_empty((), dtype=torch.int32),
+        )
     values, codes = shape.tiled_sizes(torch.float32)
     return (
         x.new_empty((*x.shape[:-1], shape.out)),
@@ -143,9 +163,10 @@ def _forward_fake(x, weight, bias, kept, n, m, panel):
 @torch.library.register_fake("nmflow::kept_linear_backward", lib=LIBRARY)
 def _backward_fake(dy, x, weight, values, codes, fits, n, m, panel, wanted):
     sizes = (x.shape, weight.shape, weight.shape[:1])
-    return tuple(
+    dx, dw, bias = (
         dy.new_empty(size if want else (0,)) for size, want in zip(sizes, wanted, strict=True)
     )
+    return dx, dw.to(weight.dtype) if wanted[1] else dw, bias
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -177,21 +198,23 @@ def _gradients_twice(ctx: Any, *given: Tensor) -> tuple[Any, ...]:
     """Of dx = dy W, dw = K ⊙ dyᵀ x and Σ dy, with K the kept places; dense, and differentiable."""
     dy, x, weight, codes, fits = ctx.saved_tensors
     to_dx, to_dw, to_bias = (g if w else None for g, w in zip(given, ctx.wanted, strict=True))
+    kind, weight = weight.dtype, weight.to(dy.dtype)
     kept = weight.new_ones(weight.shape)
     if bool(fits):
         shape = _of(weight, *ctx.pattern)
-        ones = weight.new_ones(shape.tiled_sizes(torch.float32)[0])
-        kept = reference.dense(ones, codes, shape)
+        ones = torch.ones(shape.tiled_sizes(torch.float32)[0], device=weight.device)
+        kept = reference.dense(ones, codes, shape).to(dy.dtype)
     of_dy, of_x, of_w = torch.zeros_like(dy), torch.zeros_like(x), torch.zeros_like(weight)
     flat = dy.reshape(-1, dy.shape[-1])
     if to_dx is not None:
         of_dy = of_dy + to_dx @ weight.t()
         of_w = of_w + kept * (flat.t() @ to_dx.reshape(-1, to_dx.shape[-1]))
     if to_dw is not None:
+        to_dw = to_dw.to(dy.dtype)
         of_dy, of_x = of_dy + x @ (kept * to_dw).t(), of_x + dy @ (kept * to_dw)
     if to_bias is not None:
         of_dy = of_dy + to_bias
-    return of_dy, of_x, of_w, *[None] * 7
+    return of_dy, of_x, of_w.to(kind), *[None] * 7
 
 
 torch.library.register_autograd(
