@@ -158,6 +158,24 @@ def test_pages_are_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
 
+def test_every_way_has_the_processor_time_of_the_dense_steps() -> None:
+    equal_time = importlib.import_module("equal_time")
+    costs = pd.read_csv(equal_time.COSTS)
+    plan = sweep.load(STUDY / f"{equal_time.NAME}.yaml")
+    steps = {cell.run.recipe.title: cell.run.training.steps for cell in plan.cells}
+    assert steps.pop(equal_time.HELD) == steps["Settling"]
+    # The table has four digits.
+    assert all(abs(steps[way] - count) <= 1 for way, count in equal_time.solved(costs).items())
+    seconds = {way: float((part["share"] * part["cpu_seconds"]).sum())
+               for way, part in costs.groupby("way")}  # fmt: skip
+    for way, count in steps.items():
+        assert sum(equal_time.shares(way).values()) == pytest.approx(1)
+        assert count * seconds[way] == pytest.approx(240 * seconds["Dense"], abs=1.5 * seconds[way])
+    for cell in plan.cells:
+        on = cell.run.recipe.title not in ("Dense", "SR-STE", equal_time.HELD)
+        assert cell.run.sparse_steps == ("on" if on else "off")
+
+
 def test_the_page_for_engineers_has_the_tables_figures() -> None:
     overview = importlib.import_module("overview")
     assert overview.PAGE.read_text("utf-8") == overview.overview(), "run: make study"
