@@ -11,6 +11,7 @@ dynamic quantization.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,10 @@ def main() -> None:
     rows = []
     for part in ("teacher", "distilled-1-8"):
         plan = sweep.load(SWEEPS / f"{task}-{part}.yaml")
-        for cell in plan.finished:
-            rows += figures(cell.run, plan.store, TASKS[task].metric)
+        kept = [cell.run for cell in plan.finished if (plan.store / cell.run.id / MODEL).exists()]
+        sys.stdout.write(f"{part}: weights of {len(kept)} of {len(plan.cells)} runs are here\n")
+        for run in kept:
+            rows += figures(run, plan.store, TASKS[task].metric)
     place = RESULTS / f"{task}-int8"
     place.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_parquet(place / "int8.parquet", index=False)
