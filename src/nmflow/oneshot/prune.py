@@ -83,12 +83,14 @@ def prune(
       `nmflow.oneshot.sparsegpt`.
 
     The last two read calibration batches and go layer by layer: each layer (such as `layers.3`) is
-    judged by the inputs that it gets from the pruned layers before it. That takes one forward pass
-    over the batches for each layer, which ends after it; for a layer's weights at a time 4 bytes
-    an input (`wanda`) or 4 · in² bytes a matrix (`sparsegpt`); and a copy of the weights, so that
-    an error leaves the network as it was. Weights of `nn.Linear`, `Conv1D` and stacks of experts
-    are found where torch multiplies them; of others, such as convolutions, an error says why not.
-    Tokens whose `attention_mask` is 0 do not count.
+    judged by the inputs that it gets from the pruned layers before it. That takes two forward
+    passes over the batches in all, where layers read nothing but what the layer before gave and the
+    batches are the same each time; else one for each layer, which ends after it. It takes memory
+    for what a layer gives to all batches, and up to 1 GiB for earlier ones; for a layer's weights
+    at a time 4 bytes an input (`wanda`) or 4 · in² bytes a matrix (`sparsegpt`); and for a copy of
+    the weights, so that an error leaves the network as it was. Weights of `nn.Linear`, `Conv1D` and
+    stacks of experts are found where torch multiplies them; of others, such as convolutions, an
+    error says why not. Tokens whose `attention_mask` is 0 do not count.
 
     Frozen weights are pruned too. To train on with the masks held, attach `OneShot(dense=0)`
     afterwards. Training, if you can, is far better at N:M: see the
