@@ -1,10 +1,12 @@
 """Everything that the goals ask of AMX, on a machine that has it.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/amx.py [--csv FILE] [--parts layers vit]
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/amx.py [--csv FILE] [--parts layers vit steps]
 
 layers: panels of 16, 32 and 64 rows in bfloat16, through their op with x and y by tokens (which
   lays both anew), and with both by features, times the best dense way; see `kernels.py`.
 vit: ViT-Base on one image of 197 tokens, dense in bfloat16 and packed.
+steps: the three products of a training step in bfloat16, dense and of panels, 1,576 tokens. Whole
+  steps: `sparse_steps.py --ways "dense, bfloat16 autocast" "kept places, bfloat16 autocast"`.
 
 `--rehearse` runs all of it in small on tiles in C++: its figures say nothing, but that it runs.
 """
@@ -23,7 +25,8 @@ import nmflow
 from _timing import copies_of, facts, interleaved, rotate, write_csv
 from kernels import dense_calls, pack, sparse
 from nmflow import native
-from nmflow.kernels import cpu, ops
+from nmflow.kernels import cpu, cpu_steps, ops
+from nmflow.kernels.layout import Shape
 from nmflow.pattern import Pattern
 
 PANELS = (16, 32, 64)
@@ -118,10 +121,48 @@ def vit(seconds: float, small: bool) -> list[dict]:
     ]
 
 
+def steps(shapes: list[tuple[int, int]], tokens: int, seconds: float) -> list[dict]:
+    """Rows of the products of training steps."""
+    rows = []
+    for out, inputs in shapes:
+        x, dy = torch.randn(tokens, inputs).bfloat16(), torch.randn(tokens, out).bfloat16()
+        w = torch.randn(out, inputs).bfloat16()
+        calls: dict[str, Call] = {
+            "forward": lambda x=x, w=w: torch.nn.functional.linear(x, w),
+            "gradient of x": lambda dy=dy, w=w: dy @ w,
+            "gradient of W": lambda x=x, dy=dy: dy.t() @ x,
+        }
+        dense = list(calls)
+        for spec in ("1:8@16", "1:16@16", "1:16@64"):
+            shape = Shape.of(out, inputs, spec)
+            values, codes, _ = cpu_steps.pack(w.float() * nmflow.mask(w, spec), None, shape)
+            held = cpu_steps.halved(values, shape), codes, shape
+            calls |= {
+                f"forward {spec}": lambda x=x, h=held: cpu_steps.forward(x, *h[:2], None, h[2]),
+                f"gradient of x {spec}": lambda dy=dy, h=held: cpu_steps.input_grad(dy, *h),
+                f"gradient of W {spec}": lambda x=x, dy=dy, h=held: cpu_steps.weight_grad(
+                    x, dy, *h, True
+                ),
+            }
+        times = interleaved(calls, seconds)
+        for name, found in times.items():
+            best = next(times[one] for one in dense if name.startswith(one))
+            rows.append(
+                {
+                    **{"part": "steps", "what": f"({out}, {inputs})", "tokens": tokens},
+                    **{"way": name, "ms": round(found.median * 1e3, 4)},
+                    "times_dense": round(best.median / found.median, 2),
+                    **{"dense": "torch", "goal": ""},
+                }
+            )
+    return rows
+
+
 def main() -> None:
     """Measure, print, write; or say why not."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=["layers", "vit"], choices=["layers", "vit"])
+    parts = ["layers", "vit", "steps"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--rehearse", action="store_true")
@@ -135,11 +176,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows: list[dict] = []
     with torch.inference_mode():
+        shapes = [(64, 96)] if args.rehearse else [(3072, 768), (768, 3072)]
         if "layers" in args.parts:
-            shapes = [(64, 96)] if args.rehearse else [(3072, 768), (768, 3072)]
             rows += layers(shapes, [40] if args.rehearse else [197, 1024], args.seconds)
         if "vit" in args.parts:
             rows += vit(args.seconds, args.rehearse)
+        if "steps" in args.parts:
+            rows += steps(shapes, 40 if args.rehearse else 1576, args.seconds)
     for row in rows:
         print(" ".join(f"{key}={value}" for key, value in row.items()))
     print(", ".join(f"{key}: {value}" for key, value in facts().items()))

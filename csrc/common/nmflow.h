@@ -191,6 +191,14 @@ NMFLOW_API int32_t nmflow_input_grad(const nmflow_packed *packed, const float *d
 NMFLOW_API int32_t nmflow_weight_grad(const nmflow_packed *packed, const float *x, const float *dy,
                                       float *dw, float *bias, int64_t tokens, int32_t threads);
 
+/* The same gradients in bfloat16, for panels of multiples of 16 rows where tiles are there (NMFLOW_TILES): values, x,
+ * dy and dx are bfloat16, dw and bias float32. */
+NMFLOW_API int32_t nmflow_bf16_trains(const nmflow_shape *shape);
+NMFLOW_API int32_t nmflow_bf16_input_grad(const nmflow_packed *packed, const void *dy, void *dx, int64_t tokens,
+                                          int32_t threads);
+NMFLOW_API int32_t nmflow_bf16_weight_grad(const nmflow_packed *packed, const void *x, const void *dy, float *dw,
+                                           float *bias, int64_t tokens, int32_t threads);
+
 /* Kept elements of [rows][cols] together: the elements of row r where `kept`, a mask of bits, is set go,
  * in their order, to together[starts[r]] and on; starts has rows + 1 entries, and starts[r + 1] -
  * starts[r] is what row r keeps. NMFLOW_NOT_KEPT where it is not. On any instruction set. */

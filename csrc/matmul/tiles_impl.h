@@ -9,7 +9,7 @@
 #ifndef NMFLOW_TILES_IMPL_H
 #define NMFLOW_TILES_IMPL_H
 
-#include "avx512.h"
+#include "turn.h"
 
 #include "panel_impl.h"
 
@@ -24,22 +24,6 @@ int64_t steps_of(const nmf_geometry &g) { return nmf_ceil_div(g.entries, STEP); 
 
 /* ------------------------------------------------------------------ operands */
 
-/* 32 x 32 numbers of x, inputs from i on, to rows of `to` at token t of the block. */
-NMF_INLINE void turn_block(const uint16_t *x, int64_t stride, int64_t i, int64_t t, uint16_t *to) {
-  /* Pairs of inputs as floats: [16 pairs][16 tokens], of even tokens and of odd ones. */
-  alignas(64) float even[256], odd[256];
-  transpose16(reinterpret_cast<const float *>(x), stride, even, 16);
-  transpose16(reinterpret_cast<const float *>(x + stride), stride, odd, 16);
-  uint16_t *at = to + i * BLOCK + t;
-  const __m512i high = _mm512_set1_epi32(-65536);
-#pragma GCC unroll 16
-  for (int p = 0; p < 16; ++p, at += 2 * BLOCK) {
-    const __m512i a = _mm512_load_si512(even + 16 * p), b = _mm512_load_si512(odd + 16 * p);
-    _mm512_store_si512(at, _mm512_or_si512(_mm512_andnot_si512(high, a), _mm512_slli_epi32(b, 16)));
-    _mm512_store_si512(at + BLOCK, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(high, b)));
-  }
-}
-
 /* `count` tokens of x from `token` on as [in][64], zero past the last one up to the next 32. */
 void turn_inputs(const nmf_job *job, int64_t token, int64_t count, uint16_t *to) {
   const int64_t in = job->g.in, stride = job->x_stride;
@@ -53,21 +37,7 @@ void turn_inputs(const nmf_job *job, int64_t token, int64_t count, uint16_t *to)
     }
     return;
   }
-  x += token * stride;
-  for (int64_t t = 0; t < count; t += 32, x += 32 * stride)
-    for (int64_t i = 0; i < in; i += 32) {
-      const int64_t tokens = nmf_min(32, count - t), inputs = nmf_min(32, in - i);
-      if (tokens == 32 && inputs == 32) {
-        turn_block(x + i, stride, i, t, to);
-        continue;
-      }
-      alignas(64) uint16_t block[32 * 32], turned[32 * BLOCK];
-      memset(block, 0, sizeof block);
-      for (int64_t k = 0; k < tokens; ++k)
-        memcpy(block + 32 * k, x + k * stride + i, static_cast<size_t>(inputs) * 2);
-      turn_block(block, 32, 0, 0, turned);
-      for (int64_t k = 0; k < inputs; ++k) memcpy(to + (i + k) * BLOCK + t, turned + k * BLOCK, LINE);
-    }
+  turn_tokens(x + token * stride, stride, count, in, to, BLOCK);
 }
 
 /* The values of a tile as operands of [16 rows][16 pairs], one for every step. */

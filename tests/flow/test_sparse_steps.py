@@ -361,25 +361,28 @@ def test_clipped_accumulated_and_checkpointed_steps_equal_the_dense_computation(
     assert_near(parameters_of(runs[0].model), parameters_of(runs[1].model))
 
 
-def test_under_autocast_it_is_dense_and_says_so() -> None:
+def test_under_other_autocasts_than_bfloat16_it_is_dense_and_says_so() -> None:
     run, plain = _begun(), _begun()
     x = MLP.batches(1, FP32)[0]
     for one in (run, plain):
         one.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.float16):
             loss = loss_of(one.model(x))
         loss.backward()
-    assert "autocast" in why(run.flow, "0.weight")
+    assert "float16" in why(run.flow, "0.weight")
     whole = copy.deepcopy(plain.model)
     for p in whole.parameters():
         p.grad = None
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         loss = loss_of(whole(x))
     loss.backward()
     for p, q in zip(run.model.parameters(), whole.parameters(), strict=True):
         assert p.grad is not None
         assert q.grad is not None
         assert torch.equal(p.grad, q.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run.model(x).dtype == torch.bfloat16
+    assert len(sparse(run.flow)) == 2
     run.model(x)
     assert len(sparse(run.flow)) == 2
 

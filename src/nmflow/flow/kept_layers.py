@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from nmflow.kernels import gpu_steps
+from nmflow.kernels import cpu_steps, gpu_steps
 from nmflow.kernels.calls import autocast_dtype
 from nmflow.kernels.step_ops import kept_linear
 from nmflow.kernels.step_speed import seconds
@@ -63,18 +63,11 @@ class Way:
 
 def _said(x: Tensor, weight: Tensor) -> str:
     """Why a call is dense, in one clause; or ""."""
-    on = x.device.type
-    if on == weight.device.type == "cuda":
-        if why := gpu_steps.why_not_dtypes(autocast_dtype(x, weight) or x.dtype, weight.dtype):
-            return why
-        return _said_by_torch()
-    if torch.is_autocast_enabled(x.device.type):
-        return "it was called under autocast, and no kernel of its dtype is there"
-    if not (x.dtype == weight.dtype == torch.float32):
-        return f"it was called with {x.dtype} on weights of {weight.dtype}"
-    if x.device.type != "cpu" or weight.device.type != "cpu":
+    on, steps = x.device.type, {"cuda": gpu_steps, "cpu": cpu_steps}
+    if on != weight.device.type or on not in steps:
         return f"it was called on {x.device}"
-    return _said_by_torch()
+    given = autocast_dtype(x, weight) or x.dtype
+    return steps[on].why_not_dtypes(given, weight.dtype) or _said_by_torch()
 
 
 def _said_by_torch() -> str:
@@ -98,8 +91,7 @@ class OnKept(nn.Module):
         if way.dense_call(x, self.weight):
             return super().forward(x)
         kept, weight = way.kept, self.weight.t() if self.transposed else self.weight
-        if x.is_cuda:
-            x = x.to(autocast_dtype(x, weight) or x.dtype)
+        x = x.to(autocast_dtype(x, weight) or x.dtype)
         if torch.compiler.is_compiling():
             way.compiled = True
         elif way.decided is None:

@@ -182,8 +182,8 @@ def why_dense(slot: Slot) -> str:
     if param.device.type == "cuda":
         fits = param.dtype in (torch.float32, torch.bfloat16, torch.float16)
         return "" if fits else f"it is {kind}: the kernels take floats of 16 and 32 bits"
-    if param.dtype != torch.float32:
-        return f"it is {kind}: the kernels take float32"
+    if param.dtype not in (torch.float32, torch.bfloat16):
+        return f"it is {kind}: the kernels of CPUs take float32 and bfloat16"
     if param.device.type == "cpu":
         return ""
     return f"it is on {param.device}: the kernels are those of CPUs and NVIDIA GPUs"

@@ -26,6 +26,9 @@ def _lib() -> ctypes.CDLL:
     library.nmflow_pack.argtypes = [pointer, pointer, pointer, pointer, i64, pointer, i64, i32]
     library.nmflow_input_grad.argtypes = [pointer, pointer, pointer, i64, i32]
     library.nmflow_weight_grad.argtypes = [*[pointer] * 5, i64, i32]
+    library.nmflow_bf16_trains.argtypes = [pointer]
+    library.nmflow_bf16_input_grad.argtypes = [pointer, pointer, pointer, i64, i32]
+    library.nmflow_bf16_weight_grad.argtypes = [*[pointer] * 5, i64, i32]
     return library
 
 
@@ -37,6 +40,30 @@ def why_not(shape: Shape) -> str:
         return f"the kernels of training steps need AVX2, and {native.isa()} is in use"
     status = _lib().nmflow_trains(ctypes.byref(ShapeStruct.of(shape, torch.float32)))
     return f"the weight {native.REASONS[status]}" if status else ""
+
+
+def why_not_dtypes(x: torch.dtype, weight: torch.dtype) -> str:
+    """Why no kernel serves an x and a weight of these dtypes, in one clause; or ""."""
+    if x in (weight, torch.bfloat16) and weight in (torch.float32, torch.bfloat16):
+        return ""
+    return f"it was called with {x} on weights of {weight}"
+
+
+def halves(shape: Shape) -> bool:
+    """Whether both gradients are there in bfloat16, of a shape for which `why_not` is ""."""
+    numbers = ShapeStruct.of(shape, torch.bfloat16)
+    return _lib().nmflow_bf16_trains(ctypes.byref(numbers)) == 0
+
+
+def halved(values: Tensor, shape: Shape) -> Tensor:
+    """Tiled float32 values as tiled bfloat16 ones, which lie in pairs."""
+    tiles, entries, lanes = values.shape
+    pairs = values.new_zeros(shape.tiled_sizes(torch.bfloat16)[0], dtype=torch.bfloat16)
+    whole = entries // 2 * 2
+    pairs[:, : whole // 2] = values[:, :whole].view(tiles, -1, 2, lanes).transpose(2, 3)
+    if entries > whole:
+        pairs[:, -1, :, 0] = values[:, -1]
+    return pairs
 
 
 def pack(weight: Tensor, kept: Tensor | None, shape: Shape) -> tuple[Tensor, Tensor, bool]:
@@ -76,21 +103,27 @@ def forward(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape
 
 
 def input_grad(dy: Tensor, values: Tensor, codes: Tensor, shape: Shape) -> Tensor:
-    """`dy W` of rows `(tokens, out)`."""
+    """`dy W` of rows `(tokens, out)`, of the values' dtype."""
     dx = dy.new_empty(len(dy), shape.inputs)
     packed = ctypes.byref(PackedStruct.of(values, codes, shape))
-    threads = torch.get_num_threads()
-    _check(_lib().nmflow_input_grad(packed, dy.data_ptr(), dx.data_ptr(), len(dy), threads), shape)
+    half, lib, threads = values.dtype == torch.bfloat16, _lib(), torch.get_num_threads()
+    call = lib.nmflow_bf16_input_grad if half else lib.nmflow_input_grad
+    _check(call(packed, dy.data_ptr(), dx.data_ptr(), len(dy), threads), shape)
     return dx
 
 
 def weight_grad(
     x: Tensor, dy: Tensor, values: Tensor, codes: Tensor, shape: Shape, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`dyᵀ x` at the kept places, 0 elsewhere; and the sum of dy, where it is asked for."""
-    dw = x.new_empty(shape.out, shape.inputs)
-    bias = x.new_empty(shape.out) if with_bias else None
-    status = _lib().nmflow_weight_grad(
+    """`dyᵀ x` at the kept places, 0 elsewhere; and the sum of dy, where it is asked for.
+
+    x and dy are of the values' dtype, and both results float32.
+    """
+    dw = x.new_empty(shape.out, shape.inputs, dtype=torch.float32)
+    bias = dw.new_empty(shape.out) if with_bias else None
+    half = values.dtype == torch.bfloat16
+    call = _lib().nmflow_bf16_weight_grad if half else _lib().nmflow_weight_grad
+    status = call(
         *(ctypes.byref(PackedStruct.of(values, codes, shape)), x.data_ptr(), dy.data_ptr()),
         *(dw.data_ptr(), None if bias is None else bias.data_ptr(), len(x)),
         torch.get_num_threads(),

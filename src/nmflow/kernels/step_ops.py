@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nmflow.kernels import cpu_steps, gpu_steps, reference
 from nmflow.kernels.calls import LIBRARY
-from nmflow.kernels.layout import Shape
+from nmflow.kernels.layout import LANES, Shape
 from nmflow.masks.kept_values import to_bits
 
 LIBRARY.define(
@@ -41,9 +41,13 @@ def kept_linear(
     `kept` says; a group with fewer than N of them is filled up with its lowest others. Where a
     group keeps more than N, or no kernel serves the call, all of it is dense, as in `F.linear`.
 
+    On a CPU a bfloat16 x is multiplied in bfloat16 by panels of multiples of 16 rows, with sums of
+    float32, and in float32 by other patterns; what leaves is rounded to even.
+
     Args:
         x: `(..., in)`.
-        weight: W̃, `(out, in)`; on a GPU float32, or of the dtype of x, which is then of two bytes.
+        weight: W̃, `(out, in)`: of the dtype of x, or float32 where x has two bytes a number; on a
+            CPU these are bfloat16.
         bias: `(out,)` or None.
         kept: a bool mask like the weight, or that as `masks.kept_values.to_bits` has it, or None.
         n: N, what is kept of every M.
@@ -76,11 +80,25 @@ def _of(weight: Tensor, n: int, m: int, panel: int) -> Shape:
     return Shape(out, inputs, n, m, panel)
 
 
-def _shape(weight: Tensor, n: int, m: int, panel: int) -> Shape | None:
-    """The shape of a weight whose kernels are there, else None."""
-    floats = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > 0
+def _shape(x: Tensor, weight: Tensor, n: int, m: int, panel: int) -> Shape | None:
+    """The shape of a weight whose kernels are there for x, else None."""
+    fits = weight.device.type == "cpu" and weight.numel() > 0 and x.shape[-1:] == weight.shape[1:]
     isa = cpu_steps.isa()
-    return _served(*weight.shape, n, m, panel, isa) if floats and isa else None
+    if not (fits and isa) or cpu_steps.why_not_dtypes(x.dtype, weight.dtype):
+        return None
+    return _served(*weight.shape, n, m, panel, isa)
+
+
+@functools.cache
+def _halves(isa: str) -> bool:
+    """Whether panels of multiples of 16 rows are multiplied in bfloat16."""
+    return bool(isa) and cpu_steps.halves(Shape(LANES, LANES, 1, LANES, LANES))
+
+
+def _packs(x: Tensor, shape: Shape) -> torch.dtype:
+    """The dtype of the values that a call on a CPU packs."""
+    half = x.dtype == torch.bfloat16 and x.is_cpu and shape.shared and _halves(cpu_steps.isa())
+    return torch.bfloat16 if half else torch.float32
 
 
 def _forward(
@@ -90,17 +108,21 @@ def _forward(
         packed = gpu_steps.pack(weight, kept, shape, x.dtype)
         y = gpu_steps.forward(_rows(x), weight, *packed, bias, shape)
         return y.view(*x.shape[:-1], shape.out), *packed
-    shape = _shape(weight, n, m, panel)
-    if shape is not None and x.dtype == weight.dtype and x.shape[-1:] == weight.shape[1:]:
-        values, codes, fits = cpu_steps.pack(weight.contiguous(), kept, shape)
+    asked = _of(weight, n, m, panel)
+    own = _packs(x, asked)
+    if shape := _shape(x, weight, n, m, panel):
+        values, codes, fits = cpu_steps.pack(weight.float().contiguous(), kept, shape)
+        values = values if own == torch.float32 else cpu_steps.halved(values, shape)
         if fits:
-            bias = None if bias is None else bias.contiguous()
-            y = cpu_steps.forward(_rows(x), values, codes, bias, shape)
+            bias = None if bias is None else bias.to(own).contiguous()
+            y = cpu_steps.forward(_rows(x, own), values, codes, bias, shape).to(x.dtype)
             return y.view(*x.shape[:-1], shape.out), values, codes, torch.tensor(True)
     else:
-        asked = _of(weight, n, m, panel)
-        sizes, kind = asked.tiled_sizes(torch.float32), asked.code_dtype()
-        values, codes = weight.new_zeros(sizes[0]), weight.new_zeros(sizes[1], dtype=kind)
+        sizes, kind = asked.tiled_sizes(own), asked.code_dtype()
+        values = weight.new_zeros(sizes[0], dtype=own)
+        codes = weight.new_zeros(sizes[1], dtype=kind)
+    if x.dtype == torch.bfloat16:  # as autocast does
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.linear(x, weight, bias)
     return y, values, codes, torch.zeros((), dtype=torch.bool, device="cpu")
 
@@ -119,20 +141,21 @@ def _backward(
         return dx, dw, rows.sum(0) if wanted[2] else bias
     if not bool(fits):
         flat = dy.reshape(-1, dy.shape[-1])
-        dx = dy @ weight if wanted[0] else dx
-        dw = flat.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else dw
+        dx = dy @ weight.to(dy.dtype) if wanted[0] else dx
+        dw = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if wanted[1] else dw
         return dx, dw, flat.sum(0) if wanted[2] else bias
-    shape, rows = _of(weight, n, m, panel), _rows(dy)
+    own = values.dtype
+    shape, rows = _of(weight, n, m, panel), _rows(dy, own)
     if wanted[0]:
-        dx = cpu_steps.input_grad(rows, values, codes, shape).view(x.shape)
+        dx = cpu_steps.input_grad(rows, values, codes, shape).to(x.dtype).view(x.shape)
     if wanted[1]:
-        dw, found = cpu_steps.weight_grad(_rows(x), rows, values, codes, shape, wanted[2])
-        return dx, dw, bias if found is None else found
-    return dx, dw, rows.sum(0) if wanted[2] else bias
+        dw, found = cpu_steps.weight_grad(_rows(x, own), rows, values, codes, shape, wanted[2])
+        return dx, dw.to(weight.dtype), bias if found is None else found.to(dy.dtype)
+    return dx, dw, rows.sum(0).to(dy.dtype) if wanted[2] else bias
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+def _rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype or x.dtype).contiguous()
 
 
 for _key in ("CPU", "CUDA", "MPS", "XPU"):
@@ -151,10 +174,11 @@ def _forward_fake(x, weight, bias, kept, n, m, panel):
             x.new_empty(codes, dtype=torch.uint8),
             x.new_empty((), dtype=torch.int32),
         )
-    values, codes = shape.tiled_sizes(torch.float32)
+    own = _packs(x, shape)
+    values, codes = shape.tiled_sizes(own)
     return (
         x.new_empty((*x.shape[:-1], shape.out)),
-        weight.new_empty(values),
+        weight.new_empty(values, dtype=own),
         weight.new_empty(codes, dtype=shape.code_dtype()),
         torch.empty((), dtype=torch.bool, device="cpu"),
     )
