@@ -76,7 +76,7 @@ def _equal_time() -> list[str]:
     frame = frame.assign(
         points=100 * frame["test_accuracy"], check=100 * frame["validation_accuracy"]
     )
-    spent = pd.read_csv(RESULTS / TIME / "cpu_seconds.csv").groupby("setup")["cpu_seconds"].mean()
+    spent = pd.read_csv(RESULTS / TIME / "cpu_seconds.csv")
     ways = [s for s in dict.fromkeys(frame["setup"]) if s != SAME_STEPS]
     at = dict(zip(frame["setup"], frame["pattern"], strict=True))
     sparse = [s for s in ways if s != "Dense"]
@@ -89,7 +89,8 @@ def _equal_time() -> list[str]:
         own = summary(list(mine["points"]))
         rows.append(
             [setup, f"{mine['steps'].iloc[0]:,}", spread(own), f"{mine['check'].mean():.2f}",
-             f"{own.n}", *(column.get(setup, "–") for column in columns), f"{spent[setup]:.0f}"]
+             f"{own.n}", *(column.get(setup, "–") for column in columns),
+             f"{spent.loc[spent['setup'] == setup, 'cpu_seconds'].mean():.0f}"]
         )  # fmt: skip
     short = any(int(row[4]) < SEEDS for row in rows)
     won, lost = ([c.setup for c in over if getattr(c, way)] for way in ("better", "worse"))

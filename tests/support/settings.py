@@ -58,7 +58,6 @@ CASES = [
     ),
     Case("sdgf-stepwise", "SDGF", {"structure": "stepwise", "dense": 2, "finetune": 4}),
     Case("sdgf-geometric", "SDGF", {"structure": "geometric", "dense": 2, "finetune": 4}),
-    Case("sdgf-panels", "SDGF", {"structure": "panels", "dense": 2, "finetune": 4}),
     Case("hybrid", "Hybrid", {"structure": "stepwise", **_mdgf("linear", "straight-through")}),
     Case("hybrid-masked", "Hybrid", {"structure": "geometric", **_mdgf("exponential", "masked")}),
 ]
@@ -169,13 +168,14 @@ _HOWS = {"": {}, "-frozen": {"freeze_mask": True}, "-interval": {"mask_interval"
 PANEL_CASES = [
     Case(id + ending, kind, {**_PANELS, **kwargs}, how)
     for id, kind, kwargs in (
+        ("sdgf-panels", "SDGF", {}),
         ("sdgf-panels-masked", "SDGF", {"gradient": "masked"}),
         ("sdgf-panels-stairs", "SDGF", {"stairs": 3}),
         ("hybrid-panels", "Hybrid", {"decay": "linear", "gradient": "masked"}),
     )
     for ending, how in _HOWS.items()
     # Stairs have no interval, and the reference takes the hybrid's second mask at every step.
-    if "mask_interval" not in how or "masked" in id
+    if "mask_interval" not in how or (kind == "SDGF" and "stairs" not in kwargs)
 ]
 """Panels that grow, for networks whose patterns have some."""
 
