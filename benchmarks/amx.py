@@ -74,7 +74,7 @@ def layers(shapes: list[tuple[int, int]], tokens: list[int], seconds: float) -> 
             times = interleaved(calls, seconds)
             best = min(dense, key=lambda name: times[name].median)
             known = GOALS.get((out, inputs, count), ())
-            goals = dict(zip(PATTERNS, known, strict=bool(known)))
+            goals: dict[str, float] = dict(zip(PATTERNS, known, strict=bool(known)))
             for name, found in times.items():
                 goal = goals.get(name.split("@")[0]) if "@16 by features" in name else None
                 rows.append(

@@ -35,11 +35,11 @@ PACKED = {
 }
 
 
-def ways(model: nn.Module, sparse: bool) -> dict[str, nn.Module | None]:
+def ways(model: nn.Module, sparse: bool) -> dict[str, Any]:
     """The network as it is, and in 8 bits."""
     if not sparse:
         return {"float32": model, "int8, dynamic": int8_dynamic(model)}
-    packed: dict[str, nn.Module | None] = {"float32": model}
+    packed: dict[str, Any] = {"float32": model}
     for name, options in PACKED.items():
         packed[name] = nmflow.compress(model, PATTERN, "ff", measure=False, **options)
     return packed

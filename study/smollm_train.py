@@ -227,7 +227,7 @@ def searched(table: pd.DataFrame) -> dict[Run, float]:
     """The perplexities of the tuning runs that a table has."""
     if table.empty:
         return {}
-    rows = table[(table["part"] == "tuning") & (table["tokens"] > 0)]
+    rows: Any = table[(table["part"] == "tuning") & (table["tokens"] > 0)]
     names = [field.name for field in dataclasses.fields(Run)]
     keys = (Run(**row) for row in rows[names].to_dict("records"))
     return dict(zip(keys, rows["perplexity"], strict=True))

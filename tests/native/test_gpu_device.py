@@ -162,8 +162,8 @@ def test_compress_measures_on_the_gpu() -> None:
 def test_products_of_values_of_8_bits(spec: str, dtype: torch.dtype) -> None:
     """One rounding of y; of many tokens W is rounded too. With a tail of rows."""
     for out, inputs in ((1000, 1024), (520, 2048)):
-        shape, w, stream = (t.cuda() if isinstance(t, Tensor) else t
-                            for t in streamed(spec, out, inputs))  # fmt: skip
+        shape, w, stream = streamed(spec, out, inputs)
+        w, stream = w.cuda(), stream.cuda()
         for tokens, roundings in ((1, 1), (3, 1), (8, 1), (16, 1), (33, 1), (64, 1), (300, 3)):
             x, b = torch.randn(tokens, inputs).to(dtype).cuda(), torch.randn(out).to(dtype).cuda()
             y = gpu.matmul_int8(x, stream, b, shape, 1)

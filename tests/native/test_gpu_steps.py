@@ -166,7 +166,7 @@ def test_gradients_of_the_op(case: str, monkeypatch: pytest.MonkeyPatch) -> None
         w[3, :4], kept = 1.0, torch.ones_like(kept)
     given = [t.clone().requires_grad_() for t in (x.view(2, 3, 64), w, bias)]
     other = [t.detach().double().requires_grad_() for t in given]
-    y = kept_linear(*given, None, 1, 16, 64)
+    y = kept_linear(given[0], given[1], given[2], None, 1, 16, 64)
     want = F.linear(other[0], other[1].half().double(), other[2].half().double())
     dy = torch.randn_like(y)
     one = torch.autograd.grad(y, given, dy, create_graph=True)
@@ -202,7 +202,7 @@ def test_the_op_is_differentiable_and_compiles() -> None:
     for run in (kept_linear, torch.compile(kept_linear, fullgraph=True)):
         given = [t.clone().requires_grad_() for t in (x, w, bias)]
         other = [t.clone().requires_grad_() for t in (x, w, bias)]
-        y = run(*given, None, 1, 16, 64)
+        y = run(given[0], given[1], given[2], None, 1, 16, 64)
         want = F.linear(other[0], other[1].bfloat16(), other[2].bfloat16())
         torch.testing.assert_close(y, want, rtol=2**-6, atol=0.05)
         dy = torch.randn_like(y)

@@ -160,7 +160,7 @@ def list_entries(
         panel = first + tl.arange(0, BL)
         live = (panel < lists)[:, None] & real[None, :]
         own, found = tl.zeros((BL, BC), tl.int32), tl.zeros((BL, BC), tl.int32)
-        for n in tl.static_range(N):
+        for n in tl.static_range(N):  # pyright: ignore[reportGeneralTypeIssues]
             e = panel[:, None] * entries + (group * N + n)[None, :]
             hit = live & (tl.load(codes_ptr + e, mask=live, other=0).to(tl.int32) == code[None, :])
             own = tl.where(hit, e, own)
