@@ -6,7 +6,7 @@
 As `nmflow bench`, but all patterns take turns with the same rivals, and every layer is packed
 without being timed. Networks by their configurations, with random weights (speed does not depend
 on their values), pruned by magnitude. Packed runs once with the values as they are and once with
-8-bit values and activations, in torch and in onnxruntime. Prints Markdown.
+8-bit values and activations (`--values`), in torch and in onnxruntime. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from nmflow.packed.measure import time_ways
 
 VALUES: dict[str, dict[str, Any]] = {
     "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
     "int8": {"values": "int8", "activations": "int8"},
 }
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="of a text")
     parser.add_argument("--patterns", nargs="+", default=["1:8"])
     parser.add_argument("--include", nargs="+", default=["ff,attn"])
+    parser.add_argument("--values", nargs="+", default=["float32", "int8"], choices=VALUES)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each way")
     parser.add_argument("--rivals", default="int8,bfloat16,onnxruntime", help=", ".join(RIVALS))
@@ -54,9 +56,9 @@ def main() -> None:
     for include in args.include:
         for pattern in args.patterns:
             sparse = pruned(model, pattern, include.split(","))
-            for values, how in VALUES.items():
+            for values in args.values:
                 name = f"packed {include} {pattern}, {values}"
-                packed[name] = compress(sparse, tokens=(met,), measure=False, **how)
+                packed[name] = compress(sparse, tokens=(met,), measure=False, **VALUES[values])
                 runs[f"{name} (torch)"] = lambda one=packed[name]: one(**example)
     with ways.scratch() as folder:
         rivals, skipped = race(args.rivals.split(","), model, packed, example, Path(folder))

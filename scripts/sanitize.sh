@@ -21,4 +21,5 @@ export UBSAN_OPTIONS="print_stacktrace=1"
 export NMFLOW_LIBRARY="$library"
 "$python" -m pytest -q -p no:cacheprovider tests/native/test_native.py tests/native/test_cpu_kernels.py \
     tests/native/test_int8_kernels.py tests/native/test_hold.py tests/native/test_step_kernels.py \
+    tests/native/test_tiles.py tests/native/test_tile_steps.py \
     tests/flow/test_kept_values.py tests/packed/test_memory_layouts.py "$@"
