@@ -223,7 +223,7 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
         for p in ("1-16", "1-4", "1-32", "1-128", "2-4")
     }
     dense = {"dense-rates", "dense-rates-edges", "teacher", "dense", "rivals-rates", "rivals"}
-    more = {"long", "rivals-long", "attention", "panels", "permuted", "first-rates", "first"}
+    more = {"long", "rivals-long", "attention", "panels", "permuted", "first-rates"}
     more |= {"general-0.0002", "general-0.0004", "general-0.0008"}
     assert set(ran) == chain | {f"{part}-others" for part in chain} | patterns | dense | more
     assert pretrained.rates("cola", "rates")["Settling"] == 4e-4
