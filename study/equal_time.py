@@ -1,10 +1,11 @@
 """Page b's second part: what the same processor time buys, with steps on kept places.
 
-    python study/equal_time.py measure            # CPU seconds of a step; writes the sweep's file
-    python study/equal_time.py run [--seconds S]  # the runs that are missing, one after the other
+    python study/equal_time.py measure [--more]            # CPU seconds of a step; writes the sweep
+    python study/equal_time.py run [--more] [--seconds S]  # the runs that are missing, in order
 
 A step's seconds are measured on the same batches for every phase of every way, with one thread. The
-steps of a run are those that its way makes in the time of `DENSE_STEPS` dense ones.
+steps of a run are those that its way makes in the time of `DENSE_STEPS` dense ones. `--more` takes
+the ways that were added later.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import itertools
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 from choose import RESULTS, SEEDS, SWEEPS, write
+from equal_time_ways import MORE, MORE_NAME, NAME, TASK, WAYS, Way, setups, shares, shortest, solved
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -33,83 +36,28 @@ from nmflow.experiments.sweep_table import write_table
 from nmflow.experiments.tasks._text import ByLength
 from nmflow.experiments.training import train
 
-NAME, TASK = "sst2-minilm-time", "sst2-minilm"
-DENSE, HELD = "Dense", "Settling, dense products"
-DENSE_STEPS = 240
-RATE = 2e-4
-LONG = {"dense": 0.05, "finetune": 0.7}
-WAYS: dict[str, dict[str, Any]] = {
-    DENSE: {"name": "dense"},
-    "SR-STE": {"name": "sr-ste", "lam": 2e-3},
-    "MDGF-Exponential": {"name": "mdgf-exponential", "gradient": "masked", **LONG},
-    "Settling": {"name": "settling", "pull": 1.0, **LONG},
-    "One-shot": {"name": "one-shot", "dense": 0.15},
-}
-"""What is compared at equal time. All but the first two step on kept places in their last phase."""
-DENSE_PRODUCTS = (DENSE, "SR-STE")
-SHARED = {
-    "include": ["ff", "attn"],
-    "freeze_mask": True,
-    "training.precision": "fp32",
-    "training.device": "cpu",
-    "training.log_every": 1000,
-    "training.trainer": {
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-    },
-}
 BATCHES = 8
 """Batches of a measurement, the first ones of the tuning seed."""
-COSTS = RESULTS / NAME / "step_seconds.csv"
-SPENT = RESULTS / NAME / "cpu_seconds.csv"
 
 
-def setups(steps: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The sweep's setups; the last is settling once more, as many steps with dense products."""
-    found = [_setup(way, steps[way], way not in DENSE_PRODUCTS) for way in WAYS]
-    return [*found, _setup("Settling", steps["Settling"], False, HELD)]
+def costs_file(name: str) -> Path:
+    """The CPU seconds of a step, by way and phase."""
+    return RESULTS / name / "step_seconds.csv"
 
 
-def _setup(way: str, steps: int, sparse: bool, label: str = "") -> dict[str, Any]:
-    recipe = {**WAYS[way], "label": label or way}
-    return {
-        "label": label or way,
-        "recipe": recipe,
-        "sparse_steps": "on" if sparse else "off",
-        "training.learning_rate": RATE,
-        "training.steps": steps,
-        **SHARED,
-    }
+def spent_file(name: str) -> Path:
+    """The CPU seconds that each run took."""
+    return RESULTS / name / "cpu_seconds.csv"
 
 
-def solved(costs: pd.DataFrame) -> dict[str, int]:
-    """The steps of every way in the time of the dense one's."""
-    whole = {way: _step(costs[costs["way"] == way]) for way in WAYS}
-    return {way: round(DENSE_STEPS * whole[DENSE] / seconds) for way, seconds in whole.items()}
-
-
-def _step(costs: pd.DataFrame) -> float:
-    return float((costs["share"] * costs["cpu_seconds"]).sum())
-
-
-def shares(way: str) -> dict[str, float]:
-    """The share of a run that each phase takes."""
-    recipe = WAYS[way]
-    first = float(recipe.get("dense", 1.0 if way == DENSE else 0.0))
-    last = float(recipe.get("finetune", 1 - first if way == "One-shot" else 0.0))
-    found = {"dense": first, "masked": 1 - first - last, "frozen": last}
-    return {phase: share for phase, share in found.items() if share > 1e-9}
-
-
-def measure() -> pd.DataFrame:
+def measure(name: str, ways: Mapping[str, Way]) -> pd.DataFrame:
     """CPU seconds of a step, phase by phase: the mean over batches of the better of two tries.
 
     The ways take turns, step by step, so that a slow moment meets all of them.
     """
-    fake = setups(dict.fromkeys(WAYS, 3 * BATCHES))[: len(WAYS)]
-    runs = _read(fake, [100]).runs
+    timed = {title: way for title, way in ways.items() if not way.like}
+    fake = setups(timed, dict.fromkeys(timed, 3 * BATCHES))
+    runs = _read(name, fake, [100]).runs
     problem = tasks.build(runs[0])
     order = list(ByLength(problem.train.lengths, runs[0].training.batch_size, 100))
     size = runs[0].training.batch_size
@@ -117,50 +65,51 @@ def measure() -> pd.DataFrame:
     data: Any = problem.train
     batches = [problem.collate([data[i] for i in order[at : at + size]]) for at in rows]
     torch.manual_seed(100)
-    steps = [_timed(run, problem.model().train(), batches) for run in runs]
+    steps = [
+        _timed(title, way, run, problem.model().train(), batches)
+        for (title, way), run in zip(timed.items(), runs, strict=True)
+    ]
     spent: dict[tuple[str, str, int], float] = {}
     for turn in itertools.zip_longest(*steps):
         for step in filter(None, turn):
             spent[step[:3]] = min(step[3], spent.get(step[:3], float("inf")))
     found = []
-    for way in WAYS:
+    for title, way in timed.items():
         for phase, share in shares(way).items():
-            mean = sum(spent[way, phase, i] for i in range(BATCHES)) / BATCHES
-            found.append({"way": way, "phase": phase, "share": share, "cpu_seconds": mean})
+            mean = sum(spent[title, phase, i] for i in range(BATCHES)) / BATCHES
+            found.append({"way": title, "phase": phase, "share": share, "cpu_seconds": mean})
     return pd.DataFrame(found)
 
 
 def _timed(
-    run: Run, model: nn.Module, batches: list[dict[str, Any]]
+    title: str, way: Way, run: Run, model: nn.Module, batches: list[dict[str, Any]]
 ) -> Iterator[tuple[str, str, int, float]]:
     """Way, phase, batch and CPU seconds of each step of a run as short as its phases allow.
 
     A phase sees every batch twice, and the first of them once more before, untimed: masks are taken
     together there.
     """
-    way = run.recipe.title
-    wanted, steps = list(shares(way)), 2 * len(batches) + 1
+    least = 2 * len(batches) + 1
+    recipe, order = shortest(way, least)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=1e-6, weight_decay=run.training.weight_decay, fused=True,
     )  # fmt: skip
-    lengths = {"dense": steps if "dense" in wanted else 0, "finetune": steps}
-    recipe = run.recipe.build()
-    fields = {key: lengths[key] for key in lengths if key in run.recipe.options}
-    recipe = type(recipe)(**{**run.recipe.options, **fields})
     nmflow.attach(
-        model, optimizer, recipe, run.pattern, run.include, total_steps=steps * len(wanted),
+        model, optimizer, recipe, run.pattern, run.include, total_steps=len(order),
         freeze_mask=run.freeze_mask, sparse_steps=run.sparse_steps,
     )  # fmt: skip
-    for phase in wanted:
-        for number in range(steps):
-            began = time.process_time()
-            optimizer.zero_grad()
-            model(**batches[number % len(batches)]).loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), run.training.clip)
-            optimizer.step()
-            if number:
-                yield way, phase, number % len(batches), time.process_time() - began
+    seen: Counter[str] = Counter()
+    for phase in order:
+        began = time.process_time()
+        optimizer.zero_grad()
+        model(**batches[seen[phase] % len(batches)]).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), run.training.clip)
+        optimizer.step()
+        seconds = time.process_time() - began
+        if 0 < seen[phase] < least:
+            yield title, phase, seen[phase] % len(batches), seconds
+        seen[phase] += 1
 
 
 class Clocked:
@@ -189,57 +138,68 @@ class Clocked:
         return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
 
 
-def _read(each: list[dict[str, Any]], seeds: list[int]) -> experiments.Sweep:
+def _read(name: str, each: list[dict[str, Any]], seeds: list[int]) -> experiments.Sweep:
     axes = {"setup": each, "seed": seeds}
     about = "What equal processor time buys, on one thread of a CPU."
-    path = write(NAME, about, TASK, {"axes": axes}, script="study/equal_time.py")
+    path = write(name, about, TASK, {"axes": axes}, script="study/equal_time.py")
     return experiments.load(path)
 
 
-def run(seconds: float) -> None:
+def plan(name: str, costs: pd.DataFrame) -> experiments.Sweep:
+    """The sweep's file, from what was measured."""
+    if name == NAME:
+        return _read(name, setups(WAYS, solved(costs)), SEEDS)
+    first = experiments.load(SWEEPS / f"{NAME}.yaml")
+    steps = {run.recipe.title: run.training.steps for run in first.runs} | solved(costs)
+    added = {title: way for title, way in MORE.items() if title not in WAYS}
+    return _read(name, setups(added, steps), SEEDS)
+
+
+def run(name: str, seconds: float) -> None:
     """Make the runs that are missing, and write the tables after each."""
     began = time.monotonic()
-    plan = experiments.load(SWEEPS / f"{NAME}.yaml")
-    experiments.prepare(plan)
-    for cell in plan.cells:
-        folder = RunFolder(plan.store / cell.run.id)
+    sweep = experiments.load(SWEEPS / f"{name}.yaml")
+    experiments.prepare(sweep)
+    for cell in sweep.cells:
+        folder = RunFolder(sweep.store / cell.run.id)
         if folder.finished:
             continue
         if time.monotonic() - began > seconds:
             break
         train(cell.run, folder, None, Clocked)
-        _note(plan)
+        _note(name, sweep)
         sys.stdout.write(f"{time.monotonic() - began:6.0f} {cell.run.id}\n")
         sys.stdout.flush()
 
 
-def _note(plan: experiments.Sweep) -> None:
-    write_table(plan)
+def _note(name: str, sweep: experiments.Sweep) -> None:
+    write_table(sweep)
     spent = [
         {**cell.place, **pd.read_json(path, typ="series").to_dict()}
-        for cell in plan.finished
-        for path in [plan.store / cell.run.id / "cpu.json"]
+        for cell in sweep.finished
+        for path in [sweep.store / cell.run.id / "cpu.json"]
         if path.is_file()
     ]
-    pd.DataFrame(spent).to_csv(SPENT, index=False)
+    pd.DataFrame(spent).to_csv(spent_file(name), index=False)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("stage", choices=("measure", "run"))
+    parser.add_argument("--more", action="store_true", help="the ways that were added later")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    name, ways = (MORE_NAME, MORE) if args.more else (NAME, WAYS)
     if args.stage == "run":
-        run(args.seconds)
+        run(name, args.seconds)
         return
-    COSTS.parent.mkdir(parents=True, exist_ok=True)
-    costs = measure()
-    costs.to_csv(COSTS, index=False, float_format="%.4f")
-    steps = solved(costs)
-    _read(setups(steps), SEEDS)
-    sys.stdout.write(f"{costs.to_string()}\n{steps}\n")
+    costs = measure(name, ways)
+    costs_file(name).parent.mkdir(parents=True, exist_ok=True)
+    costs.to_csv(costs_file(name), index=False, float_format="%.4f")
+    plan(name, costs)
+    sys.stdout.write(f"{costs.to_string()}\n{solved(costs)}\n")
 
 
 if __name__ == "__main__":

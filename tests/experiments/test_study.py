@@ -158,22 +158,39 @@ def test_pages_are_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
 
-def test_every_way_has_the_processor_time_of_the_dense_steps() -> None:
-    equal_time = importlib.import_module("equal_time")
-    costs = pd.read_csv(equal_time.COSTS)
-    plan = sweep.load(STUDY / f"{equal_time.NAME}.yaml")
-    steps = {cell.run.recipe.title: cell.run.training.steps for cell in plan.cells}
-    assert steps.pop(equal_time.HELD) == steps["Settling"]
+@pytest.mark.parametrize("more", [False, True])
+def test_every_way_has_the_processor_time_of_the_dense_steps(more: bool) -> None:
+    ways, timing = (importlib.import_module(f"equal_time{end}") for end in ("_ways", ""))
+    name, given = (ways.MORE_NAME, ways.MORE) if more else (ways.NAME, ways.WAYS)
+    costs = pd.read_csv(timing.costs_file(name))
+    plan = sweep.load(STUDY / f"{name}.yaml")
+    first = sweep.load(STUDY / f"{ways.NAME}.yaml")
+    steps = {cell.run.recipe.title: cell.run.training.steps for cell in (*first.cells, *plan.cells)}
     # The table has four digits.
-    assert all(abs(steps[way] - count) <= 1 for way, count in equal_time.solved(costs).items())
+    assert all(abs(steps[way] - count) <= 1 for way, count in ways.solved(costs).items())
     seconds = {way: float((part["share"] * part["cpu_seconds"]).sum())
                for way, part in costs.groupby("way")}  # fmt: skip
-    for way, count in steps.items():
-        assert sum(equal_time.shares(way).values()) == pytest.approx(1)
-        assert count * seconds[way] == pytest.approx(240 * seconds["Dense"], abs=1.5 * seconds[way])
+    for title, way in given.items():
+        assert sum(ways.shares(way).values()) == pytest.approx(1)
+        if way.like:
+            assert steps[title] == steps[way.like]
+            continue
+        assert set(costs.loc[costs["way"] == title, "phase"]) == set(ways.shares(way))
+        spent = steps[title] * seconds[title]
+        assert spent == pytest.approx(240 * seconds["Dense"], abs=1.5 * seconds[title])
     for cell in plan.cells:
-        on = cell.run.recipe.title not in ("Dense", "SR-STE", equal_time.HELD)
-        assert cell.run.sparse_steps == ("on" if on else "off")
+        assert cell.run.sparse_steps == ("on" if given[cell.run.recipe.title].sparse else "off")
+
+
+def test_the_phases_of_a_way_are_those_of_its_steps() -> None:
+    """Counted by hand: 40 steps of a decay of four frames, 2:8 and 1:8 on kept places."""
+    ways = importlib.import_module("equal_time_ways")
+    sdgf = ways.MORE["SDGF-Stepwise"]
+    recipe, order = ways.shortest(sdgf, 10)
+    assert order == [
+        *["dense"] * 10, *["masked"] * 20, *["kept 2:8"] * 10, *["kept 1:8"] * 10, *["frozen"] * 10
+    ]  # fmt: skip
+    assert ways.phases(sdgf._replace(sparse=False), recipe, 60)[10:] == ["masked"] * 50
 
 
 def test_the_page_for_engineers_has_the_tables_figures() -> None:
