@@ -22,7 +22,19 @@ from typing import Any
 import pandas as pd
 import torch
 from choose import RESULTS, SEEDS, SWEEPS, write
-from equal_time_ways import MORE, MORE_NAME, NAME, TASK, WAYS, Way, setups, shares, shortest, solved
+from equal_time_ways import (
+    MORE,
+    MORE_NAME,
+    NAME,
+    ORDERED,
+    TASK,
+    WAYS,
+    Way,
+    setups,
+    shares,
+    shortest,
+    solved,
+)
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -35,6 +47,7 @@ from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.sweep_table import write_table
 from nmflow.experiments.tasks._text import ByLength
 from nmflow.experiments.training import train
+from nmflow.permute import permute_hidden
 
 BATCHES = 8
 """Batches of a measurement, the first ones of the tuning seed."""
@@ -145,6 +158,19 @@ def _read(name: str, each: list[dict[str, Any]], seeds: list[int]) -> experiment
     return experiments.load(path)
 
 
+def order_seconds() -> float:
+    """CPU seconds that it takes to put the hidden units in order, the better of two tries."""
+    sweep = experiments.load(SWEEPS / f"{MORE_NAME}.yaml")
+    one = next(run for run in sweep.runs if run.permute)
+    problem, spent = tasks.build(one), []
+    for _ in range(2):
+        model = problem.model()
+        began = time.process_time()
+        permute_hidden(model, problem.example, one.pattern, one.include, one.exclude)
+        spent.append(time.process_time() - began)
+    return min(spent)
+
+
 def plan(name: str, costs: pd.DataFrame) -> experiments.Sweep:
     """The sweep's file, from what was measured."""
     if name == NAME:
@@ -199,6 +225,9 @@ def main() -> None:
     costs_file(name).parent.mkdir(parents=True, exist_ok=True)
     costs.to_csv(costs_file(name), index=False, float_format="%.4f")
     plan(name, costs)
+    if args.more:
+        orders = pd.DataFrame([{"way": ORDERED, "cpu_seconds": order_seconds()}])
+        orders.to_csv(costs_file(name).with_name("order_seconds.csv"), index=False)
     sys.stdout.write(f"{costs.to_string()}\n{solved(costs)}\n")
 
 

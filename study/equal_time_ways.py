@@ -53,14 +53,15 @@ WAYS = {
     HELD: Way(_SETTLING, sparse=False, like="Settling"),
 }
 """What is compared at equal time; the last has as many steps as settling, and more time."""
+ORDERED, GROWING = "Panels, units in order", "Panels that grow"
 AS_LONG = "MDGF-Exponential, the steps of SR-STE"
 MORE = {
     DENSE: _DENSE,
     "SDGF-Stepwise": Way({"name": "sdgf-stepwise", "gradient": "masked", **PHASES}),
     "Gradual": Way({"name": "gradual", **PHASES}),
     "Panels": Way(_MDGF, pattern=PANELS),
-    "Panels, units in order": Way(_MDGF, pattern=PANELS, permute=True, like="Panels"),
-    "Panels that grow": Way(
+    ORDERED: Way(_MDGF, pattern=PANELS, permute=True, like="Panels"),
+    GROWING: Way(
         {"name": "sdgf-panels", "gradient": "masked", "dense": 0.15, "finetune": 0.5},
         pattern=PANELS,
     ),

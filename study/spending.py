@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pandas as pd
-from choose import RESULTS, ROOT, results
-from compare import Cell, by_seed, family
+from choose import ROOT, results
+from compare import by_seed, family
+from equal_time_page import equal_time
 from figures import forest
 from tables import (
     DECAYING,
@@ -15,7 +16,6 @@ from tables import (
     sparse_patterns,
     spread,
     table,
-    there,
 )
 from tasks import BY_NAME
 
@@ -24,10 +24,6 @@ from nmflow.experiments.report.statistics import summary
 HALF = 0.5
 """Points within which a sparser network counts as good as 2:4 (the paper's claim 3)."""
 TOKENS = 197
-TIME, SAME_STEPS = "sst2-minilm-time", "Settling, dense products"
-SEEDS = 5
-SAME = 1.0
-"""Points within which two ways to compute one run count as the same quality."""
 KERNELS = {"Sapphire Rapids": "kernels-f32.csv", "Zen 3": "kernels-zen3.csv"}
 
 
@@ -65,81 +61,8 @@ def equal_flops() -> str:
             "weight that is not zero. Products for its gradient count in full, unless the rule is "
             "masked ([Run sweeps](../sweeps.md#equal-cost)). Bold: Holm's p over the column is "
             "below 0.05.",
-            *(_equal_time() if there(TIME) else []),
+            *equal_time(),
         ]
-    )
-
-
-def _equal_time() -> list[str]:
-    """Fine-tuning MiniLM in the same processor time, with steps on kept places."""
-    frame = results(TIME)
-    frame = frame.assign(
-        points=100 * frame["test_accuracy"], check=100 * frame["validation_accuracy"]
-    )
-    spent = pd.read_csv(RESULTS / TIME / "cpu_seconds.csv")
-    ways = [s for s in dict.fromkeys(frame["setup"]) if s != SAME_STEPS]
-    at = dict(zip(frame["setup"], frame["pattern"], strict=True))
-    sparse = [s for s in ways if s != "Dense"]
-    over = family(frame, [(s, at[s], "SR-STE", at["SR-STE"]) for s in sparse[1:]], "points")
-    behind = family(frame, [(s, at[s], "Dense", at["Dense"]) for s in sparse], "points")
-    columns = [{cell.setup: gain(cell) for cell in cells} for cells in (over, behind)]
-    rows = []
-    for setup in dict.fromkeys(frame["setup"]):
-        mine = frame[frame["setup"] == setup]
-        own = summary(list(mine["points"]))
-        rows.append(
-            [setup, f"{mine['steps'].iloc[0]:,}", spread(own), f"{mine['check'].mean():.2f}",
-             f"{own.n}", *(column.get(setup, "–") for column in columns),
-             f"{spent.loc[spent['setup'] == setup, 'cpu_seconds'].mean():.0f}"]
-        )  # fmt: skip
-    short = any(int(row[4]) < SEEDS for row in rows)
-    won, lost = ([c.setup for c in over if getattr(c, way)] for way in ("better", "worse"))
-    twin = family(frame, [("Settling", at["Settling"], SAME_STEPS, at["Settling"])], "points")
-    return [
-        "",
-        "## At equal time, fine-tuned on a CPU",
-        "",
-        "*MiniLM-L6, pretrained, SST-2, FF and attention at 1:8, float32, one thread; change (26) "
-        "of the [protocol](protocol.md#changes) was committed before the runs. Rates are of page "
-        "n's search; phases are set for [steps on kept places](../howto/sparse-steps.md), "
-        "untried.*",
-        "",
-        f"**In the processor time of {frame.loc[frame['setup'] == 'Dense', 'steps'].iloc[0]} dense "
-        f"steps, {_names(won)} {'are' if len(won) > 1 else 'is'} above SR-STE"
-        f"{f', and {_names(lost)} below' if lost else ''}.** "
-        f"{_twin(twin)}",
-        "",
-        table(
-            ["", "steps", "held-out rows", "validation", "seeds", "over SR-STE", "over dense",
-             "CPU s"],
-            rows,
-        ),
-        "Accuracy × 100: mean ± standard deviation over seeds, differences paired by seed with "
-        "95 % intervals; bold: Holm's p over the column is below 0.05. Steps follow from a step's "
-        "CPU seconds of each phase, timed with nothing else on the machine (`step_seconds.csv`). "
-        "*CPU s* is the mean of what the runs took, on a machine that others used too: such "
-        f"seconds are longer, and not equally so. *{SAME_STEPS}* has as many steps as settling, "
-        "and more time."
-        f"{' Five seeds each were asked for: the others have not run.' if short else ''}",
-    ]  # fmt: skip
-
-
-def _names(names: list[str]) -> str:
-    *others, last = names or ["none"]
-    return f"{', '.join(others)} and {last}" if others else last
-
-
-def _twin(cells: list[Cell]) -> str:
-    """Whether kept places and dense products of one run are the same quality."""
-    if not cells:
-        return "Kept places beside dense products of the same run: too few seeds yet."
-    d = cells[0].difference
-    said = f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]".replace("-", "−")
-    within = d.low is not None and d.high is not None and d.low > -SAME and d.high < SAME
-    verdict = "the same quality" if within else "not shown to be the same quality"
-    return (
-        f"Settling on kept places over the same run with dense products: {said}, {verdict} by the "
-        f"protocol's rule (within ±{SAME:g})."
     )
 
 
