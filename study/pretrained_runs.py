@@ -54,8 +54,8 @@ def work(todo: Any, done: Any, eager: bool) -> None:
 class Plan:
     """The sweeps that are known so far, and the runs that wait, in their turns."""
 
-    def __init__(self, tasks: list[str]) -> None:
-        self.tasks = tasks
+    def __init__(self, tasks: list[str], parts: list[str] | None = None) -> None:
+        self.tasks, self.parts = tasks, parts
         self.known: dict[str, tuple[int, experiments.Sweep]] = {}
         self.tabled: set[str] = set()
         self.given: set[str] = set()
@@ -79,15 +79,18 @@ class Plan:
         return len(self.tabled) > before
 
     def next(self) -> tuple[str, str] | None:
-        """The store and the text of the next run, or None while there is none."""
+        """The store and the text of the next run, seeds before setups; None while there is none."""
         for _, sweep in sorted(self.known.values(), key=lambda pair: pair[0]):
-            if sweep.name in self.tabled:
+            if sweep.name in self.tabled or not self._wanted(sweep.name):
                 continue
-            for run in sweep.runs:
+            for run in sorted(sweep.runs, key=lambda one: one.seed):
                 if run.id not in self.given and not RunFolder(sweep.store / run.id).finished:
                     self.given.add(run.id)
                     return str(sweep.store), run.model_dump_json()
         return None
+
+    def _wanted(self, name: str) -> bool:
+        return self.parts is None or name.endswith(tuple(f"-{part}" for part in self.parts))
 
     def table_what_is_there(self) -> None:
         """Table main runs that lack seeds: a search is tabled whole or not at all."""
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", choices=TASKS)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--parts", nargs="+", help="these alone, such as main-1-16; all by default")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     args = parser.parse_args()
     start = time.monotonic()
@@ -124,7 +128,7 @@ def main() -> None:
     ]
     for one in workers:
         one.start()
-    plan, busy, failed = Plan(args.tasks), 0, 0
+    plan, busy, failed = Plan(args.tasks, args.parts), 0, 0
     plan.look()
     while time.monotonic() - start < args.seconds and any(one.is_alive() for one in workers):
         # Some wait in the queue, so that no worker does.
