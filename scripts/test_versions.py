@@ -45,9 +45,9 @@ TESTS = {
 }
 HEAD = """# The versions that are tested
 
-`make test-versions` makes these environments, runs the tests that involve other packages in each, on
-CPUs, and writes this page. `oldest` has every dependency at the lowest version that `pyproject.toml`
-allows.
+`make test-versions` makes these environments, runs the tests that involve other packages in each,
+on CPUs, and writes this page. `oldest` has every dependency at the lowest version that
+`pyproject.toml` allows.
 """
 
 
