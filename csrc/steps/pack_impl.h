@@ -62,8 +62,8 @@ bool pack_row(const nmf_stepping *job, int64_t row) {
   const G &g = job->g;
   const float *w = job->w + row * g.in;
   const uint64_t *kept = job->kept == nullptr ? nullptr : job->kept + row * nmf_ceil_div(g.in, 64);
-  float *values = job->values + row / 16 * g.entries * 16 + row % 16;
-  uint32_t *codes = static_cast<uint32_t *>(job->codes) + row / 16 * g.words * 16 + row % 16, word = 0;
+  float *values = job->to_values + row / 16 * g.entries * 16 + row % 16;
+  uint32_t *codes = static_cast<uint32_t *>(job->to_codes) + row / 16 * g.words * 16 + row % 16, word = 0;
   int shift = 0;
   int64_t first = 0, left = g.n, room = g.entries; /* of a group of several chunks; of the row */
   for (int64_t c = 0; c < g.in / 16; ++c) {
@@ -133,7 +133,7 @@ bool pack(const nmf_stepping *job, int64_t panel, int64_t panel_end, char *scrat
     }
     if (!columns_of(g, used, columns)) return false;
     for (int64_t row = begin; row < end; ++row) {
-      float *values = job->values + row / 16 * g.entries * 16 + row % 16;
+      float *values = job->to_values + row / 16 * g.entries * 16 + row % 16;
       const float *w = job->w + row * g.in;
       for (int64_t s = 0; s < g.entries; ++s) values[16 * s] = w[columns[s]];
     }
@@ -141,7 +141,7 @@ bool pack(const nmf_stepping *job, int64_t panel, int64_t panel_end, char *scrat
       for (const int64_t stop = nmf_min(s + g.span_entries, g.entries); s < stop; ++s)
         columns[s] -= static_cast<int32_t>(span);
     if (g.panels) {
-      uint8_t *codes = static_cast<uint8_t *>(job->codes) + p * g.entries;
+      uint8_t *codes = static_cast<uint8_t *>(job->to_codes) + p * g.entries;
       for (int64_t s = 0; s < g.entries; ++s) codes[s] = static_cast<uint8_t>(columns[s]);
       continue;
     }
@@ -150,7 +150,7 @@ bool pack(const nmf_stepping *job, int64_t panel, int64_t panel_end, char *scrat
       for (int64_t s = word * g.per; s < nmf_min(word * g.per + g.per, g.entries); ++s)
         bits |= static_cast<uint32_t>(columns[s]) << (s % g.per * g.bits);
       for (int64_t row = begin; row < end; ++row)
-        static_cast<uint32_t *>(job->codes)[(row / 16 * g.words + word) * 16 + row % 16] = bits;
+        static_cast<uint32_t *>(job->to_codes)[(row / 16 * g.words + word) * 16 + row % 16] = bits;
     }
   }
   return true;

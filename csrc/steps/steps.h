@@ -4,14 +4,16 @@
 
 #include "common.h"
 
-/* One job on a weight of g. A packed weight is values and codes in kernel layout (nmflow.h); x and dy
- * are row-major and contiguous. */
+/* One job on a weight of g. A packed weight is values and codes in kernel layout (nmflow.h), written by `pack` and read
+ * by the rest; x and dy are row-major and contiguous. */
 struct nmf_stepping {
   nmf_geometry g;
   const float *w; /* [out][in] */
   const uint64_t *kept; /* a mask of bits, or null */
-  float *values;
-  void *codes;
+  float *to_values;
+  void *to_codes;
+  const float *values;
+  const void *codes;
   const float *x, *dy;
   float *dx, *dw, *bias;
   int64_t tokens;
@@ -47,7 +49,6 @@ struct nmf_stepper {
   void (*input_grad)(const nmf_stepping *job, int64_t token_block, char *scratch);
   /* Tiles [tile, tile_end), of whole panels. */
   void (*weight_grad)(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch);
-  void (*wide_weight_grad)(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch);
 };
 extern const nmf_stepper nmf_steps_avx2, nmf_steps_avx512;
 

@@ -2,4 +2,4 @@
 #include "pack_impl.h"
 #include "wide_grad_impl.h"
 
-const nmf_stepper nmf_steps_avx512 = {pack, sort, input_grad, weight_grad, wide_weight_grad};
+const nmf_stepper nmf_steps_avx512 = {pack, sort, input_grad, any_weight_grad};

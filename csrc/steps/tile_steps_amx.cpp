@@ -2,4 +2,4 @@
 
 #include "tile_steps_impl.h"
 
-const nmf_tile_stepper nmf_tile_steps_amx = {turned_bytes, turn, input_grad_bytes, input_grad, weight_grad_bytes, weight_grad};
+const nmf_tile_stepper nmf_tile_steps_amx = KERNELS;

@@ -104,4 +104,10 @@ void wide_weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, c
   if (job->past) sent();
 }
 
+/* The gradient of W, whatever the rows are. */
+void any_weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch) {
+  const auto kernel = nmf_wide(&job->g) ? wide_weight_grad : weight_grad;
+  kernel(job, tile, tile_end, scratch);
+}
+
 }  // namespace
