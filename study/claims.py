@@ -113,14 +113,14 @@ def better() -> str:
             f"**Of {len(every)} cells, settling is significantly better than the best of the "
             f"paper's recipes in {_count(held)}, and worse in {_count(lost)}** (Holm over all "
             f"cells). Its mean is higher in {sum(c.difference.mean > 0 for _, c in every)} of "
-            "them. The best of the paper's is chosen by its test mean, which favours it.",
+            "them. The best of the paper's recipes is chosen by its test mean, which favours it.",
             "",
             table(["task", "pattern", "best of the paper's", "settling, points", "difference",
                    "p (Holm)"], shown),
             forest([c for _, c in every], "settling", where),
             "",
-            "What it is: [The recipes](../recipes.md#settling-settling). How it was found: "
-            "[the search](search.md).",
+            "[The recipes](../recipes.md#settling-settling) describes settling, and [the "
+            "search](search.md) how it was found.",
         ]
     )  # fmt: skip
 

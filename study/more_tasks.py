@@ -172,7 +172,7 @@ def _search(frame: pd.DataFrame, metrics: dict[str, str]) -> list[str]:
 
 _SEARCH = (
     "One seed (100), by learning rate, on rows held out from training. Each setup has the best of "
-    "its rates, which is a little kind to all. No interval: a lead, not a "
+    "its rates, which favours all of them slightly. There is no interval, so this is a lead, not a "
     "result."
 )
 _VISION = (
@@ -194,10 +194,10 @@ _ENCODER = (
     "committed before the runs."
 )
 _ENCODER_TABLE = (
-    "Sentences of GLUE's validation splits, beside the dense encoder: Spearman's correlation of "
-    "the similarities of all pairs, and the share of the ten nearest sentences that stay; and the "
-    "area under the curve of MRPC's paraphrase labels by similarity, which is no comparison with "
-    "the dense encoder (1,608 pairs). All × 100, mean ± standard deviation over seeds. Bold: p is "
+    "Sentences of GLUE's validation splits. Two figures compare with the dense encoder: Spearman's "
+    "correlation of the similarities of all pairs, and the share of the ten nearest sentences that "
+    "stay. The third does not: the area under the curve of MRPC's paraphrase labels by similarity "
+    "(1,608 pairs). All × 100, mean ± standard deviation over seeds. Bold: p is "
     "below 0.05 after Holm's correction over the figure's comparisons with that rival."
 )
 _VISION_RUN = """```sh

@@ -18,13 +18,13 @@ def pilot() -> str:
     return "\n".join(
         [
             *heading("A first look"),
-            "This is not a result of the [protocol](protocol.md): it was taken before the tuning, "
-            "on seeds that nothing else uses. SR-STE and MDGF-Exponential have what was best for "
-            "them in the [search](search.md) on characters (λ = 0.02; fine-tune 0.4). Settling has "
+            "This is not a result of the [protocol](protocol.md): it ran before the tuning, on "
+            "seeds that nothing else uses. SR-STE and MDGF-Exponential have their best settings "
+            "from the [search](search.md) on characters (λ = 0.02; fine-tune 0.4). Settling has "
             "its defaults. All have the same learning rate. The rival is a dense network of equal "
-            "inference FLOPs, its FF as narrow as the kept weights. A difference is settling minus "
-            "the other, paired by seed, with its 95 % interval. Bold: Holm's p over the table is "
-            "below 0.05.",
+            "inference FLOPs, with an FF as narrow as the kept weights. A difference is settling "
+            "minus the other, paired by seed, with its 95 % interval. Bold: Holm's p over the "
+            "table is below 0.05.",
             "",
             *_task("lm-pilot", "Characters, GPT-2: accuracy of the next character, points", RIVALS),
             *_task("vit-pilot", "CIFAR-10, ViT, 2,000 steps: accuracy, points", {"1:16": NARROW}),

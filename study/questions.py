@@ -59,7 +59,7 @@ def _on_images() -> list[str]:
     through = results("vit-rule")["validation_loss"].min()
     return [
         f"MDGF-Exponential on CIFAR-10 (ViT, tuning seed): {through:.4f} straight-through, "
-        f"{masked:.4f} masked, each at its best rate, on one seed: nothing follows from it."
+        f"{masked:.4f} masked, each at its best rate. That is one seed, so nothing follows from it."
     ]
 
 
@@ -211,7 +211,7 @@ def hybrid() -> str:
             table(["hybrid −", "points"], [[c.rival, gain(c)] for c in cells]),
             forest(cells, "g-hybrid"),
             "",
-            f"The hybrid itself: {cells[0].mean:.2f} points. All recipes: [page a](a-recipes.md).",
+            f"The hybrid has {cells[0].mean:.2f} points. [Page a](a-recipes.md) has all recipes.",
         ]
     )
 

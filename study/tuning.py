@@ -12,8 +12,9 @@ def tuning() -> str:
     out = [
         *heading("Tuning"),
         "The figures are the validation loss of the final N:M network at 1:16 on the tuning seed, "
-        "100. The least was taken ([protocol](protocol.md)). The test split was not read. *Edge* "
-        "marks a recipe whose best rate is the largest or the smallest that was tried.",
+        "100. The setting with the least loss was taken ([protocol](protocol.md)), without reading "
+        "the test split. *Edge* marks a recipe whose best rate is the largest or the smallest that "
+        "was tried.",
         "",
     ]
     for task in TASKS:
