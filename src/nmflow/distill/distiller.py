@@ -20,25 +20,25 @@ IGNORED = -100
 
 
 class Distiller:
-    r"""Train a network to do as its dense self: `loss = distiller(model, batch).loss`.
+    r"""Train a network to imitate its dense self: `loss = distiller(model, batch).loss`.
 
     `L = task · L_task + logits · L_logits + hidden · L_hidden`, with `logit_loss` and
     `hidden_loss`. The teacher runs without gradients, in evaluation mode, under the caller's
-    autocast and on the student's device. It costs one forward pass a step and its own memory:
-    unsharded on every process, or sharded by you as the student is. A `Distiller` is no module, so
+    autocast and on the student's device. It costs one forward pass per step and its own memory:
+    unsharded on every process, unless you shard it like the student. A `Distiller` is no module, so
     a module that holds one neither trains nor saves the teacher.
 
     `L_logits` is a mean over the positions of a batch. `L_hidden` is a ratio of sums over them, so
-    its gradient over micro-batches or processes is the mean of their ratios, as their losses are
-    averaged, and not the ratio over all.
+    over micro-batches or processes, whose losses are averaged, its gradient is that of the mean of
+    their ratios, not of the ratio over all.
 
-    Padding and labels of -100 do not count: a causal language model is compared where it predicts
-    a label that counts, a token classifier where its label counts, hidden states where the
-    attention mask is 1.
+    Padding and labels of -100 do not count: logits of a causal language model count at positions
+    that predict a counted label, logits of a token classifier at counted labels, and hidden states
+    where the attention mask is 1.
 
     Args:
         teacher: the dense network, which the call freezes.
-        task: weight of the network's own loss; 0 where the data have no labels.
+        task: weight of the network's own loss; 0 if the data have no labels.
         logits: weight of the loss on logits.
         hidden: weight of the loss on hidden states.
         temperature: T of the loss on logits.

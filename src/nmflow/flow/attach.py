@@ -34,32 +34,32 @@ def attach(
 ) -> Flow:
     r"""Train a model's weights to N:M sparsity: one line before an unchanged training loop.
 
-    From here on the network computes with `W̃ = W ⊙ (m + (1 - m) ⊙ m' · δ)`, and `optimizer.step`
-    steps the dense W, whose gradient is ∂L/∂W̃ under the recipe's rule. The model is not changed:
-    same modules, same parameters, same state-dict keys. W lives in `optimizer.state` and travels
-    in `optimizer.state_dict()`, with the step, so that resuming the optimizer resumes the recipe.
+    From here on, the network computes with `W̃ = W ⊙ (m + (1 - m) ⊙ m' · δ)`, and `optimizer.step`
+    steps the dense W, whose gradient is ∂L/∂W̃ under the recipe's rule. The model keeps its modules,
+    parameters and state-dict keys. `optimizer.state` holds W and the step, so they are part of
+    `optimizer.state_dict()`, and resuming the optimizer resumes the recipe.
 
     Args:
         model: the network; attach after it is moved, wrapped or sharded.
-        optimizer: the optimizer that owns the weights, or several that do together.
+        optimizer: the optimizer that owns the weights, or several that own them together.
         recipe: a name, such as `"settling"`, the default, or a recipe, such as `MDGF(dense=0.1)`.
         pattern: N:M with N kept, or patterns by glob or preset: `{"ff": "1:16", "qk": "1:4"}`.
-        include: presets, globs or both, see `plan`; where `pattern` has keys, they are included.
+        include: presets, globs or both, see `plan`; if `pattern` has keys, they are included.
         exclude: presets or globs to leave out.
-        total_steps: K, the optimizer steps of the whole run, also those before a resume.
+        total_steps: K, the optimizer steps of the whole run, including those before a resume.
         remainder: `"auto"`, `"error"` or `"skip"` an axis that M does not divide, see `plan`.
-        mask_interval: take the mask from W every so many steps only, and hold it in between, at
-            one byte a weight.
+        mask_interval: take the mask from W only every so many steps, and hold it in between, at
+            one byte per weight.
         freeze_mask: hold the mask through the fine-tune phase.
         norms: ‖x‖ of each input of each target, by label or parameter name, `(in,)`: masks then
-            keep the largest |W|·‖x‖ of a group, not the largest |W|. Give a resumed run the same.
+            keep the largest |W|·‖x‖ of a group, not the largest |W|. A resumed run needs the same.
         sparse_steps: `"on"` computes the forward and backward pass of a layer on kept places, once
-            its mask is binary and pruned weights cannot come back by their gradient, which is then
-            0 in `.grad`; `"auto"` where that is faster, by the first step; `"off"` never. Results
-            are equal within rounding. `Flow.explain` says which layers do.
+            its mask is binary and the gradient cannot bring pruned weights back; their `.grad` is
+            then 0. `"auto"` does so where the first step measures it to be faster; `"off"` never.
+            Results are equal within rounding. `Flow.explain` shows which layers do.
 
     Returns:
-        The flow; the loop needs nothing of it but `finalize` at the end.
+        The flow. The loop needs only its `finalize`, at the end.
 
     Raises:
         NMFlowError: a `PlanError`, `RecipeError`, `FlowError`, `StateError` or `WeightError`; the

@@ -84,19 +84,19 @@ class Flow(Looking):
         """A training step that runs as a CUDA graph, captured anew where the recipe changes it.
 
         Each call is one step of training: it looks for writes by others, tells the graph its δ,
-        replays it and counts. A step runs as it is before its first capture, and wherever it does
-        something else than the last one did: a new phase, another pattern, masks that are taken to
-        be held. So it does at every step where weights do not share a launch (panels, two masks,
-        float64, sharded weights; S-STE, MaxQ and STEP's second phase), and where an observer
-        looks. `GraphedStep.why` says why.
+        replays it and counts. A step runs without a graph before its first capture, and whenever
+        it differs from the last step: a new phase, another pattern, new masks that will be held.
+        Weights that do not share a launch (panels, two masks, float64, sharded weights; S-STE,
+        MaxQ and STEP's second phase) never have a graph, nor do steps that an observer sees.
+        `GraphedStep.why` gives the reason.
 
         Args:
-            step: does zero_grad, forward, backward and `optimizer.step()`, on tensors that stay
-                where they are; it waits for no device, and has no GradScaler. What it returns is
-                returned, and overwritten by the next call.
+            step: does zero_grad, forward, backward and `optimizer.step()`, on tensors that keep
+                their memory. It must not wait for the device, and has no GradScaler. The next
+                call overwrites what it returned.
 
         Returns:
-            A callable, to be called instead of `step`.
+            A callable to call instead of `step`.
 
         Raises:
             FlowError: there is no CUDA device, the optimizer has capturable=False, or the flow is
@@ -119,7 +119,7 @@ class Flow(Looking):
     # -- what one does with it -----------------------------------------------------------------
 
     def final_masks(self, copy: Copy | None = None) -> contextlib.AbstractContextManager[None]:
-        """Show the network with the final N:M masks, for an honest evaluation in mid-decay.
+        """Show the network with the final N:M masks, to evaluate it while weights still decay.
 
         Args:
             copy: a copy of the network, such as a moving average, which is shown as
@@ -131,8 +131,8 @@ class Flow(Looking):
         Raises:
             FlowError: the flow is finalized or inside `dense()`; an optimizer steps, or loads a
                 state, inside.
-            StateError: somebody wrote a weight since the last step, or inside. What was written
-                inside stays in the network, and `sync` takes it.
+            StateError: somebody wrote a weight since the last step, or inside. A write inside
+                stays in the network, and `sync` adopts it.
 
         Example:
             >>> import nmflow, torch
@@ -149,12 +149,12 @@ class Flow(Looking):
         return FinalMasks(self._blocks)
 
     def dense(self) -> contextlib.AbstractContextManager[None]:
-        """Show the dense weights W, take what the block makes of them, and show W̃ again.
+        """Show the dense weights W, adopt their values at the end of the block, and show W̃ again.
 
-        For whatever is done to weights beside the optimizer: a constraint after each step, another
-        checkpoint, new values for some units, an average of W. A block that raises takes nothing.
-        Masks that are held between steps stay, but for those that are due now and those of weights
-        that `load_state_dict` wrote.
+        Use it to change weights beside the optimizer: a constraint after each step, another
+        checkpoint, new values for some units, an average of W. A block that raises changes nothing.
+        Held masks stay, except those that are due now and those of weights that `load_state_dict`
+        wrote.
 
         Returns:
             A context manager. It does not turn gradients off.
@@ -179,17 +179,17 @@ class Flow(Looking):
         return Dense(self._blocks)
 
     def sync(self) -> None:
-        """Take what somebody wrote into the parameters since the last step as dense weights.
+        """Adopt as dense weights what somebody wrote into the parameters since the last step.
 
-        `W = where(param != W̃, param, W)`: a value that equals W̃ is no write, so that a pruned
-        weight that nobody wrote keeps its W. Where `load_state_dict` gave a weight, and it is
-        another than W̃, all of it is taken, zeros too. A mask that is held is taken anew in the
-        groups that were written. The step does not change.
+        `W = where(param != W̃, param, W)`: a value that equals W̃ is no write, so a pruned weight
+        that nobody wrote keeps its W. A weight from `load_state_dict` that differs from W̃ is
+        adopted whole, zeros too. A held mask is taken anew in the written groups. The step does
+        not change.
 
         Raises:
             FlowError: the flow is finalized or in a block; a layer was replaced.
             StateError: a weight has another shape.
-            WeightError: a NaN or an infinity was written; nothing is taken then.
+            WeightError: somebody wrote a NaN or an infinity; nothing is adopted then.
         """
         self._check_live("sync()")
         self._blocks.check_none("sync()")
@@ -200,7 +200,7 @@ class Flow(Looking):
                 stepper.edits.sync(stepper.k)
 
     def finalize(self) -> None:
-        """Leave a plain model: exact N:M weights, no hooks, an optimizer without our state.
+        """Leave a plain model: exact N:M weights, no hooks, an optimizer without nmflow's state.
 
         Raises:
             FlowError: called twice, or inside a block; a layer was replaced.
@@ -230,9 +230,9 @@ class Flow(Looking):
     def finalize_copy(self, copy: Copy) -> None:
         """Make a copy of the network, such as a moving average of it, exactly N:M, in place.
 
-        Each target of the copy keeps the N largest of its own weights in every group of M. A copy
-        of a network in training is not N:M: the masks that it averages differ. May be called
-        before and after `finalize`.
+        Each target of the copy keeps the N largest of its own weights in every group of M. An
+        average of a network in training is not N:M, since the averaged masks differ. You may call
+        this before and after `finalize`.
 
         Args:
             copy: a module with the model's parameters, under their names or with the prefixes of

@@ -61,7 +61,7 @@ def doctor() -> Doctor:
     """Look at torch, the compiled kernels, threads, the GPU and the optional packages.
 
     Returns:
-        The findings. Nothing is installed or changed.
+        The findings. It installs and changes nothing.
 
     Example:
         >>> from nmflow.inspect.machine import doctor

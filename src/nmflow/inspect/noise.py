@@ -91,13 +91,12 @@ def gradient_noise(
     r"""Signal-to-noise of the gradients of many independent batches at frozen weights.
 
     `snr = ‖ḡ‖² / Σ Var(g)` with the mean and the unbiased variance of each weight's gradient over
-    the batches, for kept and pruned weights apart. Unlike a second moment it is the same for a
-    gradient that is scaled down, so it compares recipes. Its expectation over B batches of pure
-    noise is 1/B, which `snr_unbiased` takes off: take 256 batches or more.
+    the batches, separately for kept and pruned weights. Unlike a second moment, it does not change
+    when the gradient is scaled, so it can compare recipes. Over B batches of pure noise, its
+    expectation is 1/B, which `snr_unbiased` subtracts: use 256 batches or more.
 
-    Nothing is written to the model: no `.grad`, no weight; it stays in the mode, training or
-    evaluation, that it is in. Two tensors a targeted weight are held, whatever the number of
-    batches (Welford's method).
+    The model does not change: no `.grad`, no weight, not its training or evaluation mode. The
+    memory is two tensors per targeted weight for any number of batches (Welford's method).
 
     Args:
         model: the network at the weights in question.

@@ -158,9 +158,9 @@ class Tracker:
 def track(flow: Flow, *, every: int = 1, per_target: bool = True) -> Tracker:
     """Record gradients, masks and distances of a flow's targets before each optimizer step.
 
-    A dense run (`attach(recipe="dense")`) is tracked alike: its mask is the one that its pattern
-    would keep, so that its rows are the baseline. Under a sharded model each rank records its own
-    rows of each weight. Between steps one bool a weight is held, the mask for `flip_rate`.
+    A dense run (`attach(recipe="dense")`) has a mask too: the one that its pattern would keep, so
+    its rows are the baseline. In a sharded model, each rank records its own rows of each weight.
+    Between steps, the tracker holds one bool per weight, the mask for `flip_rate`.
 
     Args:
         flow: a flow that is not finalized.

@@ -74,16 +74,16 @@ def prune(
     damping: float = DAMPING,
     block: int = BLOCK,
 ) -> Pruned:
-    r"""Prune a network to N:M in place, in one shot: for whoever cannot train, or to start from.
+    r"""Prune a network to N:M in place, in one shot, instead of training or before it.
 
     * `"magnitude"` keeps the largest `|w|`, and needs no data: `W ← W ⊙ m`. Sharded weights stay
       sharded.
     * `"wanda"` keeps the largest `|w| · ‖x‖`, see `nmflow.masks.wanda_score`.
-    * `"sparsegpt"` lets the weights that stay make up for the others, see
+    * `"sparsegpt"` also updates the kept weights to compensate for the others, see
       `nmflow.oneshot.sparsegpt`.
 
     The last two read calibration batches and go layer by layer: each layer (such as `layers.3`) is
-    judged by the inputs that it gets from the pruned layers before it. That takes two forward
+    pruned by the inputs that it gets from the pruned layers before it. That takes two forward
     passes over the batches in all, where layers read nothing but what the layer before gave and the
     batches are the same each time; else one for each layer, which ends after it. It takes memory
     for what a layer gives to all batches, and up to 1 GiB for earlier ones; for a layer's weights

@@ -51,14 +51,14 @@ def compress(
     """Replace every N:M weight by its kept values and their columns, where that is faster.
 
     A module is packed if the geometric mean over `tokens` of (best dense time / packed time) is
-    above 1. Dense are `F.linear`, oneDNN and packed oneDNN, or for a convolution the convolution
-    itself, channels last, and oneDNN packed, on about that many output positions. On an NVIDIA GPU
-    they are cuBLAS and, for 2:4, cuSPARSELt; calls are timed in CUDA graphs, on copies of the
-    weights that do not fit into the L2 (twice its bytes for each way, at a time). Modules of the
-    same kind, sizes and patterns are measured once, with as many threads as torch has; on a CPU on
-    as many copies of the weight in turn (64 MB at most), so that they lie where the network's do,
-    and not always in the nearest cache. Where a linear layer loses to packed oneDNN, it runs on
-    that (`OneDNNLinear`, which holds the weight twice); everything else that loses stays as it is.
+    above 1. The dense ways are `F.linear`, oneDNN and packed oneDNN; for a convolution, itself,
+    channels last, and packed oneDNN, on about that many output positions. On an NVIDIA GPU they
+    are cuBLAS and, for 2:4, cuSPARSELt, timed in CUDA graphs on copies of the weights that do not
+    fit into the L2 (twice its bytes for each way, at a time). Modules of the same kind, sizes and
+    patterns are measured once, with torch's number of threads. On a CPU, the measurement rotates
+    through as many copies of the weight as the network has (64 MB at most), so that they are not
+    always in the nearest cache. A linear layer that loses to packed oneDNN runs on that
+    (`OneDNNLinear`, which holds the weight twice); all other layers that lose stay as they are.
 
     Args:
         model: a model whose weights hold N:M, such as after `flow.finalize()`.
@@ -66,38 +66,39 @@ def compress(
             pattern that each weight holds, also for single blocks of rows of a fused `qkv`.
         include: presets or globs, as for `plan`; the default takes every weight.
         exclude: presets or globs to leave dense.
-        tokens: the token counts (rows of a layer's input) to be fast at.
+        tokens: the token counts (rows of a layer's input) that you serve.
         measure: False packs everything that can be packed, without timing.
         onednn: True also measures the linear layers that hold no pattern, and runs them on packed
             oneDNN where that is faster; they then hold their weight twice.
-        fuse: let packed layers apply the GELU, ReLU or SiLU module that alone reads their output,
-            which saves a pass over it; and on a CPU compute q, k and v of self-attention in one
-            call, where that is faster at `tokens`.
-        inplace: True changes `model`, whose packed layers stay the same objects, so that whoever
-            holds one holds it packed; the default leaves `model` alone and returns a copy.
+        fuse: let packed layers apply a GELU, ReLU or SiLU module that is the only reader of their
+            output, which saves a pass over it; and, on a CPU, compute q, k and v of self-attention
+            in one call, where that is faster at `tokens`.
+        inplace: True changes `model`; packed layers stay the same objects, also for others that
+            hold them. The default does not change `model` and returns a copy.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, run once
             in `model` and in the result: every packed layer that runs in one must run in the other,
-            and outside of training their outputs must agree.
-        values: `"int8"` rounds the kept values to 8 bits with one scale a row, `W[o] = s[o] q[o]`,
-            which `decompress` gives back; the report has each layer's error. None keeps their bits.
-        activations: with `values="int8"`: `"float"` multiplies the inputs as they are; `"int8"`
-            rounds each token to 8 bits first, which is faster and less exact, on CPUs alone.
-        dtype: `"bfloat16"` lets the packed layers of a float32 network multiply in bfloat16: kept
-            values are stored so, x is rounded at the layer's door, and y is float32 again. The
-            report has each layer's error. Layers that are as fast in float32 stay in it, if
-            `measure` is on. None multiplies in the dtype of the weight.
+            and outside training their outputs must agree.
+        values: `"int8"` rounds the kept values to 8 bits with one scale per row,
+            `W[o] = s[o] q[o]`, which `decompress` returns; the report has each layer's error. None
+            keeps their bits.
+        activations: with `values="int8"`, `"float"` multiplies unrounded inputs. `"int8"` rounds
+            each token to 8 bits first, which is faster and less exact, and runs on CPUs only.
+        dtype: `"bfloat16"` makes the packed layers of a float32 network multiply in bfloat16: kept
+            values are stored so, x is rounded, and y is float32 again. The report has each layer's
+            error. With `measure`, layers that are as fast in float32 stay in float32. None
+            multiplies in the dtype of the weight.
 
     Returns:
-        A model that runs like `model`, for inference; `report_of` says what became of each weight,
-        and why what is dense stayed so. Packed are `nn.Linear`, HF `Conv1D`,
-        `nn.MultiheadAttention` and ungrouped convolutions. If `model` is such a layer itself, you
-        get the packed layer.
+        A model that runs like `model`, for inference. `report_of` shows which weights are packed,
+        and why the others stay dense. `nn.Linear`, HF `Conv1D`, `nn.MultiheadAttention` and
+        ungrouped convolutions are packed. If `model` is such a layer itself, you get the packed
+        layer.
 
     Raises:
         CompressError: no weight holds a pattern that can be packed, `tokens` is empty or not
             positive, `values`, `activations` or `dtype` is none of those above, `values` is given
             for a model on a device without kernels for them, `activations="int8"` for one on a GPU,
-            or the copy would go on running layers of `model` (see `inplace`).
+            or the copy would still run layers of `model` (see `inplace`).
         PatternError, PlanError: as for `plan`.
 
     Example:
@@ -173,7 +174,7 @@ def compress(
 
 
 def decompress(model: Model, *, inplace: bool = False) -> Model:
-    """Give every packed module its dense one back, with exactly the weights that were packed.
+    """Replace every packed module by its dense one, with exactly the weights that were packed.
 
     Kept weights come back bit by bit and pruned ones as +0.0 (`torch.equal` holds; a pruned -0.0
     loses its sign).

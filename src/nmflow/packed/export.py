@@ -51,10 +51,10 @@ def export_onnx(
 ) -> Path:
     """Write a network as ONNX, and check with onnxruntime that it agrees.
 
-    ONNX knows no N:M op, so the masked dense network has its weights with their zeros, and every
-    runtime multiplies by them. With `packed=True` the packed layers are nmflow's own operator,
-    `nmflow::packed_linear`, on their kept weights: onnxruntime runs it under
-    `nmflow.onnxruntime_session_options()`, and other runtimes refuse the file.
+    ONNX has no N:M op, so the file holds the masked dense network, and runtimes multiply by its
+    zeros. With `packed=True`, packed layers become nmflow's operator `nmflow::packed_linear` on
+    their kept weights. onnxruntime runs it under `nmflow.onnxruntime_session_options()`; other
+    runtimes refuse the file.
 
     Args:
         model: a dense model that holds N:M, or what `compress` returned (it is decompressed).
@@ -62,14 +62,15 @@ def export_onnx(
         path: the file; written whole or not at all.
         dynamic_batch: as for `export_program`.
         verify: run the file with onnxruntime and compare with the model.
-        packed: True writes the packed layers of what `compress` returned, in float32.
+        packed: True writes the packed layers of what `compress` returned, with float32 or 8-bit
+            values.
 
     Returns:
         The path.
 
     Raises:
-        CompressError: `packed` and there is no packed layer, or one that is not float32; packages
-            are missing (`pip install 'nmflow[onnx]'`), the export fails, the
+        CompressError: `packed`, and there is no packed layer or one that does not compute in
+            float32; packages are missing (`pip install 'nmflow[onnx]'`), the export fails, the
             file cannot be written, or its outputs differ from the model's.
     """
     onnx_files.check_packages()

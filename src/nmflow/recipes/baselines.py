@@ -106,20 +106,20 @@ class SRSTE(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class SSTE(Recipe):
-    """S-STE: W̃ is a continuous function of W, since what is kept is what exceeds the threshold.
+    """S-STE: W̃ is a continuous function of W, since only the excess over a threshold is kept.
 
     W̃ = β·sign(W) ⊙ max(|W| - t, 0) from step d, with t the largest |w| of a group that is not kept
-    (of 2:4, the third largest), and the dense weight receives g. β = ⟨W, S⟩/⟨S, S⟩, S being W̃ / β,
-    is the least-squares factor of a weight at step d, and stays.
+    (of 2:4, the third largest), and the dense weight receives g. β = ⟨W, S⟩/⟨S, S⟩ with S = W̃ / β
+    is the least-squares factor of a weight tensor at step d, and stays constant.
 
     Args:
         dense: d, a fraction (float) or steps (int).
         finetune: the last steps, in which `freeze_mask` may keep the mask.
 
     References:
-        arXiv 2409.09099, for 2:4. Differs from it: any N:M; a panel's rows share
-        the places, and each row has a threshold of its own; its unbiased estimate of activation
-        gradients and FP8 are left to whoever writes the backward pass.
+        arXiv 2409.09099, for 2:4. Differs from it: any N:M; a panel's rows share the places, and
+        each row has its own threshold; the paper's unbiased estimate of activation gradients and
+        FP8 are not part of the recipe.
     """
 
     dense: float = 0.0

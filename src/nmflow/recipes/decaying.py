@@ -228,10 +228,10 @@ class Settling(MDGF):
     W̃ = W ⊙ (m + (1 - m)·δ) as in MDGF, and beside each optimizer step, at its learning rate,
     W ← W + lr·μ·(W̃ - W), that is W ← W - lr·μ·(1 - δ)·(1 - m) ⊙ W, with lr·μ at most 1.
 
-    Left alone, a pruned weight grows while it fades, above all under Adam, and comes back when the
-    mask turns binary. Under the pull it stays only as large as its updates are consistent. The
-    pull stands beside the gradient, as AdamW's weight decay does, so μ needs no tuning to the
-    gradient's scale.
+    Without the pull, a pruned weight grows while it fades, above all under Adam, and comes back
+    when the mask turns binary. Under the pull, it stays only as large as its updates are
+    consistent. The pull is separate from the gradient, like AdamW's weight decay, so μ needs no
+    tuning to the gradient's scale.
 
     Args:
         decay: as for `MDGF`.

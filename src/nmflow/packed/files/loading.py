@@ -24,11 +24,11 @@ def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
 
     Args:
         folder: what `save` wrote.
-        model: the dense architecture; its own weights do not matter and may be on `meta`, which
-            holds the least memory. What no file has, such as position ids, is then built again
-            where a constructor takes nothing but a `config`, as in transformers. Elsewhere each
-            tensor of the file goes where the one that it replaces was, such as on a GPU. The model
-            is changed in place, once everything in the folder has been checked.
+        model: the dense architecture. Its weights do not matter and may be on `meta`, which takes
+            the least memory; tensors that no file has, such as position ids, are then rebuilt if
+            the constructor takes only a `config`, as in transformers. Otherwise, each tensor of the
+            file goes to the device of the tensor that it replaces. The model changes in place,
+            after everything in the folder has been checked.
         fuse: as for `compress`.
 
     Returns:

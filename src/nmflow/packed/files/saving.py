@@ -30,17 +30,17 @@ def save(
     """Write a network to a folder, its N:M weights as kept values and their columns.
 
     The folder gets `nmflow.json` (patterns, axes, layout version, a SHA-256 per tensor) and one
-    safetensors file; `docs/layout.md` says how to read them without nmflow. Nothing is lost:
-    `load` gives every weight back bit by bit, but for the sign of a pruned zero. An older network
-    in the folder is replaced in one step; other files are left alone.
+    safetensors file; `docs/layout.md` says how to read them without nmflow. The files are lossless:
+    `load` returns every weight bit by bit, except for the sign of a pruned zero. An older network
+    in the folder is replaced in one step; other files do not change.
 
     A network of transformers or timm also gets its `config.json`, from which `from_pretrained`
-    builds it, and a model card (`README.md`; one that you wrote is left alone).
+    builds it, and a model card (`README.md`; your own card is not overwritten).
 
     Args:
         model: what `compress` returned; or a dense model whose weights hold N:M, such as after
             `flow.finalize()`, which is left as it is.
-        folder: made if it is not there.
+        folder: created if missing.
         pattern: as for `compress`; for the weights of `model` that are dense.
         include: as for `compress`.
         exclude: as for `compress`.
