@@ -158,6 +158,20 @@ def test_links_lead_somewhere(page, link):
     assert (page.parent / link).exists()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_lists_are_lists_and_paragraphs_are_none(page):
+    """An item wants a blank line above it; a line that begins with "0. " by chance is an item."""
+    text = re.sub(r"^( *)(`{3,}).*?^\1\2$", "", TEXT[page], flags=re.DOTALL | re.MULTILINE)
+    above, count = "", 0
+    for line in text.splitlines():
+        if found := re.match(r" *(\d+)\. ", line):
+            assert int(found[1]) in (1, count + 1), f"begins like an item of a list: {line}"
+            count = int(found[1])
+        if line.startswith(("* ", "- ", "+ ")) and above:
+            assert re.match(r"[*+-] | |#|<!--", above), f"no blank line above the item: {line}"
+        above = line
+
+
 def test_every_page_is_in_the_tree_of_the_site():
     tree = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
     docs = ROOT / "docs"
