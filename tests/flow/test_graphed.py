@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import _disable_current_modes
 
 from harness import Run, assert_near, assert_same, dense_of, parameters_of
 from models import MLP, loss_of
@@ -23,99 +22,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter (TRITON_INTERPRET=1, no GPU)", allow_module_level=True)
 
-from nmflow.masks import triton_kernel
-
-KERNELS = ("project_all", "hold_all", "fingerprints")
-
-
-class Recorder(TorchDispatchMode):
-    """Captures what torch and Triton are asked for, as a CUDA graph does: by address, once for all.
-
-    A capture runs nothing. Here it does, and what it wrote is put back.
-    """
-
-    def __init__(self, state: Callable[[], list[Tensor]]) -> None:
-        super().__init__()
-        self._state, self._calls = state, []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        assert func not in (torch.ops.aten._local_scalar_dense.default,), "read on the host"
-        # Where memory lies now: parameters trade theirs in the course of a step.
-        here = tree_map_only(Tensor, lambda x: x.data, (args, kwargs))
-        out = func(*args, **kwargs)
-        self._calls.append((func, *here, tree_map_only(Tensor, lambda x: x.data, out)))
-        return out
-
-    def launched(self, kernel: Any, grid: Any, kwargs: dict[str, Any]) -> None:
-        """A launch of Triton's, among torch's calls."""
-        self._calls.append((lambda: kernel[grid](**kwargs), (), {}, None))
-
-    def warm(self, step: Callable[[], Any]) -> Any:
-        return step()
-
-    def capture(self, step: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
-        self._calls = calls = []
-        before = [(x, x.clone()) for x in self._state()]
-        _ACTIVE.append(self)
-        try:
-            with self:
-                out = step()
-        finally:
-            _ACTIVE.clear()
-            with torch.no_grad():
-                for x, was in before:
-                    x.copy_(was)
-        return lambda: _replay(calls), out
-
-
-_ACTIVE: list[Recorder] = []
-
-
-@torch.no_grad()
-def _replay(calls: list[Any]) -> None:
-    for func, args, kwargs, out in calls:
-        found = func(*args, **kwargs)
-        known = [out] if isinstance(out, Tensor) else out
-        again = [found] if isinstance(found, Tensor) else found
-        if not isinstance(known, list | tuple):
-            continue
-        for a, b in zip(known, again, strict=True):
-            if isinstance(a, Tensor) and a.data_ptr() != b.data_ptr():
-                a.copy_(b)
-
-
-class Kernel:
-    """A Triton kernel whose launches a recorder sees: only of what was compiled before."""
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel, self._compiled = kernel, set()
-
-    def _variant(self, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """What Triton compiles once for."""
-
-        def kind(name: str, x: Any) -> Any:
-            if isinstance(x, Tensor):
-                return x.dtype, x.data_ptr() % 16 == 0
-            special = (x == 1, x % 16 == 0) if isinstance(x, int) else None
-            return x if name.isupper() or x is None else (type(x), special)
-
-        return tuple((name, kind(name, x)) for name, x in kwargs.items())
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def run(**kwargs: Any) -> None:
-            active = _ACTIVE[:]
-            _ACTIVE.clear()
-            variant = self._variant(kwargs)
-            assert not active or variant in self._compiled, "compiled in a capture"
-            self._compiled.add(variant)
-            with _disable_current_modes():
-                self._kernel[grid](**kwargs)
-            if active:
-                active[0].launched(self._kernel, grid, kwargs)
-                _ACTIVE[:] = active
-
-        return run
+from nmflow.masks import launches, triton_kernel
+from recorded_graphs import KERNELS, Kernel, Recorder
 
 
 @pytest.fixture(autouse=True)
@@ -123,15 +31,23 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "_waits", lambda w: w.dtype == torch.float32)
     monkeypatch.setattr(marks, "_together", lambda x: x.numel() > 0)
     monkeypatch.setattr(edits, "waits", lambda x: True)
+    # In a capture tables are sent to another place: there, what no recorder sees is not captured.
+    monkeypatch.setattr(launches, "_far", lambda device: bool(launches._captures))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: _disable_current_modes())
     for name in KERNELS:
         monkeypatch.setattr(triton_kernel, name, Kernel(getattr(triton_kernel, name)))
+
+
+def _fill() -> None:
+    for there, t in launches._captures[0].late:
+        there.copy_(t)
 
 
 class Momentum(torch.optim.Optimizer):
     """Steps on the device alone, as a capturable optimizer does."""
 
-    def __init__(self, params: Any, lr: float | Tensor) -> None:
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params: Any, lr: float | Tensor, maximize: bool = False) -> None:
+        super().__init__(params, {"lr": lr, "maximize": maximize})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -140,23 +56,26 @@ class Momentum(torch.optim.Optimizer):
                 if p.grad is not None:
                     state = self.state[p]
                     moved = state.setdefault("moved", torch.zeros_like(p))
-                    moved.mul_(0.9).add_(p.grad)
+                    moved.mul_(0.9).add_(-p.grad if group["maximize"] else p.grad)
                     p.sub_(moved * group["lr"])
 
 
 class Both:
     """A run that is graphed, and one that is not."""
 
-    def __init__(self, case: str, lr: float | Tensor | None = None, **more: Any) -> None:
-        def make(params: Any) -> torch.optim.Optimizer:
+    def __init__(
+        self, case: str, lr: float | Tensor | None = None, make: Any = None, **more: Any
+    ) -> None:
+        def usual(params: Any) -> torch.optim.Optimizer:
             return Momentum(params, torch.tensor(0.05) if lr is None else lr)
 
+        make = make or usual
         self.plain, self.run = (
             Run(MLP, BY_ID[case], make, dtype=torch.float32, **more) for _ in range(2)
         )
         self.x = torch.empty_like(MLP.batches(1, torch.float32)[0])
         parts = [s.graphs for s in self.run.flow._steppers]
-        self.recorder = Recorder(self._state)
+        self.recorder = Recorder(self._state, _fill)
         self.step = GraphedStep(parts, self._train, self.recorder)
 
     def _train(self) -> Tensor:
@@ -200,6 +119,46 @@ def test_replays_are_steps(case: str) -> None:
     said = both.train(MLP.batches(TOTAL, torch.float32))
     assert said.count("") >= TOTAL // 3, said
     both.run.flow.finalize()
+
+
+def _maximizes(params: Any) -> torch.optim.Optimizer:
+    return Momentum(params, torch.tensor(0.05), maximize=True)
+
+
+def _groups(params: Any) -> torch.optim.Optimizer:
+    """A group, and a rate in a tensor of its own, for each."""
+    return Momentum([{"params": [p], "lr": torch.tensor(0.05)} for p in params], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "make"),
+    [
+        ("mdgf-linear-masked", _maximizes),
+        pytest.param("mdgf-exp-masked", _groups, marks=pytest.mark.slow),
+        ("settling-interval", _groups),
+    ],
+)
+def test_a_replay_takes_its_own_delta(case: str, make: Any) -> None:
+    """Also where a rule is said uphill, and where weights are drawn one by one, by masks held."""
+    both = Both(case, make=make)
+    said = both.train(MLP.batches(TOTAL, torch.float32))
+    assert said.count("") >= 2, said
+
+
+def test_a_gradient_that_lies_in_another_order_is_refused_in_a_capture() -> None:
+    """Its rule would have δ of the capture in every replay."""
+    both = Both("mdgf-linear-masked")
+    weight = both.run.model.get_parameter("0.weight")
+
+    def turn(p: Tensor) -> None:
+        assert p.grad is not None
+        p.grad = p.grad.t().contiguous().t()
+
+    weight.register_post_accumulate_grad_hook(turn)
+    batches = MLP.batches(TOTAL, torch.float32)
+    with pytest.raises(FlowError, match=r"'0\.weight' has a gradient that does not lie"):
+        both.train(batches)
+    both.same()
 
 
 @pytest.mark.slow

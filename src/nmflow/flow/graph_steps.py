@@ -135,7 +135,7 @@ class GraphSteps:
             return None
         device = bundle.dense[0].device
         return {
-            (at, kind): torch.full((), stage.delta, device=device)
+            (at, kind): torch.full((), stage.delta, dtype=torch.float32, device=device)
             for at in (k, k + 1)
             for kind, stage in run.kinds(self._weights.known, at).items()
         }

@@ -53,7 +53,11 @@ class CudaRecorder:
     def capture(self, step: Callable[[], T]) -> tuple[Callable[[], object], T]:
         """A graph in the memory of those before it."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream,
+            # A loader's thread may pin memory meanwhile, which "global" would not allow it.
+            capture_error_mode="thread_local",
+        ):  # fmt: skip
             out = step()
         self._pool = self._pool or graph.pool()
         return graph.replay, out

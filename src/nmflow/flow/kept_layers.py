@@ -78,6 +78,11 @@ def _said_by_torch() -> str:
     return ""
 
 
+def _captured(x: Tensor) -> bool:
+    """Whether a call is captured in a CUDA graph, in which nothing can be timed."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class OnKept(nn.Module):
     """What the classes of such layers share."""
 
@@ -95,7 +100,7 @@ class OnKept(nn.Module):
         if torch.compiler.is_compiling():
             way.compiled = True
         elif way.decided is None:
-            if not (torch.is_grad_enabled() and weight.requires_grad):
+            if not (torch.is_grad_enabled() and weight.requires_grad) or _captured(x):
                 return super().forward(x)  # no step that could be measured
             way.decide(x, weight, kept)
             if not way.decided:

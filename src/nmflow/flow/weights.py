@@ -148,12 +148,18 @@ class Weights:
         if recipe.gradient != "masked" and not recipe.lam:
             return
         held, rest = self.has_masks(k), self.pruned
-        if not uphill:
+        if not (uphill and recipe.lam):
             rest = self.together.rule(k, self.kinds(k), held, recipe.lam, scale)
         stages = self.stages(k) if rest else {}
         for slot in rest:
             if slot.param.grad is None or slot.places is not None:
                 continue
+            if self.together.deltas is not None:
+                raise FlowError(
+                    f"'{slot.name}' has a gradient that does not lie in memory as the weight does, "
+                    "and its rule would have δ as a number, which a CUDA graph holds as it was: "
+                    "leave .grad to backward(), or step without flow.graphed()"
+                )
             if slot.param.grad.is_sparse:
                 raise FlowError(
                     f"'{slot.name}' has a sparse gradient, which the rule of {recipe.name} cannot "
@@ -196,6 +202,7 @@ class Weights:
                     continue
                 part, sparse = region.of(dense), region.of(shown)
                 by_mask = (held and not stage.previous) or stage.gain != 1.0
+                by_mask &= self.together.deltas is None  # W̃ has the δ that a graph is told
                 kept = slot.masks(region, stage, held)[0] if by_mask else None
                 if kept is None and not isinstance(lr, Tensor):
                     amount = min(1.0, lr * pull * stage.rate)

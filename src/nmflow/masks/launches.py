@@ -239,6 +239,18 @@ class _Capture:
     def __init__(self) -> None:
         self.tables: list[Tensor] = []
         self.late: list[tuple[Tensor, Tensor]] = []
+        self._aside = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def room(self, t: Tensor, device: torch.device) -> Tensor:
+        """Memory for a tensor that no part of the graph writes.
+
+        What a capture allocates is its graph's own, which gives it to several tensors in turn: what
+        was there before the table would be written over it at each replay.
+        """
+        with torch.cuda.stream(self._aside):  # which is not captured
+            there = torch.empty_like(t, device=device)
+        self.late.append((there, t))
+        return there
 
 
 _captures: list[_Capture] = []  # the one that runs now, or none
@@ -259,9 +271,13 @@ def end_capture() -> list[Tensor]:
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
     """A tensor on its way to a device, without waiting for it."""
-    if device.type != "cuda":
+    if not _far(device):
         return t
     if _captures:  # no copy from the host may be captured
-        _captures[0].late.append((there := torch.empty_like(t, device=device), t))
-        return there
+        return _captures[0].room(t, device)
     return t.pin_memory().to(device, non_blocking=True)
+
+
+def _far(device: torch.device) -> bool:
+    """Whether a tensor has to be sent there."""
+    return device.type == "cuda"

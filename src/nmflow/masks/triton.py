@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nmflow.pattern import Pattern
 
@@ -29,10 +30,13 @@ _WIDEST = 4096
 @functools.cache
 def why_not() -> str:
     """Why the kernel does not work here, in one clause; empty where it does."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        # A first launch shows what an import does not: Triton builds it with a C compiler.
-        some = torch.zeros(16, device="cuda" if torch.cuda.is_available() else "cpu")
-        project(some, Pattern("1:16"), 0, out=some)
+        # A first launch shows what an import does not: Triton builds it with a C compiler. Who asks
+        # may be a compiler that traces, whose tensors have no memory.
+        with _disable_current_modes():
+            some = torch.zeros(16, dtype=torch.float32, device=device)
+            project(some, Pattern("1:16"), 0, out=some)
     except Exception as error:
         known = isinstance(error, (ImportError, OSError, RuntimeError, subprocess.SubprocessError))
         if not known and type(error).__module__.partition(".")[0] != "triton":
