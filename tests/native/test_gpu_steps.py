@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from typing import Any
@@ -17,6 +18,7 @@ import nmflow
 from nmflow import mask
 from nmflow.kernels import gpu_steps, kept_linear
 from nmflow.kernels.layout import Shape, canonical_from_dense, tiled_from_canonical
+from nmflow.masks import triton as masks_triton
 from nmflow.masks.kept_values import to_bits
 
 THERE = torch.cuda.is_available()
@@ -122,6 +124,98 @@ def test_no_tokens() -> None:
     assert gpu_steps.forward(x, w, *packed, bias, shape).shape == (0, 64)
     assert gpu_steps.input_grad(dy, w, *packed, shape).shape == (0, 64)
     assert not gpu_steps.weight_grad(x, dy, *packed[1:], shape, torch.float32).any()
+
+
+def test_sums_are_float32_whatever_torch_makes_by_default() -> None:
+    shape, kept, w, x, dy, _ = drawn("1:16@64", 64, 64, 40, torch.float16)
+    packed = gpu_steps.pack(w, None, shape, torch.float16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        dw = gpu_steps.weight_grad(x, dy, *packed[1:], shape, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    a, d = x.double(), dy.double()
+    near(dw, kept * (d.t() @ a), d.t().abs() @ a.abs(), torch.float32)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_whether_triton_works_does_not_depend_on_who_asks(traced: bool) -> None:
+    """Nor on torch's default dtype: what is found out is kept for good."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    masks_triton.why_not.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with FakeTensorMode() if traced else contextlib.nullcontext():
+            assert masks_triton.why_not() == ""
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Noted:
+    """Has a kernel's launches noted, and none of them run."""
+
+    def __init__(self, kernel: Any, launched: list[Any]) -> None:
+        self._kernel, self._launched = kernel, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*args: Any, **more: Any) -> None:
+            names = dict(zip(self._kernel.arg_names, args, strict=False)) | more
+            self._launched.append((self._kernel.__name__, grid, names))
+
+        return run
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 65, 4096, 25_216, 1_000_003])
+@pytest.mark.parametrize(
+    ("spec", "out", "inputs"),
+    [
+        ("1:16@64", 28672, 8192), ("1:16@128", 11008, 4096), ("1:8@64", 4096, 11008),
+        ("1:16@128", 768, 3072), ("1:256@64", 1, 256), ("1:4@64", 65, 4),
+        ("16:256@64", 200_000, 256),
+    ],
+)  # fmt: skip
+def test_launches_are_within_what_a_card_takes(
+    spec: str, out: int, inputs: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grids, numbers of 32 bits, powers of two, products of 16 and more; scratch as was asked."""
+    from nmflow.kernels import gpu_panels_kernel, gpu_steps_kernel
+
+    launched: list[Any] = []
+    for module in (gpu_panels_kernel, gpu_steps_kernel):
+        for name, kernel in list(vars(module).items()):
+            if hasattr(kernel, "arg_names"):
+                monkeypatch.setattr(module, name, Noted(kernel, launched))
+    shape = Shape.of(out, inputs, spec)
+    w = torch.empty(out, inputs, device="meta")
+    x, dy = (torch.empty(tokens, n, device="meta", dtype=torch.bfloat16) for n in (inputs, out))
+    packed = gpu_steps.pack(w, None, shape, torch.bfloat16)
+    gpu_steps.forward(x, w, *packed, None, shape)
+    gpu_steps.input_grad(dy, w, *packed, shape)
+    gpu_steps.weight_grad(x, dy, *packed[1:], shape, torch.float32)
+    kinds = {name for name, _, _ in launched}
+    assert kinds == {
+        "pack", "panels", "mend", "list_entries", "entry_sums", "input_grad", "weight_grad",
+        "spread",
+    }  # fmt: skip
+    assert shape.lists * shape.entries < 2**31  # counted in 32 bits
+    for name, grid, args in launched:
+        x_blocks, *rest = (*grid, 1, 1)
+        assert 0 < x_blocks < 2**31, name
+        assert all(0 < blocks < 65_536 for blocks in rest), (name, grid)
+        numbers = {key: n for key, n in args.items() if isinstance(n, int)}
+        assert all(0 <= n < 2**31 for n in numbers.values()), (name, numbers)
+        for key in ("G", "WIDE", "R", "BC", "BL", "BM", "BN", "BV", "BK", "BT"):
+            assert numbers.get(key, 1).bit_count() == 1, (name, key)
+        if name not in ("pack", "list_entries", "input_grad"):  # products
+            sizes = [numbers[key] for key in ("BV", "BK", "BT", "BM", "BN") if key in numbers]
+            assert min(sizes) >= 16, name
+        if name == "entry_sums":
+            sums = args["sums_ptr"]
+            assert sums.shape[1] == args["stride"]
+            assert args["stride"] % args["BT"] == 0
+            least = args["BT"] * shape.lists * shape.entries * 4
+            assert sums.nbytes <= max(gpu_steps.SCRATCH, least)
 
 
 def test_reasons() -> None:

@@ -140,7 +140,7 @@ def weight_grad(
     steps = -(-tokens // 64)
     shares = max(-(-steps // _SHARE), min(-(-_FULL // blocks), steps))
     each = -(-steps // shares) * 64
-    sums = torch.empty(shares, shape.out, shape.entries, device=x.device)
+    sums = torch.empty(shares, shape.out, shape.entries, dtype=torch.float32, device=x.device)
     grid = (-(-shape.out // rows), -(-shape.entries // entries))
     _launch(
         kernels.weight_grad, (*grid, shares), x, dy, xt, codes, sums, tokens, shape.out,
@@ -202,7 +202,7 @@ def _mend(a: Tensor, b: Tensor, bias: Tensor | None, c: Tensor, fits: Tensor) ->
     rows, depth = a.shape
     columns = b.shape[1]
     _launch(
-        kernels.mend, (-(-rows // 64), -(-columns // 64)), c, a, b, a if bias is None else bias, c,
-        fits, rows, columns, depth, *a.stride(), *b.stride(), BIAS=bias is not None, BM=64, BN=64,
-        BK=32, num_warps=4,
+        kernels.mend, (min(_FULL, -(-rows // 64) * -(-columns // 64)),), c, a, b,
+        a if bias is None else bias, c, fits, rows, columns, depth, *a.stride(), *b.stride(),
+        BIAS=bias is not None, BM=64, BN=64, BK=32, num_warps=4,
     )  # fmt: skip

@@ -258,22 +258,29 @@ def mend(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """c = a b + bias where a weight does not fit its pattern; else nothing, without a wait."""
+    """c = a b + bias where a weight does not fit its pattern; else nothing, without a wait.
+
+    As many programs as run at once, since all of them are launched where there is nothing to do.
+    """
     if tl.load(fits_ptr) == 0:
-        row = tl.program_id(0) * BM + tl.arange(0, BM)
-        column = tl.program_id(1) * BN + tl.arange(0, BN)
-        real, there = row < rows, column < columns
-        sums = tl.zeros((BM, BN), tl.float32)
-        for first in range(0, depth, BK):
-            k = first + tl.arange(0, BK)
-            live = k < depth
-            a_at = row.to(tl.int64)[:, None] * a_row + k.to(tl.int64)[None, :] * a_depth
-            a = tl.load(a_ptr + a_at, mask=real[:, None] & live[None, :], other=0.0)
-            b_at = k.to(tl.int64)[:, None] * b_depth + column.to(tl.int64)[None, :] * b_column
-            b = tl.load(b_ptr + b_at, mask=live[:, None] & there[None, :], other=0.0)
-            sums = tl.dot(a, b.to(a_ptr.dtype.element_ty), sums)
-        if BIAS:
-            sums += tl.load(bias_ptr + column, mask=there, other=0.0).to(tl.float32)[None, :]
-        to = row.to(tl.int64)[:, None] * columns + column[None, :]
-        value = sums.to(c_ptr.dtype.element_ty)
-        tl.store(c_ptr + to, value, mask=real[:, None] & there[None, :])
+        across = (columns + BN - 1) // BN
+        blocks = (rows + BM - 1) // BM * across
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            row = block // across * BM + tl.arange(0, BM)
+            column = block % across * BN + tl.arange(0, BN)
+            real, there = row < rows, column < columns
+            sums = tl.zeros((BM, BN), tl.float32)
+            for first in range(0, depth, BK):
+                k = first + tl.arange(0, BK)
+                live = k < depth
+                a_at = row.to(tl.int64)[:, None] * a_row + k.to(tl.int64)[None, :] * a_depth
+                a = tl.load(a_ptr + a_at, mask=real[:, None] & live[None, :], other=0.0)
+                b_at = k.to(tl.int64)[:, None] * b_depth + column.to(tl.int64)[None, :] * b_column
+                b = tl.load(b_ptr + b_at, mask=live[:, None] & there[None, :], other=0.0)
+                sums = tl.dot(a, b.to(a_ptr.dtype.element_ty), sums)
+            if BIAS:
+                bias = tl.load(bias_ptr + column, mask=there, other=0.0)
+                sums += bias.to(tl.float32)[None, :]
+            to = row.to(tl.int64)[:, None] * columns + column[None, :]
+            value = sums.to(c_ptr.dtype.element_ty)
+            tl.store(c_ptr + to, value, mask=real[:, None] & there[None, :])

@@ -119,7 +119,9 @@ def _matmul_any(x, stream, bias, out, inputs, n, m, panel, activations, epilogue
     int8.check_stream(stream, shape)
     if not x.shape or x.shape[-1] != inputs or x.device != stream.device:
         _refuse(x, stream, inputs)
-    if bias is not None and (bias.device != x.device or bias.dtype != x.dtype):
+    if bias is not None and (
+        bias.device != x.device or bias.dtype is not x.dtype or bias.shape != (out,)
+    ):
         _refuse_bias(x, bias, out)
     if activations and x.is_cuda:
         raise CompressError(
