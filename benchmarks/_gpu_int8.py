@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmflow.kernels import gpu, gpu_driver, gpu_plan, int8
+from nmflow.kernels import gpu, gpu_cuts, gpu_driver, gpu_plan, int8
 from nmflow.kernels.gpu_plan import Card, Kernel, Plan
 from nmflow.kernels.layout import Shape
 from nmflow.packed.measure import copies_past_cache, gpu_ways, time_on_gpu
@@ -26,7 +26,7 @@ DECODES = [(16, 1, 1, 2, 3), (8, 1, 2, 4, 2), (16, 2, 2, 2, 2), (8, 1, 1, 4, 3)]
 def cuts(shape: Shape, tokens: int, card: Card) -> list[Plan]:
     """The plan that is taken, and some others."""
     kind, others = ("lookup", LOOKUPS) if tokens <= 4 else ("decode", DECODES)
-    taken = gpu_plan.plan(shape, False, tokens, card, True)
+    taken = gpu_cuts.plan(shape, False, tokens, card, True)
     made = (gpu_plan.make(shape, False, tokens, card, *one, kind=kind, int8=True) for one in others)
     return [*dict.fromkeys(plan for plan in (taken, *made) if plan is not None)]
 
@@ -38,7 +38,7 @@ def kernels(card: Card) -> Iterator[Kernel]:
             shape = Shape.of(*layer, spec)
             yield Kernel("widen.cu", "widen", (("N", 1), ("M", shape.m), ("HALF", 0)))
             for tokens in TOKENS:
-                if plan := gpu_plan.plan(shape, False, tokens, card):
+                if plan := gpu_cuts.plan(shape, False, tokens, card):
                     yield plan.kernel
                 yield from (cut.kernel for cut in cuts(shape, tokens, card))
 

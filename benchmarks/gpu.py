@@ -11,7 +11,7 @@ of the shape of Llama-2-7B with random weights and 1:8 in every linear layer, `s
 that are bound by launches, `roof` what memory gives to a copy. `int8` is products with 8-bit
 values, `three` the products of a training step on panels, `train` whole steps of networks in their
 sparse phase. `tables` is all of them in one process. With `--search` other plans than the one that
-is taken are timed too, last, to judge `gpu_plan.plan` and `gpu_panels.block`. `check` runs a few
+is taken are timed too, last, to judge `gpu_cuts.plan` and `gpu_panels.block`. `check` runs a few
 small products once, for compute-sanitizer. `compile` compiles the kernels of `decode` on many cores
 and needs no GPU, `warm` those of `panels`. Rows are written as they are found, and a run ends with
 its seconds, so that nothing is lost.
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmflow.errors import CompressError
-from nmflow.kernels import gpu, gpu_driver, gpu_panels, gpu_plan
+from nmflow.kernels import gpu, gpu_cuts, gpu_driver, gpu_panels, gpu_plan
 from nmflow.kernels import int8 as stream_layout
 from nmflow.kernels.gpu_plan import Card, Kernel, Plan
 from nmflow.kernels.layout import Shape, canonical_from_dense, tiled_from_canonical
@@ -106,10 +106,10 @@ FASTEST: dict[tuple[Shape, int], tuple[float, Plan]] = {}
 
 def candidates(shape: Shape, tokens: int, card: Card, search: bool) -> list[Plan | None]:
     """The plan that is taken; with `search` some of every kernel's, and other products'."""
-    taken = gpu_plan.plan(shape, False, tokens, card)
+    taken = gpu_cuts.plan(shape, False, tokens, card)
     if not search or gpu_plan.why_no_fragments(shape):
         return [taken]
-    likely = [*dict.fromkeys(gpu_plan.near(shape, False, tokens, card))][:NEIGHBOURS]
+    likely = [*dict.fromkeys(gpu_cuts.near(shape, False, tokens, card))][:NEIGHBOURS]
     numbers = [(*one, "lookup") for one in LOOKUPS]
     numbers += [(*one, "groups") for one in GROUPS[: 4 if tokens < 5 else None]]
     made = (gpu_plan.make(shape, False, tokens, card, *one) for one in numbers)
@@ -147,7 +147,7 @@ def decode(search: bool) -> Iterator[Row]:
             count = copies_past_cache(sum(b.nbytes for b in buffers), buffers[0].device)
             many = [tuple(b.clone() for b in buffers) for _ in range(count)]
             size = sum(b.nbytes for b in buffers)
-            taken = gpu_plan.plan(shape, False, tokens, card)
+            taken = gpu_cuts.plan(shape, False, tokens, card)
             for plan in candidates(shape, tokens, card, search):
                 row: Row = {
                     "what": "search" if search else "decode", "out": out, "inputs": inputs,

@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nmflow.kernels import gpu_plan
-from nmflow.kernels.gpu_plan import Card, Cut, Plan
+from nmflow.kernels import gpu_cuts, gpu_plan
+from nmflow.kernels.gpu_cuts import Cut
+from nmflow.kernels.gpu_plan import Card, Plan
 from nmflow.kernels.layout import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,10 @@ GOALS = {  # (out, tokens up to): pattern to goal
 }
 MANY_GOALS = {"1:16@64": 6.0, "1:8@64": 3.7}
 
-KINDS = {"decode": "fragments", "groups": "warp groups", "lookup": "look-up"}
+KINDS = {
+    "decode": "fragments", "groups": "warp groups", "ready": "warp groups, x in order",
+    "lookup": "look-up",
+}  # fmt: skip
 
 Row = Mapping[str, str]
 Product = tuple[Shape, int]
@@ -94,7 +98,7 @@ def best(cuts: Mapping[Cut, list[tuple[float, float]]]) -> float:
 def kept(found: Mapping[Product, Mapping[Cut, list[tuple[float, float]]]]) -> list[Cut]:
     """What products take: the best of each, and the best of cards without warp groups."""
     old = {
-        one: {cut: took for cut, took in cuts.items() if cut.kind != "groups"}
+        one: {cut: took for cut, took in cuts.items() if cut.kind not in gpu_plan.OF_GROUPS}
         for one, cuts in found.items()
     }
     first, second = chosen(found), chosen({one: cuts for one, cuts in old.items() if cuts})
@@ -129,16 +133,16 @@ def cuts_file(cuts: list[Cut]) -> str:
 
 def neighbours(found: Mapping[Product, Mapping[Cut, list[tuple[float, float]]]]) -> list[float]:
     """What the plan of the nearest other product costs, of the best, where it was timed."""
-    every, lost = gpu_plan.measured(), []
+    every, lost = gpu_cuts.measured(), []
     for (shape, tokens), cuts in found.items():
         if len(cuts) == 1:
             continue
         others = tuple(c for c in every if (c.shape, c.tokens) != (shape, tokens))
-        gpu_plan.measured = lambda others=others: others  # pyright: ignore
-        plan = next(gpu_plan.near(shape, False, tokens, Card()))
+        gpu_cuts.measured = lambda others=others: others  # pyright: ignore
+        plan = next(gpu_cuts.near(shape, False, tokens, Card()))
         took = [us for cut, times in cuts.items() for us, _ in times if made(cut) == plan]
         lost += [min(took) / best(cuts)] if took else []
-    gpu_plan.measured = lambda: every  # pyright: ignore
+    gpu_cuts.measured = lambda: every  # pyright: ignore
     return lost
 
 

@@ -25,7 +25,7 @@ import emulated_gpu
 from emulated_gpu import Emulated
 from nmflow import mask
 from nmflow.errors import CompressError
-from nmflow.kernels import Call, choose, gpu, gpu_driver, gpu_panels, gpu_plan
+from nmflow.kernels import Call, choose, gpu, gpu_cuts, gpu_driver, gpu_panels, gpu_plan
 from nmflow.kernels.gpu_plan import Card, Kernel
 from nmflow.kernels.layout import LANES, Shape, canonical_from_dense, tiled_from_canonical
 from nmflow.kernels.reference import apply_epilogue
@@ -147,6 +147,8 @@ OTHERS = [
     ("groups", "1:16", 50, 784, 3, (4, 1, 1, 1, 3)),
     ("groups", "2:4", 33, 136, 9, (8, 2, 1, 1, 2)),
     ("groups", "1:8", 70, 264, 64, (8, 1, 1, 2, 3)),
+    ("ready", "1:8", 70, 264, 64, (8, 1, 1, 2, 3)),
+    ("ready", "2:4", 33, 136, 9, (8, 2, 1, 1, 2)),
 ]
 MORE_OTHERS = [
     ("lookup", "1:8", 40, 512, 3, (8, 2, 1, 3, 3)),
@@ -161,6 +163,10 @@ MORE_OTHERS = [
     ("groups", "1:64", 40, 1088, 8, (8, 2, 1, 1, 2)),
     ("groups", "2:8", 200, 200, 17, (16, 2, 1, 1, 3)),
     ("groups", "1:8@4", 24, 200, 33, (16, 4, 1, 1, 3)),
+    ("ready", "1:16", 50, 784, 3, (4, 1, 1, 1, 4)),
+    ("ready", "1:32", 40, 352, 20, (8, 2, 1, 1, 3)),
+    ("ready", "2:8", 200, 200, 70, (16, 2, 1, 2, 3)),
+    ("ready", "1:8@4", 24, 200, 33, (16, 4, 1, 1, 3)),
 ]
 
 
@@ -169,7 +175,7 @@ def by_kind(
 ) -> Any:
     made = gpu_plan.make(Shape.of(out, inputs, spec), half, tokens, SMALL, *numbers, kind=kind)
     assert made is not None
-    assert made.kernel.function == kind
+    assert made.kind == kind
     return lambda *args: made
 
 
@@ -209,6 +215,8 @@ def test_every_pattern_by_other_kernels(
         ("lookup", "1:8@16", 512, 1, (4, 1, 1, 1, 4)),
         ("lookup", "2:4", 512, 1, (4, 1, 1, 1, 3)),  # places whose low byte would change
         ("groups", "1:8@16", 512, 1, (4, 1, 1, 1, 3)),
+        ("ready", "1:8@16", 512, 16, (4, 1, 1, 1, 3)),
+        ("ready", "1:8", 8192, 64, (16, 4, 1, 1, 4)),  # more of x than a block shares
         ("groups", "1:8", 512, 1, (4, 2, 1, 1, 3)),  # a slice is a warp group
     ],
 )
@@ -223,9 +231,10 @@ def test_what_other_kernels_do_not_take(
 
 def test_cards_without_warp_groups_take_no_plan_of_them() -> None:
     shape, old = Shape.of(64, 512, "1:8"), Card(108, 166_912, groups=False)
-    assert gpu_plan.make(shape, False, 16, old, 8, 1, 1, 1, 3, "groups") is None
+    for kind in gpu_plan.OF_GROUPS:
+        assert gpu_plan.make(shape, False, 16, old, 8, 1, 1, 1, 3, kind) is None
     for tokens in (1, 4, 16, 64):
-        for plan in gpu_plan.near(shape, False, tokens, old):
+        for plan in gpu_cuts.near(shape, False, tokens, old):
             assert plan.kernel.function != "groups"
 
 
@@ -262,6 +271,8 @@ def test_expanding_gives_back_every_bit(
     shape, w, values, codes = packed(spec, out, inputs, dtype)
     dense = gpu.expand(values, codes, shape, Emulated())
     assert torch.equal(dense.view(torch.int16), (w + 0.0).view(torch.int16))
+    apart = [t.repeat_interleave(2, -1)[..., ::2] for t in (values, codes)]
+    assert torch.equal(gpu.expand(*apart, shape, Emulated()), dense)
 
 
 @needs_compiler
@@ -303,7 +314,7 @@ def test_plans_cover_everything_and_fit(
 ) -> None:
     m = int(spec.split("@")[0].split(":")[1])
     shape = Shape.of(out, m * groups * (4 if "@" in spec else 1), spec)
-    plan = gpu_plan.plan(shape, False, tokens, card)
+    plan = gpu_cuts.plan(shape, False, tokens, card)
     if plan is None:
         # 1,024 inputs of 64 tokens, the least that M = 256 can be cut to, are 128 KiB.
         few = tokens <= gpu_plan.most_tokens(shape)
@@ -394,6 +405,9 @@ OTHER_BUDGETS = [
     ("groups", "1:8", 16, (8, 1, 1, 1, 3), 9),
     ("groups", "1:8", 64, (16, 1, 1, 1, 3), 10),
     ("groups", "2:4", 64, (8, 1, 1, 1, 3), 18),
+    ("ready", "1:8", 64, (16, 1, 1, 1, 3), 10),
+    ("ready", "1:8", 32, (16, 1, 1, 1, 4), 10),
+    ("ready", "1:16", 64, (16, 1, 1, 1, 3), 10),
     ("lookup", "1:8", 1, (8, 2, 1, 1, 4), 45),
     ("lookup", "2:4", 1, (8, 2, 1, 1, 4), 45),
     ("lookup", "1:16", 4, (16, 2, 1, 2, 4), 68),

@@ -20,7 +20,18 @@ from torch import Tensor
 
 from emulated_gpu import Emulated
 from nmflow import mask
-from nmflow.kernels import Call, gpu, gpu_driver, gpu_panels, gpu_plan, int8
+from nmflow.errors import CompressError
+from nmflow.kernels import (
+    Call,
+    gpu,
+    gpu_cuts,
+    gpu_driver,
+    gpu_panels,
+    gpu_plan,
+    int8,
+    int8_ops,
+    ops,
+)
 from nmflow.kernels.gpu_plan import Card
 from nmflow.kernels.layout import Shape, canonical_from_dense, tiled_from_canonical
 from nmflow.kernels.reference import apply_epilogue
@@ -171,6 +182,24 @@ def test_views_of_x_and_a_stream_across_sixteen_bytes() -> None:
         torch.testing.assert_close(y.double(), want, rtol=2**-7, atol=0.05)
 
 
+@pytest.mark.parametrize("size", [(1,), (15,), (17,), (16, 1), ()])
+def test_other_devices_refuse_what_a_kernel_would_read_past(size: tuple[int, ...]) -> None:
+    """Their ops, called here as the dispatcher calls them there."""
+    shape, _, stream = streamed("1:8", 16, 64)
+    x, bias = torch.randn(2, 64).bfloat16(), torch.ones(size).bfloat16()
+    numbers = 16, 64, 1, 8, 1
+    with pytest.raises(CompressError, match=r"the bias .*of the shape \(16,\)"):
+        int8_ops._matmul_any(x, stream, bias, *numbers, 0, 0)
+    values, codes = gpu_buffers(shape)
+    with pytest.raises(CompressError, match=r"bias is .*takes torch.bfloat16 \(16,\)"):
+        ops._matmul_elsewhere(x, values, codes, bias, *numbers, 0)
+
+
+def gpu_buffers(shape: Shape) -> tuple[Tensor, Tensor]:
+    sizes = shape.tiled_sizes(torch.bfloat16)
+    return torch.zeros(sizes[0]).bfloat16(), torch.zeros(sizes[1], dtype=torch.int32)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_damaged_streams_read_and_write_nothing_else() -> None:
@@ -186,7 +215,7 @@ def test_damaged_streams_read_and_write_nothing_else() -> None:
 @pytest.mark.parametrize("spec", ["1:4", "2:4", "1:8", "1:16", "1:32", "1:16@16"])
 def test_plans(spec: str, tokens: int) -> None:
     """Look-ups for one token, also of panels; never warp groups, whose registers are full."""
-    plan = gpu_plan.plan(Shape.of(11008, 4096, spec), False, tokens, Card(), True)
+    plan = gpu_cuts.plan(Shape.of(11008, 4096, spec), False, tokens, Card(), True)
     assert plan is not None
     constants = dict(plan.kernel.constants)
     assert constants["INT8"] == 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nmflow.kernels import Call, gpu, gpu_panels, gpu_plan
+from nmflow.kernels import Call, gpu, gpu_cuts, gpu_panels
 from nmflow.kernels.gpu_panels import Block
 from nmflow.kernels.gpu_plan import Card
 from nmflow.kernels.layout import Shape
@@ -29,7 +29,7 @@ def test_the_plan_that_is_taken_is_the_best_that_was_timed(page: Any) -> None:
     found = page.timed(page.read(MEASURED))
     assert len(found) == 62
     for (shape, tokens), cuts in found.items():
-        plan = gpu_plan.plan(shape, False, tokens, Card())
+        plan = gpu_cuts.plan(shape, False, tokens, Card())
         took = [us for cut, times in cuts.items() if page.made(cut) == plan for us, _ in times]
         assert took, (shape, tokens)
         assert min(took) <= 1.05 * page.best(cuts), (shape, tokens)
@@ -42,12 +42,12 @@ def test_the_page_and_the_cuts_are_of_the_run(page: Any) -> None:
 def test_plans_of_products_that_were_not_timed() -> None:
     """More blocks where a layer has fewer rows; another cut where a card has less memory."""
     half, whole = (
-        gpu_plan.plan(Shape.of(out, 8192, "1:4"), False, 16, Card()) for out in (14336, 28672)
+        gpu_cuts.plan(Shape.of(out, 8192, "1:4"), False, 16, Card()) for out in (14336, 28672)
     )
     assert half is not None
     assert whole is not None
     assert half.grid[0] * half.grid[1] == whole.grid[0] * whole.grid[1]
-    small = gpu_plan.plan(Shape.of(28672, 8192, "1:4"), False, 16, Card(84, 101_376))
+    small = gpu_cuts.plan(Shape.of(28672, 8192, "1:4"), False, 16, Card(84, 101_376))
     assert small is not None
     assert small.shared <= 101_376
     assert small.grid[1] > whole.grid[1]

@@ -20,7 +20,7 @@ _HERE = Path(__file__).parent / "emulated"
 _KERNELS = {
     "decode.cu": ("decode",), "expand.cu": ("expand",), "lookup.cu": ("lookup",),
     "groups.cu": ("groups",), "panels.cu": ("panels",), "turn.cu": ("turn",), "sum.cu": ("sum",),
-    "widen.cu": ("widen",),
+    "widen.cu": ("widen",), "ready.cu": ("ready",),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmflow.kernels import gpu_driver, gpu_panels, gpu_plan
+from nmflow.kernels import gpu_cuts, gpu_driver, gpu_panels, gpu_plan
 from nmflow.kernels.backend import Call
 from nmflow.kernels.gpu_driver import Launcher
 from nmflow.kernels.gpu_plan import DTYPES, Kernel, Plan
@@ -22,7 +22,7 @@ from nmflow.kernels.layout import LANES, Shape
 from nmflow.kernels.reference import apply_epilogue
 
 _EXPAND = Kernel("expand.cu", "expand")
-_ROW = 256  # threads of a block of `widen`
+_ROW = 256  # threads of a block of `widen` and `ready`
 _SPANS = 4  # blocks of `expand` write at least that many spans of codes
 
 _MOST_EPILOGUE = 2  # of those that the GPU kernels apply
@@ -132,6 +132,8 @@ def _by_plan(
         partial = torch.empty(
             (plan.shares, tokens, shape.out), dtype=torch.float32, device=x.device
         )
+    if plan.ready:
+        rows = _in_order(rows, tokens, stride, whole, plan, launcher)
     args = [
         *(_address(t) for t in (values, codes, rows, bias, y, partial)),
         *(ctypes.c_longlong(stride), ctypes.c_longlong(shape.out)),
@@ -150,14 +152,33 @@ def _by_plan(
     return y
 
 
+def _in_order(
+    rows: Tensor, tokens: int, stride: int, whole: bool, plan: Plan, launcher: Launcher
+) -> Tensor:
+    """x as `groups.cu` with READY copies it, see `ready.cu`."""
+    numbers, inputs = dict(plan.kernel.constants), rows.shape[1]
+    blocks = -(-inputs // numbers["CHUNK"]) * numbers["CHUNK"] // 16
+    threads = blocks * numbers["NT"] * 8
+    ready = rows.new_empty(plan.grid[2], threads, 16)
+    args = [
+        *(_address(t) for t in (rows, ready)),
+        ctypes.c_longlong(stride),
+        *map(ctypes.c_int, (inputs, tokens, blocks, whole)),
+    ]
+    kernel = Kernel("ready.cu", "ready", (("NT", numbers["NT"]),))
+    launcher.launch(kernel, (-(-threads // _ROW), plan.grid[2], 1), _ROW, 0, args)
+    return ready
+
+
 def expand(values: Tensor, codes: Tensor, shape: Shape, launcher: Launcher | None = None) -> Tensor:
     """The dense matrix `(out, inputs)` of a weight of two bytes, bit by bit."""
     launcher = launcher or gpu_driver.driver(values.device.index)
+    values, codes = values.contiguous(), codes.contiguous()
     dense = values.new_empty(shape.out, shape.inputs)
     span = shape.m if shape.m > LANES else LANES // shape.m * shape.m
     columns = span * max(_SPANS, 512 // span)
     args = [
-        *(_address(t) for t in (values.contiguous(), codes.contiguous(), dense)),
+        *(_address(t) for t in (values, codes, dense)),
         *map(ctypes.c_int, (shape.out, shape.inputs, shape.n, shape.m, shape.entries)),
         *map(ctypes.c_int, (shape.panel if shape.shared else 0, columns)),
     ]
@@ -195,7 +216,7 @@ def _by_panels(shape: Shape, tokens: int) -> bool:
     return tokens > gpu_plan.MOST_TOKENS and gpu_panels.serves(shape)
 
 
-_planned = functools.lru_cache(4096)(gpu_plan.plan)
+_planned = functools.lru_cache(4096)(gpu_cuts.plan)
 
 
 def _address(t: Tensor | None) -> ctypes.c_void_p:

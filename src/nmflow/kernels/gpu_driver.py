@@ -20,7 +20,7 @@ import torch
 from nmflow.errors import CompressError
 from nmflow.kernels.gpu_plan import Card, Kernel
 
-HEADERS = ("device.h", "finish.h", "fragment.h", "fragment8.h", "stream.h")
+HEADERS = ("device.h", "finish.h", "fragment.h", "fragment8.h", "sixteen.h", "stream.h")
 OLDEST = (8, 0)
 """The compute capability that fragments of bfloat16 and asynchronous copies need."""
 

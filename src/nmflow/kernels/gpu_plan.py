@@ -1,19 +1,15 @@
-"""Which kernel multiplies on a GPU, and how its work is cut: pure functions of sizes.
+"""How a product of few tokens is launched on a GPU, of the numbers that cut it: pure functions.
 
 `cuda/decode.cu`, `groups.cu` and `lookup.cu` say what the numbers mean. They are choices of speed
-only: every plan gives the right product. What is taken was the fastest on an H200 for the nearest
-product that was timed (`cuda/cuts.csv`, which `scripts/gpu_page.py` writes).
+only: every plan gives the right product. `gpu_cuts` chooses them.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from importlib.resources import files
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -63,11 +59,21 @@ class Plan:
         """Blocks that add to the same outputs."""
         return self.grid[1]
 
+    @property
+    def ready(self) -> bool:
+        """Whether x is put in order for the kernel first, by `ready.cu`."""
+        return ("READY", 1) in self.kernel.constants
+
+    @property
+    def kind(self) -> str:
+        """Which of the kernels it is of, as `make` takes it."""
+        return "ready" if self.ready else self.kernel.function
+
     def told(self) -> dict[str, Any]:
         """What a table says of it."""
         numbers = ("NT", "RT", "WARPS", "SLICES", "CHUNK", "STAGES")
         own = {k: v for k, v in self.kernel.constants if k in numbers}
-        name = {} if self.kernel.function == "decode" else {"kernel": self.kernel.function}
+        name = {} if self.kind == "decode" else {"kernel": self.kind}
         return {
             **own, "grid": self.grid, "shared": self.shared, "chunks": self.chunks, **name
         }  # fmt: skip
@@ -116,7 +122,8 @@ def make(
         rows: row tiles that a warp multiplies each block of x with.
         shares: shares of the inputs, each in blocks of its own.
         stages: chunks that a warp has room for.
-        kind: the kernel: fragments of a warp, or of a warp group, or none for a few tokens.
+        kind: the kernel: fragments of a warp ("decode"), or of a warp group ("groups"; "ready"
+            where x is put in order first), or none for a few tokens ("lookup").
         int8: whether values are of 8 bits.
     """
     return _MAKERS[kind](shape, half, tokens, card, warps, slices, rows, shares, stages, int8)
@@ -147,24 +154,26 @@ def _decode(
 
 def _groups(
     shape: Shape, half: bool, tokens: int, card: Card,
-    warps: int, slices: int, rows: int, shares: int, stages: int, int8: bool,
+    warps: int, slices: int, rows: int, shares: int, stages: int, int8: bool, ready: bool = False,
 ) -> Plan | None:  # fmt: skip
     # Values of 8 bits would be converted beside sums that fill the registers.
     if int8 or not card.groups or shape.shared or warps // 4 % slices or rows != 1:
         return None
     tiles = _tiles(tokens)
-    # Of x each thread holds 16 inputs of at most four tokens.
-    most = 4 * warps * 32 * 16 // (tiles * 8 * slices)
+    # Of x each thread holds 16 inputs of at most four tokens; where x is copied, a place is 32 KiB.
+    most = (1 << 14 if ready else 4 * warps * 32 * 16) // (tiles * 8 * slices)
     if most < unit(shape):
         return None
     chunk, chunks, count = _chunks(shape, slices, shares, False, most)
-    shared = 4 * slices * chunk * tiles * 8 + warps * stages * bytes_of(shape, chunk)
+    places = stages if ready else 2
+    shared = places * slices * chunk * tiles * 16 + warps * stages * bytes_of(shape, chunk)
     shared = max(shared, (slices - 1) * (warps // slices) * tiles * 4 * 32 * 4)
     if shared > card.shared:
         return None
     constants = {
         "N": shape.n, "M": shape.m, "PANEL": 0, "HALF": int(half), "NT": tiles,
-        "WARPS": warps, "SLICES": slices, "CHUNK": chunk, "STAGES": stages, "GROUPS": 1,
+        "WARPS": warps, "SLICES": slices, "CHUNK": chunk, "STAGES": stages, "READY": int(ready),
+        "GROUPS": 1,
     }  # fmt: skip
     grid = (
         -(-shape.tiles // (warps // slices)), -(-count // chunks), -(-tokens // (tiles * 8))
@@ -209,7 +218,13 @@ def _lookup(
     return Plan(kernel, grid, warps * 32, shared, chunks)
 
 
-_MAKERS = {"decode": _decode, "groups": _groups, "lookup": _lookup}
+_MAKERS = {
+    "decode": _decode, "groups": _groups, "lookup": _lookup,
+    "ready": functools.partial(_groups, ready=True),
+}  # fmt: skip
+OF_GROUPS = ("groups", "ready")
+"""The kinds that cards without warp groups do not have."""
+
 _INT8: tuple[dict[str, int], ...] = {}, {"INT8": 1}
 
 
@@ -238,83 +253,3 @@ def most_tokens(shape: Shape) -> int:
     if why_no_fragments(shape):
         return 0
     return MOST_PANEL_TOKENS if shape.shared else MOST_TOKENS
-
-
-class Cut(NamedTuple):
-    """How the work of a product was cut where that was timed; as `make` takes it."""
-
-    shape: Shape
-    tokens: int
-    warps: int
-    slices: int
-    rows: int
-    shares: int
-    stages: int
-    kind: str = "decode"
-
-
-@functools.cache
-def measured() -> tuple[Cut, ...]:
-    """The best cut of every product that was timed, of those that were tried."""
-    text = (files("nmflow.kernels") / "cuda" / "cuts.csv").read_text()
-    rows = csv.DictReader(text.splitlines())
-    return tuple(
-        Cut(
-            Shape.of(int(row["out"]), int(row["inputs"]), row["pattern"]),
-            *(int(row[name]) for name in Cut._fields[1:-1]),
-            kind=row["kind"],
-        )
-        for row in rows
-    )
-
-
-def plan(shape: Shape, half: bool, tokens: int, card: Card, int8: bool = False) -> Plan | None:
-    """The plan of the product that is nearest among those that were timed; None for a dense matrix.
-
-    Where its plan does not fit into a block of this card, the inputs are shared out further, and
-    then the next product's is tried. Values of 8 bits take the plans of those of two bytes.
-    """
-    if tokens > most_tokens(shape):
-        return None
-    return next(near(shape, half, tokens, card, int8), None)
-
-
-def near(shape: Shape, half: bool, tokens: int, card: Card, int8: bool = False) -> Iterator[Plan]:
-    """The plan that each product that was timed gives, the nearest product first."""
-    most = -(-shape.inputs // unit(shape))
-    # With values of 8 bits a panel's rows are looked up as others are.
-    own = replace(shape, panel=1) if int8 and tokens <= MOST_LOOKUP else shape
-    for cut in sorted(measured(), key=lambda cut: distance(cut, own, tokens, card)):
-        if cut.kind == "decode" and not _fits_registers(cut.warps, cut.rows, tokens):
-            continue
-        tiles = cut.warps // cut.slices * cut.rows  # of a block
-        blocks = -(-shape.tiles // tiles) / -(-cut.shape.tiles // tiles)
-        scale = round(math.log2(card.processors / Card().processors / blocks))
-        shares = min(round(cut.shares * 2.0**scale), most // cut.slices) or 1
-        while True:
-            cut_as = (cut.warps, cut.slices, cut.rows, shares, cut.stages, cut.kind, int8)
-            made = make(shape, half, tokens, card, *cut_as)
-            if made is not None:
-                yield made
-            if made is not None or shares >= most:
-                break
-            shares = min(2 * shares, most)
-
-
-def distance(cut: Cut, shape: Shape, tokens: int, card: Card) -> float:
-    """How far a product is from one that was timed, in doublings of what it is made of."""
-    theirs = _features(cut.shape, cut.tokens, Card())
-    own = _features(shape, tokens, card)
-    return sum(abs(a - b) for a, b in zip(theirs, own, strict=True))
-
-
-def _features(shape: Shape, tokens: int, card: Card) -> tuple[float, ...]:
-    return (
-        *map(math.log2, (shape.n / shape.m, shape.tiles / card.processors, shape.inputs, tokens)),
-        9.0 * shape.shared,  # a panel is multiplied by other loops
-    )
-
-
-def _fits_registers(warps: int, rows: int, tokens: int) -> bool:
-    """16 warps have 128 registers a thread, and the sums alone would take 64."""
-    return warps * rows * min(tokens, 64) <= 1024

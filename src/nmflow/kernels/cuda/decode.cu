@@ -10,7 +10,7 @@
 //
 // Compiled for N, M, PANEL (1 if sixteen rows share their columns), HALF (1: float16, 0: bfloat16),
 // INT8 (1: `values` is a stream of 8-bit values, see `stream.h`),
-// NT (tiles of eight tokens), RT, WARPS, SLICES, CHUNK, STAGES; `gpu_plan` chooses them.
+// NT (tiles of eight tokens), RT, WARPS, SLICES, CHUNK, STAGES; `gpu_cuts` chooses them.
 #include "device.h"
 #include "finish.h"
 #include "fragment.h"

@@ -2,27 +2,25 @@
 // fragments of four warps meet all tokens in one instruction, which reads x from shared memory itself.
 //
 // All warps of a block go through the inputs together, SLICES chunks of CHUNK inputs at a time, of
-// which each warp group takes one. Sixteen inputs of x lie as two cores of eight, in the order that
-// `fragment` has them: pairs 0, 2, 4, 6 and 1, 3, 5, 7. The next chunks of x wait in registers. A warp
-// copies its weights to shared memory STAGES - 1 chunks ahead.
+// which each warp group takes one. Sixteen inputs of x lie as two cores of eight, as `sixteen.h` has
+// them. The next chunks of x wait in registers; with READY x is what `ready.cu` makes of it, and comes by
+// copies like the weights, which a warp copies to shared memory STAGES - 1 chunks ahead.
 //
-// Compiled for N, M, HALF, NT (tiles of eight tokens), WARPS, SLICES, CHUNK, STAGES.
+// Compiled for N, M, HALF, NT (tiles of eight tokens), WARPS, SLICES, CHUNK, STAGES, READY.
 #include "device.h"
 #include "finish.h"
 #include "fragment.h"
+#include "sixteen.h"
 
 constexpr int TOKENS = NT * 8;
 constexpr int TILES = WARPS / SLICES;  // of a block
 constexpr int PART = CHUNK * TOKENS * 2;  // bytes of x of a chunk
 constexpr int ITEMS = TOKENS * SLICES * CHUNK / 16;  // sixteen inputs of a token
 constexpr int EACH = (ITEMS + WARPS * 32 - 1) / (WARPS * 32);
+constexpr int PLACES = READY ? STAGES : 2;  // for chunks of x
 constexpr int BATCH = 4;  // blocks whose products are waited for together
 static_assert(WARPS / 4 % SLICES == 0, "whole warp groups in a slice");
 static_assert(!PANEL, "rows have columns of their own");
-
-struct alignas(16) Quad {
-  u32 v[4];
-};
 
 // Grid: (tiles / TILES, shares of the inputs, tokens / TOKENS); arguments are those of decode.cu.
 KERNEL(WARPS * 32, 16 / WARPS)
@@ -39,11 +37,21 @@ groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
   const int here = tokens - token0 < TOKENS ? tokens - token0 : TOKENS;
   const int tile = blockIdx.x * TILES + warp / 4 / SLICES * 4 + warp % 4;
   const Packed w = {values, codes, entries, (out + 15) / 16, panel};
-  u8* stages = shared + 2 * SLICES * PART + warp * (STAGES * TILE_BYTES);
+  u8* stages = shared + PLACES * SLICES * PART + warp * (STAGES * TILE_BYTES);
 
   auto fetch_own = [&](int i) {
     const int c = i * SLICES + slice;
     if (c < mine) fetch(stages + i % STAGES * TILE_BYTES, w, tile, first + c, lane);
+    if (READY && i < rounds) {
+      const int chunk = first + i * SLICES;
+      u8* to = shared + i % PLACES * (SLICES * PART);
+      const u8* from = (const u8*)x + ((i64)blockIdx.z * all + chunk) * PART;
+#pragma unroll 4
+      for (int p = threadIdx.x * 16; p < SLICES * PART; p += WARPS * 512) {
+        const bool keep = chunk + p / PART < all;
+        copy16(to + p, keep ? from + p : (const u8*)x, keep);
+      }
+    }
     copies_end_group();
   };
   Quad held[EACH][2];
@@ -52,20 +60,8 @@ groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
     for (int j = 0; j < EACH; j++) {
       const int item = threadIdx.x + j * (WARPS * 32), n = item % TOKENS;
       const int k = (first + i * SLICES) * CHUNK + item / TOKENS * 16;
-      const u16* from = x + (token0 + n) * ldx + k;
-      if (whole && n < here && k + 16 <= inputs && item < ITEMS) {
-        held[j][0] = *(const Quad*)from;
-        held[j][1] = *(const Quad*)(from + 8);
-      } else {
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-          const int c = k + 2 * e;
-          const bool keep = n < here && item < ITEMS;
-          const u32 low = keep && c < inputs ? from[2 * e] : 0;
-          const u32 high = keep && c + 1 < inputs ? from[2 * e + 1] : 0;
-          held[j][e / 4].v[e % 4] = low | high << 16;
-        }
-      }
+      const bool there = n < here && item < ITEMS;
+      load_sixteen(held[j], x + (token0 + n) * ldx + k, inputs - k, there, whole);
     }
   };
   auto store_x = [&](int i) {
@@ -74,30 +70,30 @@ groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
     for (int j = 0; j < EACH; j++) {
       const int item = threadIdx.x + j * (WARPS * 32), n = item % TOKENS, block = item / TOKENS;
       if (item >= ITEMS) continue;
-      const Quad &a = held[j][0], &b = held[j][1];
-      Quad* at = (Quad*)(to + block * (32 * TOKENS) + n * 16);
-      at[0] = {a.v[0], a.v[2], b.v[0], b.v[2]};
-      at[TOKENS] = {a.v[1], a.v[3], b.v[1], b.v[3]};
+      store_sixteen((Quad*)(to + block * (32 * TOKENS) + n * 16), TOKENS, held[j]);
     }
     writes_before_products();
   };
 
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) fetch_own(i);
-  load_x(0);
-  store_x(0);
+  if (!READY) {
+    load_x(0);
+    store_x(0);
+  }
   float sums[NT * 4];
 #pragma unroll
   for (int i = 0; i < NT * 4; i++) sums[i] = 0.0f;
 #pragma unroll 1
   for (int i = 0; i < rounds; i++) {
     copies_wait<STAGES - 2>();
+    if (READY) writes_before_products();
     __syncthreads();  // x of this round is there, and all are done with the places that are filled next
     fetch_own(i + STAGES - 1);
-    if (i + 1 < rounds) load_x(i + 1);
+    if (!READY && i + 1 < rounds) load_x(i + 1);
     if (i * SLICES + slice < mine) {
       const u8* stage = stages + i % STAGES * TILE_BYTES;
-      u64 b = describe(shared + (i % 2 * SLICES + slice) * PART, TOKENS * 16, 128, 0);
+      u64 b = describe(shared + (i % PLACES * SLICES + slice) * PART, TOKENS * 16, 128, 0);
 #pragma unroll 1
       for (int u = 0; u < CHUNK / UNIT; u++) {
         u64 a[2][BATCH][2];
@@ -120,7 +116,7 @@ groups(const u8* values, const u8* codes, const u16* x, const u16* bias, u16* y,
       }
       products_wait<0>();
     }
-    if (i + 1 < rounds) store_x(i + 1);
+    if (!READY && i + 1 < rounds) store_x(i + 1);
   }
   copies_wait<0>();
 

@@ -7,7 +7,7 @@
 // different banks or the same place. Weights go from memory to registers, STAGES words ahead.
 //
 // Compiled for N, M, HALF, INT8 (1: `values` is a stream of 8-bit values), TOKENS (1, 2, 4 or 8), WARPS,
-// SLICES, STAGES; `gpu_plan` chooses them. A word of codes lies beside VALUES words of values.
+// SLICES, STAGES; `gpu_cuts` chooses them. A word of codes lies beside VALUES words of values.
 #include "device.h"
 #include "finish.h"
 
