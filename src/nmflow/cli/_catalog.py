@@ -21,4 +21,4 @@ def list_option(kind: str) -> Any:
             typer.echo(f"{name:{width}}  {about}")
         raise typer.Exit
 
-    return typer.Option("--list", is_eager=True, callback=show, help="Show the names there are.")
+    return typer.Option("--list", is_eager=True, callback=show, help="Show all names.")

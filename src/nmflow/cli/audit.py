@@ -15,8 +15,8 @@ def audit(
     pattern: Annotated[
         str,
         typer.Option(
-            help="N:M with N kept of every M, such as 1:16. Without it the weights are judged that "
-            "the run recorded; where nothing is recorded, the pattern of each is shown.",
+            help="N:M with N kept of every M, such as 1:16. Without it, audit judges the weights "
+            "that the run recorded; without a record, it shows the pattern of each.",
             show_default=False,
         ),
     ] = "",

@@ -36,15 +36,15 @@ def bench(
     decode: Annotated[
         int,
         typer.Option(
-            min=0, help="Instead, tokens that a language model adds to a text, one at a time."
+            min=0, help="Instead, measure a language model that adds so many tokens to a text."
         ),
     ] = 0,
     rivals: Annotated[
         str,
         typer.Option(
-            help="What to run beside: int8, bfloat16, compile (takes a minute; not with --decode), "
-            "onnxruntime (the extra onnx), llama.cpp (the extra llama; with --decode of a GGUF "
-            "file); '' for nothing."
+            help="What to compare with: int8, bfloat16, compile (takes a minute; not with "
+            "--decode), onnxruntime (the extra onnx), llama.cpp (the extra llama; with --decode of "
+            "a GGUF file); '' for nothing."
         ),
     ] = "int8,bfloat16,compile,onnxruntime,llama.cpp",
     seconds: Annotated[float, typer.Option(min=0.001, help="Time for each way.")] = 0.2,

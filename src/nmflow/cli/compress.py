@@ -24,8 +24,8 @@ def compress(
     tokens: Annotated[
         str,
         typer.Option(
-            help="Token counts to be fast at, such as 1,197: each layer is measured and left dense "
-            "where that is faster. Needs a folder; empty packs every N:M weight."
+            help="Token counts that you serve, such as 1,197: each layer is measured, and stays "
+            "dense if that is faster. Needs a folder; empty packs every N:M weight."
         ),
     ] = "",
     values: Annotated[
@@ -51,7 +51,7 @@ def compress(
         typer.Option(help="A figure for the model card, such as accuracy=0.91; may be repeated."),
     ] = None,
 ) -> None:
-    """Pack the N:M weights of CHECKPOINT into the folder OUTPUT, and print what became of each."""
+    """Pack the N:M weights of CHECKPOINT into the folder OUTPUT, and print the result for each."""
     from nmflow import packed
     from nmflow.cli._errors import globs
     from nmflow.cli._networks import network

@@ -26,7 +26,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Print the weights that SOURCE's network would have pruned, and what is left out and why."""
+    """Print which weights of SOURCE's network would be pruned, and why the others are left out."""
     import nmflow
     from nmflow.cli._errors import globs
     from nmflow.cli._networks import network

@@ -18,7 +18,7 @@ def sweep(
         Path | None, typer.Option("--output", "-o", help="The folder of the results.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Cells at work at a time; 0 chooses.")
+        int | None, typer.Option(min=0, help="Cells that run at the same time; 0 chooses.")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -31,13 +31,13 @@ def sweep(
     ] = "processes",
     list_: Annotated[bool, list_option("sweeps")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing but what goes wrong.")
+        bool, typer.Option("--quiet", "-q", help="Print only what goes wrong.")
     ] = False,
     json_: Annotated[
-        bool, typer.Option("--json", help="Print the table as JSON; all else to standard error.")
+        bool, typer.Option("--json", help="Print the table as JSON; the rest to standard error.")
     ] = False,
 ) -> None:
-    """Train every cell of FILE that is not finished; a killed sweep goes on where it was.
+    """Train every cell of FILE that is not finished; repeat the command to continue a sweep.
 
     Ctrl-C and SIGTERM save a checkpoint of each cell at its next step; a second one stops at once.
     """

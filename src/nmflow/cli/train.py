@@ -28,10 +28,10 @@ def train(
         bool, typer.Option("--smoke", help="Try the whole path: two steps, no network needed.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing but what goes wrong.")
+        bool, typer.Option("--quiet", "-q", help="Print only what goes wrong.")
     ] = False,
 ) -> None:
-    """Train every recipe and seed of CONFIG; a stopped command goes on where it was.
+    """Train every recipe and seed of CONFIG; repeat the command to continue a stopped run.
 
     Ctrl-C and SIGTERM save a checkpoint at the next step; a second one stops at once.
     """
