@@ -49,14 +49,13 @@ def bench(
     """Measure packed layers and the whole network against the best dense way, in one run.
 
     Layers are those of the chosen weights, one of each shape and pattern: `F.linear`, oneDNN,
-    packed oneDNN and packed, turn by turn; in float32 also packed with 8-bit values and inputs,
-    packed in bfloat16 products, and the dense ways that round: oneDNN in bfloat16, and torch's int8
-    dynamic quantization. The network runs as it is, with packed oneDNN in every linear layer where
-    that is faster (`"dense, best"`), and compressed. In float32 it is also compressed to 8-bit
-    values and inputs (`"packed int8"`), and runs in the ways that people deploy: torch's int8
-    dynamic quantization, bfloat16, `torch.compile` (dense and packed), and onnxruntime (float32,
-    its int8 dynamic quantization, and packed). `skipped` says of the rivals that cannot run here
-    why.
+    packed oneDNN and packed, in turns; in float32 also packed with 8-bit values and inputs, packed
+    in bfloat16 products, and the dense ways that round: oneDNN in bfloat16, and torch's int8
+    dynamic quantization. The network runs unchanged, with packed oneDNN in every linear layer where
+    that is faster (`"dense, best"`), and compressed. In float32, it also runs compressed to 8-bit
+    values and inputs (`"packed int8"`), and as people deploy it: torch's int8 dynamic quantization,
+    bfloat16, `torch.compile` (dense and packed), and onnxruntime (float32, its int8 dynamic
+    quantization, and packed). `skipped` has the rivals that cannot run here, with the reason.
 
     Args:
         model: a network; a copy is pruned by magnitude to `pattern`.

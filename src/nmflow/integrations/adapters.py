@@ -24,7 +24,7 @@ def merge(
 ) -> nn.Module:
     r"""Merge the adapters of a PEFT network into its base, and make the base N:M again.
 
-    An adapter changes every weight of what it adapts, `W + B·A`, so that merging alone leaves a
+    An adapter changes every weight of its layer, `W + B·A`, so merging alone leaves a
     dense network. This keeps the N largest \|W + B·A\| of every group of M, whichever weights the
     base kept before: of all N:M networks the nearest to the merged one. It loses what the adapters
     say of the others; evaluate it, or keep base and adapters apart, which loses nothing.

@@ -13,7 +13,7 @@ from nmflow.errors import DistillError
 class Distillation:
     """A mixin whose training loss is a distiller's; evaluation keeps the task's own loss.
 
-    Set `distiller` before training. Where batches are accumulated, the teacher's terms of each
+    Set `distiller` before training. When batches are accumulated, the teacher's terms of each batch
     count by its share of the labels, as the task's own loss does.
 
     Example:

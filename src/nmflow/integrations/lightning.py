@@ -20,12 +20,12 @@ class NMFlowCallback(pl.Callback):
 
     It attaches when training starts, after Lightning has made the optimizers and restored a
     checkpoint, and takes the number of steps from the trainer. `trainer.fit(..., ckpt_path=...)`
-    goes on exactly, since the recipe's state travels in the optimizer's. A checkpoint holds
-    checksums of the network, and is refused where it was loaded in part (`strict_loading` off).
+    resumes exactly, since the optimizer's state contains the recipe's. A checkpoint holds checksums
+    of the network, and is refused if it was loaded in part (`strict_loading` off).
 
     Validation sees the final N:M network, as `flow.final_masks()` shows it, until the next batch
-    of training. So does a checkpoint that a `ModelCheckpoint` saves after it, which resumes all the
-    same: the best one is N:M wherever the mask was.
+    of training. A checkpoint that a `ModelCheckpoint` saves after it holds that network too, and
+    still resumes exactly: the best checkpoint is N:M even if the mask was still decaying.
 
     The trainer's loggers get the figures of `nmflow.integrations.metrics.Metrics`, every
     `log_every_n_steps`.

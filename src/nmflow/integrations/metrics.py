@@ -19,8 +19,8 @@ PHASES = ("dense", "decay", "sparse", "finetune", "final")
 class Metrics:
     """δ, pattern, density, phase, flip rate and noise of a run, to log beside its loss.
 
-    The callbacks of `Trainer` and Lightning log them unasked. In a loop of your own, as
-    Accelerate's, call an object of this class at each entry of the log. It returns
+    The callbacks of `Trainer` and Lightning log them by themselves. In your own loop, such as one
+    with Accelerate, call an object of this class at each entry of the log. It returns
 
     * `nmflow_delta`: δ;
     * `nmflow_density`: the share of the targets' weights that the masks keep;

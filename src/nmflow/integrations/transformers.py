@@ -39,15 +39,15 @@ class NMFlowCallback(Witness, TrainerCallback):
 
     The evaluations of the `Trainer`'s strategy see the final N:M network, as `flow.final_masks()`
     shows it. A checkpoint that is saved right after one holds that network too, and still resumes
-    exactly. For a `trainer.evaluate()` of your own in mid-training use `FinalMasksEvaluation`.
+    exactly. For your own `trainer.evaluate()` during training, use `FinalMasksEvaluation`.
 
     Every log entry gains the figures of `Metrics`, in `trainer.state.log_history` and in the
     trackers of `report_to`. Flip rates compare masks `logging_steps` apart. The history also has
     `nmflow_phase` and `nmflow_pattern` as text.
 
-    `load_best_model_at_end` loads the best of the final N:M networks that were evaluated. For that
-    each checkpoint has to be saved right after an evaluation, as that option demands anyway.
-    Training ends on that network.
+    `load_best_model_at_end` loads the best of the final N:M networks that were evaluated, and
+    training ends on it. Each checkpoint must be saved right after an evaluation, which that option
+    demands anyway.
 
     Args:
         recipe: a name or a recipe, see `nmflow.attach`.

@@ -84,11 +84,11 @@ def explain(module: nn.Module, example_inputs: Any) -> Explanation:
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Returns:
-        A list of `(path, Choice)`; each `Choice` names the backend and the kernel and says of every
-        backend before it in the registry why that one did not serve the call.
+        A list of `(path, Choice)`. Each `Choice` names the backend and the kernel, and the reason
+        why each backend before it in the registry did not serve the call.
 
     Raises:
-        CompressError: the module is no compressed one and made no packed product.
+        CompressError: the module made no packed product.
 
     Example:
         >>> import nmflow

@@ -36,23 +36,23 @@ def kept_linear(
 ) -> Tensor:  # fmt: skip
     r"""`y = x Wᵀ + bias` for a weight that keeps N of every M, on the kept places alone.
 
-    The gradient of the weight is `dyᵀ x` at the kept places and 0 elsewhere, which is what the
-    masked rule makes of it; those of x and the bias are as ever. Kept is what is not 0, and what
-    `kept` says; a group with fewer than N of them is filled up with its lowest others. Where a
+    The gradient of the weight is `dyᵀ x` at the kept places and 0 elsewhere, as under the masked
+    rule; the gradients of x and the bias are the usual ones. Kept are the places that are not 0,
+    and those in `kept`; a group with fewer than N of them is filled with its lowest others. If a
     group keeps more than N, or no kernel serves the call, all of it is dense, as in `F.linear`.
 
-    On a CPU a bfloat16 x is multiplied in bfloat16 by panels of multiples of 16 rows, with sums of
-    float32, and in float32 by other patterns; what leaves is rounded to even.
+    On a CPU, panels of multiples of 16 rows multiply a bfloat16 x in bfloat16, with sums in
+    float32; other patterns multiply it in float32. Results are rounded to even.
 
     Args:
         x: `(..., in)`.
-        weight: W̃, `(out, in)`: of the dtype of x, or float32 where x has two bytes a number; on a
-            CPU these are bfloat16.
+        weight: W̃, `(out, in)`, of the dtype of x, or float32 if x has two bytes a number (on a
+            CPU: bfloat16).
         bias: `(out,)` or None.
-        kept: a bool mask like the weight, or that as `masks.kept_values.to_bits` has it, or None.
-        n: N, what is kept of every M.
+        kept: a bool mask like the weight, or its bits from `masks.kept_values.to_bits`, or None.
+        n: N, the number kept of every M.
         m: M.
-        panel: V, consecutive rows that share what they keep.
+        panel: V, consecutive rows that share their kept places.
 
     Returns:
         `(..., out)`.

@@ -17,7 +17,7 @@ Times = dict[int, tuple[float, float, str]]
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one weight.
+    """What `compress` did with one weight.
 
     Attributes:
         name: the parameter's name.
