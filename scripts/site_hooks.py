@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -44,7 +45,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def keys() -> str:
-    """A table for each mapping of a YAML file: its keys, what they take, their defaults."""
+    """A table for each mapping of a YAML file: its keys, what they are and take, their defaults."""
     from nmflow.experiments import config
 
     parts = (
@@ -58,13 +59,24 @@ def keys() -> str:
     for title, part in parts:
         schema = part.model_json_schema()
         out += [f"### {title}", "", (part.__doc__ or "").partition("\n")[0], ""]
-        out += ["| key | takes | default |", "| --- | --- | --- |"]
+        out += ["| key | what it is | takes | default |", "| --- | --- | --- | --- |"]
+        said = meanings(part)
         for name, field in schema["properties"].items():
             shown = _default(field.get("default"))
             default = "needed" if name in schema.get("required", ()) else shown
-            out.append(f"| `{name}` | {_takes(field)} | {default} |")
+            out.append(f"| `{name}` | {said[name].rstrip('.')} | {_takes(field)} | {default} |")
         out.append("")
     return "\n".join(out)
+
+
+def meanings(part: type) -> dict[str, str]:
+    """What the docstrings of a class and of those above it say of each attribute."""
+    found: dict[str, str] = {}
+    for kind in reversed(part.__mro__):
+        section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
+        for name, words in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section, re.MULTILINE):
+            found[name] = " ".join(words.split())
+    return found
 
 
 def _default(value: Any) -> str:

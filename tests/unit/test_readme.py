@@ -226,6 +226,15 @@ def test_figures_in_tables_stay_on_one_line(html, kept, monkeypatch):
     assert re.sub("</?td[^>]*>", "", said).split(" ") == kept
 
 
+def test_every_key_of_a_configuration_is_explained(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    rows = [line.split(" | ") for line in importlib.import_module("site_hooks").keys().splitlines()]
+    told = {row[0]: row[1] for row in rows if row[0].startswith("| `")}
+    assert told["| `threads`"] == "threads of each; 0 divides the cores among the workers"
+    assert len(told) > 50
+    assert all(told.values())
+
+
 def test_importing_needs_torch_and_numpy_only():
     told = "import nmflow, sys; print(*sys.modules)"
     loaded = subprocess.run(

@@ -46,7 +46,25 @@ __all__ = [
 
 
 class Setting(Strict):
-    """What all runs of an experiment share: task, data, network, placement, optimization."""
+    """What all runs of an experiment share: task, data, network, placement, optimization.
+
+    Attributes:
+        name: the name of the experiment.
+        task: what is trained, such as `text-classification`.
+        options: options of the task, such as `length` or `tokens`.
+        data: where the examples come from.
+        model: the network.
+        pattern: N:M with N kept, or a mapping from presets or globs to patterns.
+        include: presets or globs of the weights, see `nmflow.plan`.
+        exclude: presets or globs to leave out.
+        remainder: what to do with an axis that M does not divide, see `nmflow.plan`.
+        mask_interval: steps between masks.
+        freeze_mask: hold the mask through the fine-tune phase.
+        sparse_steps: layers compute on kept places where they can, see `nmflow.attach`.
+        distill: a teacher.
+        permute: order the hidden units before the first step, see `nmflow.permute_hidden`.
+        training: the optimization.
+    """
 
     name: str = "experiment"
     task: str
@@ -127,7 +145,15 @@ class Run(Setting):
 
 
 class Experiment(Setting):
-    """A file: a setting, several recipes and seeds, and how to run them on this machine."""
+    """A file: a setting, several recipes and seeds, and how to run them on this machine.
+
+    Attributes:
+        recipes: names of recipes, or mappings with `name`, `label` and options.
+        seeds: a run of each recipe per seed.
+        output: the folder of the runs.
+        workers: runs at a time; 0 takes one per core, and one in all on a GPU.
+        threads: threads of each; 0 divides the cores among the workers.
+    """
 
     recipes: Annotated[list[RecipeSpec], Field(min_length=1)]
     seeds: Annotated[list[Count], Field(min_length=1, default_factory=lambda: [0])]

@@ -32,14 +32,19 @@ def _without(values: dict[str, Any], **usual: Any) -> dict[str, Any]:
 
 
 class Data(Strict):
-    """Where the examples come from.
+    """Where the examples come from. Paths are relative to the working folder.
 
-    `pydoc` and `digits` need no file. `text` takes a file or a folder of `.txt` in `path`,
-    `parquet`, `csv` (with a header) and `json` (an object a line) one file a split in `files`,
-    `images` a folder of classes (or of splits of classes) in `path`, `hub` a data set's name in
-    `path`. Paths are relative to the working folder. `columns` names the column of each role.
-    `held_out` is how many training rows stand for a split that the source lacks, a tenth of them
-    as a rule.
+    Attributes:
+        source: the kind of source. `pydoc` and `digits` need no file; `csv` has a header, and
+            `json` an object per line.
+        path: of `text`, a file or a folder of `.txt`; of `images`, a folder of classes, or of
+            splits of classes; of `hub`, the name of a data set.
+        files: of `parquet`, `csv` and `json`, a file per split, `train` at least.
+        subset: of `hub`, the configuration of the data set.
+        splits: of `hub`, the data set's name of each split.
+        columns: the column of each role, such as `{text: body}`.
+        limit: use only the first rows of each split, or characters of a text.
+        held_out: how many training rows replace a missing split; a tenth of them by default.
     """
 
     source: Literal["pydoc", "digits", "text", "parquet", "csv", "json", "images", "hub"]
@@ -69,11 +74,14 @@ class Data(Strict):
 class Model(Strict):
     """A network of `transformers`: by `kind` and the fields of its config, or `load`ed.
 
-    `load` takes a folder (of a network, or of one finished run), a GGUF file, `package:NAME` for
-    the network in an installed package, a name that the hub's cache holds, or `hub:NAME` to
-    download it. With `load`, `kind` may say what is loaded: `--smoke` builds it where the hub is
-    out of reach. Parameters whose names match a glob of `freeze` are not trained. `keep_units` cuts
-    each feed-forward block down to so many hidden units, those of largest norm.
+    Attributes:
+        kind: a `model_type` of transformers, such as `gpt2`, or nmflow's `mlp-mixer` or `lstm`.
+            With `load`, `--smoke` builds it instead.
+        load: a folder (of a network, or of one finished run), a GGUF file, `package:NAME` for the
+            network in an installed package, a name in the hub's cache, or `hub:NAME` to download.
+        fields: fields of the network's config.
+        freeze: globs of parameters that are not trained.
+        keep_units: hidden units that each feed-forward block keeps, those of largest norm.
     """
 
     kind: str | None = None
@@ -96,10 +104,15 @@ class Model(Strict):
 
 
 class Distill(Strict):
-    """A teacher beside the training: see `nmflow.Distiller`.
+    """A teacher for the training, see `nmflow.Distiller`.
 
-    `teacher` is a network as `model.load` takes it, or `self`, a frozen copy of the network before
-    its first step. The others are weights of the losses.
+    Attributes:
+        teacher: a network as in `model.load`, or `self`: a frozen copy of the network before its
+            first step.
+        task: weight of the task's own loss.
+        logits: weight of the loss on logits.
+        hidden: weight of the loss on hidden states.
+        temperature: T of the loss on logits.
     """
 
     teacher: str
@@ -116,10 +129,30 @@ class Distill(Strict):
 
 
 class Training(Strict):
-    """The optimization; steps are optimizer steps, warm-up a fraction of them.
+    """The optimization; steps are optimizer steps.
 
-    In place of `steps` a `budget` of training FLOPs may be given; `nmflow.experiments.budget` then
-    solves the steps, which are 0 until it has.
+    Attributes:
+        steps: steps of the run; needed unless there is a `budget`.
+        budget: training FLOPs of the run instead of `steps`, which are solved from it.
+        batch_size: examples per batch of one process.
+        accumulate: batches per step.
+        learning_rate: the largest learning rate.
+        weight_decay: of the optimizer.
+        warmup: the part of the steps in which the learning rate grows, a fraction.
+        schedule: of the learning rate after that.
+        optimizer: the `optim` of transformers' `TrainingArguments`.
+        clip: the largest norm of the gradient; 0 does not clip.
+        precision: of autocast.
+        device: `auto` takes a GPU if there is one.
+        log_every: steps between entries of the log.
+        eval_every: steps between evaluations; 0 takes a tenth of the run.
+        eval_rows: validation rows of such an evaluation.
+        save_every: steps between checkpoints; 0 takes a quarter of the run.
+        track_every: steps between records of gradients and masks; 0 records none.
+        noise_batches: batches for the signal-to-noise of gradients, at each quarter of the run; 0
+            measures none.
+        save_model: keep the finished network.
+        trainer: more fields of `TrainingArguments`.
     """
 
     steps: Positive = 0
