@@ -123,9 +123,9 @@ def recipes() -> Drawing:
     made = Drawing(760, 616, "What each recipe does with a weight, over the steps")
     made.text(14, 22, "What a group of 16 goes through, over a run, at 1:16", size=15, bold=True)
     made.dot(20, 40, color=BLUE, shape="s")
-    made.text(32, 44, "of 16, weights that the mask keeps", size=11.5)
-    made.dot(270, 40, color=ORANGE, shape="s")
-    made.text(282, 44, "δ, by which a weight that is not kept counts (from 1 to 0)", size=11.5)
+    made.text(32, 44, "share of the weights that the mask keeps", size=11.5)
+    made.dot(300, 40, color=ORANGE, shape="s")
+    made.text(312, 44, "δ, the factor of the other weights (from 1 to 0)", size=11.5)
     for i, name in enumerate(names):
         left, top = 46 + 246 * (i % 3), 82 + 142 * (i // 3)
         axes = Axes(made, left, top, 196, 84, (0, steps), (0.0, 1.0))
@@ -141,10 +141,11 @@ def recipes() -> Drawing:
         for line in _note(name):
             made.text(left + 190, top + 14 + 12 * line[0], line[1], size=10, anchor="end")
     for i, said in enumerate((
-        "Every recipe is shown with its defaults, over a run of K steps.",
+        "Each recipe has its defaults, over a run of K steps.",
         "A blue line at 1 is a dense network; at 1/16 each group keeps one weight.",
-        "The hybrid fades the weights that a frame drops, frame by frame.",
-        "Left out are dense, ste, and maxq and s-ste, which reshape what is kept.",
+        "In each frame, hybrid fades the weights that the frame drops.",
+        "Not shown: dense, ste, sdgf-panels (its density is constant), and",
+        "maxq and s-ste, which also change the kept weights.",
     )):  # fmt: skip
         made.text(292, 530 + 18 * i, said, size=11.5)
     return made

@@ -119,7 +119,7 @@ def commands() -> str:
         usage = " ".join(f"{p.name.upper()}{'...' if p.nargs == -1 else ''}" for p in taken)
         out += [f"## `nmflow {name}`", "", command.help or "", ""]
         out += ["```text", f"nmflow {name} {usage} [OPTIONS]", "```", ""]
-        out += ["| | | default |", "| --- | --- | --- |"]
+        out += ["| option | what it does | default |", "| --- | --- | --- |"]
         out += [_row(p) for p in command.params if p.name != "help"] + [""]
     return "\n".join(out)
 
