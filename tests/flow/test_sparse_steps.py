@@ -17,7 +17,12 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
 import nmflow
 from harness import Run, assert_near, assert_same, check_row, parameters_of, reference_step, twin
@@ -26,6 +31,7 @@ from models import MLP, loss_of
 from nmflow import native
 from nmflow.errors import NMFlowError, RecipeError
 from nmflow.flow import kept_layers
+from nmflow.kernels import step_speed
 from settings import BY_ID, CASES, INTERVAL_CASES, MORE_CASES, NORMS_CASES, OPTIMIZERS, TOTAL, Case
 
 pytestmark = pytest.mark.skipif(
@@ -192,6 +198,68 @@ def test_auto_measures_real_layers() -> None:
     )
     model(torch.randn(512, 1024)).square().mean().backward()
     assert sparse(flow) == ["0.weight"]
+
+
+def _saves_all() -> Any:
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+
+
+def _counted(model: nn.Module, x: torch.Tensor, seen: list[int]) -> torch.Tensor:
+    def count(saved: torch.Tensor) -> torch.Tensor:
+        seen.append(saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+        return model(x)
+
+
+def _flops(model: nn.Module, x: torch.Tensor, seen: list[int]) -> torch.Tensor:
+    with FlopCounterMode(display=False) as counter:
+        y = model(x)
+    seen.append(counter.get_total_flops())
+    return y
+
+
+WATCHED: dict[str, Callable[[nn.Module, torch.Tensor, list[int]], Any]] = {
+    "checkpoint": lambda model, x, seen: checkpoint(model, x, use_reentrant=False),
+    "selective": lambda model, x, seen: checkpoint(
+        model, x, use_reentrant=False, context_fn=_saves_all
+    ),
+    "hooks": _counted,
+    "flops": _flops,
+}
+
+
+@pytest.mark.parametrize("faster", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("family", ["linear", "hf-conv1d"])
+@pytest.mark.parametrize("watched", WATCHED)
+def test_a_measurement_is_seen_by_nobody(
+    watched: str, family: str, autocast: bool, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that measures is, for whoever watches it, the step after it on the same input."""
+
+    def judged(*args: Any) -> tuple[float, float]:
+        step_speed.seconds(*args)
+        return (2.0, 1.0) if faster else (1.0, 2.0)
+
+    monkeypatch.setattr(step_speed, "_KNOWN", {})
+    monkeypatch.setattr(kept_layers, "seconds", judged)
+    run = Run(FAMILY[family], on(BY_ID["mdgf-frozen"], "auto"), dtype=FP32)
+    run.train(FAMILY[family].batches(10, FP32))
+    x = FAMILY[family].batches(1, FP32)[0].requires_grad_()
+    found: list[Any] = []
+    for _ in range(2):
+        run.model.zero_grad()
+        seen: list[int] = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = WATCHED[watched](run.model, x, seen)
+        y.float().square().mean().backward()
+        found.append((seen, [p.grad for p in run.model.parameters()]))
+    assert len(sparse(run.flow)) == (2 if faster else 0)
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(one, other)
 
 
 def _network(kind: str) -> tuple[nn.Module, str]:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from nmflow.kernels import cpu_steps, gpu_steps
 from nmflow.kernels.calls import autocast_dtype
 from nmflow.kernels.step_ops import kept_linear
-from nmflow.kernels.step_speed import seconds
+from nmflow.kernels.step_speed import seconds, unseen
 from nmflow.select.weights import is_hf_conv1d
 
 WAY = "_nmflow_way"
@@ -53,9 +53,11 @@ class Way:
             return bool(said) or self.decided is False
         return False
 
-    def decide(self, x: Tensor, weight: Tensor, kept: Tensor | None) -> None:
+    def decide(self, x: Tensor, weight: Tensor, transposed: bool) -> None:
         """Measure both ways on a training step's input, and take the faster one."""
-        dense, sparse = seconds(x, weight, kept, *self.pattern)
+        with unseen():
+            weight = weight.t() if transposed else weight
+            dense, sparse = seconds(x, weight, self.kept, *self.pattern)
         self.decided = sparse < dense
         ratio = f"{dense / sparse:.2f} × as fast as dense"
         self.said = "" if self.decided else f"kept places were {ratio} when they were measured"
@@ -95,17 +97,18 @@ class OnKept(nn.Module):
         way: Way = self.__dict__[WAY]
         if way.dense_call(x, self.weight):
             return super().forward(x)
-        kept, weight = way.kept, self.weight.t() if self.transposed else self.weight
-        x = x.to(autocast_dtype(x, weight) or x.dtype)
         if torch.compiler.is_compiling():
             way.compiled = True
         elif way.decided is None:
-            if not (torch.is_grad_enabled() and weight.requires_grad) or _captured(x):
+            steps = torch.is_grad_enabled() and self.weight.requires_grad
+            if not steps or _captured(x):
                 return super().forward(x)  # no step that could be measured
-            way.decide(x, weight, kept)
+            way.decide(x, self.weight, self.transposed)
             if not way.decided:
                 return super().forward(x)
-        return kept_linear(x, weight, self.bias, kept, *way.pattern)
+        weight = self.weight.t() if self.transposed else self.weight
+        x = x.to(autocast_dtype(x, weight) or x.dtype)
+        return kept_linear(x, weight, self.bias, way.kept, *way.pattern)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy, or a pickle, is of the class that the layer had, and knows nothing of this."""

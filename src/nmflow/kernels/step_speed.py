@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
+from nmflow.kernels.calls import autocast_dtype
 from nmflow.kernels.step_ops import kept_linear
 
 _KNOWN: dict[tuple[object, ...], tuple[float, float]] = {}
@@ -22,24 +26,37 @@ def seconds(
     Layers of one shape and pattern, with as many tokens and threads, are measured once.
 
     Args:
-        x: `(..., in)`, the layer's input.
+        x: `(..., in)`, the layer's input, before autocast.
         weight: W̃, `(out, in)`.
         kept: its mask as bits, or None.
         n: N, what is kept of every M.
         m: M.
         panel: V.
     """
+    dtype = autocast_dtype(x, weight) or x.dtype
     key = (x.numel(), *weight.shape, n, m, panel, x.requires_grad, torch.get_num_threads(),
-           x.device, x.dtype, weight.dtype)  # fmt: skip
+           x.device, dtype, weight.dtype)  # fmt: skip
     if key not in _KNOWN:
         w, held = weight.detach(), kept
+        given = x.detach().to(dtype).requires_grad_(x.requires_grad)
         ways = (
             lambda x, w: F.linear(x, w),
             lambda x, w: kept_linear(x, w, None, held, n, m, panel),
         )
-        one, other = (min(_time(way, x, w) for _ in range(3)) for way in ways)
+        one, other = (min(_time(way, given, w) for _ in range(3)) for way in ways)
         _KNOWN[key] = one, other
     return _KNOWN[key]
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Compute beside a step, so that whoever watches the step sees nothing of it.
+
+    A checkpoint counts what a layer saves and keeps what it computes, and then computes the layer
+    once more, without what was done here.
+    """
+    with _disable_current_modes(), saved_tensors_hooks(_same, _same):
+        yield
 
 
 def _time(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> float:
@@ -57,3 +74,7 @@ def _time(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> floa
         end.synchronize()
         return start.elapsed_time(end) * 1e-3  # pyright: ignore[reportPossiblyUnbound]
     return time.perf_counter() - began
+
+
+def _same(saved: Tensor) -> Tensor:
+    return saved
