@@ -70,6 +70,124 @@ def test_the_callback_may_leave_the_last_word_to_the_user(tmp_path: Path):
     assert nmflow.audit(trainer.model, "1:8", "ff").ok
 
 
+class Breaks(NMFlowCallback):
+    """Raises once: as step 7 begins, or in the evaluation after step 8."""
+
+    def __init__(self, where: str, error: type[BaseException], **how: Any) -> None:
+        super().__init__("settling", "1:8", include="ff", **how)
+        self.where, self.error = where, error
+
+    def break_at(self, where: str, step: int, state: Any) -> None:
+        if where == self.where and state.global_step == step:
+            self.where = ""
+            raise self.error("broken off")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
+        self.break_at("step", 7, state)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.break_at("evaluation", 8, state)
+
+
+class Exact(ExactCheckpoints, FinalMasksEvaluation, Trainer):
+    pass
+
+
+EVERY_4 = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+BREAKS = [("step", KeyboardInterrupt), ("step", RuntimeError), ("evaluation", RuntimeError)]
+
+
+def _broken(place: Path, callback: NMFlowCallback, **more: Any) -> Any:
+    """A trainer whose training was broken off, of few rows to evaluate."""
+    trainer = plain_trainer(place, callback, Exact, **EVERY_4, **more)
+    trainer.eval_dataset = torch.utils.data.Subset(trainer.eval_dataset, range(8))
+    if isinstance(callback, Breaks) and callback.where:
+        with pytest.raises(callback.error, match="broken off"):
+            trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "sparse_steps"),
+    [(*each, sparse) for each, sparse in zip(BREAKS, ("off", "on", "off"), strict=True)],
+)
+def test_a_training_that_was_broken_off_begins_with_its_dense_weights(
+    tmp_path: Path, where: str, error: type[BaseException], sparse_steps: Any
+) -> None:
+    """As another Trainer would whose network is given W, all of it."""
+    how = {"sparse_steps": sparse_steps, "freeze_mask": True}
+    callback = Breaks(where, error, **how)
+    trainer = _broken(tmp_path / "one", callback, optim="sgd")
+    assert callback.flow is not None
+    dense = {name: w.clone() for name, w in callback.flow.dense_weights().items()}
+    other = _broken(tmp_path / "other", Breaks("", error, **how), optim="sgd")
+    other.model.load_state_dict({**trainer.model.state_dict(), **dense})
+    for each in (trainer, other):
+        torch.manual_seed(0)
+        each.train()
+    assert nmflow.audit(trainer.model, "1:8", "ff").ok
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+    assert not any("nmflow" in str(key) for s in trainer.optimizer.state.values() for key in s)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "steps"), [(*BREAKS[1], 16), (*BREAKS[2], 12)], ids=["prolonged", "same"]
+)
+def test_a_training_that_was_broken_off_is_resumed_exactly(
+    tmp_path: Path, where: str, error: type[BaseException], steps: int
+) -> None:
+    """As one that never stopped; with more steps than before, as another Trainer prolongs it."""
+    trainer = _broken(tmp_path / "broken", Breaks(where, error))
+    last = str(tmp_path / "broken" / "checkpoint-4")
+    other = _broken(tmp_path / "other", Breaks("", error), max_steps=steps)
+    other.train(resume_from_checkpoint=None if steps == 12 else last)
+    trainer.args.max_steps = steps
+    trainer.train(resume_from_checkpoint=last)
+    assert nmflow.audit(trainer.model, "1:8", "ff").ok
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["its end", "another network"])
+def test_a_training_that_is_not_to_be_lost_is_not_left(tmp_path: Path, ended: bool) -> None:
+    callback = Breaks("" if ended else "step", RuntimeError, finalize=False)
+    trainer = plain_trainer(tmp_path, callback)
+    if ended:
+        trainer.train()
+    else:
+        with pytest.raises(RuntimeError, match="broken off"):
+            trainer.train()
+        trainer = plain_trainer(tmp_path, callback)
+    with pytest.raises(FlowError, match="give every training one of its own"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kept", ["weights alone", "a dense run"])
+def test_a_checkpoint_without_a_recipe_is_no_resume(tmp_path: Path, kept: str) -> None:
+    """What Trainer restores in part, or without a recipe, would be N:M at the end by force."""
+    first = NMFlowCallback("settling" if kept == "weights alone" else "dense", "1:8", include="ff")
+    only = kept == "weights alone"
+    how = {**EVERY_4, "save_only_model": only}
+    trainer = plain_trainer(tmp_path, first, **how)
+    if not only:
+        trainer.remove_callback(first)
+    trainer.train()
+    place = str(tmp_path / "checkpoint-4")
+
+    trainer = plain_trainer(tmp_path, NMFlowCallback("settling", "1:8", include="ff"), **how)
+    before = len(trainer.callback_handler.callbacks)
+    with pytest.raises(StateError, match=r"of step 4 and holds no state of a recipe.*=8, the"):
+        trainer.train(resume_from_checkpoint=place)
+    assert len(trainer.callback_handler.callbacks) == before
+
+    left = NMFlowCallback("settling", "1:8", include="ff", total_steps=8)
+    plain_trainer(tmp_path, left, **how).train(resume_from_checkpoint=place)
+    assert left.flow is not None
+    assert (left.flow.steps_done, left.flow.total_steps) == (8, 8)
+
+
 class Watched(NMFlowCallback):
     """Notes at every batch of an evaluation whether the network is N:M, and δ."""
 
@@ -161,10 +279,6 @@ def best_of(tmp_path: Path, callback: NMFlowCallback, kind: Any = Trainer, **mor
     )  # fmt: skip
     trainer.compute_metrics = lambda _: {"score": float(trainer.state.global_step)}
     return trainer
-
-
-class Exact(ExactCheckpoints, FinalMasksEvaluation, Trainer):
-    pass
 
 
 SLOW = pytest.mark.slow

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+import nmflow
 import reference
 from harness import (
     Run,
@@ -21,7 +25,7 @@ from harness import (
 )
 from models import FAMILIES, MLP, Family, loss_of
 from nmflow.errors import FlowError
-from settings import BY_ID, TOTAL
+from settings import BY_ID, OPTIMIZERS, TOTAL
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
@@ -153,6 +157,59 @@ def test_a_finalized_flow_is_over(what: str) -> None:
     with pytest.raises(FlowError, match="finalize"):
         use(run, what)
     assert_same(parameters_of(run.model), before)
+
+
+@pytest.mark.parametrize("sparse_steps", ["off", "on"])
+@pytest.mark.parametrize("steps", [0, 3, TOTAL])
+@pytest.mark.parametrize("case", ["ste", "settling", "mdgf-frozen", "step", "mdgf-scaled-frozen"])
+def test_a_flow_that_is_detached_was_never_there(case: str, steps: int, sparse_steps: str) -> None:
+    """The parameters hold W, and the optimizer has its own state and no hook of ours."""
+    how = replace(BY_ID[case], attach={**BY_ID[case].attach, "sparse_steps": sparse_steps})
+    make = OPTIMIZERS["adamw-plain"]
+    run = Run(MLP, how, make, dtype=torch.float32)
+    run.train(MLP.batches(steps, torch.float32))
+    dense = {name: w.clone() for name, w in run.flow.dense_weights().items()}
+    moments = copy.deepcopy(run.optimizer.state_dict())
+    run.flow.detach()
+    found = parameters_of(run.model)
+    assert_same({name: found[name] for name in dense}, dense)
+
+    plain = make(run.model.parameters())
+    state = run.optimizer.state_dict()
+    assert [g.keys() for g in state["param_groups"]] == [g.keys() for g in plain.param_groups]
+    for i, one in state["state"].items():
+        assert not any(str(key).startswith("nmflow") for key in one)
+        assert all(torch.equal(one[key], moments["state"][i][key]) for key in one)
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        assert not getattr(run.optimizer, hooks)
+    plain.load_state_dict(state)
+    with pytest.raises(FlowError, match="detach"):
+        run.flow.detach()
+    flow = nmflow.attach(run.model, run.optimizer, "ste", "1:4", include="*", total_steps=2)
+    assert flow.steps_done == 0
+
+
+@pytest.mark.parametrize("what", ["written", "inside a block", "replaced"])
+def test_a_flow_that_cannot_be_detached_goes_on(what: str) -> None:
+    run = Run(MLP, BY_ID["settling"])
+    run.train(MLP.batches(3))
+    model: Any = run.model
+    before, first = parameters_of(model), model[0]
+    block: Any = run.flow.final_masks() if what == "inside a block" else contextlib.nullcontext()
+    with block:
+        if what == "written":
+            with torch.no_grad():
+                model[0].weight[0, 0] += 1
+        elif what == "replaced":
+            model[0] = copy.deepcopy(first)
+        with pytest.raises(FlowError):
+            run.flow.detach()
+    if what == "written":
+        with torch.no_grad():
+            model[0].weight.copy_(before["0.weight"])
+    model[0] = first
+    assert_same(parameters_of(model), before)
+    run.train(MLP.batches(1))
 
 
 def test_attach_again_after_finalize() -> None:

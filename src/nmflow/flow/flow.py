@@ -223,6 +223,44 @@ class Flow(Looking):
             with torch.no_grad():
                 stepper.edits.harden(stepper.k)
             stepper.stop()
+        self._end()
+
+    def detach(self) -> None:
+        """Leave the dense network and a clean optimizer, as if no recipe had been attached.
+
+        For a run that you give up: the parameters hold W, which no mask has touched, and another
+        recipe may be attached. What a frozen mask pruned under `sparse_steps` is 0 in W.
+
+        Raises:
+            FlowError: the flow has ended, or is inside a block; a layer was replaced.
+            StateError: somebody wrote a weight since the last step.
+
+        Example:
+            >>> import nmflow, torch
+            >>> model = torch.nn.Linear(8, 4)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> flow = nmflow.attach(model, optimizer, "ste", "1:4", include="*", total_steps=9)
+            >>> flow.detach()
+            >>> int((model.weight != 0).sum())
+            32
+        """
+        self._check_live("detach()")
+        self._blocks.check_none("detach()")
+        for stepper in self._steppers:
+            stepper.edits.check(stepper.k)
+        for stepper in self._steppers:
+            with torch.no_grad():
+                stepper.edits.open()
+            stepper.stop()
+        self._end()
+
+    def _let_go(self) -> None:
+        """Take no further part, and leave the weights and the optimizer's state as they are."""
+        for stepper in self._steppers:
+            stepper.unhook()
+        self._end()
+
+    def _end(self) -> None:
         for hook in self._loading:
             hook.remove()
         self._finalized = True

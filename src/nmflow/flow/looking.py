@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nmflow.errors import FlowError
 from nmflow.flow.flow_stage import FlowStage
@@ -30,6 +31,11 @@ class Looking:
     def steps_done(self) -> int:
         """k, the optimizer steps done; the fewest, where several optimizers step on their own."""
         return min(stepper.k for stepper in self._steppers)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers that step the weights, without the wrappers of a trainer."""
+        return [stepper.optimizer for stepper in self._steppers]
 
     @property
     def stage(self) -> FlowStage:
@@ -88,4 +94,6 @@ class Looking:
 
     def _check_live(self, what: str) -> None:
         if self._finalized:
-            raise FlowError(f"{what} was called after finalize(): attach again to go on training")
+            raise FlowError(
+                f"{what} was called after finalize() or detach(): attach again to go on training"
+            )

@@ -81,8 +81,8 @@ class Stepper:
         for slot in self.slots:
             if owners.is_owned(slot.param):
                 raise FlowError(
-                    f"'{slot.name}' already has a recipe attached: call finalize() on that flow "
-                    "first, or exclude it"
+                    f"'{slot.name}' already has a recipe attached: call finalize() or detach() "
+                    "on that flow first, or exclude it"
                 )
         if owners.owns(self.optimizer):
             raise FlowError(

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,15 @@ def sums(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def check(saved: Mapping[str, str], model: nn.Module) -> None:
+def check(saved: Mapping[str, str], model: nn.Module, without: Collection[str] = ()) -> None:
     """Raise a `StateError` unless a network holds what `sums` saw when it was saved.
 
-    Tensors whose dtype has changed since are not compared.
+    Tensors whose dtype has changed since are not compared, nor those that are left out by name.
     """
     now = sums(model)
     lost = [name for name, value in saved.items() if not _same(value, now.get(name))]
-    lost += [name for name in now if name not in saved]
+    lost = [*lost, *(name for name in now if name not in saved)]
+    lost = [name for name in lost if name not in without]
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise StateError(
@@ -93,12 +94,18 @@ class Witness:
     the `Trainer` is about to save; where that was decided later, the state is written once more.
     """
 
-    def witness_resume(self, state: Any, model: nn.Module) -> None:
-        """Compare, when training begins at a step that is not the first."""
+    def witness_resume(self, state: Any, model: nn.Module, without: Collection[str] = ()) -> None:
+        """Compare, when training begins at a step that is not the first.
+
+        Args:
+            state: the trainer's.
+            model: the network.
+            without: the names of what an optimizer's state gave since.
+        """
         saved = state.stateful_callbacks.get(WITNESS) or {}
         if state.global_step and state.is_world_process_zero:
             if saved.get("step") == state.global_step:
-                check(saved["sums"], model)
+                check(saved["sums"], model, without)
             state.stateful_callbacks.pop(WITNESS, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

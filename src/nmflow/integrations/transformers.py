@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from nmflow.integrations.checkpoints import ExactCheckpoints, Witness, check_sav
 from nmflow.integrations.metrics import PHASES, Metrics, figures
 from nmflow.recipes import DEFAULT, Recipe
 from nmflow.select.plan import Names, Patterns
+
+log = logging.getLogger("nmflow")
 
 __all__ = [
     "PHASES",
@@ -35,7 +39,9 @@ class NMFlowCallback(Witness, TrainerCallback):
     It attaches when training begins, after the `Trainer` has made its optimizer and restored a
     checkpoint, and takes the number of steps from it. `trainer.train(resume_from_checkpoint=...)`
     resumes exactly, since the optimizer's state holds the recipe's. The `Trainer`'s state holds
-    checksums of the network, so a checkpoint that was loaded in part is refused.
+    checksums of the network, so a checkpoint that was loaded in part is refused. After a training
+    that was broken off (Ctrl-C, an error, `auto_find_batch_size`) call `train()` again: it resumes,
+    or begins with the dense weights, as a dense training would.
 
     The evaluations of the `Trainer`'s strategy see the final N:M network, as `flow.final_masks()`
     shows it. A checkpoint that is saved right after one holds that network too, and still resumes
@@ -66,9 +72,9 @@ class NMFlowCallback(Witness, TrainerCallback):
 
     Raises:
         FlowError: `load_best_model_at_end` without `final_masks`, which would put weights of
-            mid-decay into the network.
+            mid-decay into the network; a second training after one that came to its end.
         StateError: after a resume, or with the best model at the end, the network does not hold
-            the weights that the checkpoint was saved with.
+            the weights that the checkpoint was saved with; a checkpoint without the recipe's state.
 
     Example:
         >>> from nmflow.integrations.transformers import NMFlowCallback
@@ -93,8 +99,9 @@ class NMFlowCallback(Witness, TrainerCallback):
         finalize: bool = True,
     ) -> None:
         self.flow: Flow | None = None
-        self.live = False
+        self.live, self._training = False, False
         self.final_masks = final_masks
+        self._hooks: list[Any] = []
         self._shown: contextlib.AbstractContextManager[None] | None = None
         self._total_steps, self._finalize = total_steps, finalize
         self._how: dict[str, Any] = {
@@ -123,16 +130,27 @@ class NMFlowCallback(Witness, TrainerCallback):
                 "load_best_model_at_end is True and final_masks False: the best checkpoint may lie "
                 "in mid-decay, where the network is not N:M yet; leave out one of them"
             )
-        if self.live:
-            raise FlowError(
-                "this NMFlowCallback is attached already: give every training one of its own"
-            )
         if model is None or optimizer is None:
             raise FlowError("the Trainer gave no model or no optimizer when training began")
-        self.witness_resume(state, model)
+        written = self._leave(state, model) if self.live else ()
+        self.witness_resume(state, model, written)
         steps = self._total_steps or state.max_steps
         self.flow = attach(model, optimizer, total_steps=steps, **self._how)
-        self.live = True
+        if state.global_step and not self.flow.steps_done and self._total_steps is None:
+            self.flow.detach()
+            raise StateError(
+                f"the checkpoint is of step {state.global_step} and holds no state of a recipe, "
+                f"which would begin now and not end by step {steps}: resume from one with its "
+                "optimizer's state (save_only_model=False) that was saved under the recipe; or "
+                "load its weights and train without resume_from_checkpoint; or pass NMFlowCallback "
+                f"total_steps={max(1, steps - state.global_step)}, the steps that are left"
+            )
+        self.live, self._training = True, True
+        # After an evaluation that was broken off the final masks are shown, when a state is loaded.
+        self._hooks = [
+            one.register_load_state_dict_pre_hook(self._give_way, prepend=True)
+            for one in self.flow.optimizers
+        ]
         self._metrics = Metrics(self.flow, every=max(1, int(state.logging_steps or 1)))
         _before_the_trackers(self)
         if args.eval_on_start:
@@ -181,23 +199,60 @@ class NMFlowCallback(Witness, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave an exactly N:M model, unless told to wait."""
+        self._training = False
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best and self.flow is not None and self.live:
             # The Trainer has loaded it: an N:M network, which all masks of its own magnitudes keep.
-            with contextlib.suppress(StateError):
-                self._hide()
+            self._give_way()
             self.flow.sync()
             if state.is_world_process_zero:
                 check_saved(Path(best), self.flow.model)
         self._hide()
+        for hook in self._hooks:
+            hook.remove()
         if self.flow is not None and self.live and self._finalize:
             self.flow.finalize()
             self.live = False
+
+    def _leave(self, state: TrainerState, model: nn.Module) -> Collection[str]:
+        """Leave a training of the same network that was broken off, and is begun or resumed now.
+
+        Returns:
+            The names of the weights that it wrote from a checkpoint's state.
+
+        Raises:
+            FlowError: the callback's training came to its end, or was of another network.
+        """
+        assert self.flow is not None
+        if not self._training or self.flow.model is not model:
+            raise FlowError(
+                "this NMFlowCallback is attached already: give every training one of its own, and "
+                "call callback.flow.finalize() or .detach() if that network is to be trained anew"
+            )
+        self._give_way()
+        for hook in self._hooks:
+            hook.remove()
+        self.live, names = False, self.flow.dense_weights().keys()
+        if state.global_step:  # the optimizer has the recipe's state from the checkpoint
+            self.flow._let_go()
+        else:
+            log.warning(
+                "the training before was broken off after %d steps: this one begins with the dense "
+                "weights that it left",
+                self.flow.steps_done,
+            )
+            self.flow.detach()
+        return names
 
     def _show(self) -> None:
         if self.flow is not None and self.live and self.final_masks and self._shown is None:
             self._shown = self.flow.final_masks()
             self._shown.__enter__()
+
+    def _give_way(self, *_: Any) -> None:
+        """Show the masks of the step again, where a network that was loaded is to stay."""
+        with contextlib.suppress(StateError):
+            self._hide()
 
     def _hide(self) -> None:
         if self._shown is not None:
