@@ -191,5 +191,6 @@ def _tuning(task: str) -> list[str]:
 _ABOUT = (
     "MiniLM-L6 (22.7 M parameters), pretrained, fine-tuned for 800 steps of 32 rows; FF is sparse. "
     "The [protocol](protocol.md#second-part-pretrained-networks) was committed before the runs; "
-    "what a table does not have has not run. The other pages are of small networks from scratch."
+    "what a table does not have has not run. Pages a to m are of small networks trained from "
+    "scratch, except page b's part at equal time."
 )

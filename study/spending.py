@@ -47,7 +47,7 @@ def equal_flops() -> str:
     lost = [c.setup for c in cells if c.worse]
     return "\n".join(
         [
-            *heading("b. At equal training FLOPs?"),
+            *heading("b. At equal training FLOPs?", but=", except those at equal time,"),
             "**At the training FLOPs of SR-STE's "
             f"{rival['steps'].iloc[0]:,} steps, {' and '.join(won) or 'no recipe'} does better "
             f"than SR-STE, and {' and '.join(lost) or 'none'} do worse** (characters, GPT-2, 1:16; "

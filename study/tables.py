@@ -17,16 +17,14 @@ NARROW = "Dense, as narrow as the FLOPs of the pattern"
 DECAYING = (*PAPERS, OURS)
 
 
-SETTING = (
-    "All figures are from small networks trained from scratch. The paper, and nearly every user, "
-    "fine-tunes a pretrained network: [page n](n-pretrained.md) is of that, and differs."
-)
-"""What every page says first."""
-
-
-def heading(title: str) -> list[str]:
-    """A page's title, and what its figures are of."""
-    return [f"# {title}", "", f"*{SETTING}*", ""]
+def heading(title: str, but: str = "") -> list[str]:
+    """A page's title, and what its figures are of, `but` for some."""
+    setting = (
+        f"All figures{but} are from small networks trained from scratch. The paper, and nearly "
+        "every user, fine-tunes a pretrained network: [page n](n-pretrained.md) does so, and "
+        "differs."
+    )
+    return [f"# {title}", "", f"*{setting}*", ""]
 
 
 def there(name: str) -> bool:

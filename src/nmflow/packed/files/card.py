@@ -46,8 +46,8 @@ def card_of(
     rows += _times(model)
     table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join([*front, MARK, "", f"# {type(model).__name__}, packed", "",
-                      "An N:M sparse network (N weights kept of every M), packed by "
-                      "[nmflow](https://pypi.org/project/nmflow/).", "", *table, "",
+                      "An N:M sparse network (N weights kept of every M), packed by nmflow.", "",
+                      *table, "",
                       "## Load it", "", "```python", *_call(library), "```", ""])  # fmt: skip
 
 
