@@ -35,6 +35,31 @@ def _took(ways: dict[str, Any]) -> dict[str, float]:
     return {name: one.median for name, one in timed.items()}
 
 
+def layers() -> list[tuple[tuple[int, int], int, str]]:
+    """Layers, tokens and patterns of all that is timed, each once."""
+    found = dict.fromkeys(LAYERS)
+    for width, inner, _, batch, tokens in NETWORKS.values():
+        sizes = (3 * width, width), (width, width), (inner, width), (width, inner)
+        found |= dict.fromkeys((size, batch * tokens, "1:16@128") for size in sizes)
+    return list(found)
+
+
+def once(layer: tuple[int, int], tokens: int, spec: str) -> None:
+    """All products of a layer, once, so that their kernels are compiled."""
+    shape = Shape.of(*layer, spec)
+    w = torch.zeros(layer, device=DEVICE)
+    x, dy = (torch.zeros(tokens, n, device=DEVICE).bfloat16() for n in layer[::-1])
+    packed = gpu_steps.pack(w, None, shape, torch.bfloat16)
+    gpu_steps.forward(x, w, *packed, None, shape)
+    before = gpu_steps.PARTIAL
+    try:
+        for gpu_steps.PARTIAL in (torch.float32, torch.bfloat16):
+            gpu_steps.input_grad(dy, w, *packed, shape)
+    finally:
+        gpu_steps.PARTIAL = before
+    gpu_steps.weight_grad(x, dy, *packed[1:], shape, torch.float32)
+
+
 def products() -> Iterator[dict[str, Any]]:
     """A row for each product of a layer, and for input gradients of other sums."""
     for (out, inputs), tokens, spec in LAYERS:

@@ -1,20 +1,21 @@
 """Packed products on a GPU against cuBLAS: microseconds in CUDA graphs, weights past the L2.
 
     python benchmarks/gpu.py tables [--search] [--seconds 90] [--csv FILE] [--kernels FOLDER]
-    python benchmarks/gpu.py decode panels llama roof steps int8 three train [--seconds 90] …
+    python benchmarks/gpu.py decode ready panels llama roof steps int8 three train [--seconds 90] …
     python benchmarks/gpu.py check
     python benchmarks/gpu.py compile --kernels FOLDER [--search] [--workers 8] [--seconds 60]
     python benchmarks/gpu.py warm [--workers 4] [--seconds 60]
 
-`decode` is products of up to 64 tokens, `panels` of many, `llama` tokens a second of a network
-of the shape of Llama-2-7B with random weights and 1:8 in every linear layer, `steps` training steps
-that are bound by launches, `roof` what memory gives to a copy. `int8` is products with 8-bit
-values, `three` the products of a training step on panels, `train` whole steps of networks in their
-sparse phase. `tables` is all of them in one process. With `--search` other plans than the one that
-is taken are timed too, last, to judge `gpu_cuts.plan` and `gpu_panels.block`. `check` runs a few
-small products once, for compute-sanitizer. `compile` compiles the kernels of `decode` on many cores
-and needs no GPU, `warm` those of `panels`. Rows are written as they are found, and a run ends with
-its seconds, so that nothing is lost.
+`decode` is products of up to 64 tokens, `ready` those of 16 and more by warp groups whose x is put
+in order first, `panels` of many, `llama` tokens a second of a network of the shape of Llama-2-7B
+with random weights and 1:8 in every linear layer, `steps` training steps that are bound by
+launches, `roof` what memory gives to a copy. `int8` is products with 8-bit values, `three` the
+products of a training step on panels, `train` whole steps of networks in their sparse phase.
+`tables` is all of them in one process. With `--search` other plans than the one that is taken are
+timed too, last, to judge `gpu_cuts.plan` and `gpu_panels.block`. `check` runs a few small products
+once, for compute-sanitizer. `compile` compiles the kernels of `decode` on many cores and needs no
+GPU, `warm` those in Triton of `panels`, `three` and `train`. Rows are written as they are found,
+and a run ends with its seconds, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ GROUPS = [
     (16, 1, 1, 4, 3), (4, 1, 1, 2, 4), (16, 1, 1, 1, 2), (8, 1, 1, 4, 3),
 ]  # fmt: skip
 
+READY = [
+    (16, 1, 1, 1, 3), (16, 1, 1, 1, 4), (16, 1, 1, 1, 2), (8, 1, 1, 1, 3), (16, 2, 1, 1, 3),
+    (16, 1, 1, 2, 3), (16, 1, 1, 3, 3), (8, 1, 1, 2, 3), (8, 1, 1, 3, 3), (16, 1, 1, 4, 3),
+]  # fmt: skip
+
 
 def random_packed(shape: Shape) -> tuple[Tensor, Tensor]:
     """Tiled values and codes of a random bf16 weight on the GPU."""
@@ -116,7 +122,24 @@ def candidates(shape: Shape, tokens: int, card: Card, search: bool) -> list[Plan
     return [*dict.fromkeys([*likely, *(plan for plan in made if plan is not None)])]
 
 
-def points() -> Iterator[tuple[tuple[int, int], int, list[str]]]:
+def in_order(shape: Shape, tokens: int, card: Card, search: bool = True) -> list[Plan | None]:
+    """The plan that is taken, and those whose x is put in order first."""
+    made = (gpu_plan.make(shape, False, tokens, card, *one, kind="ready") for one in READY)
+    taken = gpu_cuts.plan(shape, False, tokens, card)
+    return [*dict.fromkeys([taken, *(plan for plan in made if plan is not None)])]
+
+
+Points = Iterator[tuple[tuple[int, int], int, list[str]]]
+
+
+def many_tokens_of_few() -> Points:
+    """Layers and tokens of `ready`, with their patterns."""
+    for tokens in (64, 32, 16):
+        for layer in ((28672, 8192), (11008, 4096)):
+            yield layer, tokens, ["1:8", "1:16", "1:4", "2:4"]
+
+
+def points() -> Points:
     """Layers and tokens of `decode`, with their patterns."""
     for layers, patterns, tokens in DECODE:
         for count in tokens:
@@ -126,8 +149,18 @@ def points() -> Iterator[tuple[tuple[int, int], int, list[str]]]:
 
 def decode(search: bool) -> Iterator[Row]:
     """Few tokens; the rows that decide come first."""
+    yield from few(points(), candidates, search)
+
+
+def ready(search: bool = True) -> Iterator[Row]:
+    """Rows of a search, of plans whose x is put in order first beside those that are taken."""
+    yield from few(many_tokens_of_few(), in_order, True)
+
+
+def few(of: Points, plans: Any, search: bool) -> Iterator[Row]:
+    """A row for each plan of each product."""
     card = gpu_driver.driver(0).card
-    for (out, inputs), tokens, patterns in points():
+    for (out, inputs), tokens, patterns in of:
         rested()
         x = torch.randn(tokens, inputs, device=DEVICE).bfloat16()
         some = torch.randn(out, inputs, device=DEVICE).bfloat16() * 0.02
@@ -148,7 +181,7 @@ def decode(search: bool) -> Iterator[Row]:
             many = [tuple(b.clone() for b in buffers) for _ in range(count)]
             size = sum(b.nbytes for b in buffers)
             taken = gpu_cuts.plan(shape, False, tokens, card)
-            for plan in candidates(shape, tokens, card, search):
+            for plan in plans(shape, tokens, card, search):
                 row: Row = {
                     "what": "search" if search else "decode", "out": out, "inputs": inputs,
                     "tokens": tokens, "pattern": spec, "dense_us": best, "taken": plan == taken,
@@ -231,8 +264,13 @@ def panels(search: bool) -> Iterator[Row]:
 
 
 def warm(part: int, parts: int, seconds: float) -> None:
-    """Compile every cut of `panels` once, so that Triton's cache has them."""
+    """Compile training's kernels and every cut of `panels`, so that Triton's cache has them."""
+    import _gpu_steps
+
     end = time.monotonic() + seconds
+    for layer in _gpu_steps.layers()[part::parts]:
+        if time.monotonic() < end:
+            _gpu_steps.once(*layer)
     todo = []
     for (out, inputs), tokens, spec in MANY[:SEARCHED_PANELS]:
         shape = Shape.of(out, inputs, spec)
@@ -347,6 +385,7 @@ def check_kinds() -> Iterator[Row]:
     cases: list[tuple[str, int, Any]] = [
         ("1:16", 1, (8, 2, 1, 1, 4, "lookup")), ("2:4", 3, (4, 1, 1, 2, 4, "lookup")),
         ("1:16", 64, (8, 2, 1, 1, 3, "groups")), ("2:4", 9, (4, 1, 1, 2, 3, "groups")),
+        ("1:8", 64, (16, 1, 1, 1, 3, "ready")), ("2:4", 20, (8, 2, 1, 2, 2, "ready")),
         ("1:16@64", 150, gpu_panels.Group(64, 128, 2, 32, 3, 1)),
         ("1:16@128", 150, gpu_panels.Group(128, 128, 1, 32, 3, 1)),
     ]  # fmt: skip
@@ -450,6 +489,13 @@ def compile_all(search: bool, workers: int, seconds: float) -> None:
                 for plan in candidates(Shape.of(*layer, spec), tokens, card, wide):
                     if plan is not None:
                         kernels.setdefault(plan.kernel)
+    for layer, tokens, patterns in many_tokens_of_few():
+        for spec in patterns:
+            for plan in in_order(Shape.of(*layer, spec), tokens, card):
+                assert plan is not None
+                kernels.setdefault(plan.kernel)
+                tiles = ("NT", dict(plan.kernel.constants)["NT"])
+                kernels.setdefault(Kernel("ready.cu", "ready", (tiles,)))
     todo = list(kernels)
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         shares = [(todo[i::workers], end) for i in range(workers)]
@@ -457,10 +503,10 @@ def compile_all(search: bool, workers: int, seconds: float) -> None:
 
 
 PARTS = {
-    "decode": decode, "panels": panels, "llama": llama, "roof": roof, "steps": steps,
-    "int8": int8, "three": three, "train": train, "check": check,
+    "decode": decode, "ready": ready, "panels": panels, "llama": llama, "roof": roof,
+    "steps": steps, "int8": int8, "three": three, "train": train, "check": check,
 }  # fmt: skip
-TABLES = ["roof", "decode", "int8", "panels", "three", "train", "steps", "llama"]
+TABLES = ["roof", "decode", "ready", "int8", "panels", "three", "train", "steps", "llama"]
 FIELDS = [
     "what", "out", "inputs", "tokens", "pattern", "dense_us", "packed_us", "ready_us", "ratio",
     "tb_per_s", "turn_us", "tokens_per_s", "error", "taken", "plan", "failed", "device", "torch",

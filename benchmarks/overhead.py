@@ -123,7 +123,7 @@ class Way:
             assert not step.why, step.why
             self.replay = step
             return
-        recorder = CudaRecorder()
+        recorder = CudaRecorder(x.device)
         for _ in range(3):
             recorder.warm(one)
         self.replay, _ = recorder.capture(one)

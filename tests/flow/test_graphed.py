@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from harness import Run, assert_near, assert_same, dense_of, parameters_of
 from models import MLP, loss_of
 from nmflow.errors import FlowError, StateError, WeightError
 from nmflow.flow import edits, marks, plans
-from nmflow.flow.graphs import GraphedStep
+from nmflow.flow.graphs import CudaRecorder, GraphedStep
 from settings import BY_ID, TOTAL
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,9 +32,8 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "_waits", lambda w: w.dtype == torch.float32)
     monkeypatch.setattr(marks, "_together", lambda x: x.numel() > 0)
     monkeypatch.setattr(edits, "waits", lambda x: True)
-    # In a capture tables are sent to another place: there, what no recorder sees is not captured.
+    # In a capture tables are sent to another place.
     monkeypatch.setattr(launches, "_far", lambda device: bool(launches._captures))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: _disable_current_modes())
     for name in KERNELS:
         monkeypatch.setattr(triton_kernel, name, Kernel(getattr(triton_kernel, name)))
 
@@ -161,6 +161,14 @@ def test_a_gradient_that_lies_in_another_order_is_refused_in_a_capture() -> None
     both.same()
 
 
+def test_more_tables_than_there_is_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "_ROOM", 64)
+    both = Both("mdgf-exp-masked")
+    with pytest.raises(FlowError, match="tables of a captured step take more than"):
+        both.train(MLP.batches(5, torch.float32))
+    both.same()
+
+
 @pytest.mark.slow
 def test_what_a_graph_holds_is_captured_anew() -> None:
     """A phase that begins, and a state that is loaded; an observer's step is no replay."""
@@ -283,10 +291,44 @@ class Broken:
             handle.remove()
 
 
-def test_what_cannot_be_captured_is_refused_or_runs_as_it_is() -> None:
+def test_a_recorder_is_of_the_device_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the current one; and others' threads may allocate while it captures."""
+    waited: list[Any] = []
+    captured: dict[str, Any] = {}
+
+    def stream(device: Any) -> Any:
+        return SimpleNamespace(device=device, wait_stream=lambda other: waited.append(other.device))
+
+    @contextlib.contextmanager
+    def graph(one: Any, **more: Any) -> Any:
+        captured.update(more)
+        yield
+
+    fakes = {
+        "Stream": stream, "current_stream": stream, "graph": graph,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(pool=lambda: (0, 1), replay=None),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    recorder = CudaRecorder(torch.device("cuda", 1))
+    assert recorder.warm(lambda: 5) == 5
+    assert recorder.capture(lambda: 6)[1] == 6
+    assert waited == [torch.device("cuda", 1)] * 2
+    assert captured["stream"].device == torch.device("cuda", 1)
+    assert captured["capture_error_mode"] == "thread_local"
+
+
+def test_what_cannot_be_captured_is_refused_or_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     both = Both("settling")
     with pytest.raises(FlowError, match="graphed\\(\\) needs CUDA"):
         both.run.flow.graphed(both._train)
+    with monkeypatch.context() as there:
+        there.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(FlowError, match="the weights are on cpu"):
+            both.run.flow.graphed(both._train)
     both.run.optimizer.param_groups[0]["capturable"] = False
     with pytest.raises(FlowError, match="capturable=True"):
         GraphedStep(both.step._parts, both._train, both.step._recorder)

@@ -52,19 +52,20 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
             return (other.at - self.at) / 1e3
 
     @contextlib.contextmanager
-    def graph(one: Graph) -> Any:
+    def graph(one: Graph, stream: Any) -> Any:
+        assert stream is side
         made.capturing = one
         yield
         made.capturing = None
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    side = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
         "CUDAGraph": Graph,
         "Event": Event,
         "graph": graph,
-        "Stream": lambda: stream,
+        "Stream": lambda: side,
         "stream": lambda one: contextlib.nullcontext(),
-        "current_stream": lambda: stream,
+        "current_stream": lambda: side,
         "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=100_000),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -99,8 +99,8 @@ class Flow(Looking):
             A callable to call instead of `step`.
 
         Raises:
-            FlowError: there is no CUDA device, the optimizer has capturable=False, or the flow is
-                finalized.
+            FlowError: there is no CUDA device, the weights are elsewhere, the optimizer has
+                capturable=False, or the flow is finalized.
 
         Example:
             >>> step = flow.graphed(train_one_batch)  # doctest: +SKIP
@@ -114,7 +114,13 @@ class Flow(Looking):
                 "graphed() needs CUDA, which torch does not find here: call the training step "
                 "itself"
             )
-        return GraphedStep([s.graphs for s in self._steppers], step, CudaRecorder())
+        parts = [s.graphs for s in self._steppers]
+        if parts[0].device.type != "cuda":
+            raise FlowError(
+                f"graphed() needs CUDA, and the weights are on {parts[0].device}: move the model "
+                "there before attach(), or call the training step itself"
+            )
+        return GraphedStep(parts, step, CudaRecorder(parts[0].device))
 
     # -- what one does with it -----------------------------------------------------------------
 

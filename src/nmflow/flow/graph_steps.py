@@ -15,6 +15,7 @@ from nmflow.errors import FlowError
 from nmflow.flow.edits import Edits, Late
 from nmflow.flow.observing import Observation
 from nmflow.flow.record import Record
+from nmflow.flow.sharding import local
 from nmflow.flow.state import GROUP_KEYS, Kind
 from nmflow.flow.steps import Steps
 from nmflow.flow.weights import Weights
@@ -63,6 +64,11 @@ class GraphSteps:
                     f"param group {i} of the {kind} has capturable=False, so its step cannot be in "
                     f"a CUDA graph: give {kind}(..., capturable=True)"
                 )
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return local(self._weights.slots[0].param).device
 
     def rates(self) -> tuple[object, ...]:
         """The learning rates as a graph holds them: numbers, and which tensors the others are."""

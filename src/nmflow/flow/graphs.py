@@ -36,18 +36,19 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share memory, since no two of them run at once."""
+    """CUDA graphs of work on one device; they share memory, since no two of them run at once."""
 
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
 
     def warm(self, step: Callable[[], T]) -> T:
         """On the stream of the captures, as torch asks for."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+        around = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(around)
         with torch.cuda.stream(self._stream):
             out = step()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        around.wait_stream(self._stream)
         return out
 
     def capture(self, step: Callable[[], T]) -> tuple[Callable[[], object], T]:
@@ -130,7 +131,7 @@ class GraphedStep(Generic[T]):
         )
 
     def _capture(self) -> _Graph[T]:
-        begin_capture()
+        begin_capture(self._parts[0].device)
         try:
             for part in self._parts:
                 part.begin()

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nmflow.errors import FlowError
 from nmflow.masks.triton import Cut, constants, cut_of, power_of_two
 from nmflow.pattern import Pattern
 
 _KEPT = 8  # tables of a launch: gradients come to lie where they lay some steps before
 _BLOCK = 2048
+_ROOM = 4 << 20  # bytes for the tables of a graph
 
 Number = float | Tensor
 """A number, or a float32 scalar on the device, which a CUDA graph reads at each replay."""
@@ -234,21 +236,27 @@ def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class _Capture:
-    """Tables that a CUDA graph reads: kept for it, and filled when its capture is over."""
+    """Tables that a CUDA graph reads: kept for it, and filled when its capture is over.
 
-    def __init__(self) -> None:
+    What a capture allocates is its graph's own, which gives it to several tensors in turn: what was
+    there before a table would be written over it at each replay. So tables lie in memory from
+    before the capture.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.tables: list[Tensor] = []
         self.late: list[tuple[Tensor, Tensor]] = []
-        self._aside = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self._left = torch.empty(_ROOM, dtype=torch.uint8, device=device)
 
-    def room(self, t: Tensor, device: torch.device) -> Tensor:
-        """Memory for a tensor that no part of the graph writes.
-
-        What a capture allocates is its graph's own, which gives it to several tensors in turn: what
-        was there before the table would be written over it at each replay.
-        """
-        with torch.cuda.stream(self._aside):  # which is not captured
-            there = torch.empty_like(t, device=device)
+    def room(self, t: Tensor) -> Tensor:
+        """Where a table will be on the device."""
+        size = -(-t.nbytes // 16) * 16
+        if size > len(self._left):
+            raise FlowError(
+                f"the tables of a captured step take more than {_ROOM >> 20} MiB, which are the "
+                "addresses of some ten thousand weights: step without flow.graphed()"
+            )
+        there, self._left = self._left[: t.nbytes].view(t.dtype).view(t.shape), self._left[size:]
         self.late.append((there, t))
         return there
 
@@ -256,9 +264,9 @@ class _Capture:
 _captures: list[_Capture] = []  # the one that runs now, or none
 
 
-def begin_capture() -> None:
-    """Say that a CUDA graph will be captured now."""
-    _captures[:] = [_Capture()]
+def begin_capture(device: torch.device) -> None:
+    """Say that a CUDA graph will be captured now, of work on a device."""
+    _captures[:] = [_Capture(device)]
 
 
 def end_capture() -> list[Tensor]:
@@ -274,7 +282,7 @@ def _sent(t: Tensor, device: torch.device) -> Tensor:
     if not _far(device):
         return t
     if _captures:  # no copy from the host may be captured
-        return _captures[0].room(t, device)
+        return _captures[0].room(t)
     return t.pin_memory().to(device, non_blocking=True)
 
 

@@ -152,7 +152,8 @@ def _race_on_gpu(
     size = sum(t.nbytes for t in (*packed.buffers(), *packed.parameters()))
     copies = [copy.deepcopy(packed) for _ in range(copies_past_cache(size, matrix.device))]
     mine: list[Way] = [lambda one=one: one(x) for one in copies]
-    return time_on_gpu({**gpu_ways(matrix, bias, x), "packed": mine})
+    with torch.cuda.device_of(matrix):
+        return time_on_gpu({**gpu_ways(matrix, bias, x), "packed": mine})
 
 
 def _ways(
@@ -183,7 +184,8 @@ def _ways(
 def _race(ways: dict[str, Way], packed: nn.Module, x: Tensor) -> dict[str, Timing]:
     if x.is_cuda:
         calls = {**ways, "packed": lambda: packed(x)}
-        return time_on_gpu({name: [way] for name, way in calls.items()})
+        with torch.cuda.device_of(x):
+            return time_on_gpu({name: [way] for name, way in calls.items()})
     return time_ways({**ways, "packed": lambda: packed(x)})
 
 

@@ -95,7 +95,7 @@ def copies_in_network(nbytes: int, layers: int) -> int:
 
 
 def time_on_gpu(ways: Mapping[str, Sequence[Way]], rounds: int = 20) -> dict[str, Timing]:
-    """Time ways on a GPU: each a CUDA graph of its calls, replayed turn by turn.
+    """Time ways on the current GPU: each a CUDA graph of its calls, replayed turn by turn.
 
     Args:
         ways: name to calls that do the same on copies of a weight, so that the copies do not stay
@@ -115,7 +115,8 @@ def time_on_gpu(ways: Mapping[str, Sequence[Way]], rounds: int = 20) -> dict[str
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
+        # torch's own stream for captures is of the GPU that had the first one.
+        with torch.cuda.graph(graphs[name], stream=side):
             for call in calls:
                 call()
         graphs[name].replay()
