@@ -119,7 +119,8 @@ def make(
         card: the GPU.
         warps: warps of a block.
         slices: warps that share the inputs of a row tile; divides `warps`.
-        rows: row tiles that a warp multiplies each block of x with.
+        rows: row tiles that a warp multiplies each block of x with; of "ready" how many times as
+            many inputs a chunk has.
         shares: shares of the inputs, each in blocks of its own.
         stages: chunks that a warp has room for.
         kind: the kernel: fragments of a warp ("decode"), or of a warp group ("groups"; "ready"
@@ -157,14 +158,14 @@ def _groups(
     warps: int, slices: int, rows: int, shares: int, stages: int, int8: bool, ready: bool = False,
 ) -> Plan | None:  # fmt: skip
     # Values of 8 bits would be converted beside sums that fill the registers.
-    if int8 or not card.groups or shape.shared or warps // 4 % slices or rows != 1:
+    if int8 or not card.groups or shape.shared or warps // 4 % slices or (rows > 1 and not ready):
         return None
     tiles = _tiles(tokens)
-    # Of x each thread holds 16 inputs of at most four tokens; where x is copied, a place is 32 KiB.
-    most = (1 << 14 if ready else 4 * warps * 32 * 16) // (tiles * 8 * slices)
+    # Each thread holds 16 inputs of at most four tokens; where x is copied, a place has 32 KiB.
+    most = (rows << 14 if ready else 4 * warps * 32 * 16) // (tiles * 8 * slices)
     if most < unit(shape):
         return None
-    chunk, chunks, count = _chunks(shape, slices, shares, False, most)
+    chunk, chunks, count = _chunks(shape, slices, shares, False, most, rows)
     places = stages if ready else 2
     shared = places * slices * chunk * tiles * 16 + warps * stages * bytes_of(shape, chunk)
     shared = max(shared, (slices - 1) * (warps // slices) * tiles * 4 * 32 * 4)
@@ -173,7 +174,7 @@ def _groups(
     constants = {
         "N": shape.n, "M": shape.m, "PANEL": 0, "HALF": int(half), "NT": tiles,
         "WARPS": warps, "SLICES": slices, "CHUNK": chunk, "STAGES": stages, "READY": int(ready),
-        "GROUPS": 1,
+        "GROUPS": 1, **({"RT": rows} if ready else {}),
     }  # fmt: skip
     grid = (
         -(-shape.tiles // (warps // slices)), -(-count // chunks), -(-tokens // (tiles * 8))
@@ -237,12 +238,12 @@ def _tiles(tokens: int) -> int:
 
 
 def _chunks(
-    shape: Shape, slices: int, shares: int, int8: bool, most: int = 1 << 30
+    shape: Shape, slices: int, shares: int, int8: bool, most: int = 1 << 30, times: int = 1
 ) -> tuple[int, int, int]:
-    """Inputs of a chunk, `most` at most; chunks of a share; and all of them."""
+    """Inputs of a chunk of so many stages, `most` at most; chunks of a share; and all of them."""
     step = unit(shape)
     whole = -(-shape.inputs // step)
-    each = max(1, round(_STAGE / bytes_of(shape, step, int8)))
+    each = max(1, round(times * _STAGE / bytes_of(shape, step, int8)))
     each = min(each, max(1, whole // (slices * shares)), most // step)
     count = -(-shape.inputs // (step * each))
     return step * each, -(-count // shares), count
