@@ -236,3 +236,97 @@ def test_a_teacher_that_does_not_fit_is_named():
     with pytest.raises(DistillError, match="set task=0"):
         Distiller.of(model)(model, batch)
     assert Distiller.of(model, task=0)(model, batch).loss.isfinite()
+
+
+# --- at the edge of what is allowed -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["teacher", "both"])
+def test_a_class_that_the_teacher_rules_out_counts_nothing(where: str) -> None:
+    """As if both networks lacked the class, in value; and its logit gets no NaN for a gradient."""
+    s, t = torch.randn(3, 4), torch.randn(3, 4)
+    t[:, 2] = -torch.inf
+    if where == "both":
+        s[:, 2] = -torch.inf
+    s.requires_grad_()
+    loss = logit_loss(s, t)
+    loss.backward()
+    assert s.grad is not None
+    assert bool(torch.isfinite(s.grad).all())
+    if where == "both":
+        keep = [0, 1, 3]
+        torch.testing.assert_close(loss, logit_loss(s.detach()[:, keep], t[:, keep]))
+    else:
+        p, q = (torch.softmax(x.detach().double() / 2, -1).numpy() for x in (t, s))
+        assert loss.item() == pytest.approx(4 * special.rel_entr(p, q).sum(-1).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_hidden_states_that_do_not_count_may_hold_anything(value: float) -> None:
+    """Rows that attend to nothing are NaN in some attention: not a term, and no gradient."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    clean = [torch.randn(2, 3, 4, requires_grad=True) for _ in range(2)]
+    teacher = [torch.randn(2, 3, 4) for _ in range(2)]
+    expected = hidden_loss(clean, teacher, mask=mask)
+    expected.backward()
+    for of in ("student", "teacher", "both"):
+        hurt = [x.detach().clone() for x in clean]
+        told = [x.clone() for x in teacher]
+        for one in (hurt if of != "teacher" else []) + (told if of != "student" else []):
+            one[mask == 0] = value
+        hurt = [x.requires_grad_() for x in hurt]
+        loss = hidden_loss(hurt, told, mask=mask)
+        loss.backward()
+        assert torch.equal(loss, expected)
+        for one, other in zip(hurt, clean, strict=True):
+            assert one.grad is not None
+            assert other.grad is not None
+            assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", ["task", "logits", "hidden", "temperature"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1, "1", None, True])
+def test_weights_of_a_loss_are_finite_numbers(name: str, value: Any) -> None:
+    with pytest.raises(DistillError, match=f"{name} is {value!r}: give a"):
+        Distiller(nn.Linear(2, 2), **{name: value})
+
+
+class _Plain(nn.Module):
+    """A network whose outputs are like those of transformers, and its arguments are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.linear(x)
+        return {"logits": logits, "loss": logits.square().mean()}
+
+
+def test_what_a_network_does_not_take_is_said_before_it_runs() -> None:
+    student, batch = _Plain(), {"x": torch.randn(2, 4)}
+    with pytest.raises(DistillError, match=r"forward of _Plain .*output_hidden_states.*hidden=0"):
+        Distiller(_Plain())(student, batch)
+    Distiller(_Plain(), hidden=0)(student, batch).get("loss").backward()
+    assert student.linear.weight.grad is not None
+    for wrong in (batch["x"], (batch["x"],), [batch], None):
+        with pytest.raises(DistillError, match=r"batch is a \w+: give a mapping"):
+            Distiller(_Plain(), hidden=0)(student, cast("Any", wrong))
+    with pytest.raises(DistillError, match=r"forward of _Plain .*'y'"):
+        Distiller(_Plain(), hidden=0)(student, {**batch, "y": 0})
+    with pytest.raises(DistillError, match="states are a Tensor"):
+        hidden_loss(cast("Any", torch.ones(2, 2)), cast("Any", torch.ones(2, 2)))
+
+
+def test_a_teacher_is_another_network() -> None:
+    """`Distiller(model)` freezes the model: told at the first step, or where it would hurt."""
+    model, batch = _Plain(), {"x": torch.randn(2, 4)}
+    with pytest.raises(DistillError, match=r"student itself.*Distiller\.of\(model\)"):
+        Distiller(model, hidden=0)(model, batch)
+    model = _Plain()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    flow = nmflow.attach(model, optimizer, "ste", "1:4", include="*", total_steps=3)
+    with pytest.raises(DistillError, match=r"under a recipe.*Distiller\.of\(model\)"):
+        Distiller(model)
+    assert model.linear.weight.requires_grad
+    flow.finalize()

@@ -147,3 +147,47 @@ def test_a_recipe_that_is_none(recipe: Any, words: str) -> None:
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with pytest.raises(RecipeError, match=words):
         nmflow.attach(model, optimizer, recipe, total_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "when", "warned"),
+    [
+        ("*", (), "in the optimizer", True),
+        ("*", (), "given later", True),
+        ("*", (), "in no optimizer", False),
+        ("*", (), "never", False),
+        ("*", "0", "in the optimizer", False),
+        ("2", (), "in the optimizer", False),
+    ],
+)
+def test_a_weight_that_is_thawed_in_mid_run_is_told_of_once(
+    include: str, exclude: Any, when: str, warned: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What the caller meant to prune, and what is trained dense, is no silence."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    first = model[0].requires_grad_(False)
+    given = model if when == "in the optimizer" else model[2]
+    optimizer = torch.optim.SGD(given.parameters(), 0.1)
+    flow = _attach(model, optimizer, include=include, exclude=exclude)
+    for k in range(6):
+        if k == 2 and when != "never":
+            first.requires_grad_(True)
+        if k == 3 and when == "given later":
+            optimizer.add_param_group({"params": list(first.parameters())})
+        optimizer.zero_grad()
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+    flow.finalize()
+    told = [str(w.message) for w in recwarn if issubclass(w.category, nmflow.NMFlowWarning)]
+    assert len(told) == warned
+    if warned:
+        assert "'0.weight' was frozen" in told[0]
+        assert f"since step {4 if when == 'given later' else 3} or" in told[0]
+
+
+@pytest.mark.parametrize("norms", [3, [torch.ones(16)], torch.ones(16), "norms"])
+def test_norms_are_a_mapping(norms: Any) -> None:
+    model = nn.Linear(16, 4)
+    with pytest.raises(WeightError, match=r"norms is a \w+: give"):
+        _attach(model, torch.optim.SGD(model.parameters(), 0.1), include="*", norms=norms)

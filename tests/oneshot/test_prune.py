@@ -276,3 +276,48 @@ def test_every_kind_of_weight_is_pruned_or_the_error_says_why_not(family: Family
         assert method == "magnitude" or family.id not in NEVER
         assert {one.label.partition("[")[0] for one in found} == set(family.targets)
         assert nmflow.audit(model, family.pattern, family.include).ok
+
+
+class Named(nn.Module):
+    """A network with an argument that it needs, and one that it may do without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.fc(x) * scale
+
+
+TAKEN: dict[str, Any] = {
+    "tensor": lambda x: x,
+    "tuple": lambda x: (x,),
+    "list": lambda x: [x, 2.0],
+    "mapping": lambda x: {"x": x},
+    "all names": lambda x: {"x": x, "scale": 2.0},
+}
+NOT_TAKEN: dict[str, Any] = {
+    "labels in a tuple": lambda x: (x, 1.0, torch.zeros(4)),
+    "labels by name": lambda x: {"x": x, "labels": torch.zeros(4)},
+    "another name": lambda x: {"inputs": x},
+    "nothing": lambda x: (),
+}
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("batch", [*TAKEN, *NOT_TAKEN])
+def test_a_batch_is_what_the_network_takes(batch: str, method: str) -> None:
+    """Batches of a loader with labels are named, and how to leave them out; nothing is changed."""
+    torch.manual_seed(0)
+    model, xs = Named(), [torch.randn(4, 16) for _ in range(3)]
+    other, before = copy.deepcopy(model), model.fc.weight.clone()
+    make = {**TAKEN, **NOT_TAKEN}[batch]
+    batches = [make(x) for x in xs]
+    if batch in NOT_TAKEN:
+        with pytest.raises(WeightError, match=r"does not fit the forward of Named .*for x, y in"):
+            prune(model, "2:4", include="*", method=method, calibration=batches)
+        assert torch.equal(model.fc.weight, before)
+    else:
+        prune(model, "2:4", include="*", method=method, calibration=batches)
+        prune(other, "2:4", include="*", method=method, calibration=xs)
+        assert torch.equal(model.fc.weight, other.fc.weight)

@@ -379,6 +379,23 @@ def test_a_subclass_a_tied_weight_and_a_parametrized_one():
     assert labels(tied, "out") == {"wte.weight"}
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_the_caller_left_out_is_his_reason(frozen: bool):
+    """Frozen or not: a weight that nobody asked for is not left out for being frozen."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].requires_grad_(not frozen)
+    for how in ({"include": "*", "exclude": "0"}, {"include": ["1", "2"]}):
+        found = dict(plan(model, "1:4", **how).left_out)
+        assert found.keys() == {"0.weight"}
+        assert "excluded" in found["0.weight"] or "not chosen" in found["0.weight"]
+
+
+def test_nothing_left_to_prune_names_what_was_asked_for_alone():
+    with pytest.raises(PlanError, match=r"nothing is left.*0\.weight.*no multiple") as told:
+        plan(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "1:3", "0", remainder="skip")
+    assert "1.weight" not in str(told.value)
+
+
 def test_frozen_wrongly_typed_and_lazy_parameters_are_left_out_with_the_reason():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LazyLinear(4), nn.Linear(8, 2))
     model[0].requires_grad_(False)
@@ -428,7 +445,7 @@ BAD = [
     ({"exclude": [3]}, r"exclude is \[3\]"),
     ({"pattern": {3: "1:4"}}, r"pattern is \[3\]"),
     ({"remainder": "pad"}, "remainder is 'pad'"),
-    ({"model": "vit"}, "model is of type str"),
+    ({"model": "vit"}, "model is a str"),
 ]
 
 

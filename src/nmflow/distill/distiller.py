@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from nmflow.distill.losses import hidden_loss, logit_loss
 from nmflow.errors import DistillError
 from nmflow.flow.owners import is_owned
 from nmflow.flow.sharding import sharded
+from nmflow.select.modules import check_batch, check_model
 
 IGNORED = -100
 """The label of positions that do not count, as everywhere in transformers."""
@@ -67,14 +69,21 @@ class Distiller:
         hidden: float = 1.0,
         temperature: float = 2.0,
     ) -> None:
+        check_model(teacher, DistillError, "teacher")
+        for name, param in teacher.named_parameters():
+            if is_owned(param):
+                raise DistillError(
+                    f"the teacher's '{name}' is under a recipe, so that it is no dense network and "
+                    "cannot be frozen: make it with Distiller.of(model), before nmflow.attach"
+                )
         weights = {"task": task, "logits": logits, "hidden": hidden}
         for name, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+            if not _number(weight) or weight < 0:
                 raise DistillError(f"{name} is {weight!r}: give a weight that is 0 or more")
         if logits == 0 and hidden == 0:
             raise DistillError("logits and hidden are both 0: give one of them a weight")
-        if not temperature > 0:
-            raise DistillError(f"temperature is {temperature}: give a number above 0")
+        if not _number(temperature) or temperature <= 0:
+            raise DistillError(f"temperature is {temperature!r}: give a number above 0")
         self.task, self.logits, self.hidden = task, logits, hidden
         self.temperature = temperature
         self.teacher = teacher.requires_grad_(False).eval()
@@ -88,6 +97,7 @@ class Distiller:
         Raises:
             DistillError: the model cannot be copied, or its weights are under a recipe or sharded.
         """
+        check_model(model, DistillError)
         model = model.module if isinstance(model, DistributedDataParallel) else model
         for name, param in model.named_parameters():
             if is_owned(param):
@@ -120,7 +130,18 @@ class Distiller:
         Returns:
             The student's outputs; `loss` is the whole loss.
         """
+        check_model(model, DistillError)
+        if not isinstance(batch, Mapping):
+            raise DistillError(
+                f"batch is a {type(batch).__name__}: give a mapping of keyword arguments"
+            )
+        if self.teacher is (model.module if isinstance(model, DistributedDataParallel) else model):
+            raise DistillError(
+                "the teacher is the student itself, now frozen: make a copy before you train, with "
+                "Distiller.of(model)"
+            )
         more = {"output_hidden_states": True} if self.hidden else {}
+        check_batch(model, (), {**batch, **more}, DistillError, _MEND)
         outputs = model(**batch, **more)
         outputs["loss"] = self.loss(outputs, batch)
         return outputs
@@ -145,6 +166,7 @@ class Distiller:
         # An encoder-decoder makes its decoder's inputs of the labels; others need none.
         left_out = ("num_items_in_batch", *(() if self._encodes else ("labels",)))
         given = {name: value for name, value in batch.items() if name not in left_out}
+        check_batch(self.teacher, (), {**given, **more}, DistillError, _MEND)
         with torch.no_grad():
             self._follow(outputs["logits"].device)
             told = self.teacher(**given, **more)
@@ -178,6 +200,16 @@ class Distiller:
             self.teacher.to(device)
         if self.teacher.training:  # a callback, or `model.train()` of a network that holds it
             self.teacher.eval()
+
+
+_MEND = (
+    "take a network with arguments and outputs like those of transformers (hidden=0 if it takes no "
+    "output_hidden_states), or the losses alone, nmflow.distill.logit_loss and hidden_loss"
+)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _aligned(

@@ -49,7 +49,8 @@ def logit_loss(
         )
     q = torch.log_softmax(student.float() / temperature, -1)
     p = torch.log_softmax(teacher.detach().float() / temperature, -1)
-    each = (p.exp() * (p - q)).sum(-1)
+    # A class that the teacher rules out counts 0, where 0 times an infinity would be NaN.
+    each = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
     return temperature**2 * _mean(each, mask)
 
 
@@ -83,6 +84,11 @@ def hidden_loss(
     References:
         SquareHead: Kurtic et al., arXiv 2310.06927.
     """
+    for given, who in ((student, "student"), (teacher, "teacher")):
+        if isinstance(given, Tensor) or not isinstance(given, Sequence):
+            raise DistillError(
+                f"the {who}'s hidden states are a {type(given).__name__}: give a list of tensors"
+            )
     matching = _matching(student, teacher)
     if not matching:
         raise DistillError(
@@ -97,9 +103,12 @@ def hidden_loss(
                 f"{tuple(h_t.shape)}: take a teacher of the same width, or set hidden=0"
             )
         h, h_t = h.float(), h_t.detach().float()
-        distance, size = (h - h_t).square(), h_t.square()
         if mask is not None:
             kept = mask.to(h.dtype).reshape(*mask.shape, *(1,) * (h.ndim - mask.ndim))
+            # `where`, not a product: a position that does not count may hold a NaN.
+            h, h_t = torch.where(kept > 0, h, 0.0), torch.where(kept > 0, h_t, 0.0)
+        distance, size = (h - h_t).square(), h_t.square()
+        if mask is not None:
             distance, size = distance * kept, size * kept
         total = total + distance.sum() / size.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return total / len(student)

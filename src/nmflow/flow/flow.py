@@ -23,6 +23,7 @@ from nmflow.flow.placing import slots_of
 from nmflow.flow.sparse_steps import Mode
 from nmflow.flow.state import Run
 from nmflow.flow.stepper import Stepper
+from nmflow.flow.thawed import watch_frozen
 from nmflow.recipes import Recipe
 from nmflow.select.plan import Plan
 
@@ -61,6 +62,7 @@ class Flow(Looking):
             for o in optimizers
             if owned[id(o)]
         ]
+        watch_frozen(model, chosen, self._steppers)
         self._blocks = Blocks(self._steppers)
 
     def _start(self) -> None:

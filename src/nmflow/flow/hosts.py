@@ -14,6 +14,7 @@ from nmflow.errors import FlowError
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
 from nmflow.recipes import Recipe
+from nmflow.select import modules
 
 _HOOKS = (
     "register_step_pre_hook",
@@ -88,8 +89,7 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]
 
 def check_model(model: nn.Module) -> None:
     """Raise a `FlowError` for a model whose weights are not its own parameters."""
-    if not isinstance(model, nn.Module):
-        raise FlowError(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    modules.check_model(model, FlowError)
     for name, module in model.named_modules():
         kinds = {c.__name__ for c in type(module).__mro__}
         if "FullyShardedDataParallel" in kinds:

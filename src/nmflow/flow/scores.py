@@ -23,6 +23,8 @@ def of(chosen: Plan, norms: Norms) -> dict[str, Tensor]:
         PlanError: a target has none, or norms are for no target.
         WeightError: norms do not fit a target's inputs, or are no finite numbers of 0 or more.
     """
+    if not isinstance(norms, Mapping):
+        raise WeightError(f"norms is a {type(norms).__name__}: give a mapping of names to tensors")
     found = {}
     for target in chosen:
         key = target.label if target.label in norms else target.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ class Stepper:
     @block.setter
     def block(self, name: str) -> None:
         self._steps.block = name
+
+    def tell(self, listener: Callable[[Run, int], None]) -> None:
+        """Call a listener with the run and k, whenever W̃ of step k was written."""
+        self._weights.told.append(listener)
 
     # -- from attach to finalize ---------------------------------------------------------------
 

@@ -73,6 +73,9 @@ def audit(
     record: list[Target] | None = None
     if isinstance(model_or_path, nn.Module):
         layers, read = _of_model(model_or_path)
+    elif not isinstance(model_or_path, str | os.PathLike):
+        kind = type(model_or_path).__name__
+        raise PlanError(f"model_or_path is a {kind}: give a torch.nn.Module, or a path")
     else:
         state, record = _open(Path(model_or_path))
         layers = [(layer, _why_not(layer, state)) for layer in layers_of_state(state.shapes)]

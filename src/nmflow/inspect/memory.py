@@ -11,6 +11,7 @@ from nmflow.errors import PlanError
 from nmflow.flow.sparse_steps import Mode, check_mode, why_recipe_whole
 from nmflow.flow.state import Run
 from nmflow.recipes import DEFAULT, Recipe, resolve
+from nmflow.select.modules import check_model
 from nmflow.select.plan import Names, Patterns, plan
 from nmflow.text_table import table
 
@@ -120,6 +121,7 @@ def memory(
         >>> memory(model, "1:16", include="*", **frozen).frozen  # 8 bytes a weight, and .875
         36872
     """
+    check_model(model, PlanError)
     check_mode(sparse_steps)
     for name, value, least in (
         ("state", state, 0), ("state_bytes", state_bytes or 0, 0), ("shards", shards, 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nmflow.errors import DataError, PlanError
 from nmflow.masks import mask
+from nmflow.select.modules import check_model
 from nmflow.select.target import Target, rows_of
 from nmflow.text_table import table
 
@@ -124,6 +125,7 @@ def gradient_noise(
     References:
         arXiv 2402.04744, section 5, which takes the second moment for noise.
     """
+    check_model(model, PlanError)
     chosen = list(targets)
     parameters = dict(model.named_parameters())
     names = list(dict.fromkeys(target.name for target in chosen))

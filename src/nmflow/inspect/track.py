@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmflow.errors import StateError
+from nmflow.errors import FlowError, StateError
 from nmflow.flow import Flow, View
 from nmflow.inspect.noise import GradientNoise, gradient_noise
 from nmflow.masks import mask
@@ -189,6 +189,8 @@ def track(flow: Flow, *, every: int = 1, per_target: bool = True) -> Tracker:
         arXiv 2402.04744, section 5 (noise of gradients). SAD is the sum of absolute differences
         of two masks.
     """
+    if not isinstance(flow, Flow):
+        raise FlowError(f"flow is a {type(flow).__name__}: give what nmflow.attach returned")
     return Tracker(flow, every, per_target)
 
 

@@ -13,6 +13,7 @@ from nmflow.errors import CompressError
 from nmflow.kernels.backend import Call
 from nmflow.kernels.layout import Shape
 from nmflow.kernels.registry import Choice, choose
+from nmflow.select.modules import check_model
 
 
 class Explanation(list[tuple[str, Choice]]):
@@ -99,6 +100,7 @@ def explain(module: nn.Module, example_inputs: Any) -> Explanation:
         >>> path, choice.call.tokens
         ('0', 1)
     """
+    check_model(module, CompressError, "module")
     listen = _Listen(module)
     handles = []
     for path, part in module.named_modules():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nmflow.errors import WeightError
 from nmflow.oneshot.finished import Finished, Unlike
 from nmflow.oneshot.watch import Done, Seen, Watch
+from nmflow.select.modules import check_batch
 from nmflow.select.target import Target
 
 _NOTHING = contextlib.nullcontext()
@@ -179,13 +180,20 @@ def _block(name: str) -> str:
     return found[0] if found else name
 
 
+_MEND = (
+    "give batches of its inputs alone, without labels, such as [x for x, y in loader]; a mapping "
+    "gives keyword arguments, a tuple positional ones"
+)
+
+
 def _call(model: nn.Module, batch: Any) -> None:
+    args, named = (), {}
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
+        named = batch
     else:
-        model(batch)
+        args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    check_batch(model, args, named, WeightError, _MEND)
+    model(*args, **named)
 
 
 def _counting(batch: Any) -> Tensor | None:

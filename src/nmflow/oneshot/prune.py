@@ -18,6 +18,7 @@ from nmflow.masks import mask, project, wanda_score
 from nmflow.oneshot import calibration as calibrating
 from nmflow.oneshot.calibration import Calibration, Inputs
 from nmflow.oneshot.sparsegpt import BLOCK, DAMPING, sparsegpt
+from nmflow.select.modules import check_model
 from nmflow.select.plan import Names, Patterns, Plan, Target, choose, rows_of
 from nmflow.select.weights import layers_of
 from nmflow.text_table import table
@@ -133,6 +134,7 @@ def prune(
     References:
         Sun et al., arXiv 2306.11695 (Wanda); Frantar and Alistarh, arXiv 2301.00774 (SparseGPT).
     """
+    check_model(model, PlanError)
     if method not in METHODS:
         raise PlanError(f"method is {method!r}: choose from {', '.join(METHODS)}")
     if (calibration is None) != (method == "magnitude"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from nmflow.packed.proof import NEAR, NEAR_INT8, check_same, run_once
 from nmflow.packed.report import Report, Row, hang
 from nmflow.packed.swap import Model, replace_modules
 from nmflow.packed.together import join
+from nmflow.select.modules import check_model
 from nmflow.select.plan import Names, Patterns
 
 Runs = dict[str, list[Run]]
@@ -110,14 +111,18 @@ def compress(
         >>> row.pattern, row.kept
         ('1:16', 'packed')
     """
-    counts = tuple(tokens)
+    check_model(model, CompressError)
+    counts = tuple(tokens) if isinstance(tokens, Iterable) else ()
     if not counts or not all(isinstance(t, int) and t > 0 for t in counts):
-        raise CompressError(f"tokens is {tokens!r}: give at least one positive number of tokens")
+        raise CompressError(
+            f"tokens is {tokens!r}: give positive numbers of tokens, such as (1, 128)"
+        )
     _check_values(values, activations, dtype)
     weights = survey(model, pattern, include, exclude)
     sites = sites_of(weights)
     if not sites:
-        raise CompressError(_nothing(weights))
+        packed = any(isinstance(module, PACKED) for module in model.modules())
+        raise CompressError(_PACKED if packed else _nothing(weights))
     modules = dict(model.named_modules())
     if values is not None:
         for weight in (w for path in sites for w in modules[path].parameters(recurse=False)):
@@ -186,6 +191,7 @@ def decompress(model: Model, *, inplace: bool = False) -> Model:
     Raises:
         CompressError: nothing in it is packed.
     """
+    check_model(model, CompressError)
     new: dict[nn.Module, nn.Module] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():  # parents come before their children
@@ -213,6 +219,12 @@ def refuse_device(values: str, activations: str, device: torch.device) -> None:
             f"activations is 'int8' and the model is on {device}: 8-bit inputs have kernels on "
             "CPUs alone, so leave activations out, or move the model to the CPU first"
         )
+
+
+_PACKED = (
+    "model is packed already, and nothing else in it can be: to pack it in another way, give what "
+    "nmflow.decompress(model) returns"
+)
 
 
 def _nothing(weights: Sequence[Found]) -> str:

@@ -18,6 +18,7 @@ from nmflow.packed import onnx_files, onnx_operators
 from nmflow.packed.build import PACKED
 from nmflow.packed.compress import decompress
 from nmflow.packed.onnx_files import agree, first_line
+from nmflow.select.modules import check_model
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -37,6 +38,7 @@ def export_program(
     Raises:
         CompressError: the model's outputs and the program's differ, or torch cannot export it.
     """
+    check_model(model, CompressError)
     return _program(plain(model, packed), example_inputs, dynamic_batch)
 
 
@@ -73,6 +75,7 @@ def export_onnx(
             float32; packages are missing (`pip install 'nmflow[onnx]'`), the export fails, the
             file cannot be written, or its outputs differ from the model's.
     """
+    check_model(model, CompressError)
     onnx_files.check_packages()
     if packed:
         onnx_operators.check_packed(model)

@@ -16,6 +16,7 @@ from nmflow.errors import CompressError
 from nmflow.masks import holds
 from nmflow.packed.build import PACKED
 from nmflow.packed.export import Example, export_onnx
+from nmflow.select.modules import check_model
 
 # How far an output of the int8 network may be off, as a share of its largest value.
 _NEAR = 0.1
@@ -57,6 +58,7 @@ def export_onnx_int8(
         CompressError: as `export_onnx`; calibration is empty or of another form; the int8 outputs
             differ too much.
     """
+    check_model(model, CompressError)
     try:
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     except ModuleNotFoundError as error:
@@ -110,6 +112,7 @@ def to_semi_structured(model: nn.Module) -> list[str]:
         CompressError: no weight can be changed, with the reason of the first; or the network is
             packed. Nothing is changed.
     """
+    check_model(model, CompressError)
     if any(isinstance(module, PACKED) for module in model.modules()):
         raise CompressError("model is packed: call nmflow.decompress(model), and move it to CUDA")
     linear = [(path, m) for path, m in model.named_modules() if type(m) is nn.Linear]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from nmflow.errors import CompressError
+from nmflow.select.modules import check_model
 from nmflow.text_table import table
 
 # Tokens to (microseconds packed, microseconds of the best dense way, the name of that way).
@@ -112,6 +113,7 @@ def report_of(model: nn.Module) -> Report:
         >>> report_of(packed)[0].pattern
         '1:16'
     """
+    check_model(model, CompressError)
     report = model.__dict__.get(_ATTRIBUTE)
     if not isinstance(report, Report):
         raise CompressError(

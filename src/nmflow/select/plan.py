@@ -12,6 +12,7 @@ from nmflow.errors import NMFlowWarning, PlanError
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, resolve
 from nmflow.select.layer import Layer, Part
+from nmflow.select.modules import check_model
 from nmflow.select.presets import NOT_IN_ALL, PRESETS
 from nmflow.select.rules import Rule, Run, append, matches
 from nmflow.select.target import LeftOut, Plan, Target, rows_of
@@ -23,7 +24,8 @@ __all__ = ["Names", "Patterns", "Plan", "Target", "choose", "plan", "rows_of"]
 Patterns = str | Pattern | Mapping[str, str | Pattern]
 Names = str | Sequence[str]
 
-_FROZEN = "frozen: requires_grad is False"
+_NOT_CHOSEN = "not chosen by"
+FROZEN = "frozen: requires_grad is False"
 _EXCLUDED = "excluded by "
 
 
@@ -84,10 +86,9 @@ def plan(
     References:
         arXiv 2402.04744, section 4: placements FF, FF and QK, FF and QKV.
     """
-    if not isinstance(model, nn.Module):
-        raise PlanError(f"model is of type {type(model).__name__}: give a torch.nn.Module")
+    check_model(model, PlanError)
     layers = layers_of(model)
-    layers = [(x, x.why_not or (_FROZEN if x.frozen else "")) for x in layers]
+    layers = [(x, x.why_not or (FROZEN if x.frozen else "")) for x in layers]
     chosen = choose(layers, pattern, include, exclude, remainder)
     if recipe is not None:
         known = resolve(recipe)
@@ -157,7 +158,7 @@ def choose(
     if odd:
         raise PlanError(uneven(odd))
     if not targets:
-        said = why({other.label: other.reason for other in others})
+        said = why({o.label: o.reason for o in others if not o.reason.startswith(_NOT_CHOSEN)})
         raise PlanError(
             f"nothing is left to prune of what include names, {said}: choose another pattern or "
             "other weights"
@@ -190,7 +191,7 @@ def _decide(
             return why_not or reason, None
         if part.role in NOT_IN_ALL and any(rule.key == "all" for rule in rules):
             return NOT_IN_ALL[part.role], None
-        return f"not chosen by {keys}", None
+        return f"{_NOT_CHOSEN} {keys}", None
     within = [key for key in limits if matches(key, layer, part)]
     barred = next((key for key in exclude if matches(key, layer, part)), None)
     meant = ""
@@ -203,8 +204,8 @@ def _decide(
             rule.lose(layer, part, why_not)
     if why_not or meant:
         for rule in hits:
-            rule.missed[layer.name] = why_not or meant
-        return why_not or meant, None
+            rule.missed[layer.name] = meant or why_not
+        return meant or why_not, None
     for key in within:
         limits[key] = True
     hits[0].took += 1
@@ -227,7 +228,7 @@ def _check(rules: list[Rule], limits: dict[str, bool], layers: Sequence[tuple[La
     """Raise if a key took nothing: a misspelt glob must not pass in silence."""
     for rule in rules:
         wanted = {n: why for n, why in rule.missed.items() if not why.startswith(_EXCLUDED)}
-        if rule.took == 0 and wanted and set(wanted.values()) == {_FROZEN}:
+        if rule.took == 0 and wanted and set(wanted.values()) == {FROZEN}:
             raise PlanError(
                 f"{rule.key!r} takes nothing, since all that it matches is frozen "
                 f"(requires_grad is False: {few(list(wanted), 3)}), so that nothing would train "

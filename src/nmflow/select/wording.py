@@ -25,6 +25,12 @@ def few(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
+_NONE = (
+    "nothing in this model (a packed one has no weights to choose: give what nmflow.decompress "
+    "returns)"
+)
+
+
 def could_have(layers: Sequence[tuple[Layer, str]]) -> str:
     """Weights that could be named, by role."""
     found: dict[str, list[str]] = {}
@@ -33,7 +39,7 @@ def could_have(layers: Sequence[tuple[Layer, str]]) -> str:
             if not why_not and layer.name not in found.setdefault(part.role, []):
                 found[part.role].append(layer.name)
     said = [f"{role}: {few(names, 3)}" for role, names in found.items() if names]
-    return f"what could be named, by role: {'; '.join(said) or 'nothing in this model'}"
+    return f"what could be named, by role: {'; '.join(said) or _NONE}"
 
 
 def uneven(targets: Sequence[Target]) -> str:

@@ -17,6 +17,7 @@ from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.swap import Model, replace_modules
 from nmflow.packed.together import join
+from nmflow.select.modules import check_model
 
 
 def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
@@ -42,6 +43,7 @@ def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
         CompressError: `model` is packed already, or has tensors on `meta` that neither the file
             nor a constructor gives.
     """
+    check_model(model, CompressError)
     if any(isinstance(module, PACKED) for module in model.modules()):
         raise CompressError("model is packed already: build the dense architecture anew")
     weights, tensors, aliases = container.read(folder)

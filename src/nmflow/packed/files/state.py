@@ -32,6 +32,8 @@ def save_state(
     Raises:
         CompressError: as `save`; PlanError: as `plan`.
     """
+    if not isinstance(state, Mapping):
+        raise CompressError(f"state is a {type(state).__name__}: give tensors by their names")
     layers = [(x, x.why_not) for x in layers_of_state({n: t.shape for n, t in state.items()})]
     wanted = choose(layers, EVERY if pattern is None else pattern, include, exclude, "skip")
     aliases = _same_tensors(state)
