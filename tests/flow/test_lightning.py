@@ -173,3 +173,70 @@ def test_a_trainer_without_an_end_is_refused(tmp_path):
     endless = NMFlowCallback("mdgf-linear", "1:8", include="first")
     with pytest.raises(FlowError, match="total_steps"):
         trainer(tmp_path, endless, max_epochs=-1, enable_checkpointing=False).fit(Net(), loader())
+
+
+class Breaks(Net):
+    """Raises once, at the second batch of the second epoch: in training, or in validation."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def training_step(self, batch, batch_idx):
+        if self.where == "training" and (self.current_epoch, batch_idx) == (1, 2):
+            self.where = ""
+            raise RuntimeError("broken off")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        if self.where == "validation" and (self.current_epoch, batch_idx) == (1, 2):
+            self.where = ""
+            raise RuntimeError("broken off")
+        super().validation_step(batch, batch_idx)
+
+
+def _fit(folder, net, one, **how):
+    how = {"enable_checkpointing": False, "num_sanity_val_steps": 0, **how}
+    path = how.pop("ckpt_path", None)
+    trainer(folder, one, max_epochs=2, **how).fit(net, loader(), loader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_a_training_that_was_broken_off_begins_anew_or_goes_on(tmp_path, where, resumed):
+    net, one = Breaks(where), callback()
+    with pytest.raises(RuntimeError, match="broken off"):
+        _fit(tmp_path, net, one, enable_checkpointing=True)
+    dense = one.flow.dense_weights()["first.weight"].clone()
+    other = Net()
+    if resumed:
+        (path,) = (str(p) for p in tmp_path.rglob("*.ckpt") if "epoch=0" in p.name)
+        _fit(tmp_path, net, one, ckpt_path=path)
+    else:
+        other.load_state_dict({**net.state_dict(), "first.weight": dense})
+        _fit(tmp_path, net, one)
+    _fit(tmp_path, other, callback())
+    assert nmflow.holds(net.first.weight, "1:8")
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_training_that_came_to_its_end_is_not_left(tmp_path):
+    net, one = Net(), callback(finalize=False)
+    _fit(tmp_path, net, one)
+    with pytest.raises(FlowError, match="call finalize"):
+        _fit(tmp_path, net, one)
+    assert one.flow.steps_done == STEPS
+
+
+def test_a_checkpoint_without_a_recipe_is_no_resume(tmp_path):
+    half = trainer(tmp_path, pl.Callback(), max_epochs=1, enable_checkpointing=False)
+    half.fit(Net(), loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    with pytest.raises(StateError, match=r"of step 6 and holds no state of a recipe.*=6, the"):
+        _fit(
+            tmp_path,
+            Net(),
+            NMFlowCallback("settling", "1:8", include="first"),
+            ckpt_path=str(tmp_path / "half.ckpt"),
+        )

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from nmflow.errors import FlowError
 from nmflow.flow import Flow, attach
-from nmflow.integrations import checkpoints
+from nmflow.integrations import again, checkpoints
 from nmflow.integrations.metrics import Metrics
 from nmflow.recipes import DEFAULT, Recipe
 from nmflow.select.plan import Names, Patterns
@@ -21,7 +21,8 @@ class NMFlowCallback(pl.Callback):
     It attaches when training starts, after Lightning has made the optimizers and restored a
     checkpoint, and takes the number of steps from the trainer. `trainer.fit(..., ckpt_path=...)`
     resumes exactly, since the optimizer's state contains the recipe's. A checkpoint holds checksums
-    of the network, and is refused if it was loaded in part (`strict_loading` off).
+    of the network, and is refused if it was loaded in part (`strict_loading` off). After a training
+    that was broken off by an error call `fit` again: it resumes, or begins with the dense weights.
 
     Validation sees the final N:M network, as `flow.final_masks()` shows it, until the next batch
     of training. A checkpoint that a `ModelCheckpoint` saves after it holds that network too, and
@@ -44,7 +45,8 @@ class NMFlowCallback(pl.Callback):
 
     Raises:
         FlowError: the number of steps is not known.
-        StateError: a resume, where the network does not hold what the checkpoint was saved of.
+        StateError: a resume, where the network does not hold what the checkpoint was saved of, or
+            the checkpoint does not hold the recipe's state.
 
     Example:
         >>> from nmflow.integrations.lightning import NMFlowCallback
@@ -65,7 +67,7 @@ class NMFlowCallback(pl.Callback):
         **options: Any,
     ) -> None:
         self.flow: Flow | None = None
-        self._live = False
+        self._live, self._training = False, False
         self._total_steps, self._finalize = total_steps, finalize
         self._final_masks = final_masks
         self._shown: AbstractContextManager[None] | None = None
@@ -102,8 +104,13 @@ class NMFlowCallback(pl.Callback):
         saved, self._saved = self._saved, None
         if saved is not None and trainer.is_global_zero:
             checkpoints.check(saved, pl_module)
+        if self.flow is not None and self._training and self.flow.model is pl_module:
+            again.leave(self.flow, resumed=trainer.ckpt_path is not None)
         self.flow = attach(pl_module, trainer.optimizers, total_steps=int(steps), **self._how)
-        self._live = True
+        if self._total_steps is None and trainer.ckpt_path is not None:
+            mend = "with the optimizers' states (save_weights_only=False)"
+            again.check_resumed(self.flow, trainer.global_step, mend)
+        self._live, self._training = True, True
         every = getattr(trainer, "log_every_n_steps", 0)  # a connector puts it there
         if trainer.loggers and every:
             self._metrics = Metrics(self.flow, every=every)
@@ -133,6 +140,7 @@ class NMFlowCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave an exactly N:M model, unless told to wait."""
+        self._training = False
         self._hide()
         if self.flow is not None and self._live and self._finalize:
             self.flow.finalize()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -16,12 +15,11 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from nmflow.errors import FlowError, StateError
 from nmflow.flow import Flow, attach
 from nmflow.flow.sparse_steps import Mode
+from nmflow.integrations import again
 from nmflow.integrations.checkpoints import ExactCheckpoints, Witness, check_saved
 from nmflow.integrations.metrics import PHASES, Metrics, figures
 from nmflow.recipes import DEFAULT, Recipe
 from nmflow.select.plan import Names, Patterns
-
-log = logging.getLogger("nmflow")
 
 __all__ = [
     "PHASES",
@@ -136,15 +134,9 @@ class NMFlowCallback(Witness, TrainerCallback):
         self.witness_resume(state, model, written)
         steps = self._total_steps or state.max_steps
         self.flow = attach(model, optimizer, total_steps=steps, **self._how)
-        if state.global_step and not self.flow.steps_done and self._total_steps is None:
-            self.flow.detach()
-            raise StateError(
-                f"the checkpoint is of step {state.global_step} and holds no state of a recipe, "
-                f"which would begin now and not end by step {steps}: resume from one with its "
-                "optimizer's state (save_only_model=False) that was saved under the recipe; or "
-                "load its weights and train without resume_from_checkpoint; or pass NMFlowCallback "
-                f"total_steps={max(1, steps - state.global_step)}, the steps that are left"
-            )
+        if self._total_steps is None:
+            mend = "with its optimizer's state (save_only_model=False)"
+            again.check_resumed(self.flow, state.global_step, mend)
         self.live, self._training = True, True
         # After an evaluation that was broken off the final masks are shown, when a state is loaded.
         self._hooks = [
@@ -233,15 +225,7 @@ class NMFlowCallback(Witness, TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self.live, names = False, self.flow.dense_weights().keys()
-        if state.global_step:  # the optimizer has the recipe's state from the checkpoint
-            self.flow._let_go()
-        else:
-            log.warning(
-                "the training before was broken off after %d steps: this one begins with the dense "
-                "weights that it left",
-                self.flow.steps_done,
-            )
-            self.flow.detach()
+        again.leave(self.flow, resumed=bool(state.global_step))
         return names
 
     def _show(self) -> None:
