@@ -76,7 +76,7 @@ def _more(frame: pd.DataFrame) -> list[str]:
     won, lost = ([c.setup for c in over if getattr(c, way)] for way in ("better", "worse"))
     level = [c.setup for c in over if not c.better and not c.worse]
     said = [
-        f"{_names(names)} {'are' if len(names) > 1 else 'is'} {word}"
+        f"{_names([f'*{name}*' for name in names])} {'are' if len(names) > 1 else 'is'} {word}"
         for names, word in ((won, "above it"), (lost, "below it"), (level, "not told apart"))
         if names
     ]
