@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,6 +250,24 @@ def test_the_fake_op_knows_what_the_op_gives() -> None:
                 y, x, w, values, codes, fits, *numbers, [True, True, True]
             )
             assert [t.dtype for t in found] == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+def test_sizes_may_be_symbols() -> None:
+    """Those of a compiler that takes any size: they have a number, and no hash."""
+
+    class Symbol:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __init__(self, number: int) -> None:
+            self._number = number
+
+        def __int__(self) -> int:
+            return self._number
+
+    like: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    weight: Any = SimpleNamespace(**vars(like), numel=lambda: 8192, shape=(Symbol(128), Symbol(64)))
+    assert gpu_steps.served(like, weight, 1, 16, 64) == Shape.of(128, 64, "1:16@64")
+    assert gpu_steps.served(like, weight, 1, 16, 1) is None
 
 
 @pytest.mark.parametrize("case", ["", "more"])

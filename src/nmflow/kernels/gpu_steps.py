@@ -55,7 +55,7 @@ def served(x: Tensor, weight: Tensor, n: int, m: int, panel: int) -> Shape | Non
     on_gpu = x.device.type == weight.device.type == "cuda" and x.device == weight.device
     if not on_gpu or why_not_dtypes(x.dtype, weight.dtype) or not weight.numel():
         return None
-    return _served(*weight.shape, n, m, panel)
+    return _served(*map(int, weight.shape), n, m, panel)  # of a compiler they may be symbols
 
 
 def sizes(shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
