@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nmflow.errors import CompressError
 from nmflow.kernels import reference
+from nmflow.kernels.layout import Shape
 
 _C: Any = torch._C
 LIBRARY = torch.library.Library("nmflow", "DEF")
@@ -39,6 +41,12 @@ def alive(run: Callable[..., None], *buffers: Tensor) -> Callable[..., None]:
 def version_of(t: Tensor) -> int:
     """How often a tensor was written; inference tensors do not count."""
     return -1 if t.is_inference() else t._version
+
+
+@functools.lru_cache(4096)
+def shape_of(out: int, inputs: int, n: int, m: int, panel: int) -> Shape:
+    """The shape that an op was told in numbers, which are checked once."""
+    return Shape.of(out, inputs, f"{n}:{m}@{panel}")
 
 
 def aligned(t: Tensor, size: int = 0) -> Tensor:

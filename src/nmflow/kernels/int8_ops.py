@@ -29,6 +29,7 @@ from nmflow.kernels.calls import (
     refuse_batched_weights,
     refuse_features,
     register_vmap,
+    shape_of,
     version_of,
 )
 from nmflow.kernels.layout import Shape
@@ -115,7 +116,7 @@ def _refuse_bias(x: Tensor, bias: Tensor, out: int) -> None:
 
 def _matmul_any(x, stream, bias, out, inputs, n, m, panel, activations, epilogue):
     """Every device but the CPU: nothing here waits for it, so a CUDA graph can capture it."""
-    shape = Shape.of(out, inputs, f"{n}:{m}@{panel}")
+    shape = shape_of(out, inputs, n, m, panel)
     int8.check_stream(stream, shape)
     if not x.shape or x.shape[-1] != inputs or x.device != stream.device:
         _refuse(x, stream, inputs)
@@ -134,7 +135,7 @@ def _matmul_any(x, stream, bias, out, inputs, n, m, panel, activations, epilogue
 
 
 def _unpack(stream: Tensor, out: int, inputs: int, n: int, m: int, panel: int) -> Tensor:
-    shape = Shape.of(out, inputs, f"{n}:{m}@{panel}")
+    shape = shape_of(out, inputs, n, m, panel)
     int8.check_stream(stream, shape)
     return int8.dense(stream, shape)
 

@@ -7,7 +7,6 @@ pass where one is wanted.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +32,7 @@ from nmflow.kernels.calls import (
     refuse_batched_weights,
     refuse_features,
     register_vmap,
+    shape_of,
     version_of,
 )
 from nmflow.kernels.layout import Shape, check_tiled
@@ -129,7 +129,7 @@ def _matmul_elsewhere(
     epilogue: int,
 ) -> Tensor:
     """Every device but the CPU: nothing here waits for it, so a CUDA graph can capture it."""
-    shape = _shape(out, inputs, n, m, panel)
+    shape = shape_of(out, inputs, n, m, panel)
     _check(x, values, codes, bias, shape)
     way = gpu if gpu.why_not(Call(shape, values.dtype, x.device.type, 1)) is None else reference
     return way.matmul(x, values, codes, bias, shape, epilogue)
@@ -155,15 +155,10 @@ def _refuse_bias(bias: Tensor, values: Tensor, out: int) -> None:
     )
 
 
-@functools.lru_cache(4096)
-def _shape(out: int, inputs: int, n: int, m: int, panel: int) -> Shape:
-    return Shape.of(out, inputs, f"{n}:{m}@{panel}")
-
-
 def _unpack(
     values: Tensor, codes: Tensor, out: int, inputs: int, n: int, m: int, panel: int
 ) -> Tensor:
-    shape = _shape(out, inputs, n, m, panel)
+    shape = shape_of(out, inputs, n, m, panel)
     check_tiled(values, codes, shape)
     if values.is_cuda and codes.device == values.device and gpu.expands(values.dtype):
         return gpu.expand(values, codes, shape)
