@@ -471,25 +471,12 @@ def _compile_some(kernels: list[Kernel], end: float) -> int:
 
 
 def compile_all(search: bool, workers: int, seconds: float) -> None:
-    """The kernels of `decode` on a card like an H100, those of the search last."""
+    """Kernels for a card like an H100, those that no run has timed first, a search's last."""
+    import _gpu_int8
+
     end, card = time.monotonic() + seconds, Card()
     kernels: dict[Kernel, None] = {Kernel("turn.cu", "turn"): None}
     kernels |= {Kernel("expand.cu", "expand"): None, Kernel("sum.cu", "sum", (("HALF", 0),)): None}
-    for layer, tokens, spec in MANY:
-        shape = Shape.of(*layer, spec)
-        if "@" in spec:
-            cuts = [gpu_panels.group(shape, tokens), *blocks(shape)]
-            groups = [cut for cut in cuts if isinstance(cut, gpu_panels.Group)]
-            kernels |= {gpu_panels.kernel_of(shape, cut, False, 0): None for cut in groups}
-    import _gpu_int8
-
-    kernels |= dict.fromkeys(_gpu_int8.kernels(card))
-    for wide in (False, True) if search else (False,):
-        for layer, tokens, patterns in points():
-            for spec in patterns:
-                for plan in candidates(Shape.of(*layer, spec), tokens, card, wide):
-                    if plan is not None:
-                        kernels.setdefault(plan.kernel)
     for layer, tokens, patterns in many_tokens_of_few():
         for spec in patterns:
             for plan in in_order(Shape.of(*layer, spec), tokens, card):
@@ -497,6 +484,19 @@ def compile_all(search: bool, workers: int, seconds: float) -> None:
                 kernels.setdefault(plan.kernel)
                 tiles = ("NT", dict(plan.kernel.constants)["NT"])
                 kernels.setdefault(Kernel("ready.cu", "ready", (tiles,)))
+    kernels |= dict.fromkeys(_gpu_int8.kernels(card))
+    for layer, tokens, spec in MANY:
+        shape = Shape.of(*layer, spec)
+        if "@" in spec:
+            cuts = [gpu_panels.group(shape, tokens), *blocks(shape)]
+            groups = [cut for cut in cuts if isinstance(cut, gpu_panels.Group)]
+            kernels |= {gpu_panels.kernel_of(shape, cut, False, 0): None for cut in groups}
+    for wide in (False, True) if search else (False,):
+        for layer, tokens, patterns in points():
+            for spec in patterns:
+                for plan in candidates(Shape.of(*layer, spec), tokens, card, wide):
+                    if plan is not None:
+                        kernels.setdefault(plan.kernel)
     todo = list(kernels)
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         shares = [(todo[i::workers], end) for i in range(workers)]
