@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from harness import (
     use,
 )
 from models import FAMILIES, MLP, Family, loss_of
-from nmflow.errors import FlowError
+from nmflow.errors import FlowError, WeightError
 from settings import BY_ID, OPTIMIZERS, TOTAL
 
 
@@ -210,6 +211,60 @@ def test_a_flow_that_cannot_be_detached_goes_on(what: str) -> None:
     model[0] = first
     assert_same(parameters_of(model), before)
     run.train(MLP.batches(1))
+
+
+def _final(run: Run, x: torch.Tensor) -> None:
+    with run.flow.final_masks():
+        run.model(x)
+
+
+def _dense(run: Run, x: torch.Tensor) -> None:
+    with run.flow.dense():
+        for p in run.model.parameters():
+            p.clamp_(-0.1, 0.1)
+
+
+def _sync(run: Run, x: torch.Tensor) -> None:
+    run.model.load_state_dict({n: p * 0.5 for n, p in run.model.state_dict().items()})
+    run.flow.sync()
+
+
+WITHIN: dict[str, Callable[[Run, torch.Tensor], None]] = {
+    "final_masks": _final,
+    "dense": _dense,
+    "sync": _sync,
+    "stage_at": lambda run, x: print(run.flow.stage_at(3), run.flow.dense_weights().keys()),
+}
+
+
+@pytest.mark.parametrize("what", ["attach", *WITHIN])
+@pytest.mark.parametrize("case", ["settling", "mdgf-frozen", "one-shot", "s-ste", "hybrid"])
+def test_inference_mode_changes_nothing(case: str, what: str) -> None:
+    """What a flow does in it, such as in the middle of an evaluation, is what it does outside."""
+    ends = []
+    for inside in (True, False):
+        run = Run(MLP, BY_ID[case], attached=False)
+        mode: Any = torch.inference_mode if inside else torch.no_grad
+        with mode() if what == "attach" else contextlib.nullcontext():
+            run.attach()
+        for k, x in enumerate(MLP.batches(TOTAL)):
+            run.step(x)
+            if k in (1, 4, TOTAL - 2) and what != "attach":
+                with mode():
+                    WITHIN[what](run, x)
+        with mode():
+            run.flow.finalize()
+        run.step(MLP.batches(1)[0])
+        ends.append(parameters_of(run.model))
+    assert_same(*ends)
+
+
+def test_weights_made_in_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        model = torch.nn.Linear(16, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(WeightError, match=r"'weight' was made in torch.inference_mode\(\)"):
+        nmflow.attach(model, optimizer, pattern="1:4", include="*", total_steps=2)
 
 
 def test_attach_again_after_finalize() -> None:

@@ -103,8 +103,11 @@ def test_copies_pickles_and_state_dicts(name: str) -> None:
     torch.testing.assert_close(flat(again(x)), want, atol=5e-2, rtol=5e-2)
 
 
-def test_masks_of_attention() -> None:
-    model = prune(nn.MultiheadAttention(32, 4, batch_first=True))
+@pytest.mark.parametrize(
+    "how", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"bias": False}], ids=str
+)
+def test_masks_of_attention(how: dict[str, bool]) -> None:
+    model = prune(nn.MultiheadAttention(32, 4, batch_first=True, **how))
     packed = compress(model, measure=False)
     x = torch.randn(2, 5, 32)
     padding = torch.zeros(2, 5, dtype=torch.bool)
@@ -116,6 +119,10 @@ def test_masks_of_attention() -> None:
         {"attn_mask": causal},
         {"attn_mask": heads, "key_padding_mask": torch.randn(2, 5)},
         {"attn_mask": causal, "is_causal": True, "need_weights": False},
+        {"attn_mask": causal, "is_causal": True, "need_weights": True},
+        {"attn_mask": causal, "is_causal": True, "key_padding_mask": padding},
+        # A hint that is not true: torch believes it.
+        {"attn_mask": heads, "is_causal": True, "need_weights": False},
         {"need_weights": True, "average_attn_weights": False},
     ):
         a, b = model(x, x, x, **kwargs), packed(x, x, x, **kwargs)

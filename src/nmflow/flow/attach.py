@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -91,8 +92,9 @@ def attach(
     chosen = plan(model, pattern, include, exclude, remainder=remainder, recipe=recipe)
     found = scores.of(chosen, norms) if norms is not None else {}
     run = Run(recipe, total_steps, mask_interval, freeze_mask, norms=scores.digest(found))
-    flow = Flow(model, optimizers, chosen, run, found, sparse_steps)
-    flow._start()
+    with torch.inference_mode(False):  # whose tensors no step could change
+        flow = Flow(model, optimizers, chosen, run, found, sparse_steps)
+        flow._start()
     return flow
 
 

@@ -100,6 +100,11 @@ class Stepper:
                     f"'{slot.name}' is on the meta device, where it has no values: load the model "
                     "onto a device (`to_empty`, then `load_state_dict`) before attaching"
                 )
+            if slot.param.is_inference():
+                raise WeightError(
+                    f"'{slot.name}' was made in torch.inference_mode(), so that nothing can train "
+                    "it: build or load the model outside of that"
+                )
             if not bool(torch.isfinite(local(slot.param)).all()):
                 raise WeightError(
                     f"'{slot.name}' holds a NaN or an infinity, which no magnitude mask can order: "

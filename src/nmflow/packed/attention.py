@@ -77,7 +77,9 @@ class PackedAttention(StandsFor):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
             added += 1
         heads = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
-        mask = self._mask(attn_mask, key_padding_mask, q, added)
+        # As torch, which takes the hint for the mask where nothing else is asked for.
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else self._mask(attn_mask, key_padding_mask, q, added)
         drop = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -87,7 +89,7 @@ class PackedAttention(StandsFor):
             mixed = weights @ heads[2]
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], mask, drop)
+            mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], mask, drop, causal)
         y = self.out_proj(mixed.transpose(1, 2).flatten(2))
         if not batched:
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
