@@ -191,12 +191,12 @@ def _remove(path: Path) -> None:
 def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(items)
     if len(made) != len(items):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return made
 
 
 def _constant(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite(text: str) -> float:

@@ -54,7 +54,8 @@ def mask(w: jax.Array, pattern: str | Pattern, axis: int = -2) -> jax.Array:
     size = w.shape[axis]
     if size % pattern.m:
         raise PatternError(
-            f"pattern is '{pattern}', but axis {axis} of {w.shape} is no multiple of M={pattern.m}"
+            f"pattern is '{pattern}', but axis {axis} of {w.shape} is not a multiple of "
+            f"M={pattern.m}"
         )
     out = w.ndim - 2 if axis == w.ndim - 1 else w.ndim - 1
     # (…, out, in): groups lie side by side at the end, panels before them.
@@ -200,7 +201,9 @@ def sparse(
     def init(params: Any) -> SparseState:
         chosen, leaves = axes(params), dict(_leaves(params))
         if known.prunes and not chosen:
-            raise PlanError("targets takes no parameter: give one that names the axis of some")
+            raise PlanError(
+                "targets chooses no parameter: give a function that names the axis of at least one"
+            )
         dense = {path: jnp.asarray(leaves[path]) for path in chosen}
         for path, axis in chosen.items():
             for used in known.patterns(final, dense[path].shape[axis]):
@@ -222,7 +225,9 @@ def sparse(
 
     def update(grads: Any, state: SparseState, params: Any = None) -> tuple[Any, SparseState]:
         if params is None:
-            raise PlanError("params is None: give the parameters, whose updates lead to W̃")
+            raise PlanError(
+                "params is None: pass the parameters to update(), which leads them to W̃"
+            )
         chosen, found = axes(params), dict(_leaves(grads))
         ruled, drawn = {}, {}
         for path, axis in chosen.items():

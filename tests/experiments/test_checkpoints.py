@@ -93,7 +93,9 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
     assert folder.last_checkpoint() == folder.path / "checkpoint-8"
     assert not (folder.path / "checkpoint-11").exists()
     # Without its mark it is one that a kill left half-written, which is no damage.
-    said = [] if (name, damage) == (checkpoints.MARK, "missing") else ["goes on from checkpoint-8"]
+    said = (
+        [] if (name, damage) == (checkpoints.MARK, "missing") else ["continues from checkpoint-8"]
+    )
     assert [r.getMessage().partition(": the run ")[2] for r in caplog.records] == said
     caplog.clear()
     DAMAGES[damage](folder.path / "checkpoint-8" / name)

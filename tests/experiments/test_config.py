@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
         ({"task": "language-modeling"}, "did you mean 'language-modelling'"),
         ({"options": {"lenght": 3}}, "options: unknown key 'lenght': did you mean 'length'"),
         ({"recipes": ["srste"]}, "recipe is 'srste': did you mean 'sr-ste'"),
-        ({"recipes": [{"name": "sr-ste", "lamm": 1}]}, "'lamm' is no option of sr-ste"),
+        ({"recipes": [{"name": "sr-ste", "lamm": 1}]}, "'lamm' is not an option of sr-ste"),
         ({"recipes": [{"name": "mdgf-linear", "beta": -1.0}]}, "beta"),
         ({"pattern": "0:4"}, "pattern is '0:4'"),
         ({"pattern": {"ff": "5:4"}}, "pattern is '5:4'"),
@@ -53,7 +53,7 @@ def test_files_that_are_no_configs(tmp_path: Path):
     with pytest.raises(ConfigError, match="No such file"):
         config.load(tmp_path / "none.yaml")
     (tmp_path / "a.yaml").write_text("a: [1")
-    with pytest.raises(ConfigError, match="no YAML at line 1"):
+    with pytest.raises(ConfigError, match="not YAML at line 1"):
         config.load(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("- a")
     with pytest.raises(ConfigError, match="holds a list"):

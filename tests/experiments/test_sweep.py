@@ -129,7 +129,7 @@ def test_overrides_reach_the_sweep_and_its_base(tmp_path: Path):
         ({"axes": {"recipe": ["sr-ste"], "seed": []}}, "axis 'seed' is empty"),
         ({"axes": {"seed": 3}}, r"axes\.seed is 3"),
         ({"axis": {}}, "unknown key 'axis': did you mean 'axes'"),
-        ({"axes": {"recpie": ["sr-ste"]}}, "axis 'recpie' is no key.*did you mean 'recipe'"),
+        ({"axes": {"recpie": ["sr-ste"]}}, "axis 'recpie' is not a key.*did you mean 'recipe'"),
         ({"axes": {"trainin.steps": [1]}}, "did you mean 'training'"),
         ({"axes": {**AXES, "training.stepz": [1]}}, r"'training\.stepz': did you mean 'steps'"),
         ({"axes": {**AXES, "options.lenght": [8]}}, "did you mean 'length'"),
@@ -410,7 +410,7 @@ def test_a_length_that_cannot_be(training: dict[str, Any], said: str):
     [
         (10.0, "sr-ste", "less than one step of this run, which takes"),
         (1e30, "sr-ste", "more than 10,000,000 steps"),
-        (1e8, {"name": "mdgf-linear", "dense": 500, "finetune": 5}, "does not pay the recipe's"),
+        (1e8, {"name": "mdgf-linear", "dense": 500, "finetune": 5}, "too small for the recipe's"),
     ],
 )
 def test_a_budget_that_cannot_be_kept(flops: float, recipe: Any, said: str):

@@ -152,8 +152,8 @@ WHOLE: dict[str, tuple[Case, Any, str]] = {
     "not frozen": (BY_ID["mdgf-linear-masked"], OPTIMIZERS["sgd"], "not frozen"),
     "Adafactor": (BY_ID["mdgf-frozen"], OPTIMIZERS["adafactor"], "Adafactor is not known"),
     "a subclass": (BY_ID["mdgf-frozen"], Mine, "Mine is not known"),
-    "scaled": (BY_ID["mdgf-scaled-frozen"], OPTIMIZERS["sgd"], "scales what is kept"),
-    "a form": (BY_ID["s-ste-frozen"], OPTIMIZERS["sgd"], "scales what is kept"),
+    "scaled": (BY_ID["mdgf-scaled-frozen"], OPTIMIZERS["sgd"], "scales or changes kept weights"),
+    "a form": (BY_ID["s-ste-frozen"], OPTIMIZERS["sgd"], "scales or changes kept weights"),
 }
 
 

@@ -209,7 +209,7 @@ def test_however_the_weights_are_written(case: str, kind: type) -> None:
     [
         (Perturbs, "moved the weights before it called its closure"),
         (RepeatsClosure, "called its closure twice"),
-        (KeepsMemory, "stepped memory that it keeps"),
+        (KeepsMemory, "stepped memory of its own"),
         (Halves, "bfloat16"),
     ],
 )
@@ -260,7 +260,7 @@ def test_finer_weights_in_the_state_cannot_be_drawn() -> None:
             continue
         run.train(batches[:1])
         dense = dense_of(run)
-        with pytest.raises(FlowError, match=r"'0\.weight' is written anew.*'master'.*mdgf-linear"):
+        with pytest.raises(FlowError, match=r"'0\.weight' is overwritten.*'master'.*mdgf-linear"):
             run.train(batches[1:])
         assert_same(dense_of(run), dense)
 

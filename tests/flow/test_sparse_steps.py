@@ -310,7 +310,7 @@ def test_targets_that_are_some_rows_of_a_weight_stay_dense() -> None:
     family = FAMILY["fused-qkv"]
     run = Run(family, on(BY_ID["one-shot"]), dtype=FP32)
     run.train(family.batches(6, FP32))
-    assert "some of its rows are no target" in why(run.flow, "attn.qkv.weight")
+    assert "some of its rows are not targets" in why(run.flow, "attn.qkv.weight")
 
 
 def test_a_parametrized_weight_is_no_target_at_all() -> None:

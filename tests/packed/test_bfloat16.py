@@ -220,11 +220,11 @@ def test_the_choice_is_measured_against_dense_bfloat16() -> None:
 EDITS: dict[str, tuple[str, Callable[[dict, dict], None]]] = {
     "the version of files without": ("layout version", lambda h, d: h.update(layout=1)),
     "another kind": (
-        "of a kind",
+        "of an impossible kind",
         lambda h, d: h["weights"]["0.weight"]["parts"][0].update(values="int4"),
     ),
     "a kind that is no text": (
-        "of a kind",
+        "of an impossible kind",
         lambda h, d: h["weights"]["0.weight"]["parts"][0].update(values=["bfloat16"]),
     ),
     "no kind": (
@@ -232,7 +232,7 @@ EDITS: dict[str, tuple[str, Callable[[dict, dict], None]]] = {
         lambda h, d: h["weights"]["0.weight"]["parts"][0].pop("values"),
     ),
     "a kind that the parameter has": (
-        "of a kind",
+        "of an impossible kind",
         lambda h, d: h["weights"]["0.weight"].update(dtype="bfloat16"),
     ),
     "8-bit by name": (

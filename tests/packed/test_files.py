@@ -424,7 +424,7 @@ def test_missing_and_foreign_folders(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="cannot be read"):
         load(tmp_path / "nowhere", network())
     save(sparse(), tmp_path)
-    with pytest.raises(FileFormatError, match="another than the model"):
+    with pytest.raises(FileFormatError, match="does not match the model"):
         load(tmp_path, nn.Sequential(nn.Linear(32, 24)))
     with pytest.raises(FileFormatError, match=r"0\.weight"):
         load(tmp_path, nn.Sequential(nn.Linear(24, 32), *network()[1:]))

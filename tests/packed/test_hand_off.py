@@ -109,7 +109,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     for model, said in (
         (mlp("2:4"), "its weight is torch.float32: call model.half"),
-        (mlp("2:4").half(), "is no multiple of 64"),
+        (mlp("2:4").half(), "is not a multiple of 64"),
         (nn.Linear(64, 64).half(), "does not hold 2:4"),
         (nn.ReLU(), "it has no nn.Linear"),
         (compress(mlp(), measure=False), "model is packed"),

@@ -225,7 +225,7 @@ EDITS: dict[str, tuple[str, Callable[[dict, dict], None]]] = {
         lambda h, d: h["weights"]["0.weight"].update(activations="int4"),
     ),
     "another kind": (
-        "of a kind",
+        "of an impossible kind",
         lambda h, d: h["weights"]["0.weight"]["parts"][0].update(values="int4"),
     ),
     "no kind": (

@@ -179,7 +179,7 @@ def test_a_sentence_transformer(tmp_path: Path) -> None:
     modules = json.loads((tmp_path / "packed/modules.json").read_text())
     modules[0]["type"] = "os.system"
     (tmp_path / "packed/modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ConfigError, match="is none of sentence-transformers"):
+    with pytest.raises(ConfigError, match="is not one of sentence-transformers"):
         nmflow.from_pretrained(tmp_path / "packed")
 
 

@@ -154,7 +154,7 @@ def test_threads_exclude_each_other_and_one_may_hold_a_folder_twice(tmp_path: Pa
 
 def test_a_header_of_another_tool_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "nmflow.json").write_text('{"step": 3}')
-    with pytest.raises(CompressError, match=r"holds a nmflow\.json that is no header"):
+    with pytest.raises(CompressError, match=r"holds a nmflow\.json that is not the header"):
         save(model(1), tmp_path)
     assert (tmp_path / "nmflow.json").read_text() == '{"step": 3}'
     assert len(list(tmp_path.iterdir())) == 1

@@ -297,7 +297,7 @@ def test_a_damaged_record_is_one_sentence(name, tmp_path):
     if not isinstance(content, str):
         content = json.dumps({"format": "nmflow patterns", "version": 1, "weights": content})
     (tmp_path / "nmflow_patterns.json").write_text(content)
-    with pytest.raises(FileFormatError, match="is no record of these weights") as caught:
+    with pytest.raises(FileFormatError, match="is not a record of these weights") as caught:
         audit(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -394,7 +394,7 @@ def test_what_matches_nothing_is_an_error_and_uneven_axes_are_left_out():
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     found = audit(model, "8:8")
     assert [row.name for row in found.rows] == ["1.weight"]
-    assert "12 is no multiple of M=8" in found.others[0].reason
+    assert "12 is not a multiple of M=8" in found.others[0].reason
 
 
 def test_the_density_is_weighted_by_size():

@@ -51,7 +51,7 @@ def test_an_mlp_by_hand():
 def test_index_bits_are_log2_m_a_kept_weight_and_shared_by_a_panel(pattern, index_bits):
     model = nn.Linear(64, 128)
     if index_bits is None:
-        with pytest.raises(PlanError, match="no multiple of M=128"):
+        with pytest.raises(PlanError, match="not a multiple of M=128"):
             cost(model, torch.randn(1, 64), pattern)
         return
     p = Pattern(pattern)

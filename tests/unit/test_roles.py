@@ -198,7 +198,7 @@ def test_experts_that_lie_one_under_the_other_keep_their_groups_apart():
     first, second = plan(module(mlp=experts), "1:4")
     assert (first.dim, first.length) == (1, 8)
     assert (second.dim, second.length) == (0, 12)
-    with pytest.raises(PlanError, match=r"w2 has an axis of 12, which is no multiple of M=8"):
+    with pytest.raises(PlanError, match=r"w2 has an axis of 12, which is not a multiple of M=8"):
         plan(module(mlp=experts), "1:8", "*w2*")
 
 

@@ -422,8 +422,8 @@ def test_what_m_does_not_divide_is_an_error_or_skipped():
     assert labels(model, "all", "1:8", exclude="0") == {"1.weight"}
     made = plan(model, "1:8", remainder="skip")
     assert [t.name for t in made] == ["1.weight"]
-    assert "12 is no multiple of M=8" in dict(made.left_out)["0.weight"]
-    with pytest.raises(PlanError, match="nothing is left"):
+    assert "12 is not a multiple of M=8" in dict(made.left_out)["0.weight"]
+    with pytest.raises(PlanError, match="is left to prune"):
         plan(model, "1:7", remainder="skip")
 
 

@@ -79,7 +79,7 @@ def bench(
     """
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise CompressError(f"dtypes has {dtype!r}: choose of {', '.join(DTYPES)}")
+            raise CompressError(f"dtypes has {dtype!r}: choose from {', '.join(DTYPES)}")
     if not all(isinstance(t, int) and t > 0 for t in tokens):
         raise CompressError(f"tokens is {tokens!r}: give positive numbers of tokens")
     check_names(rivals)

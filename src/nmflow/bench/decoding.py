@@ -158,7 +158,7 @@ def bench_decoding(
     """
     for rival in rivals:
         if rival not in RIVALS:
-            raise CompressError(f"rivals has {rival!r}: choose of {', '.join(RIVALS)}")
+            raise CompressError(f"rivals has {rival!r}: choose from {', '.join(RIVALS)}")
     if new < 1 or rounds < 1:
         raise CompressError(f"new is {new} and rounds {rounds}: both must be 1 or more")
     progress("building the ways")
@@ -213,7 +213,7 @@ def _llama_cpp(
     """llama.cpp on a file, and on what it quantizes of it."""
     llama_cpp = _llama()
     if gguf is None:
-        raise CompressError("llama.cpp runs GGUF files: give one as the model")
+        raise CompressError("llama.cpp runs only GGUF files: give one as the model")
     file = Path(gguf)
     runs = {f"llama.cpp {file.stem.rpartition('.')[2]}": by_llama_cpp(file, threads)}
     for kind in _QUANTIZED:

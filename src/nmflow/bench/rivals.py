@@ -57,7 +57,7 @@ def check_names(names: Sequence[str]) -> None:
     """Raise `CompressError` for an unknown rival."""
     for name in names:
         if name not in RIVALS:
-            raise CompressError(f"rivals has {name!r}: choose of {', '.join(RIVALS)}")
+            raise CompressError(f"rivals has {name!r}: choose from {', '.join(RIVALS)}")
 
 
 def _int8(model: nn.Module, packed: Packed, example: Mapping[str, Any], folder: Path) -> Runs:

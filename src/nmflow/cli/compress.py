@@ -84,7 +84,7 @@ def compress(
     elif counts or values or dtype or activations != "float":
         raise CompressError(
             f"checkpoint is '{checkpoint}', which has no config.json to build a network from: "
-            "leave tokens, values, activations and dtype out, or give a folder of Hugging Face's"
+            "leave tokens, values, activations and dtype out, or give a Hugging Face folder"
         )
     else:
         state = open_state(checkpoint)

@@ -51,7 +51,9 @@ class MlpMixerConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is no multiple of patch_size {patch_size}")
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of patch_size {patch_size}"
+            )
         self.image_size, self.patch_size = image_size, patch_size
         self.num_channels, self.hidden_size = num_channels, hidden_size
         self.tokens_mlp_dim, self.intermediate_size = tokens_mlp_dim, intermediate_size

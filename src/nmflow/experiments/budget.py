@@ -78,7 +78,8 @@ def steps(run: Run, model: Any, example: Any) -> int:
         )
     if last == 0:
         raise ConfigError(
-            f"training.budget is {budget:g}: it does not pay the recipe's phases ({refused[-1]})"
+            f"training.budget is {budget:g}: it is too small for the recipe's phases "
+            f"({refused[-1]})"
         )
     return found
 

@@ -200,7 +200,7 @@ def _settings(name: str, value: Any, where: str) -> dict[str, Any]:
 
 def _known(key: str, said: str, where: str) -> None:
     if key.partition(".")[0] not in KEYS:
-        raise ConfigError(f"{said} no key of a run{near(key, sorted(KEYS))}")
+        raise ConfigError(f"{said} not a key of a run{near(key, sorted(KEYS))}")
 
 
 def _no_clash(settings: Mapping[str, list[dict[str, Any]]], where: str) -> None:

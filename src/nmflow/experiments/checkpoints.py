@@ -45,7 +45,7 @@ def about(folder: Path) -> dict[str, Any]:
     """
     said = json.loads((folder / MARK).read_text(encoding="utf-8"))
     if not isinstance(said, dict) or said.pop("digest", None) != _digest(said):
-        raise ValueError(f"{MARK} is damaged, or of an earlier version")
+        raise ValueError(f"{MARK} is damaged, or from an earlier version")
     return said
 
 
@@ -56,7 +56,7 @@ def damage(folder: Path) -> str | None:
             if _sha(folder / name) != digest:
                 return f"{name} is not what was written"
     except ValueError:
-        return f"{MARK} is damaged, or of an earlier version"
+        return f"{MARK} is damaged, or from an earlier version"
     except FileNotFoundError as error:
         # Perhaps just now: the first of several processes removes what is damaged.
         return f"{Path(str(error.filename)).name} is missing"
@@ -84,7 +84,7 @@ def newest(run: Path, clean: bool = True) -> Path | None:
                 "the right to, or delete it"
             ) from None
         if said is None:
-            _say(damaged, f"the run goes on from {folder.name}", clean)
+            _say(damaged, f"the run continues from {folder.name}", clean)
             return folder
         if said:
             damaged.append(f"{str(folder)!r} is damaged ({said})")

@@ -145,7 +145,7 @@ def _gguf(text: str, file: Path, key: str, more: str = "") -> Origin:
         own = str(said.contents()) if said is not None else ""
     except Exception as error:  # noqa: BLE001 - the reader raises what its parsing meets
         raise ConfigError(
-            f"{key} is {text!r}: no GGUF file that can be read ({shown(str(error), 120)})"
+            f"{key} is {text!r}: it is not a readable GGUF file ({shown(str(error), 120)})"
         ) from None
     options = {"gguf_file": file.name}
     return Origin(text, str(file.parent), options, _joined(own and f"{own} (GGUF)", more))
@@ -164,7 +164,7 @@ def _in_package(text: str, key: str) -> Origin:
     root = Path(homes[0])
     where = root / inner
     if ".." in Path(inner).parts or not where.exists():
-        raise ConfigError(f"{key} is {text!r}: the package has no {inner!r}; it lies at {root}")
+        raise ConfigError(f"{key} is {text!r}: the package has no {inner!r}; it is at {root}")
     found = [where] if where.is_file() else _networks(where)
     if len(found) != 1:
         some = ", ".join(f"{PACKAGE}{name}/{f.relative_to(root).as_posix()}" for f in found[:4])

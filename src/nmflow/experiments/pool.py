@@ -161,7 +161,7 @@ class Pool:
             self.waiting.append(run)
         else:
             again = " again" if seen > 1 else ""
-            self.failed.append((run.id, f"{sentence}{again}: start again, and it goes on"))
+            self.failed.append((run.id, f"{sentence}{again}: start again to continue it"))
 
 
 def _death(code: int | None) -> str:

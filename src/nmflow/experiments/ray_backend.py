@@ -61,7 +61,7 @@ def run_on_ray(
                     sentence = ray.get(reference)
                 except ray.exceptions.RayError as error:
                     reason = str(error).strip().splitlines()[-1]
-                    sentence = f"run {run.id} failed on Ray ({reason}): start again, and it goes on"
+                    sentence = f"run {run.id} failed on Ray ({reason}): start again to continue it"
                 if sentence is not None:
                     failed.append((run.id, sentence))
         _pass_on(queue, notify)

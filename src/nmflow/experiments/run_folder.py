@@ -161,7 +161,7 @@ def _whole(path: Path) -> dict[str, Any]:
     absent = sorted(_READ - set(result)) if isinstance(result, dict) else ["a mapping"]
     if absent:
         raise ConfigError(
-            f"runs holds {str(path)!r}, which lacks {', '.join(absent)}: it is of an older "
+            f"runs holds {str(path)!r}, which lacks {', '.join(absent)}: it is from an older "
             "version; train that run again, or name other folders"
         )
     return result

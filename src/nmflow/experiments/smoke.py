@@ -143,8 +143,8 @@ def _model(run: Run, said: list[str]) -> dict[str, Any]:
         return model.model_dump()
     if model.kind is None:
         raise ConfigError(
-            f"model.load is {model.load!r}, a name on the hub: say its architecture in model.kind "
-            "and model.fields, so that --smoke can build it without a network"
+            f"model.load is {model.load!r}, a name on the hub: name its architecture in "
+            "model.kind and model.fields, so that --smoke can build it without a network"
         )
     said.append(f"a fresh {model.kind} of the same size instead of {model.load}")
     return {"kind": model.kind, "fields": model.fields}

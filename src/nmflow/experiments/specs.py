@@ -240,5 +240,5 @@ class RecipeSpec(Strict):
         fields = list(type(recipe).__dataclass_fields__)
         for key in self.options:
             if key not in fields:
-                raise ConfigError(f"{key!r} is no option of {self.name}{near(key, fields)}")
+                raise ConfigError(f"{key!r} is not an option of {self.name}{near(key, fields)}")
         return dataclasses.replace(recipe, **self.options)

@@ -32,7 +32,7 @@ class Stopped(BaseException):
     def __str__(self) -> str:
         where = f" {self.where}" if self.where else ""
         name = signal.Signals(self.signum).name
-        return f"stopped by {name}{where}: run the same command again, and it goes on"
+        return f"stopped by {name}{where}: run the same command again to continue"
 
 
 class _Asked:

@@ -42,11 +42,11 @@ class _Lean(ExactCheckpoints, FinalMasksEvaluation):
                 # torch.save reports a short write as a RuntimeError of its file writer.
                 if "inline_container" not in reason:
                     raise
-                reason = "a file could be written in part only, as when the disk is full"
+                reason = "a file was written only in part, for example because the disk is full"
             shutil.rmtree(place, ignore_errors=True)
             raise ConfigError(
                 f"output is {str(place)!r} and cannot be written ({reason[:160]}): free some "
-                "space or choose another folder; the run goes on from its checkpoint before"
+                "space or choose another folder; the run continues from its last checkpoint"
             ) from None
 
 

@@ -26,7 +26,7 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> Any:
     keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
     twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
     if twice is not None:
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return yaml.SafeLoader.construct_yaml_map(loader, node)
 
 
@@ -75,8 +75,8 @@ def plain(text: str, where: str) -> Any:
         raise
     except (RecursionError, ValueError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:80]
-        raise ConfigError(f"{where} cannot be read ({what}): mend its values") from None
+        raise ConfigError(f"{where} cannot be read ({what}): correct its values") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where} is no YAML{line}: mend its syntax") from None
+        raise ConfigError(f"{where} is not YAML{line}: correct its syntax") from None

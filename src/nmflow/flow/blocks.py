@@ -73,8 +73,8 @@ class FinalMasks(contextlib.ContextDecorator, contextlib.AbstractContextManager)
         if names and kind is None:
             raise StateError(
                 f"{', '.join(map(repr, names[:3]))} was written inside flow.{FINAL_MASKS}, but "
-                "training goes on from the dense weights in the optimizer's state: call "
-                "flow.sync() now to take what was written, or load the optimizer's state with it"
+                "training continues from the dense weights in the optimizer's state: call "
+                "flow.sync() now to keep what was written, or load the optimizer's state with it"
             )
 
 

@@ -65,8 +65,9 @@ def _made(make: Callable[..., Optimizer], args: tuple[Any, ...]) -> Optimizer:
 def _step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
     if _without(optimizer):
         raise FlowError(
-            "optimizer is a copy of one with a recipe, and a copy has none: call nmflow.attach() "
-            "with it and its model, which goes on from its state, or build a new optimizer"
+            "optimizer is a copy of one with a recipe, and the copy has none: call "
+            "nmflow.attach() with it and its model to continue from its state, or build a new "
+            "optimizer"
         )
     return type(optimizer).step(optimizer, *args, **kwargs)
 

@@ -163,8 +163,8 @@ class Edits:
             for (name, _), part in zip(sizes, parts, strict=True):
                 if not bool(part.all()):
                     raise StateError(
-                        f"'{name}' was written before step {k} where torch does not count it, as "
-                        "by `.data`, and the step went on from the dense weights in the "
+                        f"'{name}' was written before step {k} in a way that torch does not count "
+                        "(such as `.data`), and the step continued from the dense weights in the "
                         "optimizer's state: write inside `with flow.dense():`, or call "
                         "flow.sync() after the write"
                     )
@@ -261,7 +261,7 @@ def _check_finite(slot: Slot, k: int) -> None:
 
 def _was_written(slot: Slot, k: int) -> StateError:
     return StateError(
-        f"'{slot.name}' was written since step {k}, but training goes on from the dense weights in "
-        "the optimizer's state: call flow.sync() after the write to take the new weights as dense "
-        "ones, write inside `with flow.dense():`, or load the optimizer's state with them"
+        f"'{slot.name}' was written since step {k}, but training continues from the dense weights "
+        "in the optimizer's state: call flow.sync() after the write to adopt the new weights as "
+        "dense ones, write inside `with flow.dense():`, or load the optimizer's state with them"
     )

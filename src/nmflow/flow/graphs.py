@@ -90,7 +90,7 @@ class GraphedStep(Generic[T]):
         key = None if self.why else tuple(part.key() for part in self._parts)
         if key is not None and key not in self._graphs and key != self._last:
             self._check_rates()
-            self.why = "it does something else than the last step did, and is captured next"
+            self.why = "it differs from the step before, and its next repetition is captured"
         # A step that raises is none that a capture could follow.
         self._last, self._rates = None, self._held_rates()
         if self.why:
@@ -124,8 +124,8 @@ class GraphedStep(Generic[T]):
         if self._last is None or not self._graphs or self._held_rates() == self._rates:
             return
         raise FlowError(
-            f"lr went from {self._rates} to {self._held_rates()}, but a CUDA graph holds a number, "
-            "and which tensor it is, as it was: give the optimizer its lr in a tensor on the "
+            f"lr changed from {self._rates} to {self._held_rates()}, but a CUDA graph keeps the "
+            "number, or the tensor, of its capture: give the optimizer its lr in a tensor on the "
             "device, such as AdamW(..., lr=torch.tensor(1e-3, device='cuda'), capturable=True), "
             "and have schedules write into that tensor"
         )

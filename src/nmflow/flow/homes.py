@@ -33,9 +33,9 @@ class Home:
                 continue
             what = "is no longer in the model" if found is None else "is another parameter now"
             raise FlowError(
-                f"'{name}' {what}, so that the model does not compute with the weight that is "
-                "trained: put the parameter back that was there at attach(), or change the model "
-                "before attach()"
+                f"'{name}' {what}, so the model does not compute with the weight that is trained: "
+                "put back the parameter that was there at attach(), or change the model before "
+                "attach()"
             )
 
     def modules(self) -> list[tuple[nn.Module, str]]:

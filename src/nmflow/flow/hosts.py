@@ -69,14 +69,15 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]
         inner = _inner(one)
         if inner is not None:
             raise FlowError(
-                f"optimizer is a {kind}, which hands the same weights on to the {inner[1]} in its "
+                f"optimizer is a {kind}, which passes the same weights to the {inner[1]} in its "
                 f"'{inner[0]}', where its own hooks do not reach: attach to that {inner[1]}, and "
-                "leave the wrapper out if it moves weights between steps and does not put them back"
+                "leave the wrapper out if it moves weights between steps and does not put them "
+                "back"
             )
         if not all(hasattr(one, name) for name in _HOOKED):
             raise FlowError(
-                f"optimizer is a {kind} that never called Optimizer.__init__, so it has not the "
-                "hooks of an optimizer: give the torch.optim.Optimizer that it wraps"
+                f"optimizer is a {kind} that never called Optimizer.__init__, so it does not have "
+                "the hooks of an optimizer: give the torch.optim.Optimizer that it wraps"
             )
         if isinstance(one, LBFGS):
             raise FlowError(
@@ -180,9 +181,9 @@ def check_masters(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -
             finer = held.is_floating_point() and held.dtype.itemsize > part.dtype.itemsize
             if finer and torch.equal(held.to(part.dtype), part):
                 raise FlowError(
-                    f"'{slot.name}' is written anew at every step from a copy of {held.dtype} in "
-                    f"the optimizer's state ({key!r}), so that {recipe.name} would draw or rescale "
-                    "it in vain: keep the model itself in that dtype under autocast, or use a "
+                    f"'{slot.name}' is overwritten at every step from a copy of {held.dtype} in "
+                    f"the optimizer's state ({key!r}), so the pull and the scale of {recipe.name} "
+                    "would be lost: keep the model itself in that dtype under autocast, or use a "
                     "recipe without a pull and lr_scale, such as 'mdgf-linear'"
                 )
 

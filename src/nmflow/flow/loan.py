@@ -68,9 +68,9 @@ class Loan:
             before, self._sum, self._tried = self._sum, None, True
             if not torch.equal(before, _sum(resting)):
                 raise FlowError(
-                    f"{optimizer} stepped memory that it keeps for '{self._name}' instead of the "
-                    "parameter's own, where it would never meet the dense weights: use an "
-                    "optimizer that steps the parameters of the model"
+                    f"{optimizer} stepped memory of its own for '{self._name}' instead of the "
+                    "parameter's own, so it would never see the dense weights: use an optimizer "
+                    "that steps the parameters of the model"
                 )
         if found.data_ptr() in (dense.data_ptr(), resting.data_ptr()):
             return dense
@@ -79,8 +79,8 @@ class Loan:
             raise FlowError(
                 f"{optimizer} bound {tuple(found.shape)} of {found.dtype} on {found.device} to "
                 f"'{self._name}', whose weights are {tuple(dense.shape)} of {dense.dtype} on "
-                f"{dense.device}: its step is dropped, so use an optimizer that leaves the weights "
-                "their shape, dtype and device"
+                f"{dense.device}: its step is dropped, so use an optimizer that keeps the shape, "
+                "dtype and device of the weights"
             )
         return found
 

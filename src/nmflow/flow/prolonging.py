@@ -36,8 +36,8 @@ def planned(recipe: Recipe, begun: int, total_steps: int, k: int) -> int:
     if total_steps < max(end, k):
         why = f"whose masks are final at step {end}" if end > k else f"that has done {k}"
         raise StateError(
-            f"total_steps is {total_steps}, but the state is of step {k} of a run of {begun}, "
-            f"{why}: give at least {max(end, k)}"
+            f"total_steps is {total_steps}, but the state is of step {k} of a run of {begun} "
+            f"steps, {why}: give at least {max(end, k)}"
         )
     return begun
 

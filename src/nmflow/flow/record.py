@@ -84,9 +84,9 @@ class Record:
         self._weights.write(self.k)
         if not shown:
             raise StateError(
-                f"a state of step {self.k} was loaded where no hook saw it, and the gradients are "
-                "of other weights: it is taken over now, so call zero_grad(), go forward and "
-                "backward again, and step"
+                f"a state of step {self.k} was loaded where no hook saw it, and the gradients "
+                "belong to other weights: the state is adopted now, so call zero_grad(), run "
+                "forward and backward again, and step"
             )
 
     # -- hooks and guards ----------------------------------------------------------------------

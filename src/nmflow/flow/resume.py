@@ -40,8 +40,8 @@ def run_of(groups: Sequence[dict[str, Any]], run: Run, targets: Sequence[Target]
     marked = [group for group in groups if any(key in group for key in GROUP_KEYS)]
     if not marked:
         raise StateError(
-            "the optimizer state is of a run without a recipe, so it has no dense weights and no "
-            "step: load it before attach(), which then starts from it at step 0"
+            "the optimizer state comes from a run without a recipe, so it has no dense weights "
+            "and no step: load it before attach(), which then starts from it at step 0"
         )
     for group in marked:
         for key in GROUP_KEYS:
@@ -53,8 +53,8 @@ def run_of(groups: Sequence[dict[str, Any]], run: Run, targets: Sequence[Target]
         k = group[STEP_KEY]
         if isinstance(k, bool) or not isinstance(k, int) or k < 0 or k != marked[0][STEP_KEY]:
             raise StateError(
-                f"the optimizer state has {STEP_KEY}={k!r}, which is no number of steps done: it "
-                "is damaged, so resume from another"
+                f"the optimizer state has {STEP_KEY}={k!r}, which is not a number of steps: it is "
+                "damaged, so resume from another"
             )
         found = run.resuming(group[RECIPE_KEY], targets, k)
     return found
@@ -84,9 +84,9 @@ def check_slots(
         for key in needed:
             if key not in found:
                 raise StateError(
-                    f"the optimizer state has no {key} of '{slot.name}', as a copy of the "
-                    "optimizer itself has none before its first step: load the whole state_dict() "
-                    "of the optimizer of the run that is resumed"
+                    f"the optimizer state has no {key} of '{slot.name}', which a copy of the "
+                    "optimizer lacks before its first step: load the whole state_dict() of the "
+                    "original optimizer"
                 )
             _check_tensor(slot, key, found[key])
 

@@ -47,7 +47,8 @@ def of(chosen: Plan, norms: Norms) -> dict[str, Tensor]:
     strange = set(norms) - {name for t in chosen for name in (t.label, t.name)}
     if strange:
         raise PlanError(
-            f"norms has {sorted(strange)[0]!r}, which is no target: give those of the plan alone"
+            f"norms has {sorted(strange)[0]!r}, which is not a target: give norms for the plan's "
+            "weights only"
         )
     return found
 

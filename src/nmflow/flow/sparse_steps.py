@@ -205,7 +205,7 @@ def why_not_yet(run: Run, optimizer: Optimizer, stage: Stage, k: int) -> str:
             "freeze_mask=True holds the mask in the fine-tune phase"
         )
     if recipe.form:
-        return "what a kept weight becomes depends on the pruned ones of its group"
+        return "the value of a kept weight depends on the pruned ones of its group"
     return why_not_elementwise(optimizer)
 
 
@@ -227,7 +227,7 @@ def why_whole(
 def why_recipe_whole(recipe: Recipe) -> str:
     """Why no optimizer steps kept values alone under a recipe, in one clause; or ""."""
     if recipe.form or recipe.lr_scale != 1.0 or recipe.scale != 1.0:
-        return f"{recipe.name} scales what is kept, or makes another weight of it"
+        return f"{recipe.name} scales or changes kept weights"
     return f"{recipe.name} freezes the second moment itself" if recipe.freezes_second_moment else ""
 
 
@@ -254,7 +254,7 @@ def why_mixed(slot: Slot) -> str:
     rows = sum(region.count for region in slot.regions)
     target = slot.regions[0].target
     if rows != local(slot.param).shape[target.out_dim]:
-        return "some of its rows are no target"
+        return "some of its rows are not targets"
     panel = target.pattern.panel
     if any(region.count % panel for region in slot.regions[:-1]):
         return _MIXED

@@ -107,8 +107,8 @@ class Stepper:
                 )
             if not bool(torch.isfinite(local(slot.param)).all()):
                 raise WeightError(
-                    f"'{slot.name}' holds a NaN or an infinity, which no magnitude mask can order: "
-                    "mend the weight before attaching"
+                    f"'{slot.name}' holds a NaN or an infinity, which no magnitude mask can "
+                    "order: correct the weight before attaching"
                 )
             if self.run.recipe.form and sharded(slot.param):
                 raise FlowError(

@@ -156,8 +156,8 @@ class Weights:
                 continue
             if self.together.deltas is not None:
                 raise FlowError(
-                    f"'{slot.name}' has a gradient that does not lie in memory as the weight does, "
-                    "and its rule would have δ as a number, which a CUDA graph holds as it was: "
+                    f"'{slot.name}' has a gradient whose memory is ordered unlike the weight's, "
+                    "so its rule would read δ as a number, which a CUDA graph cannot change: "
                     "leave .grad to backward(), or step without flow.graphed()"
                 )
             if slot.param.grad.is_sparse:

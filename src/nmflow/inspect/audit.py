@@ -180,7 +180,7 @@ def _recorded(
         out = target.shape[target.out_dim]
         covered.setdefault(target.name, []).append(target.rows or (0, out))
         if target.length % asked.pattern.m:
-            why = f"its axis of {target.length} is no multiple of M={asked.pattern.m}"
+            why = f"its axis of {target.length} is not a multiple of M={asked.pattern.m}"
             others.append(LeftOut(target.name, why, target.rows))
         else:
             targets.append(asked)

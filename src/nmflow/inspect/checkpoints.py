@@ -116,8 +116,8 @@ def _folder(folder: Path) -> SavedState:
     if len(found) == 1:
         return _file(folder / found[0])
     raise FileFormatError(
-        f"{folder} holds no weights that can be told: expected {', '.join(_SINGLE + _INDEXES)} or "
-        "one .safetensors file"
+        f"{folder} holds no weights that can be recognized: expected "
+        f"{', '.join(_SINGLE + _INDEXES)} or one .safetensors file"
     )
 
 
@@ -143,7 +143,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or str(error)[:100]
         raise FileFormatError(
-            f"{index} is no index of shards ({reason}): save the model again"
+            f"{index} is not an index of shards ({reason}): save the model again"
         ) from error
     if (
         not isinstance(mapping, dict)
@@ -203,7 +203,7 @@ def _pickled(file: Path) -> SavedState:
     for name, t in tensors.items():
         if t.layout != torch.strided or t.is_quantized or t.is_meta or t.is_nested:
             raise FileFormatError(
-                f"{file} holds {shown(name)}, no plain dense tensor: save it as one"
+                f"{file} holds {shown(name)}, which is not a plain dense tensor: save it as one"
             )
         # A view with strides of 0 may claim any size: its elements are not in the file.
         if t.numel() * t.element_size() > max(_EXPANSION * t.untyped_storage().nbytes(), 1 << 24):
@@ -224,6 +224,6 @@ def _check_stored(file: Path) -> None:
 def _damaged(file: Path, error: Exception) -> FileFormatError:
     said = str(error).strip().splitlines()[:1] or [type(error).__name__]
     return FileFormatError(
-        f"{file} cannot be read as weights ({shown(said[0], 200)}): it is damaged, cut short "
-        "or of another kind"
+        f"{file} cannot be read as weights ({shown(said[0], 200)}): it is damaged, truncated or "
+        "of another kind"
     )

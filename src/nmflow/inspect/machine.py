@@ -140,7 +140,7 @@ def _gpu() -> Iterable[Finding]:
     from nmflow.masks import triton
 
     if why := triton.why_not():
-        mend = "masks on the GPU take plain torch; install the triton of your torch, and gcc"
+        mend = "plain torch computes masks on the GPU; install the triton of your torch, and gcc"
         yield Finding("Triton", "slow", why, mend)
     else:
         yield Finding("Triton", "ok", importlib.metadata.version("triton"))

@@ -187,7 +187,7 @@ def _check_targets(names: Sequence[str], parameters: Mapping[str, Tensor]) -> No
         raise PlanError("targets is empty: give the plan of the weights to measure")
     for name in names:
         if name not in parameters:
-            raise PlanError(f"{name} is no parameter of the model: plan the same model")
+            raise PlanError(f"{name} is not a parameter of the model: give the plan of this model")
         if not parameters[name].requires_grad:
             raise PlanError(f"{name} has requires_grad False: a frozen weight has no gradient")
 

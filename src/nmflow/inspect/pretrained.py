@@ -74,7 +74,7 @@ def _architecture(folder: Path, config: Any, places: Sequence[Any], fallback: An
 
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _refused(folder, "architectures in its config.json is no list of names")
+        raise _refused(folder, "architectures in its config.json is not a list of names")
     for name in names:
         for place in places:
             kind = getattr(place, name, None) if name.isidentifier() else None

@@ -99,8 +99,8 @@ def read_record(folder: str | os.PathLike[str], saved: SavedState) -> list[Targe
     except (OSError, ValueError, KeyError, TypeError, PatternError) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise FileFormatError(
-            f"'{path}' is no record of these weights ({shown(reason, 200)}): delete it, and name "
-            "the pattern"
+            f"'{path}' is not a record of these weights ({shown(reason, 200)}): delete it, and "
+            "name the pattern"
         ) from error
 
 
@@ -114,7 +114,7 @@ def _target(entry: Any, saved: SavedState) -> Target:
     if type(axis) is not int or not 0 <= axis < min(len(shape), 3) or len(shape) < 2:
         raise ValueError(f"{shown(name)} has no such axis")
     if type(stacked) is not bool or (stacked and (len(shape) != 3 or axis == 0)):
-        raise ValueError(f"{shown(name)} is no stack of matrices")
+        raise ValueError(f"{shown(name)} is not a stack of matrices")
     if type(unit) is not int or unit < 0 or (unit and shape[axis] % unit):
         raise ValueError(f"{shown(name)} has no matrices of {shown(str(unit))}")
     if not shape[axis] or (unit or shape[axis]) % pattern.m:

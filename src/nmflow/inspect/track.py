@@ -102,7 +102,7 @@ class Tracker:
         unknown = sorted(set(masks) - self._labels)
         if unknown:
             raise StateError(
-                f"the tracker's state has a mask of '{unknown[0]}', which is no target of this "
+                f"the tracker's state has a mask of '{unknown[0]}', which is not a target of this "
                 "flow: track the flow of the run that is resumed"
             )
         self.rows, self._masks, self._open = rows, masks, {}

@@ -65,9 +65,9 @@ def check(saved: Mapping[str, str], model: nn.Module, without: Collection[str] =
         raise StateError(
             f"the checkpoint was loaded in part: {len(lost)} of the network's "
             f"{len(now.keys() | saved.keys())} tensors are not what was saved "
-            f"({', '.join(lost[:3])}{more}), so the network is none that was trained: save with "
-            "nmflow.integrations.transformers.ExactCheckpoints before the Trainer in your class, "
-            "or start anew"
+            f"({', '.join(lost[:3])}{more}), so the network is not the one that was trained: save "
+            "with nmflow.integrations.transformers.ExactCheckpoints before the Trainer in your "
+            "class, or start anew"
         )
 
 

@@ -98,8 +98,8 @@ class NMFlowCallback(pl.Callback):
         steps = self._total_steps or trainer.estimated_stepping_batches
         if steps in (-1, float("inf")):
             raise FlowError(
-                "total_steps is None, and the trainer has no end to take it from: give it, or "
-                "max_steps or max_epochs to the Trainer"
+                "total_steps is None, and the Trainer has no end to take it from: give "
+                "total_steps here, or max_steps or max_epochs to the Trainer"
             )
         saved, self._saved = self._saved, None
         if saved is not None and trainer.is_global_zero:

@@ -126,7 +126,7 @@ def _sentence_transformer(folder: Path) -> Any:
     for kind in kinds:
         if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
             raise ConfigError(
-                f"source is {str(folder)!r}, whose module {shown(str(kind), 80)} is none of "
+                f"source is {str(folder)!r}, whose module {shown(str(kind), 80)} is not one of "
                 "sentence-transformers, and nmflow runs no code of a folder"
             )
     from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]

@@ -247,10 +247,14 @@ def _name_in(model: Any, saved: str, parameters: Mapping[str, Tensor]) -> str | 
 def _check_fit(name: str, stored: Stored, parameter: Tensor) -> None:
     if tuple(stored.shape) != tuple(parameter.shape):
         raise FileFormatError(
-            f"{name} is {tuple(stored.shape)} in the file and {tuple(parameter.shape)} in the model"
+            f"{name} is {tuple(stored.shape)} in the file and {tuple(parameter.shape)} in the "
+            "model: give the architecture that was saved"
         )
     if not place.alike(stored.dtype, parameter.dtype):
-        raise FileFormatError(f"{name} is {stored.dtype} in the file, which the model cannot hold")
+        raise FileFormatError(
+            f"{name} is {stored.dtype} in the file, which the model cannot hold: give the "
+            "architecture that was saved"
+        )
 
 
 def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:

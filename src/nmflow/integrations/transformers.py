@@ -125,8 +125,9 @@ class NMFlowCallback(Witness, TrainerCallback):
         """Attach, now that the optimizer is made and, on a resume, its state restored."""
         if args.load_best_model_at_end and not self.final_masks:
             raise FlowError(
-                "load_best_model_at_end is True and final_masks False: the best checkpoint may lie "
-                "in mid-decay, where the network is not N:M yet; leave out one of them"
+                "load_best_model_at_end is True and final_masks False: the best checkpoint may be "
+                "from the middle of the decay, where the network is not N:M yet; leave out one of "
+                "them"
             )
         if model is None or optimizer is None:
             raise FlowError("the Trainer gave no model or no optimizer when training began")

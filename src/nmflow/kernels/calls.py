@@ -90,7 +90,10 @@ def refuse_features(x: Tensor, inputs: int) -> None:
     """Raise `CompressError` if the last axis of x is not the weight's."""
     if not x.shape or x.shape[-1] != inputs:
         has = f"{x.shape[-1]} features" if x.shape else "no axis"
-        raise CompressError(f"x has {has} where the packed weight takes {inputs} features")
+        raise CompressError(
+            f"x has {has}, but the packed weight takes {inputs} features: give the layer's own "
+            "inputs"
+        )
 
 
 def is_plain_call(x: Tensor, weight: Tensor) -> bool:

@@ -77,8 +77,8 @@ def round_values(values: Tensor) -> tuple[Tensor, Tensor]:
     most = wide.abs().amax(1)
     if not bool(most.isfinite().all()):
         raise CompressError(
-            "the weight holds a NaN or an infinity: it has no 8-bit values, so mend it or pass "
-            "values=None"
+            "the weight holds a NaN or an infinity: it has no 8-bit values, so correct it, or "
+            "pass values=None"
         )
     # Rows of zeros, and of what is too small for its scale to be exact, become zeros.
     scale = torch.where(most < _SMALLEST, 0.0, most / torch.full_like(most, 127.0))

@@ -53,8 +53,8 @@ def mask(w: Tensor, pattern: str | Pattern, dim: int = 1, *, stacked: bool = Fal
     kept, finite = select(w.detach(), pattern, dim, stacked)
     if not bool(finite):
         raise WeightError(
-            "w holds a NaN or an infinity, which no magnitude mask can order: mend the weight "
-            "before it is masked"
+            "w holds a NaN or an infinity, which no magnitude mask can order: correct the weight "
+            "before you mask it"
         )
     return kept
 

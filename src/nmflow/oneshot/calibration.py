@@ -39,7 +39,7 @@ class Calibration:
     ) -> None:
         if iter(batches) is batches:
             raise WeightError(
-                "calibration is an iterator, which can be gone through once: give a list or a "
+                "calibration is an iterator, which can be read only once: give a list or a "
                 "DataLoader, since every layer is calibrated after those before it are pruned"
             )
         self.model, self.batches, self.whole = model, batches, whole
@@ -57,7 +57,7 @@ class Calibration:
         order: list[str] = []
         first = next(iter(self.batches), None)
         if first is None:
-            raise WeightError("calibration holds no batch: give a list of some")
+            raise WeightError("calibration holds no batch: give at least one")
         self._run([first], self.targets, lambda seen: order.append(seen.name))
         groups: dict[str, list[Target]] = {}
         for target in self.targets:
@@ -167,8 +167,8 @@ def of(target: Target, matrix: int, inputs: Inputs) -> Tensor:
     which = f"matrix {matrix} of '{target.label}'" if target.stacked else f"'{target.label}'"
     if not some or not any(bool(mine[rows].any()) for rows in some):
         raise WeightError(
-            f"{which} saw no input in the calibration: give more batches; or, where its module "
-            "hands it to a fused kernel (attention's fast path, an LSTM, a grouped product of "
+            f"{which} saw no input in the calibration: give more batches; or, if its module "
+            "passes it to a fused kernel (attention's fast path, an LSTM, a grouped product of "
             "experts), exclude it or prune it by magnitude"
         )
     return sum(mine[rows] for rows in some[1:]) + mine[some[0]]

@@ -133,7 +133,7 @@ def _why_not(weight: Tensor) -> str:
     if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}: call model.half() or model.bfloat16()"
     if any(size % _STEP for size in weight.shape):
-        return f"its shape {tuple(weight.shape)} is no multiple of {_STEP}"
+        return f"its shape {tuple(weight.shape)} is not a multiple of {_STEP}"
     if not holds(weight.detach(), "2:4"):
         return "its weight does not hold 2:4"
     if weight.device.type != "cuda":

@@ -73,8 +73,8 @@ def _copied(model: Model, new: dict[nn.Module, nn.Module]) -> Model:
         if own is not None and references.reaches(own, was):
             raise CompressError(
                 f"forward of {name or 'the model'} was replaced on the instance by something that "
-                "holds the old network, so a copy would run that: pass inplace=True, or take it "
-                "away first (del model.forward)"
+                "holds the old network, so a copy would run that: pass inplace=True, or remove it "
+                "first (del model.forward)"
             )
     return made
 

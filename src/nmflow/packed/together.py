@@ -197,7 +197,7 @@ def why_apart(layers: tuple[PackedLinear, ...]) -> str:
             return "they have several dtypes, or are not on a CPU"
     for layer in layers[:-1]:
         if layer.out_features % LANES or layer.out_features % layer.pattern.panel:
-            return f"{layer.out_features} rows are no whole number of tiles and panels"
+            return f"{layer.out_features} rows are not a whole number of tiles and panels"
     return ""
 
 

@@ -129,7 +129,7 @@ def permute_hidden(
     blocks, left_out = find_blocks(model, chosen)
     if not blocks:
         said = "; ".join(f"{name}: {reason}" for name, reason in left_out[:3])
-        raise PlanError(f"include is {include!r}: no feed-forward block lies in it ({said})")
+        raise PlanError(f"include is {include!r}: it contains no feed-forward block ({said})")
     optimizers = [] if optimizer == () else optimizers_of(optimizer)
     if flow is not None:
         optimizers += [s.optimizer for s in flow._steppers]
@@ -237,8 +237,8 @@ def _states(
                 if value.shape != axis.param.shape:
                     raise FlowError(
                         f"'{axis.name}' has a state {key!r} of shape {tuple(value.shape)} in its "
-                        f"{type(one).__name__}, which no order of its units is known for: permute "
-                        "before the first step"
+                        f"{type(one).__name__}, which nmflow does not know how to reorder: "
+                        "permute before the first step"
                     )
                 found.append((axis, value))
     return found

@@ -159,14 +159,18 @@ def check_phases(recipe: Recipe) -> None:
             or not isinstance(value, int | float)
             or not 0 < value < math.inf
         ):
-            raise RecipeError(f"{name} is {value!r}: give a finite factor above 0; 1.0 is none")
+            raise RecipeError(
+                f"{name} is {value!r}: give a finite factor above 0, where 1.0 changes nothing"
+            )
     given = {n: getattr(recipe, n) for n in ("dense", "finetune") if hasattr(recipe, n)}
     for name, amount in given.items():
         check_amount(name, amount)
     fractions = [a for a in given.values() if isinstance(a, float)]
     if sum(fractions) > 1.0 + 1e-9:
         said = " and ".join(f"{n} {a}" for n, a in given.items())
-        raise RecipeError(f"{said} sum past 1: as fractions of total_steps they share one run")
+        raise RecipeError(
+            f"{said} add up to more than 1: give fractions of total_steps that fit into one run"
+        )
 
 
 def check_fading(recipe: Recipe, beta: float | None) -> None:
@@ -178,8 +182,8 @@ def check_fading(recipe: Recipe, beta: float | None) -> None:
         or beta <= 0
     ):
         raise RecipeError(
-            f"beta is {beta!r}: give a finite number above 0 per optimizer step, or None to have "
-            "it solved from the decay phase"
+            f"beta is {beta!r}: give a finite number above 0 per optimizer step, or None to solve "
+            "it from the decay phase"
         )
     check_choice("gradient", recipe.gradient, GRADIENTS)
     check_phases(recipe)

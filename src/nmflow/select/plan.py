@@ -146,7 +146,7 @@ def choose(
                 for rule in run.rules:
                     rule.taken += target.numel
                 continue
-            reason = f"its axis of {target.length} is no multiple of M={run.what.m}"
+            reason = f"its axis of {target.length} is not a multiple of M={run.what.m}"
             by_glob = any(rule.key not in PRESETS for rule in run.rules)
             if remainder == "error" or (remainder == "auto" and by_glob):
                 odd.append(target)
@@ -160,7 +160,7 @@ def choose(
     if not targets:
         said = why({o.label: o.reason for o in others if not o.reason.startswith(_NOT_CHOSEN)})
         raise PlanError(
-            f"nothing is left to prune of what include names, {said}: choose another pattern or "
+            f"nothing of what include names is left to prune, {said}: choose another pattern or "
             "other weights"
         )
     said = [falls_short(rule.key, rule.taken, rule.lost) for rule in rules if rule.lost]
@@ -230,10 +230,10 @@ def _check(rules: list[Rule], limits: dict[str, bool], layers: Sequence[tuple[La
         wanted = {n: why for n, why in rule.missed.items() if not why.startswith(_EXCLUDED)}
         if rule.took == 0 and wanted and set(wanted.values()) == {FROZEN}:
             raise PlanError(
-                f"{rule.key!r} takes nothing, since all that it matches is frozen "
-                f"(requires_grad is False: {few(list(wanted), 3)}), so that nothing would train "
-                "it: call requires_grad_(True) and give it to the optimizer, or, where only "
-                "adapters train, merge them first and train the merged model"
+                f"{rule.key!r} takes nothing, since all that it matches is frozen (requires_grad "
+                f"is False: {few(list(wanted), 3)}), so nothing would train it: call "
+                "requires_grad_(True) and give it to the optimizer, or, where only adapters "
+                "train, merge them first and train the merged model"
             )
         if rule.took == 0 and rule.missed:
             raise PlanError(

@@ -75,7 +75,7 @@ def axis(
         return Stack(why_not="parametrized: the network computes with a function of it")
     known = isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag, *_CONV, *_TRANSPOSED))
     if not known and not is_hf_conv1d(module):
-        no = f"a parameter of {kind}, which is no layer that nmflow can group"
+        no = f"a parameter of {kind}, which is not a layer that nmflow can group"
         return stack_of(module, own, shapes, config) or Stack(why_not=no)
     if own != "weight":
         return Stack(why_not=f"{own!r} is not the weight that {kind} multiplies with")

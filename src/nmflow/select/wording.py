@@ -47,7 +47,7 @@ def uneven(targets: Sequence[Target]) -> str:
     target = targets[0]
     more = f" (and {len(targets) - 1} more: {few([t.label for t in targets[1:]], 3)})"
     return (
-        f"{target.label} has an axis of {target.length}, which is no multiple of "
+        f"{target.label} has an axis of {target.length}, which is not a multiple of "
         f"M={target.pattern.m} in {target.pattern}{more if targets[1:] else ''}: exclude it, give "
         "it another pattern, or pass remainder='skip'"
     )
@@ -58,9 +58,9 @@ def falls_short(key: str, taken: int, lost: Mapping[str, tuple[int, str]]) -> st
     missing = sum(count for count, _ in lost.values())
     reasons = {name: reason for name, (_, reason) in lost.items()}
     return (
-        f"{key!r} leaves out {missing / (taken + missing):.1%} of the weights that it stands for, "
-        f"{why(reasons)}: take them by a glob or with another pattern, or exclude them to say "
-        "that this is meant"
+        f"{key!r} leaves out {missing / (taken + missing):.1%} of the weights that it names, "
+        f"{why(reasons)}: name them with a glob, give another pattern, or exclude them to silence "
+        "this warning"
     )
 
 

@@ -45,7 +45,7 @@ def source(data: Data) -> Source:
             f"data.source is {data.source!r}: only {', '.join(FILES)} and hub can be streamed"
         )
     if data.limit:
-        raise DataError("data.limit does not go with a stream: leave it out")
+        raise DataError("data.limit cannot be used with a stream: leave it out")
     path = str(data.path) if data.source == "hub" else data.source
     name = path if data.source == "hub" else str(data.files["train"])
     files: Any = dict(data.files) or None
@@ -62,8 +62,8 @@ def source(data: Data) -> Source:
     for split in SPLITS:
         if names.get(split) not in found:
             raise DataError(
-                f"data is {name!r}: its {split} split is not there and cannot be cut from a stream;"
-                f" set data.splits.{split} to one of {', '.join(map(str, found))}"
+                f"data is {name!r}: its {split} split is missing, and none can be cut from a "
+                f"stream; set data.splits.{split} to one of {', '.join(map(str, found))}"
             )
     splits = {split: found[names[split]] for split in SPLITS}
     info = splits["train"].info
@@ -156,7 +156,7 @@ class Stream(IterableDataset):
             reason = " ".join(str(error).split())[:160]
             raise DataError(
                 f"data cannot be read after row {number} of the {self.split} stream ({reason}): "
-                "mend it and start again; the run goes on from its last checkpoint"
+                "correct it and start again; the run continues from its last checkpoint"
             ) from None
 
     def _grouped(self, examples: Iterator[Any], draw: np.random.Generator) -> Iterator[Any]:

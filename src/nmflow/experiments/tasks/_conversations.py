@@ -77,8 +77,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, talk: Turns, given: int, where: s
     if tokenizer.chat_template is None:
         if len(talk) != 2 or talk[1]["role"] != ANSWERS:
             raise DataError(
-                f"data has a conversation of {len(talk)} turns at {where}, and the tokeniser no "
-                "chat template: load one that has it in options.tokens.load"
+                f"data has a conversation of {len(talk)} turns at {where}, but the tokeniser has "
+                "no chat template: name one that has it in options.tokens.load"
             )
         prompt: Any = tokenizer(talk[0]["content"])["input_ids"]
         if prompt[-1] == tokenizer.eos_token_id:
@@ -100,8 +100,8 @@ def _rendered(tokenizer: Any, talk: Turns, given: int, where: str) -> tuple[list
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise DataError(
-                f"data at {where} does not fit the tokeniser's chat template ({reason}): mend or "
-                "remove the row"
+                f"data at {where} does not fit the tokeniser's chat template ({reason}): correct "
+                "or remove the row"
             ) from None
 
     if not given and MARKED.search(str(tokenizer.chat_template)):
@@ -116,9 +116,9 @@ def _rendered(tokenizer: Any, talk: Turns, given: int, where: str) -> tuple[list
         after = render(talk[: turn + 1])["input_ids"]
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise DataError(
-                f"data at {where}: the tokeniser's chat template renders turn {turn} otherwise "
-                "once more turns follow; give a template that marks {% generation %}, or a row an "
-                "answer"
+                f"data at {where}: the tokeniser's chat template renders turn {turn} differently "
+                "when more turns follow; give a template that marks {% generation %}, or one row "
+                "for each answer"
             )
         said[len(before) : len(after)] = [1] * (len(after) - len(before))
     return ids, said

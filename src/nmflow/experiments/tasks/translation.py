@@ -134,8 +134,8 @@ def _streamed(run: Run, how: Options) -> Any:
     streams.refuse_noise(run)
     if how.tokens.load is None and not how.tokens.rows:
         raise ConfigError(
-            "options.tokens.rows is 0: a stream has no end, so say from how many of its first rows "
-            "the tokeniser is learnt, such as 200000"
+            "options.tokens.rows is 0: a stream has no end, so give the number of its first rows "
+            "to learn the tokeniser from, such as 200000"
         )
     found = streams.source(run.data)
 

@@ -74,7 +74,9 @@ def read(folder: str | os.PathLike[str]) -> Contents:
             # Another process may have replaced the network between the header and its tensors.
             if was == version(path / HEADER):
                 raise
-    raise FileFormatError(f"'{path}' is written again and again: wait until its writers are done")
+    raise FileFormatError(
+        f"'{path}' is being rewritten all the time: wait until its writers are done"
+    )
 
 
 def version(path: Path) -> tuple[int, ...]:
@@ -95,7 +97,7 @@ def _read(path: Path) -> Contents:
         if key in data and not data[key].numel():  # for readers that know nothing of parts
             del data[key]
     if header["layout"] != layout_version(w.is_int8 or w.is_bfloat16 for w in weights.values()):
-        raise _bad("its layout version is not that of what it holds")
+        raise _bad("its layout version does not match its contents")
     aliases = _get(header, "aliases", dict)
     for alias, target in aliases.items():
         if not isinstance(target, str) or (target not in weights and target not in data):
@@ -104,7 +106,7 @@ def _read(path: Path) -> Contents:
             raise _bad(f"the alias {alias!r} is a tensor of the file too")
     both = weights.keys() & data.keys()
     if both:
-        raise _bad(f"{min(both)!r} is there both packed and dense")
+        raise _bad(f"{min(both)!r} is stored both packed and dense")
     return weights, data, aliases
 
 
@@ -225,7 +227,7 @@ def _weight(name: str, described: Any, data: dict[str, Tensor]) -> Stored:
     run = _get(described, "run", str)
     sizes_right = len(shape) >= 2 and all(_is_size(s) for s in shape)
     if not sizes_right or axis not in (0, 1) or dtype is None or run not in ("packed", "dense"):
-        raise _bad(f"{name!r} has a shape, axis, dtype or run that cannot be")
+        raise _bad(f"{name!r} has an impossible shape, axis, dtype or run")
     count = 1
     for size in shape:
         count *= size
@@ -259,7 +261,7 @@ def _part(
     values = data.pop(f"{name}#{i}.values", None)
     kind = part.get("values")
     if kind not in (None, *_ROUNDED) or values is None or (kind and dtype is _ROUNDED[kind]):
-        raise _bad(f"the values of part {i} of {name!r} are missing or of a kind that cannot be")
+        raise _bad(f"the values of part {i} of {name!r} are missing or of an impossible kind")
     if values.dtype != (_ROUNDED[kind] if kind else dtype):
         raise _bad(f"the values of part {i} of {name!r} are of another dtype")
     pattern = part.get("pattern")
@@ -268,7 +270,7 @@ def _part(
             raise _bad(f"part {i} of {name!r} has the shape {tuple(values.shape)}")
         return Part(rows[0], rows[1], None, values)
     if not isinstance(pattern, str) or len(pattern) > _LONGEST_PATTERN:
-        raise _bad(f"part {i} of {name!r} has a pattern that is no text or too long")
+        raise _bad(f"part {i} of {name!r} has a pattern that is too long or not text")
     shape = Shape.of(rows[1] - rows[0], inputs, pattern)
     packed = data.pop(f"{name}#{i}.index", None)
     bits = file_bits(shape.m)
@@ -296,5 +298,5 @@ def _is_size(value: object, least: int = 1) -> bool:
 def _get(mapping: Mapping[str, Any], key: str, kind: type) -> Any:
     value = mapping.get(key)
     if type(value) is not kind:
-        raise _bad(f"the header has no {key!r}, or one that is no {kind.__name__}")
+        raise _bad(f"the header has no {key!r}, or it is not of type {kind.__name__}")
     return value

@@ -102,8 +102,8 @@ def _same_names(wanted: Sequence[str], there: Sequence[str], others: set[str]) -
     extra = [name for name in there if name not in taken]
     if missing or extra:
         raise FileFormatError(
-            "the saved network is another than the model: it lacks "
-            f"{str(missing[:5])[:150]} and has {str(extra[:5])[:150]} besides"
+            f"the saved network does not match the model: it lacks {str(missing[:5])[:150]} and "
+            f"also has {str(extra[:5])[:150]}, so give the architecture that was saved"
         )
 
 
@@ -111,10 +111,14 @@ def _fits(name: str, stored: Stored | Tensor, slot: _Slot) -> None:
     """Raise if what is stored has not the shape of its place, or a dtype of another kind."""
     if tuple(stored.shape) != slot.shape:
         raise FileFormatError(
-            f"{name} is {tuple(stored.shape)} in the file and {slot.shape} in the model"
+            f"{name} is {tuple(stored.shape)} in the file and {slot.shape} in the model: give the "
+            "architecture that was saved"
         )
     if not place.alike(stored.dtype, slot.dtype):
-        raise FileFormatError(f"{name} is {stored.dtype} in the file, which the model cannot hold")
+        raise FileFormatError(
+            f"{name} is {stored.dtype} in the file, which the model cannot hold: give the "
+            "architecture that was saved"
+        )
 
 
 def _put(at: Mapping[tuple[nn.Module, str], Tensor]) -> None:

@@ -167,8 +167,8 @@ def _check_ours(path: Path) -> None:
     """Refuse to write over a file of the header's name that holds something else."""
     if not is_packed(path) and os.path.lexists(path / HEADER):
         raise CompressError(
-            f"folder '{path}' holds a {HEADER} that is no header of a packed network: give another "
-            "folder"
+            f"folder '{path}' holds a {HEADER} that is not the header of a packed network: give "
+            "another folder"
         )
 
 
