@@ -1,4 +1,4 @@
-"""An optimizer and its weights as they were before a recipe came to them."""
+"""An optimizer and its weights as they were before `attach`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nmflow.flow.state import GROUP_KEYS
 
 
 class Before:
-    """What `attach` may change, for the case that it fails half-way.
+    """What `attach` may change, to restore it if `attach` fails half-way.
 
-    The weights are copied only where a state is taken over, which brings others; else the slots
-    have them.
+    The weights are copied only if a saved state is adopted, which brings other weights; otherwise
+    the slots have them.
     """
 
     def __init__(self, optimizer: Optimizer, slots: Sequence[Slot]) -> None:

@@ -69,7 +69,7 @@ class FinalMasks(contextlib.ContextDecorator, contextlib.AbstractContextManager)
             return
         blocks.close()
         names = [n for stepper in blocks.steppers for n in stepper.edits.soften(stepper.k)]
-        # What raised inside comes first: the next step tells of the write.
+        # An exception from inside comes first; the next step reports the write.
         if names and kind is None:
             raise StateError(
                 f"{', '.join(map(repr, names[:3]))} was written inside flow.{FINAL_MASKS}, but "
@@ -79,7 +79,7 @@ class FinalMasks(contextlib.ContextDecorator, contextlib.AbstractContextManager)
 
 
 class Dense(contextlib.ContextDecorator, contextlib.AbstractContextManager):
-    """Shows the dense weights, and takes them back; see `Flow.dense`."""
+    """Shows the dense weights, and adopts them at the end; see `Flow.dense`."""
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks

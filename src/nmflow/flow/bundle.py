@@ -1,7 +1,7 @@
-"""Parameters that trade places with their dense weights at once: lists that are made once.
+"""Parameters that trade places with their dense weights at once: lists that are built once.
 
-A step looks at every weight several times. What it looks at is nearly always what it was, so it is
-kept in lists, and whether they still hold is asked for all weights together.
+A step reads the places of every weight several times. They rarely change, so they are kept in
+lists, and one check for all weights says whether the lists still hold.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FOREACH: Any = torch  # whose functions for many tensors it does not type
 class Bundle:
     """Slots whose tensors and whose places in the optimizer's state stay where they are.
 
-    It is made between two steps, of slots that `fits` takes, all sharded or none.
+    It is built between two steps, from slots that `fits` accepts, all of them sharded or none.
 
     Attributes:
         slots: the slots.
@@ -33,7 +33,7 @@ class Bundle:
         dense: W of each, this rank's part.
         shown: W̃ of each, as a tensor that shares the parameter's memory between steps.
         sharded: whether they are DTensors.
-        prints: takes the fingerprints of all W̃ in one launch; None where it cannot.
+        prints: takes the fingerprints of all W̃ in one launch; None if it cannot.
     """
 
     def __init__(self, slots: Sequence[Slot], optimizer: Optimizer) -> None:
@@ -57,7 +57,7 @@ class Bundle:
 
     @staticmethod
     def fits(slot: Slot) -> bool:
-        """Whether a slot may be in a bundle now: nothing of it is new, empty or kept values."""
+        """Whether a slot may be in a bundle now: no part of it is new, empty or kept values."""
         own = slot.optimizer.state.get(slot.param)
         return (
             bare(slot.param).numel() > 0
@@ -69,7 +69,7 @@ class Bundle:
         )
 
     def holds(self) -> bool:
-        """Whether everything is where the lists have it."""
+        """Whether the lists still hold for every weight."""
         now = list(map(local, self.params)) if self.sharded else self.params
         return (
             self._optimizer.state is self._state
@@ -99,7 +99,7 @@ class Bundle:
             param.data = dense
 
     def leave(self) -> list[Slot]:
-        """`Slot.leave` of each; those that need their own, since the optimizer moved something."""
+        """`Slot.leave` of each; returns those that the optimizer moved, which need their own."""
         odd = []
         same = len(self._state) == len(self._all) and all(map(is_, self._state.values(), self._all))
         if self._copied:
@@ -134,11 +134,11 @@ class Bundle:
             slot.known(param._version, taken, rows)
 
     def moved(self) -> bool:
-        """Whether torch's version of one of the parameters is another since they were seen."""
+        """Whether torch's version of one of the parameters has changed since they were seen."""
         return [param._version for param in self._bare] != [slot.version for slot in self.slots]
 
     def gather_prints(self) -> None:
-        """Have the fingerprints of all W̃ where `wrote` puts them, whoever took them."""
+        """Put the fingerprints of all W̃ where `wrote` puts them, whoever took them."""
         assert self.prints is not None
         assert self._taken is not None
         if all(slot.seen_in(self._taken) for slot in self.slots):
@@ -149,7 +149,7 @@ class Bundle:
             slot.known(slot.version, self._taken, rows)
 
     def agreeing(self) -> Tensor | None:
-        """Which of the `prints` are what they were when W̃ was seen, on the device; or None."""
+        """Which of the `prints` have not changed since W̃ was seen, on the device; or None."""
         if self.prints is None:
             return None
         self.gather_prints()

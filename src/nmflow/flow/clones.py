@@ -1,7 +1,7 @@
 """Copies of an optimizer that has a recipe: `copy.deepcopy` and pickle leave its hooks behind.
 
-A copy without hooks would train the sparse weights as if they were dense. So it says on its first
-step that `attach` is missing; its state is all there, and `attach` goes on from it.
+A copy without hooks would train the sparse weights as if they were dense. So its first step raises
+and names `attach`, which continues from the copy's state: that state is complete.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
 
 
 def _without(optimizer: Optimizer) -> bool:
-    """Whether the state is of a recipe, and no recipe is attached."""
+    """Whether the state belongs to a recipe, and no recipe is attached."""
     groups = optimizer.param_groups
     return any(key in group for group in groups for key in GROUP_KEYS) and not owners.owns(
         optimizer

@@ -31,7 +31,7 @@ def prune(copy: Copy, model: nn.Module, plan: Plan, norms: Norms) -> None:
 
 @contextlib.contextmanager
 def pruned(copy: Copy, model: nn.Module, plan: Plan, norms: Norms) -> Iterator[None]:
-    """Show a copy as `prune` leaves it, and as it was afterwards."""
+    """Show a copy pruned, as by `prune`, and restore it afterwards."""
     weights = _weights(copy, model, plan)
     before = {name: local(weight).clone() for name, weight in weights.items()}
     prune(copy, model, plan, norms)

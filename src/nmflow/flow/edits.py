@@ -20,13 +20,13 @@ FINAL_MASKS, DENSE = "final_masks()", "dense()"
 
 
 Late = list[tuple[list[tuple[str, int]], Tensor]]
-"""How many fingerprints parameters have, by their names, and which are the same, on a device."""
+"""How many fingerprints each parameter has, by name, and which are unchanged, on a device."""
 
 
 class Edits:
-    """What may be done to the weights of one optimizer while it does not step.
+    """What the user may do to the weights of one optimizer between its steps.
 
-    Nothing here counts: every method is told k.
+    Nothing here counts steps: every method takes k.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -41,10 +41,10 @@ class Edits:
         Args:
             k: the optimizer steps done.
             wait: whether to wait for a device. Without it, a write there that changes neither
-                torch's version nor the address (`p.data.copy_(x)`) is told at the next check.
+                torch's version nor the address (`p.data.copy_(x)`) is reported at the next check.
 
         Raises:
-            FlowError: the model does not have the parameter any more.
+            FlowError: the model no longer has the parameter.
             StateError: it was written.
         """
         self._weights.homes.check()
@@ -63,7 +63,7 @@ class Edits:
             self._tell_late([(n, len(x)) for n, x in late], torch.cat([x for _, x in late]))
 
     def _look_together(self) -> Sequence[Slot]:
-        """Look at many without waiting for their device; the slots that are left."""
+        """Check many without waiting for their device; return the slots that are left."""
         weights, bundle = self._weights, self._weights.together.bundle
         if bundle is None or bundle.moved() or not waits(bundle.params[0]):
             return weights.pruned
@@ -78,7 +78,7 @@ class Edits:
 
         Args:
             k: the optimizer steps done.
-            late: what `taken_late` gave after the capture.
+            late: what `taken_late` returned after the capture.
         """
         bundle = self._weights.together.bundle
         if bundle is None or bundle.moved():
@@ -90,12 +90,12 @@ class Edits:
         self._late = late
 
     def taken_late(self) -> Late:
-        """What the next check is to read, and forget it."""
+        """Return what the next check would read, and forget it."""
         late, self._late = self._late, []
         return late
 
     def _tell_late(self, sizes: list[tuple[str, int]], same: Tensor) -> None:
-        """Have the next check read which fingerprints of parameters are the same."""
+        """Let the next check read which fingerprints of parameters are unchanged."""
         self._late.append((sizes, same))
         self._weights.flags.add(same.all())
 
@@ -123,7 +123,7 @@ class Edits:
         """Raise unless what somebody wrote can be W.
 
         Raises:
-            FlowError: the model does not have a parameter any more.
+            FlowError: the model no longer has a parameter.
             StateError: a parameter has another shape.
             WeightError: a NaN or an infinity was written.
         """
@@ -133,7 +133,7 @@ class Edits:
                 _check_finite(slot, k)
 
     def sync(self, k: int) -> None:
-        """Take the places that somebody wrote as W, where they can be."""
+        """Adopt the written places as W, if their values are valid."""
         weights = self._weights
         stages, held = weights.stages(k), weights.has_masks(k)
         for slot in weights.pruned:
@@ -145,7 +145,7 @@ class Edits:
                 slot.write(stages, held, hold=False)
 
     def forget(self) -> None:
-        """Forget the last check on a device: a state was loaded over what it was about."""
+        """Forget the last check on a device: a loaded state replaced what it checked."""
         self._late = []
         self._weights.flags.read()
         self._weights.flags.raised = False
@@ -189,7 +189,7 @@ class Edits:
 
         Returns:
             The names of the parameters that somebody wrote meanwhile. They keep what was written,
-            with W̃ around it, so that `sync` takes it.
+            with W̃ around it, so that `sync` can adopt it.
         """
         weights = self._weights
         final, held = self._final(k)
@@ -209,7 +209,7 @@ class Edits:
         weights = self._weights
         final = {t.label: weights.run.final(t) for t in weights.targets}
         now = weights.stages(k)
-        # A held mask is of the current pattern; where that is the final one already, it stays.
+        # A held mask has the current pattern; if that is already the final one, the mask stays.
         return final, weights.has_masks(k) and all(now[t].pattern == final[t].pattern for t in now)
 
     # -- the dense weights ---------------------------------------------------------------------
@@ -227,9 +227,9 @@ class Edits:
             _check_finite(slot, k)
 
     def close(self, k: int) -> None:
-        """Take all that the parameters hold as W, and write W̃ of step `k` from it.
+        """Adopt everything that the parameters hold as W, and write W̃ of step `k` from it.
 
-        Masks that are held stay, unless they are due at this step or the weight was loaded whole.
+        Held masks stay, unless they are due at this step or the weight was loaded whole.
         """
         weights = self._weights
         stages, hold = weights.stages(k), weights.run.holds(k)
@@ -240,7 +240,7 @@ class Edits:
             slot.write(stages, reuse and not loaded, hold)
 
     def abandon(self, k: int) -> None:
-        """Write W̃ of step `k` from the W that there was, whatever the parameters hold."""
+        """Write W̃ of step `k` from the previous W, whatever the parameters hold."""
         for slot in self._weights.pruned:
             writes.mend_kind(slot)
         self._weights.write(k)

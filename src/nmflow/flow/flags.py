@@ -1,4 +1,4 @@
-"""Flags that a device raises: read at the next step, without waiting for what came after them."""
+"""Flags that a device raises: read at the next step, without waiting for later work."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Flags:
     """Bool scalars on devices, on their way to the host.
 
     Attributes:
-        raised: whether one of those that were read was False, until somebody sees to it.
-        kept: while a CUDA graph is captured, the flags that its replays will raise; else None.
+        raised: whether a flag that was read was False, until somebody handles it.
+        kept: during the capture of a CUDA graph, the flags that its replays will raise; else None.
     """
 
     def __init__(self) -> None:
@@ -24,14 +24,14 @@ class Flags:
         self._free: dict[torch.device, list[tuple[Tensor, torch.cuda.Event]]] = {}
 
     def add(self, flag: Tensor) -> None:
-        """Have the next ones that are sent take this one along."""
+        """Send this flag along with the next ones."""
         self._given.append(flag)
 
     def send(self, flags: Sequence[Tensor]) -> None:
-        """Copy whether all are True to the host, behind the work that the devices have so far.
+        """Copy to the host whether all are True, after the work that the devices already have.
 
-        A read of a tensor on a device waits for everything that it was given since, such as the
-        next forward and backward pass; a copy that was given before them is there by then.
+        Reading a tensor on a device waits for all work queued since, such as the next forward and
+        backward pass. A copy that was queued before that work has arrived by then.
         """
         flags, self._given = [*self._given, *flags], []
         if self.kept is not None:
@@ -49,14 +49,14 @@ class Flags:
             self._sent.append((fine, event, device))
 
     def _place(self, device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
-        """Where a flag of a device can go: as a rule where the last but one went."""
+        """Host memory for a flag of a device: as a rule that of the last flag but one."""
         free = self._free.setdefault(device, [])
         if free:
             return free.pop()
         return torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
 
     def read(self) -> bool:
-        """Whether all that were sent since the last read were True."""
+        """Whether all flags sent since the last read were True."""
         if self._given and self.kept is None:
             self.send(())
         sent, self._sent = self._sent, []

@@ -11,7 +11,7 @@ from nmflow import masks
 from nmflow.masks import native as native_masks
 
 _BLOCK = 1 << 15
-"""Weights that a rule works on at a time on a CPU: what it makes on the way stays in the cache."""
+"""Weights in one block of a rule on a CPU: temporary results then stay in the cache."""
 
 
 def masked(g: Tensor, kept: Tensor, fading: Tensor | None, delta: float) -> None:
@@ -33,7 +33,7 @@ def refined(g: Tensor, dense: Tensor, kept: Tensor, lam: float, scale: Tensor | 
     r"""SR-STE's term, in place: `g + λ·(1 - m) ⊙ W`.
 
     Args:
-        g: the gradient, multiplied by `scale` where there is one.
+        g: the gradient, multiplied by `scale` if it is given.
         dense: W.
         kept: m.
         lam: λ.
@@ -64,7 +64,7 @@ def drawn(
         shown: W̃.
         lr: the learning rate of W, a number or a tensor of one, which is not read on the host.
         pull: μ.
-        kept: m, where it is at hand: then W̃ need not be read, which is W ⊙ (m + (1 - m)·δ).
+        kept: m, if it is available: then W̃ = W ⊙ (m + (1 - m)·δ) need not be read.
         delta: δ.
     """
     if kept is not None and masks.one_pass_holds(dense, kept):

@@ -1,4 +1,4 @@
-"""The steps of one optimizer in CUDA graphs: what a graph holds, and what replays leave to do."""
+"""The steps of one optimizer in CUDA graphs: what a graph holds, and what the host still does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Held:
 
     Attributes:
         deltas: where δ of each kind of target is, before the step (0) and after it (1).
-        late: what the next check of the weights is to read.
+        late: what the next check of the weights reads.
         flags: what each replay says of the weights.
     """
 
@@ -39,7 +39,7 @@ class Held:
 
 
 class GraphSteps:
-    """Says what a step of one optimizer is, as far as a graph holds it, and does the rest of it."""
+    """Describes the part of one optimizer's step that a graph holds, and does the rest."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class GraphSteps:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return local(self._weights.slots[0].param).device
 
     def rates(self) -> tuple[object, ...]:
@@ -76,7 +76,7 @@ class GraphSteps:
         return tuple(f"a tensor, {id(lr)}" if isinstance(lr, Tensor) else lr for lr in rates)
 
     def why_not(self) -> str:
-        """Why the step that comes cannot be in a graph, in one clause; or ""."""
+        """Why the next step cannot be in a graph, in one clause; or ""."""
         weights, k = self._weights, self._record.k
         run = weights.run
         if not self.optimizer.state:
@@ -99,7 +99,7 @@ class GraphSteps:
         return ""
 
     def key(self) -> tuple[Any, ...]:
-        """Everything of the step that comes that a graph holds as it is."""
+        """Everything about the next step that a graph keeps as it is."""
         weights, k = self._weights, self._record.k
         stages = weights.kinds(k), weights.run.kinds(weights.known, k + 1)
         lam = weights.run.recipe.lam
@@ -125,8 +125,10 @@ class GraphSteps:
 
     @contextlib.contextmanager
     def as_captured(self) -> Iterator[None]:
-        """Have a step that runs as it is launch what its capture will: a kernel that is not loaded
-        yet cannot be captured."""
+        """Make a step without a graph launch the kernels of its capture.
+
+        A kernel that is not loaded yet cannot be captured.
+        """
         together = self._weights.together
         together.deltas = self._on_device()
         try:
@@ -135,7 +137,7 @@ class GraphSteps:
             together.deltas = None
 
     def _on_device(self) -> Deltas | None:
-        """δ of each kind before and after the step that comes, where kernels read it."""
+        """δ of each kind before and after the next step, where kernels read it."""
         bundle, k, run = self._weights.together.bundle, self._record.k, self._weights.run
         if bundle is None:
             return None
@@ -149,7 +151,7 @@ class GraphSteps:
     # -- the capture ---------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Before a capture: what a step looks at, and where its graph will find δ."""
+        """Before a capture: what a step reads, and where its graph will find δ."""
         self._steps.before_replay([])
         self._begun = self._record.k
         self._weights.together.deltas = self._on_device()
@@ -159,7 +161,7 @@ class GraphSteps:
         """After a capture, which has not run: the weights and k are what they were.
 
         Returns:
-            What the graph has of the step; None if it has none of this optimizer.
+            What the graph has of the step; None if it has nothing of this optimizer.
         """
         begun, self._begun = self._begun, None
         if begun is None:

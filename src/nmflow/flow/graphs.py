@@ -1,8 +1,8 @@
-"""Whole training steps as CUDA graphs: captured where a step does what the last one did, replayed.
+"""Whole training steps as CUDA graphs: captured when a step repeats the last one, then replayed.
 
-A graph replays kernels, and nothing that Python does. So what a step does on the host, its checks,
-its count and the numbers of its schedule, is done around each replay; and where a schedule changes
-which kernels there are, the step is captured anew.
+A graph replays kernels, and nothing that Python does. So the host's part of a step (checks, count,
+numbers of the schedule) runs around each replay. If a schedule changes which kernels run, the step
+is captured again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Recorder(Protocol):
     """What captures steps and replays them: `CudaRecorder`, or a test's own."""
 
     def warm(self, step: Callable[[], T]) -> T:
-        """Run a step as it must run before it is captured."""
+        """Run a step once before its capture, as torch asks for."""
         ...
 
     def capture(self, step: Callable[[], T]) -> tuple[Callable[[], object], T]:
-        """Capture a step without running it: what replays it, and what it returned."""
+        """Capture a step without running it; return what replays it, and what the step returned."""
         ...
 
 
@@ -68,7 +68,7 @@ class GraphedStep(Generic[T]):
     """A training step that runs as a CUDA graph, see `Flow.graphed`.
 
     Attributes:
-        why: why the last call ran the step as it is; "" where it replayed a graph.
+        why: why the last call ran the step without a graph; "" if it replayed one.
         captures: how often a step was captured.
     """
 
@@ -85,13 +85,13 @@ class GraphedStep(Generic[T]):
             part.check()
 
     def __call__(self) -> T:
-        """Do one training step; what the step returned, which the next call may overwrite."""
+        """Do one training step; return its result, which the next call may overwrite."""
         self.why = next(filter(None, (part.why_not() for part in self._parts)), "")
         key = None if self.why else tuple(part.key() for part in self._parts)
         if key is not None and key not in self._graphs and key != self._last:
             self._check_rates()
             self.why = "it differs from the step before, and its next repetition is captured"
-        # A step that raises is none that a capture could follow.
+        # A capture must not follow a step that raised.
         self._last, self._rates = None, self._held_rates()
         if self.why:
             self._shown = None
@@ -102,7 +102,7 @@ class GraphedStep(Generic[T]):
             self._last = key
             return out
         graph = self._graphs.pop(key, None) or self._capture()
-        self._graphs[key] = graph  # the one that was used last comes last
+        self._graphs[key] = graph  # the most recently used graph is the last
         while len(self._graphs) > _KEPT:
             del self._graphs[next(iter(self._graphs))]
         if self._shown is not graph:
@@ -120,7 +120,7 @@ class GraphedStep(Generic[T]):
         return [part.rates() for part in self._parts]
 
     def _check_rates(self) -> None:
-        """Raise where each step would have to be captured, since a number moves with it."""
+        """Raise if every step would have to be captured, since a number changes with each step."""
         if self._last is None or not self._graphs or self._held_rates() == self._rates:
             return
         raise FlowError(
@@ -154,7 +154,7 @@ class GraphedStep(Generic[T]):
 
 
 class _Graph(Generic[T]):
-    """A step that was captured, what it returned, and the gradients that it leaves."""
+    """A captured step, what it returned, and the gradients that it leaves."""
 
     def __init__(
         self,
@@ -169,6 +169,6 @@ class _Graph(Generic[T]):
         self._grads: list[tuple[Tensor, Tensor | None]] = [(p, p.grad) for p in params]
 
     def show_gradients(self) -> None:
-        """Have `.grad` be what the replays write."""
+        """Point `.grad` at the memory that the replays write."""
         for param, grad in self._grads:
             param.grad = grad

@@ -1,7 +1,7 @@
 """A guard: a method of one optimizer, watched from outside, where hooks do not reach.
 
-Hooks of `torch.optim.Optimizer` are skipped when a method raises, and by classes that override it
-without them. A guard sits on the instance, as a scheduler's own wrapper does.
+torch skips hooks of `torch.optim.Optimizer` when a method raises, and so do classes that override
+the method without them. A guard is on the instance, as a scheduler's own wrapper is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Guard:
         optimizer: the optimizer.
         name: the method's name.
         begin: called before it, with its arguments.
-        done: called after it with what it returned; what this returns is handed on.
+        done: called after it with its result; what this returns is the result for the caller.
         fail: called when it, or `done`, raises, before the exception goes on.
     """
 
@@ -36,13 +36,13 @@ class Guard:
         self._optimizer, self._name = optimizer, name
         self._live = True
         self._own = vars(optimizer).get(name)  # a scheduler's wrapper, or another guard
-        # A compiler that traces the call goes around what is ours, and into what is not.
+        # A compiler that traces the call skips our code, and traces the rest.
         around: Any = torch.compiler.disable
         begin, done, fail = around(begin), around(done), around(fail)
 
         @functools.wraps(self._own or getattr(type(optimizer), name))
         def guarded(this: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            # A copy of the optimizer, which may have this function too, is none of ours.
+            # A copy of the optimizer may have this function too; the guard does not watch copies.
             mine = this is optimizer
             method = self._own if mine and self._own else getattr(type(this), name).__get__(this)
             if not mine or not self._live:
@@ -59,7 +59,7 @@ class Guard:
         setattr(optimizer, name, self._bound)
 
     def remove(self) -> None:
-        """End it; where somebody has wrapped it since, it only hands the call on."""
+        """End it; if somebody has wrapped it since, it only passes calls on."""
         self._live = False
         if vars(self._optimizer).get(self._name) is not self._bound:
             return

@@ -60,7 +60,7 @@ class Home:
 
 
 class Homes:
-    """The places of many parameters, of which each step on the way is looked at once."""
+    """The places of many parameters; modules on the way to several of them are checked once."""
 
     def __init__(self, homes: Sequence[tuple[Home, Tensor]]) -> None:
         self._homes = list(homes)

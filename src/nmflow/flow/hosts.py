@@ -33,7 +33,7 @@ _HOOKED = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-# Wrappers that hand `step` on to the optimizer that they hold: Accelerate's and Lightning's.
+# Wrappers that pass `step` to the optimizer inside: Accelerate's and Lightning's.
 _WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer"}
 _REFUSED = {
     "ZeroRedundancyOptimizer": "FSDP2 (torch.distributed.fsdp.fully_shard) with a plain optimizer",
@@ -112,11 +112,11 @@ def check_model(model: nn.Module) -> None:
 
 
 class Groups:
-    """The param groups of an optimizer, of which what steps the weights is known from before.
+    """The param groups of an optimizer, with the place of each weight in them remembered.
 
     Attributes:
-        of: for each slot the place of its group.
-        changes: how often they were found to be others.
+        of: the place of each slot's group.
+        changes: how often the groups were found to be different.
     """
 
     def __init__(self, optimizer: Optimizer, slots: Sequence[Slot]) -> None:
@@ -126,7 +126,7 @@ class Groups:
         self.changes = 0
 
     def check(self, recipe: Recipe) -> None:
-        """Raise a `FlowError` unless they have the weights, at a rate known to the recipe."""
+        """Raise a `FlowError` unless they have the weights, at rates that the recipe can use."""
         groups = self._optimizer.param_groups
         if len(groups) != len(self._known) or not all(
             len(group["params"]) == len(known) and all(map(is_, group["params"], known))
@@ -167,7 +167,7 @@ class Groups:
 
 
 def check_masters(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -> None:
-    """Raise a `FlowError` where state holds finer weights, from which a step writes W anew."""
+    """Raise a `FlowError` if the state holds finer weights, from which a step overwrites W."""
     for slot in slots:
         part, state = local(slot.dense), optimizer.state.get(slot.param, {})
         for key, value in state.items():
@@ -189,7 +189,7 @@ def check_masters(optimizer: Optimizer, slots: Iterable[Slot], recipe: Recipe) -
 
 
 def rates(optimizer: Optimizer) -> dict[int, Any]:
-    """The learning rate of each parameter, by its id; None where its group has none."""
+    """The learning rate of each parameter, by its id; None if its group has none."""
     found: dict[int, Any] = {}
     for group in optimizer.param_groups:
         found.update(dict.fromkeys(map(id, group["params"]), group.get("lr")))
@@ -206,7 +206,7 @@ def uphill(optimizer: Optimizer) -> set[int]:
 
 
 def _inner(optimizer: Optimizer) -> tuple[str, str] | None:
-    """Where an optimizer holds another one of the same weights, and of what kind that is."""
+    """The attribute in which an optimizer holds another one of the same weights, and its kind."""
     own = set(rates(optimizer))
     for name, value in vars(optimizer).items():
         held = value.values() if isinstance(value, dict) else value

@@ -1,7 +1,7 @@
 """Layers that compute on kept places: a class that a `Linear` or HF `Conv1D` has for a while.
 
-Nothing else of the module changes: same object, same parameters, same keys, same hooks. A copy and
-a pickle of it are of the class that it had before.
+Nothing else about the module changes: same object, same parameters, same keys, same hooks. Copies
+and pickles of it have the class that it had before.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Way:
 
     Attributes:
         pattern: N, M and V of W̃.
-        kept: the mask that is held, `(out, in)` as bits; None where W̃ itself says it.
-        decided: whether the layer computes on kept places; None is not measured yet.
-        said: why it does not, by what its last call or its measurement said.
-        compiled: whether a compiler traced a call, where nothing can be measured.
+        kept: the held mask, `(out, in)` as bits; None if W̃ itself shows the kept places.
+        decided: whether the layer computes on kept places; None until it is measured.
+        said: why it does not, from its last call or its measurement.
+        compiled: whether a compiler traced a call, during which nothing can be measured.
     """
 
     pattern: tuple[int, int, int]
@@ -45,7 +45,7 @@ class Way:
     compiled: bool = False
 
     def dense_call(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether a call is to be dense, whatever was decided."""
+        """Whether a call must be dense, whatever was decided."""
         said = _said(x, weight)
         if self.decided is not None or said:
             if said != self.said and self.decided is not False:
@@ -111,7 +111,7 @@ class OnKept(nn.Module):
         return kept_linear(x, weight, self.bias, way.kept, *way.pattern)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy, or a pickle, is of the class that the layer had, and knows nothing of this."""
+        """Copies and pickles have the class that the layer had before."""
         state = {key: value for key, value in vars(self).items() if key != WAY}
         return _NEW, (plain(type(self)), object, None), state
 
@@ -126,12 +126,12 @@ def _conv1d(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def plain(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that a layer has when it computes as ever."""
+    """The class that a layer has when it computes dense, as before."""
     return kind.__mro__[2] if issubclass(kind, OnKept) else kind
 
 
 def served(module: nn.Module) -> bool:
-    """Whether a layer is of a class that can compute on kept places; subclasses may do more."""
+    """Whether a layer has a class that can compute on kept places; subclasses may do more."""
     kind = plain(type(module))
     return kind is nn.Linear or (is_hf_conv1d(module) and kind.__name__ == "Conv1D")
 
@@ -142,7 +142,7 @@ def transposed(module: nn.Module) -> bool:
 
 
 def swap(module: nn.Module, way: Way) -> None:
-    """Have a layer compute so from now on."""
+    """Make a layer compute on kept places from now on."""
     module.__dict__[WAY] = way
     if not isinstance(module, OnKept):
         kind = type(module)
@@ -150,7 +150,7 @@ def swap(module: nn.Module, way: Way) -> None:
 
 
 def unswap(module: nn.Module) -> None:
-    """Have a layer compute as ever."""
+    """Make a layer compute dense again, by its own class."""
     if isinstance(module, OnKept):
         own: Any = module
         own.__class__ = plain(type(module))
@@ -158,5 +158,5 @@ def unswap(module: nn.Module) -> None:
 
 
 def way_of(module: nn.Module) -> Way | None:
-    """How a layer computes, where it has such a class."""
+    """How a layer computes, if it has such a class."""
     return module.__dict__.get(WAY)

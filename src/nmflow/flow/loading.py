@@ -17,9 +17,9 @@ from nmflow.flow.slots import Slot
 class Loading:
     """A pre-hook of one module's `load_state_dict` that tells a slot what is coming.
 
-    A loaded 0.0 where W̃ is 0 cannot be told by its value from a place that nobody wrote, but the
-    state dict says that all of the weight was given. A copy or a pickle of the module has no such
-    hook, or one that does nothing where others have hooked the module before.
+    A loaded 0.0 where W̃ is 0 has the same value as a place that nobody wrote, but the state dict
+    shows that the whole weight was given. A copy or a pickle of the module has no such hook, or one
+    that does nothing if others had hooked the module before.
     """
 
     def __init__(self, module: nn.Module, own: str, slot: Slot) -> None:
@@ -48,10 +48,10 @@ class Loading:
 
 
 class _Hooks(OrderedDict):
-    """Hooks of a module, of which a copy or a pickle has only those of others.
+    """Hooks of a module whose copies and pickles keep only the hooks of others.
 
-    A file of a whole module, as `torch.save(model)` writes it, is so what it would be without us:
-    `torch.load` takes no classes in it that it does not know.
+    So a file of a whole module, as `torch.save(model)` writes it, is the same as without nmflow:
+    `torch.load` refuses classes that it does not know.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""A loan: dense weights in a parameter's place, for the time of a step of its optimizer."""
+"""A loan: dense weights in place of a parameter's own during a step of its optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Loan:
     """Puts W into one parameter, and takes it out again.
 
     The two trade memory instead of values: the optimizer writes W where it is, and the forward
-    pass finds W̃ at the address that it always had. A DTensor cannot be swapped, so it is copied.
+    pass finds W̃ at its usual address. A DTensor cannot be swapped, so it is copied.
     """
 
     def __init__(self, name: str, param: Tensor) -> None:
@@ -28,7 +28,7 @@ class Loan:
         return self._tried
 
     def given(self, resting: Tensor) -> None:
-        """Somebody else put W into the parameter, whose own memory a tensor has."""
+        """Note that somebody else put W into the parameter; a tensor has the parameter's memory."""
         self._resting = resting
 
     def give(self, dense: Tensor) -> None:
@@ -43,12 +43,12 @@ class Loan:
         self._param.data = dense
 
     def take_back(self, dense: Tensor, optimizer: str) -> Tensor:
-        """Take W out of the parameter: the memory that was given, or what was bound to it since.
+        """Take W out of the parameter: the memory that was lent, or what was bound to it since.
 
-        It may be called again, or after a `give` that was broken off: a Ctrl-C comes anywhere.
+        It may be called twice, or after an interrupted `give`: a Ctrl-C can come at any place.
 
         Args:
-            dense: W, as it was given.
+            dense: W, as it was lent.
             optimizer: the name of its kind, for errors.
 
         Raises:
@@ -86,5 +86,5 @@ class Loan:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """A number that tells whether `x` was written, as a tensor: nobody waits for a device."""
+    """A number that shows whether `x` was written, as a tensor: nothing waits for a device."""
     return x.sum(dtype=torch.float64 if x.device.type != "mps" else None)

@@ -1,4 +1,4 @@
-"""What a flow tells of itself: where it is, its dense weights, and how its layers compute."""
+"""What a flow reports: where it is, its dense weights, and how its layers compute."""
 
 from __future__ import annotations
 

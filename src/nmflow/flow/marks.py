@@ -1,4 +1,4 @@
-"""Marks of a parameter: whether anybody has written it since it was last seen."""
+"""Marks of a parameter: they show whether anybody has written it since it was last seen."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Mark:
         version: torch's count of the writes that autograd knows.
         address: where the values lie, which `p.data = x` changes.
         whole: the `fingerprint` of the values, which `p.data.copy_(x)` changes; on their device.
-            Where many were taken at once, it is of all of them.
-        rows: which rows of `whole` are of this tensor; None is all.
+            If one launch took many fingerprints, it has all of them.
+        rows: the rows of `whole` that belong to this tensor; None is all.
     """
 
     version: int
@@ -36,7 +36,7 @@ class Mark:
 
     @classmethod
     def of(cls, x: Tensor, prints: Tensor | None = None) -> Mark:
-        """The mark of a tensor now, whose fingerprint may be at hand."""
+        """The mark of a tensor now; `prints` is its fingerprint, if it was already taken."""
         return cls(x._version, x.data_ptr(), fingerprint(x) if prints is None else prints)
 
     @property
@@ -45,7 +45,7 @@ class Mark:
         return self.whole if self.rows is None else self.whole[self.rows]
 
     def moved(self, x: Tensor) -> bool:
-        """Whether torch's version or the address of `x` is another; no value is read."""
+        """Whether torch's version or the address of `x` has changed; no value is read."""
         return (self.version, self.address) != (x._version, x.data_ptr())
 
     def same(self, x: Tensor) -> Tensor:
@@ -57,14 +57,14 @@ def fingerprint(x: Tensor) -> Tensor:
     r"""A whole number for each row of a tensor's memory, by its bits, in one pass.
 
     `Σⱼ cⱼ·wⱼ mod 2⁶⁴` over the words w of a row, with odd constants c. A row in which one word
-    changed always has another number; one in which several did, also by changing places, has the
-    same with a chance of about 2⁻⁶⁴.
+    changed always gets another number. A row in which several words changed, or swapped places,
+    keeps its number with a chance of about 2⁻⁶⁴.
 
     Args:
         x: a tensor of any dtype and layout; read only.
 
     Returns:
-        int64, a number a row; a number in all where `x` has no rows.
+        int64, one number for each row; a single number if `x` has no rows.
 
     Example:
         >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0]])
@@ -85,7 +85,7 @@ def fingerprint(x: Tensor) -> Tensor:
 
 
 def prints_of(xs: Sequence[Tensor]) -> Prints | None:
-    """How to take the `fingerprint` of all of some tensors in one launch; None where it cannot."""
+    """Returns what takes the `fingerprint` of all tensors in one launch; None if nothing can."""
     sizes = set()
     for x in xs:
         if not (_together(x) and x.is_contiguous() and x.device == xs[0].device):
@@ -99,7 +99,7 @@ def prints_of(xs: Sequence[Tensor]) -> Prints | None:
 
 
 def _together(x: Tensor) -> bool:
-    """Whether a kernel takes many like it."""
+    """Whether a kernel can take many tensors like it in one launch."""
     return x.device.type == "cuda" and x.numel() > 0 and not triton.why_not()
 
 
@@ -112,14 +112,14 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def blank(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors for a row's words, and room for the fingerprint, of a contiguous tensor."""
+    """The factors for a row's words, and memory for the fingerprint, of a contiguous tensor."""
     rows = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
     words = rows.shape[1] * x.element_size() // _word(rows)
     return _odd(words, x.device), torch.empty(len(rows), dtype=torch.int64, device=x.device)
 
 
 def _word(rows: Tensor) -> int:
-    """The bytes of the largest words that a row is made of."""
+    """The bytes of the largest words into which a row divides."""
     row = rows.shape[1] * rows.element_size()
     return next(size for size in _WORDS if row % size == 0)
 

@@ -1,4 +1,4 @@
-"""How far a step goes where a recipe's learning rate has a factor."""
+"""How far a step goes if the recipe has a factor for the learning rate."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nmflow.recipes.schedules import Stage
 
 
 class Paces:
-    """The optimizer steps as ever; W then goes on from before the step, so many times as far.
+    """The optimizer steps as usual; W then moves `lr_scale` times as far as the step did.
 
     Args:
         slots: the parameters.
-        lr_scale: the recipe's factor; 1 has nothing done.
+        lr_scale: the recipe's factor; with 1 nothing happens.
         stages: the stage of each target after k steps, by label.
     """
 
@@ -28,7 +28,7 @@ class Paces:
         self._before: dict[int, Tensor] = {}
 
     def remember(self, k: int) -> None:
-        """Before the optimizer's step: keep W where its learning rate has a factor."""
+        """Before the optimizer's step: copy W if its learning rate has a factor."""
         stages = self._stages(k) if self._slots else {}
         for slot in self._slots:
             rated = any(stages[r.target.label].rate != 1.0 for r in slot.regions)
@@ -36,7 +36,7 @@ class Paces:
                 self._before[id(slot)] = local(slot.dense).clone()
 
     def rescale(self, k: int) -> None:
-        """After the step: go on from W before it by so many times the way that it went."""
+        """After the step: move W from its old value by the factor times the step."""
         stages = self._stages(k) if self._before else {}
         for slot in self._slots if self._before else ():
             before = self._before.get(id(slot))
@@ -49,5 +49,5 @@ class Paces:
         self._before.clear()
 
     def forget(self) -> None:
-        """The step was broken off: what was kept for it is of no use."""
+        """Forget what was kept for a step that was interrupted."""
         self._before.clear()

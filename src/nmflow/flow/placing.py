@@ -22,7 +22,7 @@ def slots_of(
     chosen: Plan,
     norms: Mapping[str, Tensor],
 ) -> list[Slot]:
-    """One slot a parameter, with the optimizer that owns it."""
+    """One slot for each parameter, with the optimizer that owns it."""
     params = dict(model.named_parameters(remove_duplicate=False))
     names = {id(p): name for name, p in reversed(params.items())}
     places = {id(p): [n for n, other in params.items() if other is p] for p in params.values()}

@@ -1,7 +1,7 @@
 """What one launch on a GPU does for many weights of a bundle, at steps of one kind.
 
-A kind is everything that decides which kernel does what: patterns, forms and masks that are held,
-but not δ, which is a number that the launch is told.
+A kind is everything that decides which kernel does what: patterns, forms and held masks, but not
+δ, which is an argument of the launch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nmflow.flow.state import KEPT_KEY, Kind, kind_of
 from nmflow.pattern import EVERY
 from nmflow.recipes.schedules import Stage
 
-_KEPT = 32  # plans: patterns that come back, such as those of two optimizers, are few
+_KEPT = 32  # plans: few patterns come back, such as those of two optimizers
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Part:
     """The rows of a target in a bundle.
 
     Attributes:
-        place: of its slot in the bundle.
-        among: of its slot among all of the optimizer.
+        place: the place of its slot in the bundle.
+        among: the place of its slot among all slots of the optimizer.
         region: the rows.
         w: W of them.
         shown: W̃ of them.
@@ -46,18 +46,18 @@ class Part:
 
     @property
     def kind(self) -> Kind:
-        """What decides on its stage."""
+        """What decides its stage."""
         return kind_of(self.region.target)
 
 
 class Share:
-    """The parts of a launch: all are of one stage.
+    """The parts of a launch, all at the same stage.
 
     Attributes:
-        kind: of one of them.
+        kind: the kind of one of them.
         launch: the launch.
-        parts: the parts, in its order.
-        labels: of their targets.
+        parts: the parts, in the order of the launch.
+        labels: the labels of their targets.
         out: the addresses of their W̃.
     """
 
@@ -68,7 +68,7 @@ class Share:
         self._by: tuple[int, list[tuple[int, list[Tensor], list[Tensor]]]] = -1, []
 
     def by(self, groups: Groups) -> list[tuple[int, list[Tensor], list[Tensor]]]:
-        """W and W̃ of the parts of each param group, with the place of a slot that is in it."""
+        """W and W̃ of the parts of each param group, with the place of one of its slots."""
         changes, found = self._by
         if changes != groups.changes:
             some: dict[int, tuple[int, list[Tensor], list[Tensor]]] = {}
@@ -84,12 +84,12 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Who does what at steps of a kind.
+    """The launches for steps of a kind, and what is left to do one by one.
 
     Attributes:
-        shares: launches.
-        places: of the slots whose parts are all in them.
-        rest: the slots of the bundle that are not.
+        shares: the launches.
+        places: the places of the slots whose parts are all in the launches.
+        rest: the other slots of the bundle.
     """
 
     shares: list[Share]
@@ -134,8 +134,8 @@ class Plans:
 
         Args:
             stages: the stage of each kind of target.
-            held: whether masks are those of the state.
-            hold: whether they are to be held in it, as for `Slot.write`.
+            held: whether to use the masks in the state.
+            hold: whether to keep the masks in the state, as for `Slot.write`.
             among: the places of the slots that take part; None is all.
         """
         own = [stages[kind] for kind in self.kinds]
@@ -198,15 +198,15 @@ class Plans:
 
 
 def _key(stage: Stage) -> tuple[Any, ...]:
-    """What of a stage decides on the kernels."""
+    """The fields of a stage that decide on the kernels."""
     return stage.masks, bool(stage.whole), stage.gain == 1.0, stage.form
 
 
 def addresses(parts: Sequence[Part], tensors: Sequence[Tensor]) -> list[int]:
-    """Where parts lie in tensors that are like the parameters, one for each slot of the bundle."""
+    """Addresses of parts in tensors like the parameters, one tensor for each slot of the bundle."""
     return [tensors[part.place].data_ptr() + part.offset for part in parts]
 
 
 def _waits(w: Tensor) -> bool:
-    """Whether a launch a weight would cost more than the work: on a GPU."""
+    """Whether one launch for each weight would cost more than the work, as on a GPU."""
     return w.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""STEP's second phase: Adam's second moment, frozen as a preconditioner for the time of a step."""
+"""STEP's second phase: Adam's second moment, frozen as a preconditioner during a step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check(optimizer: Optimizer) -> None:
 
 @dataclass(frozen=True)
 class Frozen:
-    """One parameter's values from before a step, for the time of it alone."""
+    """One parameter's values from before a step, kept only during that step."""
 
     param: Tensor
     before: Tensor
@@ -42,7 +42,7 @@ class Frozen:
 
 
 def freeze(optimizer: Optimizer) -> list[Frozen]:
-    """Remember each parameter that the coming step will change, and its second moment v."""
+    """Remember each parameter that the next step will change, and its second moment v."""
     frozen = []
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -60,7 +60,7 @@ def thaw(frozen: list[Frozen]) -> None:
 
 
 def settle(optimizer: Optimizer, frozen: list[Frozen], first: bool) -> None:
-    r"""Take Adam's step anew, with the second moment as it was frozen.
+    r"""Repeat Adam's step with the frozen second moment.
 
     `W ← (1 - η·wd)·W - η / (1 - β₁ᵗ) · m / (√v̂ + ε)`, with m and t of the step that Adam has just
     taken and `v̂ = v / (1 - β₂ᵈ)` of step d. The bias correction goes into the moment once, at step

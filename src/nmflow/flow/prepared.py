@@ -1,4 +1,4 @@
-"""What a step that raised has done already, so that it is not done again when it is repeated."""
+"""What a step that raised has already done, so that its repetition does not do it again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Prepared:
     """The gradients that a rule has changed and the weights that were drawn, since the last step.
 
-    A step that raises leaves both. Its repetition may find the same gradients, which the rule must
-    not change again, or new ones; W must not be drawn again in any case.
+    A step that raises leaves both changed. Its repetition may find the same gradients, which the
+    rule must not change again, or new ones. W must not be drawn again in either case.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A run that is resumed with another number of steps: which schedule it goes on by."""
+"""A run that is resumed with another number of steps: which schedule it follows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from nmflow.recipes import Recipe
 
 
 def planned(recipe: Recipe, begun: int, total_steps: int, k: int) -> int:
-    """The number of steps by which the phases count, where a run of `begun` ends at another step.
+    """The number of steps by which the phases count, if a run of `begun` ends at another step.
 
-    Where the run of `total_steps` would have been the same up to step `k`, it is that run.
-    Otherwise the phases go on as they were begun, and the steps that come after them, or are taken
-    away, are of fine-tuning on the final masks. Either way the phases so far stay what they were,
-    δ never rises, and no pattern gets denser.
+    If the run of `total_steps` would have been the same up to step `k`, it is that run. Otherwise
+    the phases continue as they began, and the steps added after them, or removed, are fine-tuning
+    on the final masks. Either way, the phases so far do not change, δ never rises, and no pattern
+    gets denser.
 
     Args:
         recipe: the recipe.
         begun: the number of steps by which the phases counted so far.
-        total_steps: K, as it is asked for now.
+        total_steps: K, the number wanted now.
         k: the optimizer steps done.
 
     Raises:
@@ -43,7 +43,7 @@ def planned(recipe: Recipe, begun: int, total_steps: int, k: int) -> int:
 
 
 def same_so_far(recipe: Recipe, one: int, other: int, k: int) -> bool:
-    """Whether runs of `one` and of `other` steps are the same network after 0, 1 … `k` steps."""
+    """Whether runs of `one` and of `other` steps give the same network after 0, 1 … `k` steps."""
     if k > min(one, other):
         return False
     if not recipe.prunes:

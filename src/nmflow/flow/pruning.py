@@ -22,8 +22,8 @@ def prune_weights(weights: Mapping[str, Tensor], plan: Plan, norms: Norms, of: s
     Args:
         weights: the targets' weights by name; each is written in place.
         plan: the targets.
-        norms: of inputs by label; with none of them, magnitudes alone order the weights.
-        of: what the weights are of, for errors.
+        norms: norms of inputs by label; without any, magnitudes alone order the weights.
+        of: what the weights belong to, for errors.
 
     Raises:
         WeightError: one of them is not finite; nothing is changed.

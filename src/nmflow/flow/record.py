@@ -18,7 +18,7 @@ log = logging.getLogger("nmflow")
 
 
 class Record:
-    """Goes with an optimizer's state where it is saved, and comes back where one is loaded.
+    """Goes into an optimizer's state when it is saved, and comes back when one is loaded.
 
     Attributes:
         k: the optimizer steps done.
@@ -40,15 +40,15 @@ class Record:
             group[STEP_KEY], group[RECIPE_KEY] = self.k, self._signature
 
     def check(self) -> None:
-        """Raise unless the optimizer's state, as it is, can be taken over."""
+        """Raise unless the optimizer's state, as it is, can be adopted."""
         self._check(self._optimizer.state, self._optimizer.param_groups, live=True)
 
     def check_saved(self, saved: Any) -> None:
-        """Raise a `FlowError` where the optimizer's `state_dict` leaves the record out."""
+        """Raise a `FlowError` if the optimizer's `state_dict` leaves the record out."""
         resume.check_saved(self._optimizer, saved)
 
     def take_over(self) -> None:
-        """Take over the optimizer's state, which was checked; the parameters are not written."""
+        """Adopt the optimizer's state, which was checked; the parameters are not written."""
         groups, weights = self._optimizer.param_groups, self._weights
         self.k = resume.steps_in(groups)
         run = weights.run = resume.run_of(groups, self._asked, weights.targets)
@@ -67,10 +67,10 @@ class Record:
         log.info("resumed %s at step %d", run.recipe.name, self.k)
 
     def notice(self) -> None:
-        """Take over a state that was loaded where neither a hook nor a guard saw it.
+        """Adopt a state that was loaded where neither a hook nor a guard saw it.
 
         Raises:
-            StateError: it is not of this run, or the gradients are of other weights than its own.
+            StateError: it belongs to another run, or the gradients belong to other weights.
         """
         if self._is_foreign():
             self._notice()
@@ -97,16 +97,16 @@ class Record:
         self.write()
 
     def saved(self, optimizer: Optimizer, state_dict: dict) -> dict:
-        """After `state_dict`: what it has not got."""
+        """After `state_dict`: add what it lacks."""
         return resume.add_pending(optimizer, self._weights.slots, state_dict)
 
     def before_loading(self, optimizer: Optimizer, state_dict: dict) -> None:
-        """Before `load_state_dict`: raise for a state that is not of this run."""
+        """Before `load_state_dict`: raise for a state of another run."""
         self._check(state_dict["state"], state_dict["param_groups"])
 
     @torch.no_grad()
     def loaded(self, *_: Any) -> None:
-        """After `load_state_dict`: take the state over, unless that was done."""
+        """After `load_state_dict`: adopt the state, unless that was done."""
         if self._is_foreign():
             self.check()
             self.take_over()

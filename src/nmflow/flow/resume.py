@@ -1,4 +1,4 @@
-"""A flow's state in an optimizer's: checked before it is loaded, taken over after."""
+"""A flow's state in an optimizer's: checked before it is loaded, adopted afterwards."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def is_there(optimizer: Optimizer) -> bool:
 
 
 def steps_in(groups: Sequence[dict[str, Any]]) -> int:
-    """k, by param groups that were checked; one that was added since the last step has none."""
+    """k from checked param groups; a group that was added since the last step has none."""
     return next(int(group[STEP_KEY]) for group in groups if STEP_KEY in group)
 
 
 def run_of(groups: Sequence[dict[str, Any]], run: Run, targets: Sequence[Target]) -> Run:
-    """The run that goes on from param groups; a `StateError` unless they are of the same one."""
+    """The run that continues from param groups; a `StateError` if they belong to another one."""
     found = run
     marked = [group for group in groups if any(key in group for key in GROUP_KEYS)]
     if not marked:
@@ -74,7 +74,7 @@ def check_slots(
         slots: the slots.
         state: an optimizer's state, saved or live.
         keys: the key in it of each of the optimizer's parameters, in order.
-        needed: the slots' keys that it has to have.
+        needed: the slots' keys that the state must have.
     """
     places = _places(optimizer)
     pending = state.get(PENDING_KEY, {})
@@ -107,7 +107,7 @@ def _check_tensor(slot: Slot, key: str, value: Any) -> None:
 
 
 def adopt(optimizer: Optimizer, slots: Sequence[Slot]) -> None:
-    """Take over the slots' tensors from a state that was loaded and checked."""
+    """Adopt the slots' tensors from a state that was loaded and checked."""
     pending = optimizer.state.pop(PENDING_KEY, {})  # type: ignore[call-overload]
     places = _places(optimizer)
     for slot in slots:
@@ -120,9 +120,9 @@ def is_foreign(optimizer: Optimizer, slots: Sequence[Slot], k: int, bundled: boo
 
     Args:
         optimizer: the optimizer.
-        slots: the slots whose state may be another.
+        slots: the slots whose state may have changed.
         k: the optimizer steps done.
-        bundled: whether there are others, whose state was found to be theirs.
+        bundled: whether there are other slots, whose state was checked already.
     """
     steps = [group[STEP_KEY] for group in optimizer.param_groups if STEP_KEY in group]
     kept = [slot for slot in slots if slot.tensors and slot.stored is not None]
@@ -133,7 +133,7 @@ def is_foreign(optimizer: Optimizer, slots: Sequence[Slot], k: int, bundled: boo
 
 
 def check_saved(optimizer: Optimizer, saved: Any) -> None:
-    """Raise a `FlowError` for an optimizer that saves no state that a recipe could go on from."""
+    """Raise a `FlowError` for an optimizer whose saved state cannot resume a recipe."""
     groups = saved.get("param_groups") if isinstance(saved, dict) else None
     if (
         not groups
@@ -148,7 +148,7 @@ def check_saved(optimizer: Optimizer, saved: Any) -> None:
 
 
 def add_pending(optimizer: Optimizer, slots: Sequence[Slot], state_dict: dict) -> dict:
-    """Put the tensors of slots that a saved state has not got into it."""
+    """Add the tensors of slots that a saved state lacks."""
     places, state = _places(optimizer), state_dict["state"]
     pending = {}
     for slot in slots:

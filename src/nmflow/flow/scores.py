@@ -1,4 +1,4 @@
-"""Norms of inputs, by which masks know the activations: checked, and named in a saved state."""
+"""Norms of inputs, which bring activations into masks: checked, and named in a saved state."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def of(chosen: Plan, norms: Norms) -> dict[str, Tensor]:
     """The norms of each target's inputs, by label.
 
     Raises:
-        PlanError: a target has none, or norms are for no target.
-        WeightError: norms do not fit a target's inputs, or are no finite numbers of 0 or more.
+        PlanError: a target has none, or norms name something that is not a target.
+        WeightError: norms do not fit a target's inputs, or are not finite numbers of 0 or more.
     """
     if not isinstance(norms, Mapping):
         raise WeightError(f"norms is a {type(norms).__name__}: give a mapping of names to tensors")
@@ -37,7 +37,7 @@ def of(chosen: Plan, norms: Norms) -> dict[str, Tensor]:
         if not isinstance(norm, Tensor):
             raise WeightError(f"norms of '{key}' is a {type(norm).__name__}: give a tensor")
         try:
-            # One place an input is enough to be told whether norms fit.
+            # One place for each input is enough to check whether norms fit.
             some = [1] * len(target.shape)
             some[target.dim] = target.shape[target.dim]
             wanda_score(torch.zeros(some), norm.cpu(), target.dim)
@@ -54,7 +54,7 @@ def of(chosen: Plan, norms: Norms) -> dict[str, Tensor]:
 
 
 def digest(norms: Norms) -> str:
-    """A text that two runs share when their norms are the same; empty without any."""
+    """A text that is equal for two runs with equal norms; empty without any."""
     if not norms:
         return ""
     told = hashlib.sha256()
@@ -64,6 +64,6 @@ def digest(norms: Norms) -> str:
 
 
 def scored(w: Tensor, target: Target, norms: Norms) -> Tensor:
-    """What a mask chooses by: |W|·‖x‖ where there are norms, else W."""
+    """The scores from which a mask is made: |W|·‖x‖ with norms, else W."""
     norm = norms.get(target.label)
     return w if norm is None else wanda_score(w, norm, target.dim)

@@ -23,7 +23,7 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 def sharded(x: Tensor) -> TypeIs[DTensor]:
     """Whether `x` is a DTensor.
 
-    Whoever made one has imported its module, which takes seconds: nobody else need import it.
+    A DTensor exists only if its module is imported. That takes seconds, so this does not import it.
     """
     if type(x) in _PLAIN:  # asked hundreds of times a step
         return False
@@ -40,12 +40,12 @@ def local(x: Tensor) -> Tensor:
 
 
 def bare(x: Tensor) -> Tensor:
-    """`local`, to be looked at only: `x` itself where nothing is sharded."""
+    """`local`, for reading only: `x` itself where nothing is sharded."""
     return local(x) if sharded(x) else x
 
 
 def summed(value: Tensor, x: Tensor) -> Tensor:
-    """The sum over all of `x` of what each rank has summed over its own part."""
+    """The sum over the whole of `x`, from what each rank has summed over its own part."""
     if not sharded(x):
         return value
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -56,7 +56,7 @@ def summed(value: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Region:
-    """The rows of one target that lie on this rank.
+    """The rows of one target on this rank.
 
     Attributes:
         target: the target that the rows belong to.

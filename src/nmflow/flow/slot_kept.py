@@ -1,9 +1,9 @@
-"""A weight of which the optimizer steps the kept values alone, while its mask is frozen.
+"""A weight whose kept values alone the optimizer steps, while its mask is frozen.
 
-W, its gradient for the time of a step, and the optimizer's moments are then one row of kept values,
-and the mask is bits. Whoever looks at W, saves, loads or copies the optimizer meets whole tensors:
-looking expands them, and the next step takes them together again. What is pruned is let go: it is 0
-from then on.
+Then W, its gradient during a step, and the optimizer's moments are one row of kept values, and the
+mask is bits. Whoever reads W, or saves, loads or copies the optimizer, gets whole tensors: reading
+expands them, and the next step compresses them again. Pruned values are dropped: they are 0 from
+then on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class SlotKept(SlotMasks):
     """The part of a slot that does that.
 
     Attributes:
-        shrinks: whether the next step is to be on kept values.
-        places: the kept places, while W and the moments are their values alone; else None.
+        shrinks: whether the next step will be on kept values.
+        places: the kept places, while W and the moments hold only their values; else None.
     """
 
     param: Tensor
@@ -44,12 +44,12 @@ class SlotKept(SlotMasks):
 
     @property
     def held_mask(self) -> Tensor:
-        """The mask that is held, shaped and sharded like the parameter."""
+        """The held mask, shaped and sharded like the parameter."""
         self.expand()
         return self.tensors[KEPT_KEY]
 
     def bits(self, transposed: bool) -> Tensor:
-        """The mask that is held as bits, or its transpose; made once for a mask."""
+        """The held mask as bits, or its transpose; made once for each mask."""
         places = self.places
         if places is not None and not transposed:
             return places.bits
@@ -61,7 +61,7 @@ class SlotKept(SlotMasks):
         return self._bits[2]
 
     def shrink(self) -> bool:
-        """Take the kept values of W and of the optimizer's moments together; whether it did."""
+        """Compress W and the optimizer's moments to their kept values; returns whether it did."""
         grad = self.param.grad
         if self.places is not None or not self.shrinks or (grad is not None and grad.is_sparse):
             return False
@@ -71,14 +71,14 @@ class SlotKept(SlotMasks):
         return True
 
     def expand(self) -> None:
-        """Have whole tensors again, as every other optimizer has them."""
+        """Expand to whole tensors again, as every other optimizer has them."""
         places, self.places = self.places, None
         if places is not None:
             self.tensors[KEPT_KEY] = places.kept
             self._turn(lambda values: self._apart(places, values), torch.Size([places.count]))
 
     def _turn(self, make: Callable[[Tensor], Tensor], shape: torch.Size) -> None:
-        """Make others of W and of the optimizer's tensors of a shape."""
+        """Replace W, and the optimizer's tensors of a shape, by others made from them."""
         state, dense = self.optimizer.state.get(self.param), self.tensors[DENSE_KEY]
         self.tensors[DENSE_KEY] = make(dense)
         if state is None or state.get(DENSE_KEY, dense) is not dense:

@@ -1,4 +1,4 @@
-"""The masks of a parameter under a recipe: taken from W, or held; and the forms of kept weights."""
+"""The masks of a parameter under a recipe: made from W, or held; and the forms of kept weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SlotMasks:
 
     Attributes:
         regions: its targets' rows on this rank.
-        tensors: W, the masks that are held, and β, by key.
+        tensors: W, the held masks, and β, by key.
         norms: the norms that masks are chosen by, by label.
         covered: whether the regions are all of the parameter on this rank.
     """
@@ -67,7 +67,7 @@ class SlotMasks:
         )
 
     def _in_one_pass_held(self, stages: Stages, held: bool, out: Tensor) -> bool:
-        """Whether a kernel goes from W to all of W̃ by one mask that is held."""
+        """Whether a kernel goes from W to all of W̃ by one held mask."""
         if not (held and self.covered and len(self.regions) == 1):
             return False
         stage = stages[self.regions[0].target.label]
@@ -83,7 +83,7 @@ class SlotMasks:
             region.of(local(self.tensors[FADING_KEY])).copy_(fading)
 
     def formed(self, region: Region, stage: Stage, kept: Tensor) -> Tensor:
-        """What the kept weights of a region become by the form of its stage."""
+        """The values of a region's kept weights under the form of its stage."""
         w, target = region.of(local(self.dense)), region.target
         assert stage.pattern is not None
         if stage.form == "multi-axis":
@@ -93,11 +93,11 @@ class SlotMasks:
             )
         sparse = masks.soft_threshold(w, kept, stage.pattern, target.dim, stacked=target.stacked)
         scale = self.tensors[SCALE_KEY][self.regions.index(region)]
-        # Not yet taken where a dense phase shows its final masks.
+        # There is none yet when a dense phase shows its final masks.
         return sparse * (scale if bool(scale) else masks.least_squares(w, sparse))
 
     def take_scales(self, stages: Stages) -> None:
-        """Take β of each region that has its first mask now, once and for all."""
+        """Compute β of each region that gets its first mask now, once and for all."""
         scales = self.tensors[SCALE_KEY]
         for i, region in enumerate(self.regions):
             stage, target = stages[region.target.label], region.target

@@ -1,8 +1,8 @@
 """A slot: one parameter under a recipe, its dense weights and its place in the optimizer's state.
 
 Between steps the parameter's memory holds the sparse weights W̃ and the optimizer's state holds the
-dense ones W. For the time of a step the two change places, so that the optimizer, unchanged, steps
-on W. Nothing else lives between steps, but for a mask that is held on purpose.
+dense ones W. During a step the two change places, so that the optimizer, unchanged, steps on W.
+Nothing else is kept between steps, except a mask that is held on purpose.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nmflow.recipes.schedules import Stage
 
 
 class Slot(SlotKept):
-    """One parameter, in one optimizer, with the targets that lie in it.
+    """One parameter, in one optimizer, with the targets inside it.
 
     Attributes:
         name: the parameter's name in the model.
@@ -35,8 +35,8 @@ class Slot(SlotKept):
         optimizer: the optimizer that owns it.
         regions: its targets' rows on this rank.
         home: its places in the model.
-        tensors: W and the masks that are held, by key. The optimizer's state has the same ones
-            between steps, so that they travel with it; what becomes of that state loses nothing.
+        tensors: W and the held masks, by key. The optimizer's state has the same ones between
+            steps, so that they travel with it. Whatever happens to that state, nothing is lost.
         norms: the norms that masks are chosen by, see `attach`.
         covered: whether the regions are all of the parameter on this rank.
         stepping: whether the parameter holds the dense weights now, for the optimizer's step.
@@ -65,16 +65,16 @@ class Slot(SlotKept):
 
     @property
     def weight(self) -> Tensor:
-        """W: the dense weights, or the parameter itself where the recipe does not prune."""
+        """W: the dense weights, or the parameter itself if the recipe does not prune."""
         return self.dense if DENSE_KEY in self.tensors else self.param
 
     @property
     def stored(self) -> Tensor | None:
         """What the optimizer's state has as W: ours, another after a load, or nothing.
 
-        Nothing until the optimizer has state of its own for the parameter. A foreign key must not
-        be there before it: lazily built state asks whether any is, and Adam cannot load a state
-        that has no step.
+        Nothing until the optimizer has state of its own for the parameter. No foreign key may be
+        there before: optimizers that build state lazily check whether there is any, and Adam cannot
+        load a state without a step.
         """
         return self.optimizer.state.get(self.param, {}).get(DENSE_KEY)
 
@@ -93,12 +93,12 @@ class Slot(SlotKept):
             self.tensors[key] = torch.ones_like(self.param, dtype=torch.bool).detach()
 
     def store(self) -> None:
-        """Have the optimizer's state hold the slot's tensors, where it held such before."""
+        """Put the slot's tensors into the optimizer's state, if such tensors were there before."""
         if self.stored is not None:
             self.optimizer.state[self.param].update(self.tensors)
 
     def adopt(self, loaded: Mapping[str, Tensor]) -> None:
-        """Take the tensors of a state that was loaded, whose own for the parameter they are in."""
+        """Adopt the tensors of a loaded state, which are in its entry for the parameter."""
         self.places = None
         self.tensors = {key: loaded[key] for key in SLOT_KEYS if key in loaded}
         for key in (KEPT_KEY, FADING_KEY):
@@ -130,7 +130,7 @@ class Slot(SlotKept):
         """Take W out of the parameter again, into the optimizer's state.
 
         Args:
-            stateless: whether this optimizer keeps no state, so that a foreign key is no harm.
+            stateless: whether this optimizer keeps no state, so that a foreign key does no harm.
 
         Raises:
             FlowError: the optimizer did not step the parameter, see `Loan.take_back`.
@@ -183,8 +183,8 @@ class Slot(SlotKept):
 
         Args:
             stages: the stage of each target, by label.
-            held: whether the masks are those of the state, rather than taken from W.
-            hold: whether the masks are to be held in the state; False leaves what is held there.
+            held: whether to use the masks in the state; otherwise they are made from W.
+            hold: whether to keep the masks in the state; False leaves the state's masks alone.
 
         Returns:
             Bool scalars, on the parameter's device: whether the weights were finite.
@@ -194,14 +194,14 @@ class Slot(SlotKept):
             self.wrote(prints_of_it)
             return [finite]
         param = local(self.param)
-        # A kernel that masks by what is held takes the fingerprint on its way.
+        # A kernel that applies a held mask computes the fingerprint in the same pass.
         prints = blank(param) if self._in_one_pass_held(stages, held, param) else None
         finite = self.project(stages, held, hold, param, prints)
         self.wrote(None if prints is None else prints[1])
         return finite
 
     def wrote(self, prints: Tensor | None = None) -> None:
-        """W̃ is in the parameter; its fingerprint may be at hand."""
+        """Note that W̃ is in the parameter; `prints` is its fingerprint, if already taken."""
         # The kernel's write is unknown to autograd, which must not reuse the old weight.
         torch.autograd.graph.increment_version(bare(self.param))
         self.seen(prints)
@@ -242,7 +242,7 @@ class Slot(SlotKept):
         return finite
 
     def rest(self) -> None:
-        """Show W itself: what is left to do when W is not finite and has no mask."""
+        """Show W itself, the only way left when W is not finite and has no mask."""
         local(self.param).copy_(local(self.dense))
         self.seen()
 
@@ -252,12 +252,12 @@ class Slot(SlotKept):
         """Remember the parameter as it is, so that a write by somebody else is noticed.
 
         Args:
-            prints: its fingerprint, where whoever wrote it took it.
+            prints: its fingerprint, if the writer took it.
         """
         self._mark, self._loading = Mark.of(local(self.param), prints), None
 
     def known(self, version: int, prints: Tensor, rows: slice) -> None:
-        """As `seen`, where the parameter is of a version, and the fingerprint in rows of many."""
+        """As `seen`, for a known version, with the fingerprint in rows of one for many tensors."""
         assert self._mark is not None
         self._mark.version, self._mark.whole, self._mark.rows = version, prints, rows
         self._loading = None
@@ -268,21 +268,21 @@ class Slot(SlotKept):
 
     @property
     def version(self) -> int | None:
-        """Torch's version of the parameter as it was seen."""
+        """Torch's version of the parameter when it was last seen."""
         return None if self._mark is None else self._mark.version
 
     def moved(self) -> bool:
-        """Whether torch's version of the parameter or its address is another since it was seen."""
+        """Whether torch's version of the parameter or its address has changed since it was seen."""
         return self._mark is None or self._mark.moved(bare(self.param))
 
     def same(self) -> Tensor:
-        """Whether the parameter's values are those that were seen: a bool scalar where it lies."""
+        """Whether the parameter's values are unchanged since: a bool scalar on its device."""
         assert self._mark is not None
         return self._mark.same(local(self.param))
 
     @property
     def prints(self) -> Tensor:
-        """The fingerprint of the parameter as it was seen."""
+        """The fingerprint of the parameter when it was last seen."""
         assert self._mark is not None
         return self._mark.prints
 

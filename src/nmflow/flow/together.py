@@ -1,6 +1,6 @@
 """What is done to many weights at once: W̃, the gradient rule and the pull in a launch or two.
 
-Every method does what it can, and says which slots are left to be done one by one.
+Every method does what it can, and returns the slots that are left to be done one by one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Together:
     """The slots of one optimizer that are stepped as one.
 
     Attributes:
-        bundle: the slots; None where there are none.
+        bundle: the slots; None if there are none.
         singles: the others.
-        deltas: while a CUDA graph is captured, where each step's δ of each kind is; else None.
+        deltas: during the capture of a CUDA graph, where the δ of each kind is; else None.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Together:
         self._plans: Plans | None = None
 
     def gather(self) -> Bundle | None:
-        """The bundle, where everything is where it was; else of what may be in one now."""
+        """The bundle if its lists still hold, else a new one of the slots that fit now."""
         if self.bundle is not None and self.bundle.holds():
             return self.bundle
         self.bundle, self.singles, self._plans = None, self._slots, None
@@ -59,7 +59,7 @@ class Together:
         return self.bundle
 
     def plan(self, stages: Stages, held: bool, hold: bool) -> Plan | None:
-        """The plan that does everything for all weights in launches; None where some are left."""
+        """The plan that does everything for all weights in launches; None if some are left."""
         bundle = self.gather()
         if bundle is None or self._plans is None or bundle.prints is None or self.singles:
             return None
@@ -126,7 +126,7 @@ class Together:
     def write(
         self, k: int, stages: Stages, reuse: bool, hold: bool, raised: list[Tensor]
     ) -> Sequence[Slot]:
-        """W̃ of step `k`, see `Weights.write`; adds what says whether W was finite to `raised`."""
+        """W̃ of step `k`, see `Weights.write`; adds to `raised` whether W was finite."""
         bundle = self.gather()
         if bundle is None or self._plans is None or bundle.prints is None:
             return self._slots
@@ -140,7 +140,7 @@ class Together:
         return self.singles
 
     def _of_grads(self, grads: Sequence[Tensor | None], stages: Stages, held: bool) -> Plan:
-        """The plan of what is done to weights that have a gradient."""
+        """The plan for the weights that have a gradient."""
         assert self._plans is not None
         among = None
         if any(g is None for g in grads):
@@ -148,7 +148,7 @@ class Together:
         return self._plans.of(stages, held, False, among)
 
     def _delta(self, k: int, share: Share, stages: Stages) -> float | Tensor:
-        """δ of a launch; where a CUDA graph finds it, while one is captured."""
+        """δ of a launch; during a capture, the tensor from which the CUDA graph reads it."""
         if self.deltas is None:
             return stages[share.kind].delta
         return self.deltas[k, share.kind]
