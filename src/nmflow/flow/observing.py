@@ -19,7 +19,7 @@ class View(NamedTuple):
         target: the target.
         weight: its dense weights W, this rank's rows of the target.
         grad: the gradient g = ∂L/∂W̃, unscaled and before the recipe's rule; None if there is none.
-        mask: the weights kept under the current pattern; under the final one while dense.
+        mask: the kept weights under the current pattern; under the final one in the dense phase.
         stage: its stage.
     """
 

@@ -35,7 +35,7 @@ ELEMENTWISE = frozenset(
         *("RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop"),
     )
 )
-"""Optimizers that step each weight by its own gradient alone; subclasses may do otherwise."""
+"""Optimizers that step each weight by its own gradient alone; subclasses might not."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class SparseSteps:
         self._whole: dict[str, str] = {}
 
     def show(self, run: Run, k: int) -> None:
-        """Have each layer compute as step `k` allows."""
+        """Make each layer compute as step `k` allows."""
         if self.mode == "off":
             return
         targets = [r.target for s in self._slots for r in s.regions]
@@ -151,7 +151,7 @@ class SparseSteps:
         return found
 
     def stop(self) -> None:
-        """Have each layer compute as ever."""
+        """Make each layer compute dense again."""
         for slot in self._slots:
             slot.shrinks = False
             for module, _ in slot.home.modules():
@@ -162,7 +162,7 @@ _MIXED = "its rows are several targets, with masks of their own"
 
 
 def why_dense(slot: Slot) -> str:
-    """Why a weight's layer is dense at every step, in one clause; or ""."""
+    """Why a weight's layer is dense at every step, in one clause; or "" if it is not."""
     if sharded(slot.param):
         return "sharded: each rank has rows of it"
     if len(slot.home.names) > 1:
@@ -190,7 +190,7 @@ def why_dense(slot: Slot) -> str:
 
 
 def why_not_yet(run: Run, optimizer: Optimizer, stage: Stage, k: int) -> str:
-    """Why no layer of a stage computes on kept places: what its mask and its gradient are."""
+    """Why no layer of a stage computes on kept places, by its mask and its gradient; or ""."""
     recipe = run.recipe
     if stage.pattern is None:
         return "its phase is dense"
@@ -242,7 +242,7 @@ def masked(recipe: Recipe) -> bool:
 
 
 def why_not_elementwise(optimizer: Optimizer) -> str:
-    """Why what a kept weight becomes may depend on the gradients of pruned ones; or ""."""
+    """Why the step of a kept weight may depend on the gradients of pruned ones; or ""."""
     if type(optimizer) in ELEMENTWISE:
         return ""
     kind = type(optimizer).__name__
@@ -250,7 +250,7 @@ def why_not_elementwise(optimizer: Optimizer) -> str:
 
 
 def why_mixed(slot: Slot) -> str:
-    """Why the rows of a weight are no one N:M matrix; or ""."""
+    """Why the rows of a weight are not one N:M matrix; or ""."""
     rows = sum(region.count for region in slot.regions)
     target = slot.regions[0].target
     if rows != local(slot.param).shape[target.out_dim]:

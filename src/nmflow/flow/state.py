@@ -1,4 +1,4 @@
-"""What a flow is besides its weights: pure functions of the step, and its name in a saved state."""
+"""A flow apart from its weights: pure functions of the step, and its name in a saved state."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from nmflow.recipes.schedules import Stage
 from nmflow.select.target import Target
 
 STEP_KEY, RECIPE_KEY = GROUP_KEYS = ("nmflow_step", "nmflow_recipe")
-"""The keys of a flow in an optimizer's param groups: k, and `Run.signature`. Plain types both."""
+"""The keys of a flow in an optimizer's param groups: k, and `Run.signature`. Both plain."""
 
 SLOT_KEYS = ("nmflow_dense", "nmflow_mask", "nmflow_fading", "nmflow_scale")
 DENSE_KEY, KEPT_KEY, FADING_KEY, SCALE_KEY = SLOT_KEYS
 """The keys of a weight in `optimizer.state[p]`: W, the masks m and m' where they are held, and β
-where a recipe scales each weight: one for each target in it, 0 before the first mask."""
+if a recipe scales each weight: one for each target in it, 0 before the first mask."""
 PENDING_KEY = "nmflow_pending"
 """The key in a saved state of the weights whose parameter has no state of its own yet."""
 
-_STEPS = ("total_steps", "begun")  # which a run that is resumed may have others of
+_STEPS = ("total_steps", "begun")  # in which a resumed run may differ
 
 # What wrappers put into a parameter's name; a state may be resumed with or without them.
 _WRAPPINGS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 Kind = tuple[Pattern, int]
-"""The pattern of a target and the length of its grouped axis, which alone decide on its stages."""
+"""The pattern of a target and the length of its grouped axis, which alone decide its stages."""
 
 
 def kind_of(target: Target) -> Kind:
@@ -50,9 +50,9 @@ class Run:
         total_steps: K.
         mask_interval: the steps between two masks.
         freeze_mask: whether the mask is held through the fine-tune phase.
-        begun: the number of steps by which the phases count, where the run was resumed with
-            another K; None where it is K, see `prolonging`.
-        norms: the digest of the norms that masks are chosen by; empty without any.
+        begun: the number of steps by which the phases count, if the run was resumed with
+            another K; None if it is K, see `prolonging`.
+        norms: the digest of the norms from which masks are made; empty without any.
     """
 
     recipe: Recipe
@@ -92,14 +92,14 @@ class Run:
         return self.recipe.phases(self.planned)[0]
 
     def frozen_since(self) -> int | None:
-        """The step at which the mask is taken for good; None if it never is."""
+        """The step whose mask is kept for good; None if there is none."""
         own = self.recipe.frozen_since(self.planned)
         asked = self.planned - self.recipe.phases(self.planned)[1] if self.freeze_mask else None
         return min((since for since in (own, asked) if since is not None), default=None)
 
     @property
     def held_keys(self) -> tuple[str, ...]:
-        """What the run ever holds of a weight beside W between steps, by its key in the state."""
+        """What the run may hold for a weight beside W between steps, by its key in the state."""
         scale = (SCALE_KEY,) if self.recipe.form == "soft-threshold" else ()
         if self.mask_interval == 1 and self.recipe.stairs == 0 and self.frozen_since() is None:
             return scale
@@ -111,13 +111,13 @@ class Run:
         return self.recipe.dressed(Stage("final", target.pattern), target.pattern)
 
     def holds(self, k: int) -> bool:
-        """Whether the masks of step `k` are to be held, since a later step needs them."""
+        """Whether to keep the masks of step `k`, because a later step needs them."""
         since = self.frozen_since()
         often = self.mask_interval > 1 or self.recipe.stairs > 0
         return often or (since is not None and k >= since)
 
     def reuses(self, kinds: Collection[Kind], k: int) -> bool:
-        """Whether the masks of step `k` are those of step `k - 1`, rather than taken from W."""
+        """Whether the masks of step `k` are those of step `k - 1`; otherwise W gives new ones."""
         since = self.frozen_since()
         if since is not None and k > since:
             return True
@@ -149,7 +149,7 @@ class Run:
         return json.dumps(signature, ensure_ascii=True)
 
     def resuming(self, saved: object, targets: Sequence[Target], k: int) -> Run:
-        """This run, as it goes on from a state of step `k` that was saved with a signature.
+        """This run, as it continues from a state of step `k` that was saved with a signature.
 
         Args:
             saved: the signature in the state.
@@ -157,7 +157,7 @@ class Run:
             k: the step in the state.
 
         Raises:
-            StateError: the state is of another run, or cannot go on for `total_steps`.
+            StateError: the state belongs to another run, or cannot continue for `total_steps`.
         """
         theirs = _read(saved)
         said = differences(theirs, json.loads(self.signature(targets)))
@@ -174,7 +174,7 @@ class Run:
 
 
 def _read(saved: object) -> dict[str, Any]:
-    """A signature's values, of which the numbers of steps are numbers."""
+    """A signature's values, with the numbers of steps as numbers."""
     try:
         read = json.loads(saved)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -190,7 +190,7 @@ def _read(saved: object) -> dict[str, Any]:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What two signatures differ in, but for their steps, in words; empty if nothing."""
+    """The differences of two signatures in words, except their steps; empty if there are none."""
     said = []
     for key in dict.fromkeys([*ours, *theirs]):
         value = ours.get(key)

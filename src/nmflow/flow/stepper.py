@@ -25,13 +25,13 @@ from nmflow.flow.weights import Weights
 
 
 class Stepper:
-    """One optimizer under a recipe: what it is told, from attach to finalize.
+    """One optimizer under a recipe, from `attach` to `finalize`.
 
     Attributes:
         slots: the parameters that it owns and a recipe targets.
-        edits: what may be done to them between two steps.
+        edits: what the user may do to them between two steps.
         layers: how the layers of the weights compute.
-        graphs: what of its steps is in a CUDA graph.
+        graphs: the part of its steps that is in a CUDA graph.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Stepper:
 
     @property
     def run(self) -> Run:
-        """The recipe over its run; another than was asked for while a state is prolonged."""
+        """The recipe over its run; it differs from the requested one while a state is prolonged."""
         return self._weights.run
 
     @property
@@ -81,7 +81,7 @@ class Stepper:
     # -- from attach to finalize ---------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise unless the optimizer and the weights can be taken; change nothing."""
+        """Raise unless a recipe fits the optimizer and the weights; change nothing."""
         for slot in self.slots:
             if owners.is_owned(slot.param):
                 raise FlowError(
@@ -122,7 +122,7 @@ class Stepper:
             self._record.check()
 
     def start(self) -> None:
-        """Take the weights, or the state that is there already, and hook the optimizer."""
+        """Adopt the weights, or the state that is there already, and hook the optimizer."""
         for slot in self.slots:
             owners.add(slot.param, self.optimizer)
         self._hook()
@@ -139,7 +139,7 @@ class Stepper:
 
     def _hook(self) -> None:
         one, steps, record = self.optimizer, self._steps, self._record
-        around: Any = torch.compiler.disable  # a compiler that traces a step goes around ours
+        around: Any = torch.compiler.disable  # a compiler that traces a step skips ours
         hooks: Any
         hooks = (
             (one.register_step_pre_hook, around(steps.before)),
@@ -152,7 +152,7 @@ class Stepper:
             (one.register_load_state_dict_post_hook, record.loaded),
         )
         self._handles.extend(register(hook) for register, hook in hooks)
-        # What hooks of others do after a step meets the sparse weights, and a step that is counted.
+        # Hooks of others after a step see the sparse weights, and a step that is counted.
         hooks = one._optimizer_step_post_hooks
         hooks.move_to_end(self._handles[1].id, last=False)
         self._handles.append(Clones(one, self._weights.expand))

@@ -44,16 +44,16 @@ class Steps:
         self._reuse: bool | None = None
         self._frozen: list[preconditioner.Frozen] = []
         self._known = False  # whether the optimizer keeps finer weights than the model
-        # How many calls of `step` run now, whether its hooks ran, and how many more of them.
+        # How many calls of `step` are running, whether their hooks ran, and how many are nested.
         self._calls, self._hooked, self._nested = 0, False, 0
 
     # -- the hooks of a step -------------------------------------------------------------------
 
     def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict) -> tuple | None:
-        """The hook before a step, which puts W in; where there is a closure, after that."""
+        """The hook before a step, which puts W in; with a closure, after the closure ran."""
         self._hooked = True
         if self._inside and self._calls:
-            self._nested += 1  # a subclass that calls the step of its base, which has hooks too
+            self._nested += 1  # a subclass calls its base class's step, which has hooks too
             return None
         self.mend()
         self._check_no_block("optimizer.step()")
@@ -203,8 +203,8 @@ class Steps:
     def _is_phantom(self) -> bool:
         """Whether this step only builds the optimizer's state, as a distributed checkpoint does.
 
-        Before the first save or load, `torch.distributed.checkpoint.state_dict` steps an optimizer
-        without state at lr 0 on gradients of zero.
+        Before the first save or load, `torch.distributed.checkpoint.state_dict` makes an optimizer
+        without state step at lr 0 on zero gradients.
         """
         groups = self._optimizer.param_groups
         if self._optimizer.state or any(g.get("lr") is None or float(g["lr"]) for g in groups):
@@ -215,7 +215,7 @@ class Steps:
     # -- the guards of calls -------------------------------------------------------------------
 
     def begins(self, args: tuple, kwargs: dict) -> None:
-        """Before a call of `step`, which is to run the hooks."""
+        """Before a call of `step`, which should run the hooks."""
         if not self._calls:
             self.mend()
             self._hooked = False
@@ -241,7 +241,7 @@ class Steps:
             self.mend()
 
     def before_saving(self, *_: Any) -> None:
-        """Before the optimizer saves: a step that raised past its guard is mended."""
+        """Before the optimizer saves: repair a step that raised past its guard."""
         if not self._calls:
             self.mend()
         self._weights.expand()
@@ -259,7 +259,7 @@ class Steps:
             )
 
     def mend(self) -> None:
-        """Go on after a step that raised: it is not counted, and its weights are taken as W."""
+        """Continue after a step that raised: do not count it, and adopt its weights as W."""
         if self._inside:
             self._mend()
 
@@ -273,7 +273,7 @@ class Steps:
             if self._weights.flags.kept is None:  # a capture has done nothing to the weights
                 self._weights.write(self._record.k, self._reuse)
         except NMFlowError as error:
-            # The exception that broke the step goes on; the next step raises this one again.
+            # The caller gets the exception of the step; the next step raises this one again.
             log.warning("%s", error)
         self._inside = self._entered = False
 
@@ -289,7 +289,7 @@ class Steps:
 
     @torch.no_grad()
     def give_back(self, out: Any = None) -> Any:
-        """Take W out of the parameters after such a method, and write W̃ of what it made of W."""
+        """Take W out of the parameters after such a method, and write W̃ from the W that it left."""
         self._leave()
         if self.block == FINAL_MASKS:
             self._edits.harden(self._record.k)

@@ -28,7 +28,7 @@ _FOREACH: Any = torch  # whose functions for many tensors it does not type
 
 
 class Weights:
-    """Slots that step together. Nothing here counts: every method is told k.
+    """Slots that step together. Nothing here counts steps: every method takes k.
 
     Attributes:
         run: the recipe over its run.
@@ -37,13 +37,13 @@ class Weights:
             the recipe does not prune.
         targets: the targets of all slots, in the same order.
         known: the kinds of target that there are.
-        prepared: what a step that raised has done already.
-        flags: what devices are asked, and answer a step later.
+        prepared: what a step that raised has already done.
+        flags: questions to devices, whose answers come a step later.
         groups: the optimizer's groups that have the parameters.
         homes: the places of the parameters in the model.
-        shrinks: whether steps may be on kept values alone.
-        paces: how far steps go where the learning rate has a factor.
-        together: what is done to many of them at once.
+        shrinks: whether the optimizer may step kept values alone.
+        paces: how far steps go if the learning rate has a factor.
+        together: operations on many of them at once.
         told: called with the run and k whenever W̃ of step k was written.
     """
 
@@ -69,13 +69,13 @@ class Weights:
             slot.start(self.run.held_keys)
 
     def shrink(self) -> None:
-        """Take kept values together where the step that begins is on them alone."""
+        """Compress to kept values if the next step is on them alone."""
         shrunk = [slot.shrink() for slot in self.pruned] if self.shrinks else []
         if any(shrunk):
             self.together.gather()  # a bundle has whole weights
 
     def expand(self) -> None:
-        """Have whole tensors in the optimizer's state."""
+        """Expand the tensors in the optimizer's state to whole ones."""
         for slot in self.pruned:
             slot.expand()
 
@@ -123,7 +123,7 @@ class Weights:
         return self._kinds[2]
 
     def plans(self, k: int) -> tuple[Plan, Plan] | None:
-        """What is launched before step `k + 1` and after it; None where weights go one by one."""
+        """The launches before step `k + 1` and after it; None if weights go one by one."""
         held, reuse, hold = (
             self.has_masks(k),
             self.run.reuses(self.known, k + 1),
@@ -236,7 +236,7 @@ class Weights:
     # -- W̃ from W ------------------------------------------------------------------------------
 
     def has_masks(self, k: int) -> bool:
-        """Whether the masks of step `k` are in the state rather than taken from W."""
+        """Whether the masks of step `k` are in the state; otherwise W gives them."""
         return bool(self.pruned) and self.run.holds(k)
 
     def write(self, k: int, reuse: bool | None = None) -> None:
@@ -244,7 +244,7 @@ class Weights:
 
         Args:
             k: the optimizer steps done.
-            reuse: whether to mask by the masks that are held; None says: if they are of step `k`.
+            reuse: whether to use the held masks; None: if they belong to step `k`.
         """
         reuse = self.has_masks(k) if reuse is None else reuse
         hold = self.run.holds(k)
@@ -270,7 +270,7 @@ class Weights:
             tell(self.run, k)
 
     def read_finite(self, k: int) -> None:
-        """Raise a `WeightError` if the last write on a device met a weight that is not finite."""
+        """Raise a `WeightError` if the last write on a device found a weight that is not finite."""
         if self.flags.raised:
             self.flags.raised = False
             self.check_finite(k)

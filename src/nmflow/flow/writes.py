@@ -1,4 +1,4 @@
-"""Writes by others: which places of a parameter are not W̃ any more, and W taken from there."""
+"""Writes by others: which places of a parameter no longer hold W̃, and how W adopts them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def shown(slot: Slot, stages: Stages, held: bool) -> Tensor:
 def written(slot: Slot, stages: Stages, held: bool) -> Tensor | None:
     """The places of a parameter that somebody wrote, by value; None if there are none.
 
-    A place is written where it does not hold W̃; all are, where `load_state_dict` gave the whole
-    weight and it is another than W̃. NaN is a write, the sign of a zero is none.
+    A place counts as written if it does not hold W̃. All places count if `load_state_dict` gave the
+    whole weight and it differs from W̃. NaN is a write; the sign of a zero is not.
 
     Args:
         slot: the parameter.
         stages: the stage of each target at the last write of W̃.
-        held: whether its masks are those of the state.
+        held: whether its masks are those in the state.
 
     Returns:
         A bool tensor shaped like this rank's part. Without a True in it, somebody converted or
@@ -62,7 +62,7 @@ def check_kind(slot: Slot) -> None:
 
 
 def mend_kind(slot: Slot) -> None:
-    """Give a parameter memory like W's, where `param.data = x` gave it another kind."""
+    """Give a parameter memory like W's if `param.data = x` gave it another kind."""
     now, dense = local(slot.param), local(slot.dense)
     kinds = [(x.shape, x.dtype, x.device) for x in (now, dense)]
     if kinds[0] != kinds[1] and not sharded(slot.param):
@@ -70,7 +70,7 @@ def mend_kind(slot: Slot) -> None:
 
 
 def take(slot: Slot, places: Tensor | None) -> None:
-    """Take what the parameter holds at some places, or at all, as W; and its dtype and device."""
+    """Adopt as W what the parameter holds, at some places or all; and its dtype and device."""
     now, dense = local(slot.param), local(slot.dense)
     if (dense.dtype, dense.device) != (now.dtype, now.device):
         tensors = slot.tensors
@@ -84,7 +84,7 @@ def take(slot: Slot, places: Tensor | None) -> None:
 
 
 def retake(slot: Slot, stages: Stages, places: Tensor) -> None:
-    """Take masks that are held anew from W, in the groups that have one of the places."""
+    """Make held masks again from W, in the groups that contain one of the places."""
     for region in slot.regions:
         stage, target = stages[region.target.label], region.target
         if region.count == 0 or stage.pattern is None:
@@ -104,7 +104,7 @@ def retake(slot: Slot, stages: Stages, places: Tensor) -> None:
 
 
 def put_back(slot: Slot, stages: Stages, held: bool, places: Tensor) -> None:
-    """Write W̃ around the places that somebody wrote, which stay to be noticed."""
+    """Write W̃ around the places that somebody wrote; those stay, so that they are noticed."""
     now = local(slot.param)
     now.copy_(torch.where(places, now, shown(slot, stages, held).to(now)))
 

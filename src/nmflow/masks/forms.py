@@ -1,4 +1,4 @@
-"""What a kept weight becomes under recipes that do not leave it as it is: pure functions."""
+"""The values of kept weights under recipes that change them: pure functions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from nmflow.pattern import Pattern
 def soft_threshold(
     w: Tensor, kept: Tensor, pattern: Pattern, dim: int = 1, *, stacked: bool = False
 ) -> Tensor:
-    r"""What of each kept |w| exceeds the largest |w| of its group that is not kept.
+    r"""The part of each kept |w| above the largest |w| of its group that is not kept.
 
-    `sign(w) · max(|w| - t, 0)` where `kept`, else 0. As a function of w it is continuous: a weight
-    that takes another's place comes in at 0.
+    `sign(w) · max(|w| - t, 0)` where `kept`, else 0. It is continuous in w: a weight that replaces
+    another begins at 0.
 
     Args:
         w: a weight, as for `mask`.
         kept: its mask.
         pattern: the mask's pattern.
         dim: the grouped axis.
-        stacked: not needed; for one signature of all forms.
+        stacked: not used; all forms have the same signature.
 
     Example:
         >>> w = torch.tensor([[3.0, -5.0, 1.0, 2.0]])
@@ -41,7 +41,7 @@ def soft_threshold(
 
 
 def least_squares(w: Tensor, sparse: Tensor) -> float:
-    """β of the least ‖w - β·sparse‖², `⟨w, sparse⟩ / ⟨sparse, sparse⟩`; 1 where all is 0."""
+    """The β that minimizes ‖w - β·sparse‖², `⟨w, sparse⟩ / ⟨sparse, sparse⟩`; 1 if all are 0."""
     wide, thin = w.flatten().double(), sparse.flatten().double()
     square = float(thin @ thin)
     return float(wide @ thin) / square if square else 1.0
@@ -50,11 +50,11 @@ def least_squares(w: Tensor, sparse: Tensor) -> float:
 def importance(
     w: Tensor, pattern: Pattern, dim: int = 1, *, stacked: bool = False, tau: float = 1e-2
 ) -> Tensor:
-    r"""By how much a weight is enhanced: how far it lies above the threshold of its row.
+    r"""How much a weight is enhanced: how far it is above the threshold of its row.
 
     `q = σ((|w| - t)/τ)` for the share N/M of a row's largest |w|, else 0, with t halfway between
-    the last that is among them and the first that is not; of a convolution of several places, the
-    same of all weights of a place is added.
+    the smallest of them and the largest of the others. For a convolution with several places, the
+    same over all weights of a place is added.
 
     Args:
         w: a weight, as for `mask`.
@@ -80,7 +80,7 @@ def importance(
 
 
 FORMS = ("", "soft-threshold", "multi-axis")
-"""What may be kept of a kept weight: all, what exceeds a threshold, and more of important ones."""
+"""Forms of a kept weight: unchanged, the part above a threshold, and enhanced if important."""
 
 
 def _along(size: Tensor, first: int, pattern: Pattern, tau: float) -> Tensor:

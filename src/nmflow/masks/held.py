@@ -1,4 +1,4 @@
-"""What a weight, or its gradient, becomes by masks that are there already."""
+"""A weight, or its gradient, under masks that exist already."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def hold(
     delta: float = 0.0,
     prints: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    r"""Write `W ⊙ (m + (1 - m) ⊙ m' · δ)` into `out`; whether W was finite, where W is.
+    r"""Write `W ⊙ (m + (1 - m) ⊙ m' · δ)` into `out`; returns whether W was finite, on its device.
 
     Args:
         w: the dense weight W.
         kept: the bool mask m.
         out: like `w`.
-        fading: the bool mask m'; None is all of them.
+        fading: the bool mask m'; None is all places.
         delta: δ.
-        prints: factors, and where the fingerprint of each row of `out` goes: for the kernel only.
+        prints: factors, and memory for the fingerprint of each row of `out`: for the kernel only.
     """
     if (fading is None or delta == 0.0) and one_pass_holds(w, kept, out):
         odd, sums = prints or (None, None)

@@ -1,4 +1,4 @@
-"""The kept values of a tensor together, and apart again; and its mask as bits."""
+"""Compressing a tensor to its kept values, and expanding it again; and its mask as bits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def to_bits(kept: Tensor) -> Tensor:
         kept: bool, of any shape.
 
     Returns:
-        uint8 `(rows, b)`: bit `c % 8` of byte `c // 8` is column c; b is a multiple of 8, and what
-        is past the last column is 0.
+        uint8 `(rows, b)`: bit `c % 8` of byte `c // 8` is column c; b is a multiple of 8, and bits
+        past the last column are 0.
 
     Example:
         >>> to_bits(torch.tensor([[True, False, True]]))
@@ -32,7 +32,7 @@ def to_bits(kept: Tensor) -> Tensor:
 
 
 def from_bits(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The mask of a shape that `to_bits` made these of."""
+    """The mask of a shape from which `to_bits` made these bits."""
     powers = torch.tensor(_POWERS, dtype=torch.uint8, device=bits.device)
     rows = (bits.unsqueeze(-1) & powers).bool().view(len(bits), -1)
     return rows[:, : shape[1:].numel()].reshape(shape)
@@ -46,8 +46,8 @@ class Places:
 
     Attributes:
         bits: the mask, as `to_bits` has it.
-        starts: int64, how many places there are before each row; one more than rows.
-        shape: that of the mask.
+        starts: int64, the number of places before each row; one entry more than rows.
+        shape: the shape of the mask.
     """
 
     def __init__(self, kept: Tensor) -> None:
@@ -79,7 +79,7 @@ class Places:
         Args:
             values: as `together` gives them.
             out: shaped like the mask.
-            prints: factors, and where the fingerprint of each row of `out` goes: for the kernel
+            prints: factors, and memory for the fingerprint of each row of `out`: for the kernel
                 only, see `serves`.
 
         Returns:

@@ -1,7 +1,7 @@
-"""What one launch on a GPU does for many weights: prepared once, asked for at every step.
+"""One launch on a GPU for many weights: prepared once, run at every step.
 
-A launch from Python takes some 50 µs, as long as several weights. Where the weights lie is a table
-on the device, which is made once for a set of addresses.
+A launch from Python takes some 50 µs, as long as several weights. A table on the device has the
+addresses of the weights; it is made once for each set of addresses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nmflow.errors import FlowError
 from nmflow.masks.triton import Cut, constants, cut_of, power_of_two
 from nmflow.pattern import Pattern
 
-_KEPT = 8  # tables of a launch: gradients come to lie where they lay some steps before
+_KEPT = 8  # tables of a launch: gradients return to addresses of some steps before
 _BLOCK = 2048
 _ROOM = 4 << 20  # bytes for the tables of a graph
 
@@ -34,7 +34,7 @@ class Job(NamedTuple):
         w: a weight that `triton.serves` takes; contiguous where there is a mask.
         pattern: N:M without panels.
         dim: the axis that is cut into groups.
-        mask: the mask that is held, contiguous; None is taken from `w`.
+        mask: the held mask, contiguous; None makes it from `w`.
     """
 
     w: Tensor
@@ -47,7 +47,7 @@ class Launch:
     """The weights of one launch.
 
     Attributes:
-        members: their places among the jobs that were given.
+        members: their places among the given jobs.
     """
 
     def __init__(self, jobs: Sequence[Job], members: Sequence[int]) -> None:
@@ -81,15 +81,15 @@ class Launch:
         """`triton.project`, or `held.hold`, of all of them.
 
         Args:
-            out: the addresses of what is written, each like its weight; None is the weights.
-            values: the addresses of what it is made of; None is the weights.
+            out: the addresses to write to, each like its weight; None is the weights.
+            values: the addresses of the values that are projected; None is the weights.
             delta: δ.
             pull: as for `triton.project`.
             scale: as for it.
 
         Returns:
-            A bool scalar on the device: whether all weights that were read were finite. Masks that
-            are held need no weights for `values` without a pull.
+            A bool scalar on the device: whether all weights that were read were finite. With held
+            masks and no pull, `values` are projected without reading the weights.
         """
         from nmflow.masks import triton_kernel
 
@@ -123,7 +123,7 @@ class Launch:
     def _rows(
         self, out: Sequence[int] | None, values: Sequence[int] | None
     ) -> tuple[list[tuple[int, ...]], int]:
-        """The table's rows, and how many of their first numbers decide on its alignment."""
+        """The table's rows, and how many of their first numbers decide the alignment."""
         own = [w.data_ptr() for w in self._w]
         masks = [() if m is None else (m.data_ptr(),) for m in self._masks]
         rows = [
@@ -136,7 +136,7 @@ class Launch:
 
 
 def launches_of(jobs: Sequence[Job]) -> list[Launch]:
-    """As few launches as serve all weights: one for all that are cut alike."""
+    """As few launches as serve all weights: one for all weights that are cut alike."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, job in enumerate(jobs):
         key: tuple[Any, ...] = (job.w.device, job.w.dtype, job.mask is not None)
@@ -171,7 +171,7 @@ class Prints:
         self._step = min(1024, power_of_two(max(map(len, odd))))
 
     def blank(self) -> Tensor:
-        """Room for them: int64, a number a row."""
+        """Memory for them: int64, one number for each row."""
         return torch.empty(self._count, dtype=torch.int64, device=self._like.device)
 
     def __call__(self, out: Tensor | None = None) -> Tensor:
@@ -199,11 +199,11 @@ class Table(NamedTuple):
 
 
 class Tables:
-    """The tables of one launch, by the addresses that they are for, and the job of each block.
+    """The tables of one launch, by their addresses, and the job of each block.
 
     Args:
         counts: the blocks of each job.
-        device: where they go.
+        device: the device of the tables.
     """
 
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
@@ -227,7 +227,7 @@ class Tables:
         return table
 
 
-# What is kept is a function of its key alone.
+# The entry is a function of its key alone.
 @functools.lru_cache(64)
 def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """The job of each block, of jobs with so many blocks."""
@@ -238,9 +238,9 @@ def _owners(counts: tuple[int, ...], device: torch.device) -> Tensor:
 class _Capture:
     """Tables that a CUDA graph reads: kept for it, and filled when its capture is over.
 
-    What a capture allocates is its graph's own, which gives it to several tensors in turn: what was
-    there before a table would be written over it at each replay. So tables lie in memory from
-    before the capture.
+    Memory that a capture allocates belongs to its graph, which gives it to several tensors in turn:
+    earlier tensors would overwrite a table at each replay. So tables are in memory from before the
+    capture.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -265,12 +265,12 @@ _captures: list[_Capture] = []  # the one that runs now, or none
 
 
 def begin_capture(device: torch.device) -> None:
-    """Say that a CUDA graph will be captured now, of work on a device."""
+    """Note that a CUDA graph of work on a device will be captured now."""
     _captures[:] = [_Capture(device)]
 
 
 def end_capture() -> list[Tensor]:
-    """Say that the capture has ended; the tables that the graph reads, which must live with it."""
+    """Note that the capture has ended; return the graph's tables, which must live as long as it."""
     capture = _captures.pop()
     for there, t in capture.late:
         there.copy_(t)
@@ -287,5 +287,5 @@ def _sent(t: Tensor, device: torch.device) -> Tensor:
 
 
 def _far(device: torch.device) -> bool:
-    """Whether a tensor has to be sent there."""
+    """Whether a tensor has to be copied to the device."""
     return device.type == "cuda"

@@ -1,8 +1,8 @@
 """The mask kernel on a GPU: W to mask and W̃ in one pass, in Triton, which torch brings along.
 
-Where Triton is missing, or has no C compiler to build its launches with, the same is done in plain
-torch, in several passes and, for N above 1, by a `topk` that takes longer than the training step
-around it; a warning says so once.
+If Triton is missing, or has no C compiler to build its launches, plain torch does the same in
+several passes. For N above 1 that needs a `topk`, which takes longer than the training step around
+it. A warning says so once.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _WIDEST = 4096
 
 @functools.cache
 def why_not() -> str:
-    """Why the kernel does not work here, in one clause; empty where it does."""
+    """Why the kernel does not work here, in one clause; empty if it does."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        # A first launch shows what an import does not: Triton builds it with a C compiler. Who asks
-        # may be a compiler that traces, whose tensors have no memory.
+        # A first launch shows what an import does not: Triton builds it with a C compiler. The
+        # caller may be a compiler that traces, whose tensors have no memory.
         with _disable_current_modes():
             some = torch.zeros(16, dtype=torch.float32, device=device)
             project(some, Pattern("1:16"), 0, out=some)
@@ -119,7 +119,7 @@ def project(
 
 
 def constants(pattern: Pattern, cut: Cut, dtype: torch.dtype) -> dict[str, int]:
-    """What a kernel that chooses masks is told of groups and of a dtype."""
+    """The arguments about groups and dtype of a kernel that chooses masks."""
     return {
         "n": pattern.n,
         "M": cut.m,
@@ -132,13 +132,13 @@ def constants(pattern: Pattern, cut: Cut, dtype: torch.dtype) -> dict[str, int]:
 
 
 class Cut(NamedTuple):
-    """How the memory of a weight is cut into tiles.
+    """How the memory of a weight is divided into tiles.
 
     Attributes:
         m: the size of a group.
-        inner: how many groups lie side by side; 1 where each is in one piece.
-        groups: of a tile.
-        grid: tiles.
+        inner: how many groups are side by side; 1 if each is contiguous.
+        groups: the groups in a tile.
+        grid: the number of tiles.
     """
 
     m: int
@@ -148,7 +148,7 @@ class Cut(NamedTuple):
 
 
 def cut_of(w: Tensor, pattern: Pattern, dim: int) -> Cut:
-    """How a weight that `serves` takes is cut."""
+    """How a weight that `serves` accepts is divided into tiles."""
     order = _order(w)
     assert order is not None
     return _cut(tuple(w.shape), order, pattern.n, pattern.m, dim)
@@ -158,7 +158,7 @@ def cut_of(w: Tensor, pattern: Pattern, dim: int) -> Cut:
 def _cut(shape: tuple[int, ...], order: tuple[int, ...], n: int, m: int, dim: int) -> Cut:
     axis, size = order.index(dim % len(shape)), math.prod(shape)
     inner = math.prod(shape[i] for i in order[axis + 1 :])
-    if n == m:  # nothing to choose: any cut of the memory will do
+    if n == m:  # nothing to choose: any division of the memory will do
         m, inner = _TILE, 1
     groups = _TILE // power_of_two(m)
     if inner == 1:
@@ -174,7 +174,7 @@ def power_of_two(size: int) -> int:
 
 
 def alike(w: Tensor, other: Tensor) -> bool:
-    """Whether `other` lies in memory as `w` does."""
+    """Whether `other` has the memory layout of `w`."""
     return w.stride() == other.stride() or (w.is_contiguous() and other.is_contiguous())
 
 
