@@ -1,4 +1,4 @@
-"""What the registry asks of a backend, and the call that it asks about.
+"""The interface of a backend, and the call that the registry asks it about.
 
 A backend is a module of this package with four names:
 
@@ -7,9 +7,9 @@ A backend is a module of this package with four names:
 * `bind(values, codes, shape: Shape) -> run`: prepares one tiled weight. `run(x, bias, y, tokens,
   epilogue)` writes `y = epilogue(x Wᵀ + bias)`, where `x (tokens, inputs)` and `y (tokens, out)`
   have unit stride along their last axis and any row stride (`y` may be a slice of a wider output),
-  `bias` is None or contiguous of the weight's dtype, and epilogue is a number of
-  `reference.EPILOGUES`. `run.turned`, where it is there, is a `run` for x and y of which each may
-  have its unit stride along the first axis; it returns False where no kernel takes them so.
+  `bias` is None or contiguous, with the weight's dtype, and epilogue is a number of
+  `reference.EPILOGUES`. `run.turned`, if there is one, is a `run` for an x and a y that may each
+  have their unit stride along the first axis; it returns False if no kernel takes them that way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nmflow.kernels.layout import Shape
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend must know to say whether it serves a call."""
+    """What a backend needs to know to decide whether it serves a call."""
 
     shape: Shape
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Call:
 
 
 class Backend(Protocol):
-    """What the registry asks of a backend; see the module's docstring."""
+    """The interface of a backend; see the module's docstring."""
 
     def why_not(self, call: Call) -> str | None: ...  # noqa: D102
 

@@ -1,4 +1,4 @@
-"""What the ops of packed weights share: torch's library, who looks at a call, batches, autocast."""
+"""Shared by the ops of packed weights: torch's library, watchers of calls, batches, autocast."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SHAPE = "int out, int inputs, int n, int m, int panel"
 MOST_BOUND = 65_536  # weights that an op keeps bound
 
 # Bound functions of an op. A bound function holds addresses, so its key is all that it relies on:
-# which memory (a storage is known by its weak reference, so that its place in memory cannot be
-# taken for it), the version of what is in it, and the layout.
+# the memory (a weak reference identifies a storage, since its address may be used again), the
+# version of its contents, and the layout.
 Bound = dict[tuple[Any, ...], tuple[Callable[..., None], list[StorageWeakRef]]]
 
 
@@ -50,12 +50,12 @@ def shape_of(out: int, inputs: int, n: int, m: int, panel: int) -> Shape:
 
 
 def aligned(t: Tensor, size: int = 0) -> Tensor:
-    """The tensor, or a copy of it where its elements lie across their own size in memory."""
+    """The tensor, or a copy of it if its elements are not aligned to their own size."""
     return t.clone() if t.data_ptr() % (size or t.element_size()) else t
 
 
 def rows_of(x: Tensor, inputs: int) -> Tensor:
-    """`(..., inputs)` as rows in order; a copy where they are not, such as expanded ones."""
+    """`(..., inputs)` as rows in order; a copy if they are not, such as expanded ones."""
     flat = x.reshape(-1, inputs)
     return flat.contiguous() if flat.stride(1) != 1 or flat.stride(0) < inputs else flat
 
@@ -80,7 +80,7 @@ def product(
 def gradients(
     grad: Tensor, weight: Tensor, of_x: bool, of_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of x and of the bias, from that of `y = x Wᵀ + bias`."""
+    """The gradients of x and of the bias, from that of `y = x Wᵀ + bias`."""
     rows = tuple(range(grad.dim() - 1))
     bias = (grad.sum(rows) if rows else grad) if of_bias else None
     return grad @ weight if of_x else None, bias
@@ -97,11 +97,11 @@ def refuse_features(x: Tensor, inputs: int) -> None:
 
 
 def is_plain_call(x: Tensor, weight: Tensor) -> bool:
-    """Whether nobody looks at the op that is called: then torch's dispatcher has nothing to do.
+    """Whether nothing watches the call of the op: then torch's dispatcher has nothing to do.
 
-    Lookers are tensors of a class of their own, modes, autocast, functorch, compilers, profilers.
+    Watchers are tensor subclasses, modes, autocast, functorch, compilers and profilers.
     """
-    if torch.compiler.is_compiling():  # first, since dynamo follows none of the others
+    if torch.compiler.is_compiling():  # first, since dynamo can trace none of the others
         return False
     return (
         type(x) is Tensor
@@ -145,9 +145,9 @@ def refuse_batched_weights(*dims: int | None) -> None:
 
 
 def autocast_dtype(x: Tensor, values: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives `F.linear`; None where there is none, or it leaves them alone.
+    """The dtype that autocast gives `F.linear`; None if there is none, or if it does not apply.
 
-    Autocast never touches doubles, nor what is no float.
+    Autocast never changes doubles, nor tensors that are not floats.
     """
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):

@@ -92,7 +92,7 @@ def validate(values: Tensor, codes: Tensor, shape: Shape) -> None:
         raise FileFormatError(f"{name_of(shape)} {native.REASONS[status]}")
 
 
-# What the registry asks of a backend (`backend` states the contract).
+# The interface of a backend (see `backend`).
 
 
 def why_not(call: Call) -> str | None:
@@ -148,7 +148,7 @@ def runner(call: Callable[..., int], shape: Shape) -> Callable[..., None]:
     def run(
         x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int, kernel: int = 0
     ) -> None:
-        # A single row may carry any stride, and what has more axes lies in order.
+        # A single row may have any stride, and tensors with more axes are contiguous.
         many = tokens > 1 and x.dim() == 2
         status = call(
             x.data_ptr(),

@@ -50,13 +50,13 @@ def why_not_dtypes(x: torch.dtype, weight: torch.dtype) -> str:
 
 
 def halves(shape: Shape) -> bool:
-    """Whether both gradients are there in bfloat16, of a shape for which `why_not` is ""."""
+    """Whether there are kernels for both gradients in bfloat16; `why_not` of the shape is ""."""
     numbers = ShapeStruct.of(shape, torch.bfloat16)
     return _lib().nmflow_bf16_trains(ctypes.byref(numbers)) == 0
 
 
 def halved(values: Tensor, shape: Shape) -> Tensor:
-    """Tiled float32 values as tiled bfloat16 ones, which lie in pairs."""
+    """Tiled float32 values as tiled bfloat16 ones, which are stored in pairs."""
     tiles, entries, lanes = values.shape
     pairs = values.new_zeros(shape.tiled_sizes(torch.bfloat16)[0], dtype=torch.bfloat16)
     whole = entries // 2 * 2
@@ -67,7 +67,7 @@ def halved(values: Tensor, shape: Shape) -> Tensor:
 
 
 def pack(weight: Tensor, kept: Tensor | None, shape: Shape) -> tuple[Tensor, Tensor, bool]:
-    """Pack what a weight keeps, in one pass: where it is not 0, and where `kept` says so.
+    """Pack the kept places of a weight in one pass: those that are not 0, and those in `kept`.
 
     Args:
         weight: `(out, inputs)`, float32, contiguous.
@@ -115,7 +115,7 @@ def input_grad(dy: Tensor, values: Tensor, codes: Tensor, shape: Shape) -> Tenso
 def weight_grad(
     x: Tensor, dy: Tensor, values: Tensor, codes: Tensor, shape: Shape, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`dyᵀ x` at the kept places, 0 elsewhere; and the sum of dy, where it is asked for.
+    """`dyᵀ x` at the kept places, 0 elsewhere; and the sum of dy if it is wanted.
 
     x and dy are of the values' dtype, and both results float32.
     """

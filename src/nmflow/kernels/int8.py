@@ -80,7 +80,7 @@ def round_values(values: Tensor) -> tuple[Tensor, Tensor]:
             "the weight holds a NaN or an infinity: it has no 8-bit values, so correct it, or "
             "pass values=None"
         )
-    # Rows of zeros, and of what is too small for its scale to be exact, become zeros.
+    # Rows of zeros, and rows too small for an exact scale, become zeros.
     scale = torch.where(most < _SMALLEST, 0.0, most / torch.full_like(most, 127.0))
     bits = scale.view(torch.int32)
     scale = (bits + 0xFF & ~0xFF).view(torch.float32)
@@ -166,7 +166,7 @@ def dense(stream: Tensor, shape: Shape) -> Tensor:
     """The matrix `(out, inputs)` of a stream, exact in float32.
 
     Raises:
-        CompressError: the codes are no columns of the pattern; asked on a CPU only.
+        CompressError: the codes are not columns of the pattern; checked on a CPU only.
     """
     q, scale, index = canonical_from_stream(stream, shape)
     if stream.device.type == "cpu":

@@ -1,6 +1,6 @@
 """The ops of weights with 8-bit values: `nmflow::matmul_int8` and `nmflow::unpack_int8`.
 
-As those of `ops`, and bound weights are kept in the same way.
+They are like those of `ops`, and keep bound weights in the same way.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def matmul_int8_cpu(
 def _bind(
     key: tuple[Any, ...] | None, stream: Tensor, shape: Shape, dtype: torch.dtype, activations: int
 ) -> Callable[..., None] | None:
-    """Bind a weight, and keep what was bound under a key; None where the reference serves it."""
+    """Bind a weight, and keep the bound function under a key; None if the reference serves it."""
     int8.check_stream(stream, shape)
     held = aligned(stream, 4)
     try:
@@ -207,7 +207,7 @@ def matmul_int8(
     """Multiply by a packed weight with 8-bit values: `y = epilogue(x Wᵀ + bias)`.
 
     With gradients for x and bias; rounding x counts as the identity. Under autocast y has the dtype
-    of autocast, as that of `F.linear`.
+    of autocast, as with `F.linear`.
 
     Args:
         x: `(..., inputs)`, any float.

@@ -1,4 +1,4 @@
-"""The two layouts of a packed weight, and the way between them, in plain torch on any device.
+"""The two layouts of a packed weight, and conversions between them, in torch on any device.
 
 Canonical: what files hold, row by row, independent of the machine. Tiled: what modules hold and
 kernels read, sixteen output rows side by side (version 1, as `csrc/common/nmflow.h` states it).
@@ -37,7 +37,7 @@ class Shape:
 
     @classmethod
     def of(cls, out: int, inputs: int, pattern: str | Pattern) -> Shape:
-        """Check the numbers and put them together; raises `CompressError`."""
+        """Check the numbers and make a shape of them; raises `CompressError`."""
         p = Pattern(pattern)
         shape = cls(out, inputs, p.n, p.m, p.panel)
         if p.m > LARGEST_M:
@@ -107,7 +107,7 @@ class Shape:
 def canonical_from_dense(w: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """Pick the kept weights of a matrix: `values (out, S)` and `index (lists, S)` uint8.
 
-    Kept are the non-zeros (for a panel the columns with any); a group with fewer is filled up
+    The non-zeros are kept (for a panel, the columns with any). A group with fewer is filled up
     with its lowest free columns, so that every group has exactly N in increasing order.
 
     Raises:
@@ -143,7 +143,7 @@ def columns(index: Tensor, shape: Shape) -> Tensor:
 
 
 def dense_from_canonical(values: Tensor, index: Tensor, shape: Shape) -> Tensor:
-    """The matrix `(out, inputs)` with +0.0 wherever nothing is kept."""
+    """The matrix `(out, inputs)`, with +0.0 at all places that are not kept."""
     dense = values.new_zeros(shape.out, shape.inputs)
     return dense.scatter_(1, columns(index, shape), values)
 

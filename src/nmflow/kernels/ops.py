@@ -1,8 +1,8 @@
 """The ops behind `torch.library`: `nmflow::matmul` and `nmflow::unpack`, with fake kernels.
 
-They are registered with `Library.impl`, which costs 2 µs a call where `custom_op` costs 8; and
-without an autograd kernel, which would cost 4 µs at every call: `matmul` below adds the backward
-pass where one is wanted.
+They are registered with `Library.impl`, which costs 2 µs a call where `custom_op` costs 8. They
+have no autograd kernel, which would cost 4 µs at every call: `matmul` below adds the backward pass
+if one is wanted.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def matmul_cpu(
 def _bind(
     key: tuple[Any, ...] | None, values: Tensor, codes: Tensor, shape: Shape
 ) -> Callable[..., None]:
-    """Bind a weight, and keep what was bound under a key."""
+    """Bind a weight, and keep the bound function under a key."""
     shape = Shape.of(shape.out, shape.inputs, shape.pattern)
     check_tiled(values, codes, shape)
     if not (values.is_cpu and codes.is_cpu):
@@ -231,8 +231,8 @@ def matmul(
 ) -> Tensor:  # fmt: skip
     """Multiply by a packed weight: `y = epilogue(x Wᵀ + bias)`, with gradients for x and bias.
 
-    Under autocast it does as `F.linear`: any floats of up to 32 bits are taken, and y has the dtype
-    of autocast. Float32 weights are not rounded to that dtype, only y is.
+    Under autocast it works like `F.linear`: it takes any floats of up to 32 bits, and y has the
+    dtype of autocast. Float32 weights are not rounded to that dtype; only y is.
 
     Args:
         x: `(..., inputs)` of the weight's dtype.

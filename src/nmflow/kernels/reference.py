@@ -22,7 +22,7 @@ def dense(values: Tensor, codes: Tensor, shape: Shape) -> Tensor:
     """The dense matrix `(out, inputs)` of a tiled weight, bit by bit what was packed.
 
     Raises:
-        CompressError: the codes are no columns of the pattern; asked on a CPU only, since the
+        CompressError: the codes are not columns of the pattern; checked on a CPU only, since the
             answer would make a GPU wait.
     """
     canonical = canonical_from_tiled(values, codes, shape)
@@ -56,7 +56,7 @@ def why_not(call: object) -> str | None:
 
 
 def kernel(call: object) -> str:
-    """The name of the way a call is computed."""
+    """How a call is computed, as a name."""
     return "rebuild the dense weight, F.linear"
 
 

@@ -23,7 +23,7 @@ BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": gpu, "reference": reference}
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend and kernel serve a call, and why those before it in the list do not."""
+    """Which backend and kernel serve a call, and why the backends before it do not."""
 
     call: Call
     backend: str

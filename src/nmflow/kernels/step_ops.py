@@ -1,9 +1,9 @@
 """Ops of training on kept places, behind `torch.library`: `nmflow::kept_linear`, its backward.
 
-By `cpu_steps`, or on a GPU by `gpu_steps`, where `fits` stays on the device. Both are functions of
-their inputs alone. The weight is packed at each forward pass, from what it holds then, so no write
-of it goes unseen; the backward pass gets what was packed. A weight with a group that keeps more
-than N is multiplied as it is: the result is always that of `F.linear`.
+`cpu_steps` computes them, or on a GPU `gpu_steps`, where `fits` stays on the device. Both ops
+depend on their inputs alone. Each forward pass packs the weight anew, so it sees every write; the
+backward pass gets the packed weight. A weight with a group that keeps more than N is multiplied
+dense: the result is always that of `F.linear`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def kept_linear(
     r"""`y = x Wᵀ + bias` for a weight that keeps N of every M, on the kept places alone.
 
     The gradient of the weight is `dyᵀ x` at the kept places and 0 elsewhere, as under the masked
-    rule; the gradients of x and the bias are the usual ones. Kept are the places that are not 0,
-    and those in `kept`; a group with fewer than N of them is filled with its lowest others. If a
+    rule; the gradients of x and the bias are the usual ones. The places that are not 0, and those
+    in `kept`, are kept; a group with fewer than N of them is filled with its lowest others. If a
     group keeps more than N, or no kernel serves the call, all of it is dense, as in `F.linear`.
 
     On a CPU, panels of multiples of 16 rows multiply a bfloat16 x in bfloat16, with sums in
@@ -81,7 +81,7 @@ def _of(weight: Tensor, n: int, m: int, panel: int) -> Shape:
 
 
 def _shape(x: Tensor, weight: Tensor, n: int, m: int, panel: int) -> Shape | None:
-    """The shape of a weight whose kernels are there for x, else None."""
+    """The shape of a weight if there are kernels for it and x, else None."""
     fits = weight.device.type == "cpu" and weight.numel() > 0 and x.shape[-1:] == weight.shape[1:]
     isa = cpu_steps.isa()
     if not (fits and isa) or cpu_steps.why_not_dtypes(x.dtype, weight.dtype):

@@ -21,7 +21,7 @@ _KNOWN: dict[tuple[object, ...], tuple[float, float]] = {}
 def seconds(
     x: Tensor, weight: Tensor, kept: Tensor | None, n: int, m: int, panel: int
 ) -> tuple[float, float]:
-    """Seconds of a dense pass forward and backward, and of one on kept places.
+    """Seconds of a dense forward and backward pass, and of one on kept places.
 
     Layers of one shape and pattern, with as many tokens and threads, are measured once.
 
@@ -29,7 +29,7 @@ def seconds(
         x: `(..., in)`, the layer's input, before autocast.
         weight: W̃, `(out, in)`.
         kept: its mask as bits, or None.
-        n: N, what is kept of every M.
+        n: N, the number kept of every M.
         m: M.
         panel: V.
     """
@@ -51,10 +51,10 @@ def seconds(
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
-    """Compute beside a step, so that whoever watches the step sees nothing of it.
+    """Compute beside a step, hidden from everything that watches the step.
 
-    A checkpoint counts what a layer saves and keeps what it computes, and then computes the layer
-    once more, without what was done here.
+    Activation checkpointing counts what a layer saves, and then computes the layer once more,
+    without the work done here.
     """
     with _disable_current_modes(), saved_tensors_hooks(_same, _same):
         yield
@@ -64,7 +64,7 @@ def _time(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> floa
     given = x.detach().requires_grad_(x.requires_grad), w.detach().requires_grad_()
     asked = [t for t in given if t.requires_grad]
     began, end = time.perf_counter(), None
-    if x.is_cuda:  # what the device takes, which the host does not wait for else
+    if x.is_cuda:  # the device's time; otherwise the host does not wait for it
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
     with torch.enable_grad():

@@ -10,14 +10,14 @@ from torch.utils._pytree import tree_leaves
 
 from nmflow.packed.modules import PackedLinear
 
-# What a forward pass raises that does not run on one plain tensor by itself.
+# Exceptions of a forward pass that does not run on one plain tensor.
 _NOT_ALONE = (
     RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError,
 )  # fmt: skip
 
 
 def takes_one(module: nn.Module) -> bool:
-    """Whether its forward pass needs one argument and no more."""
+    """Whether its forward pass needs exactly one argument."""
     wanted = [
         p
         for p in inspect.signature(module.forward).parameters.values()
@@ -33,9 +33,9 @@ def random_input(layer: PackedLinear) -> Tensor:
 
 
 def run_alone(parent: nn.Module, x: Tensor) -> list[Tensor] | None:
-    """The tensors that a parent gives for one input, in evaluation mode; None if it does not run.
+    """The output tensors of a parent for one input, in evaluation mode; None if it does not run.
 
-    Its mode is restored, and so is the state of the random generator, which starts the same.
+    Its mode and the state of the random generator are restored; the generator's start is fixed.
     """
     modes = [(module, module.training) for module in parent.modules()]
     try:
@@ -51,7 +51,7 @@ def run_alone(parent: nn.Module, x: Tensor) -> list[Tensor] | None:
 
 
 def alike(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether outputs agree but for rounding."""
+    """Whether outputs agree within rounding."""
     near = {"rtol": 0.02, "atol": 0.02, "equal_nan": True}  # two-byte outputs are rounded once less
     return len(a) == len(b) and all(
         x.shape == y.shape and torch.allclose(x.double(), y.double(), **near)

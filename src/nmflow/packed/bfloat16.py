@@ -42,9 +42,9 @@ torch.fx.wrap("product")
 class BFloat16Linear(PackedLinear):
     """`y = x Wᵀ + b` in bfloat16, W `(out, in)` packed under N:M, for a layer of another dtype.
 
-    The kept values are rounded to bfloat16 and stored so. x and b are rounded as they come, sums
-    are of float32, and y is rounded to bfloat16 and widened: what a dense bfloat16 layer gives
-    between two conversions. Ties round to even.
+    The kept values are stored in bfloat16. x and b are rounded at each call, sums are float32, and
+    y is rounded to bfloat16 and widened, as by a dense bfloat16 layer between two conversions. Ties
+    round to even.
 
     Args:
         values: canonical values `(out, S)`, bfloat16, or rounded to it.
@@ -52,7 +52,7 @@ class BFloat16Linear(PackedLinear):
         shape: sizes and pattern.
         bias: `(out,)` or None.
         stored: as for `PackedLinear`.
-        dtype: of the layer it stands for, which x and y have.
+        dtype: the dtype of the layer it stands for, and of x and y.
 
     Raises:
         CompressError: sizes, dtypes or an index that are wrong.
@@ -106,7 +106,7 @@ class BFloat16Linear(PackedLinear):
 
     @property
     def how(self) -> tuple[Any, ...]:
-        """What decides its product beside the buffers."""
+        """Everything except the buffers that decides its product."""
         return self.epilogue, self.dtype
 
     def dense(self) -> Tensor:

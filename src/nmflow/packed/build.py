@@ -21,7 +21,7 @@ from nmflow.select.weights import is_hf_conv1d
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# A packed module would have none of these.
+# A packed module would not have these.
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
@@ -76,7 +76,7 @@ def why_not_runs(module: nn.Module, found: list[Run]) -> str:
 def pack_linear(
     matrix: Tensor, bias: nn.Parameter | None, found: list[Run], stored: str = "Linear"
 ) -> PackedLinear | FusedLinear:
-    """A linear layer whose rows are packed where a run says so and dense elsewhere."""
+    """A linear layer whose rows are packed in the given runs and dense elsewhere."""
     out = matrix.shape[0]
     if len(found) == 1 and found[0][:2] == (0, out):
         return PackedLinear.pack(matrix, found[0].pattern, bias, stored)

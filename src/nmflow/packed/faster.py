@@ -47,7 +47,7 @@ class Verdict:
 
 
 def kind_of(module: nn.Module, found: Runs) -> tuple[object, ...]:
-    """What decides how fast a module is: modules that agree on it are measured once."""
+    """What decides the speed of a module: modules that agree on it are measured once."""
     sizes = tuple((n, tuple(p.shape), p.dtype, str(p.device)) for n, p in module.named_parameters())
     runs = tuple((own, tuple(runs)) for own, runs in found.items())
     return type(module), sizes, runs, str(module)
@@ -58,7 +58,7 @@ def judge(
 ) -> Verdict:
     """Race the packed module against the dense ways at every token count.
 
-    `layers` of its kind are in the network: on a CPU each way runs on as many copies in turn.
+    The network has `layers` of its kind: on a CPU each way runs on as many copies in turn.
     """
     some = next(module.parameters())
     if some.device.type != "cpu" and (why := _why_slow(packed, some)):
@@ -99,7 +99,7 @@ def judge(
 
 
 def is_faster(one: Verdict, other: Verdict) -> bool:
-    """Whether one's packed layer was timed, and is as fast as the other's over the token counts."""
+    """Whether the first packed layer was timed, and is as fast as the other at the token counts."""
     return (
         bool(one.times) and math.prod(other.times[t][0] / one.times[t][0] for t in one.times) >= 1
     )
@@ -108,7 +108,7 @@ def is_faster(one: Verdict, other: Verdict) -> bool:
 def on_onednn(
     linears: Mapping[nn.Module, int], counts: tuple[int, ...] = ()
 ) -> dict[nn.Module, nn.Module]:
-    """The linear layers, of modules and their tokens, that packed oneDNN runs faster, on it.
+    """The linear layers of modules that packed oneDNN runs faster at their tokens, placed on it.
 
     `counts` are the token counts to be fast at, where they are the same for all.
     """
@@ -171,7 +171,7 @@ def _ways(
     kinds = {type(m) for m in packed.modules()}
     if kinds & {Int8Linear, BFloat16Linear}:
         rounded = rounded_ways(matrix, bias, x)
-        if Int8Linear not in kinds:  # what rounds more is no rival
+        if Int8Linear not in kinds:  # a way that rounds more does not compete
             rounded.pop("int8 dynamic", None)
         ways |= rounded
     if is_hf_conv1d(module):
@@ -209,7 +209,7 @@ def _products(
 
 
 def _conv_input(conv: PackedConv, tokens: int, like: Tensor) -> Tensor:
-    """An input that gives about that many output positions."""
+    """An input for about that many output positions."""
     spatial = len(conv.kernel_size)
     side = max(round(tokens ** (1 / spatial)), 1)
     pads = [sum(conv.pads[2 * i : 2 * i + 2]) for i in reversed(range(spatial))]

@@ -1,4 +1,4 @@
-"""Let a packed layer apply the activation that follows it, where a run shows nobody else looks."""
+"""Let a packed layer apply the activation after it, if a run shows no other reader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nmflow.packed.modules import PackedLinear
 
 
 class Fused(nn.Module):
-    """Stands where an activation was that the packed layer before it applies; passes through."""
+    """Replaces an activation that the packed layer before it applies; returns its input."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ def epilogue_of(module: nn.Module) -> int:
 def fuse(model: nn.Module) -> list[str]:
     """Fuse activations into the packed layers before them, in place.
 
-    A parent that holds both runs once, alone, on a random input. They are fused if the layer and
-    the activation ran once, the activation on the layer's very output, and no other op read it;
-    and if the parent then gives the same output. Left alone are layers that the model holds twice
-    and parents with hooks, which are not for random inputs.
+    A parent that holds both runs once, alone, on a random input. The two are fused if each ran
+    once, if the activation read the layer's very output and no other op did, and if the parent then
+    gives the same output. Layers that the model holds twice are left alone, and so are parents with
+    hooks, which must not see random inputs.
 
     Returns:
         The paths of the layers that now apply their activation.
@@ -79,7 +79,7 @@ def fuse(model: nn.Module) -> list[str]:
 
 
 def _fused(parent: nn.Module, layer: PackedLinear, name: str, activation: nn.Module) -> bool:
-    """Fuse the two, and undo it where the parent's output is another then."""
+    """Fuse the two, and undo it if that changes the parent's output."""
     x = random_input(layer)
     before = run_alone(parent, x)
     layer.epilogue = epilogue_of(activation)

@@ -31,7 +31,7 @@ class Int8Linear(PackedLinear):
         stored: as for `PackedLinear`.
         activations: `"float"`, or `"int8"`: each token is rounded to 8 bits, and whole numbers are
             multiplied.
-        dtype: of the layer it stands for.
+        dtype: the dtype of the layer it stands for.
 
     Raises:
         CompressError: sizes, dtypes, values or an index that are wrong.
@@ -106,7 +106,7 @@ class Int8Linear(PackedLinear):
 
     @property
     def how(self) -> tuple[Any, ...]:
-        """What decides its product beside the buffers."""
+        """Everything except the buffers that decides its product."""
         return self.epilogue, self.activations, self.dtype
 
     def dense(self) -> Tensor:
@@ -115,7 +115,7 @@ class Int8Linear(PackedLinear):
         return matrix.t().contiguous() if self.stored == "Conv1D" else matrix
 
     def quantized(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`q (out, S)`, `scale (out,)` and the index `(lists, S)`; an error where they are none."""
+        """`q (out, S)`, `scale (out,)` and the index `(lists, S)`; an error if they are invalid."""
         found = int8.canonical_from_stream(self.stream, self.shape)
         int8.check_canonical(*found, self.shape)
         return found

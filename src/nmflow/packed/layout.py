@@ -17,10 +17,10 @@ from nmflow.pattern import Pattern
 # rounded values besides (8-bit, bfloat16), and is written only where there are any, so that older
 # readers take the rest.
 LAYOUT_VERSIONS = (1, 2)
-# Denser than this is not worth its index, and a weight with a few zeros is no pattern.
+# A denser weight is not worth its index, and a few zeros are not a pattern.
 DENSEST = 0.75
 _MOST_RUNS = 8
-# Panels that the kernels gain from: multiples of their sixteen lanes, and divisors.
+# Panels that make the kernels faster: multiples of their sixteen lanes, and divisors.
 _PANELS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
 
 

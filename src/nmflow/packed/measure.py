@@ -37,7 +37,7 @@ def time_ways(
     most: int = 2000,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time each way, turn by turn, so that a slow second of the machine meets them all.
+    """Time each way in turn, so that a slow second of the machine affects them all.
 
     Args:
         ways: name to a function without arguments.
@@ -71,7 +71,7 @@ def _timing(times: list[float]) -> Timing:
 
 
 def rotated(ways: Sequence[Mapping[str, Way]]) -> dict[str, Way]:
-    """Of the same ways on several copies of a weight: each call is of the next copy.
+    """The same ways on several copies of a weight: each call uses the next copy.
 
     A network's layers push each other out of the caches; one copy, called again and again, would
     not. Every copy is called once, so that no first call is timed.
@@ -89,7 +89,7 @@ def rotated(ways: Sequence[Mapping[str, Way]]) -> dict[str, Way]:
 def copies_in_network(nbytes: int, layers: int) -> int:
     """How many copies of a dense weight stand for that many layers of a network on a CPU.
 
-    As many, until they fill the largest caches: more would take memory and change nothing.
+    One for each layer, until they fill the largest caches: more would take memory for nothing.
     """
     return max(1, min(layers, -(-_LARGEST_CACHE // max(nbytes, 1))))
 

@@ -109,7 +109,7 @@ class PackedLinear(StandsFor):
 
     @property
     def how(self) -> tuple[Any, ...]:
-        """What decides its product beside the buffers: joined layers must agree on it."""
+        """Everything that decides its product except buffers: joined layers must agree on it."""
         return (self.epilogue,)
 
     @property
@@ -135,7 +135,7 @@ class PackedLinear(StandsFor):
         return matrix.t().contiguous() if self.stored == "Conv1D" else matrix
 
     def canonical(self) -> tuple[Tensor, Tensor]:
-        """Canonical values `(out, S)` and index `(lists, S)`; an error where the codes are none."""
+        """Canonical values `(out, S)` and index `(lists, S)`; an error if the codes are invalid."""
         values, index = canonical_from_tiled(self.values, self.codes, self.shape)
         check_canonical(values, index, self.shape)
         return values, index

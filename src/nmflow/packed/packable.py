@@ -109,7 +109,7 @@ def survey(
 def _runs(
     matrix: Tensor, rows: list[tuple[int, int, Pattern]], any_pattern: bool
 ) -> tuple[list[Run], str]:
-    """The runs of a matrix that hold a pattern, and why there is none."""
+    """The runs of a matrix that hold a pattern, or why there is none."""
     held: list[Run] = []
     why = ""
     for start, stop, pattern in rows:
@@ -134,7 +134,7 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _batch(modules: Mapping[str, nn.Module], layer: Layer) -> str:
-    """Why a parameter of three axes stays dense where it is no convolution's."""
+    """Why a parameter of three axes stays dense if it does not belong to a convolution."""
     holder = modules.get(layer.name.rpartition(".")[0])
     convolution = isinstance(holder, nn.Conv1d | nn.ConvTranspose1d)
     if layer.stacked or layer.unit or (len(layer.shape) == 3 and not convolution):

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What a search never looks into: it leads to the whole interpreter and holds no network.
+# Objects that a search skips: they lead to the whole interpreter and hold no network.
 _CLOSED = (type, types.ModuleType, types.CodeType, types.FrameType, Tensor, str, bytes, int, float)
 # How many objects a search looks at before it gives up.
 _MOST = 200_000
@@ -23,7 +23,7 @@ _STATE = {"_parameters", "_buffers", "_modules"}
 
 @dataclass
 class Held:
-    """What holds modules of a model and is left as it is by `copy.deepcopy`."""
+    """Holders of a model's modules that `copy.deepcopy` does not copy."""
 
     own: set[int]
     functions: list[types.FunctionType] = field(default_factory=list)
@@ -60,10 +60,10 @@ def inside(model: nn.Module) -> Held:
 
 
 def renew(held: Held, memo: dict[int, Any]) -> None:
-    """Copy into the memo of `copy.deepcopy` what that would leave as it is.
+    """Put copies into the memo of `copy.deepcopy` for holders that it would not copy.
 
-    Of a function, only what holds the model's modules is copied: its other cells are shared, so
-    that a list to which it appends stays the one that its writer looks at.
+    Only the cells of a function that hold the model's modules are copied. The others are shared, so
+    that a list to which the function appends stays the one that its author reads.
     """
     cells: list[tuple[types.CellType, types.CellType]] = []
     for function in held.functions:
@@ -141,7 +141,7 @@ def _inner(value: Any) -> Iterable[Any]:
 
 
 def _parts(function: types.FunctionType) -> list[Any]:
-    """What a function holds of its own; its globals are everybody's."""
+    """What a function itself holds; its globals are shared."""
     cells = [c.cell_contents for c in function.__closure__ or () if _is_filled(c)]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     return [*cells, *defaults, *function.__dict__.values()]

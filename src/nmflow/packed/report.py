@@ -124,7 +124,7 @@ def report_of(model: nn.Module) -> Report:
 
 
 def hang(model: nn.Module, report: Report | None) -> None:
-    """Put a report on a model, or take the one away that it has."""
+    """Put a report on a model, or remove the one that it has."""
     model.__dict__.pop(_ATTRIBUTE, None)
     if report is not None:
         model.__dict__[_ATTRIBUTE] = report  # a plain attribute, past nn.Module's registry

@@ -1,4 +1,4 @@
-"""What packed layers with rounded values share: the error of their outputs, and modules of many."""
+"""Shared by packed layers with rounded values: the error of outputs, and modules of many."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def output_error(linear: PackedLinear, product: Callable[[Tensor], Tensor]) -> f
 
 
 def each_linear(module: nn.Module, of: Callable[[PackedLinear], PackedLinear]) -> nn.Module:
-    """A packed module whose packed linear layers are others; other modules in it are kept."""
+    """A packed module with its packed linear layers replaced; other modules in it are kept."""
     if isinstance(module, PackedLinear):
         return of(module)
     made = copy.copy(module)

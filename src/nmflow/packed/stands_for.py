@@ -62,7 +62,7 @@ class LazyWeight(Tensor):
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The weight, read-only all the same."""
+        """The weight, still read-only."""
         return self.detach()
 
     @data.setter
@@ -95,7 +95,7 @@ def _read_only(view: Tensor) -> LazyWeight:
 
 
 class StandsFor(nn.Module):
-    """A module that takes the place of a dense one, and is not mistaken for it.
+    """A module that replaces a dense one, and cannot be mistaken for it.
 
     Its state has an empty tensor under each name in `dense_names`, so that loading it into the
     dense module fails by its shape, also with `strict=False`; and it refuses a dense state, which

@@ -1,4 +1,4 @@
-"""Put packed modules in the place of dense ones, and back, whoever holds them."""
+"""Replace dense modules by packed ones, and back, whoever holds them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAVES = ("save_pretrained", "push_to_hub")
 
 
 def replace_modules(model: Model, new: dict[nn.Module, nn.Module], inplace: bool) -> Model:
-    """Put new modules in the place of old ones, in `model` or in a deep copy of it.
+    """Replace old modules by new ones, in `model` or in a deep copy of it.
 
     In place, an old module becomes the new one and stays the same object, so that whoever holds it
     (a list, a closure, a replaced `forward`) holds the new one. In a copy, functions that hold
@@ -46,7 +46,7 @@ def replace_modules(model: Model, new: dict[nn.Module, nn.Module], inplace: bool
 
 
 def _copied(model: Model, new: dict[nn.Module, nn.Module]) -> Model:
-    """A deep copy of a model with new modules in the place of old ones."""
+    """A deep copy of a model with new modules instead of old ones."""
     for name, module in model.named_modules():
         if (held := references.outside(type(module).forward, new)) is not None:
             raise CompressError(
@@ -80,7 +80,7 @@ def _copied(model: Model, new: dict[nn.Module, nn.Module]) -> Model:
 
 
 def _first(error: Exception) -> str:
-    """The first sentence of what another package says."""
+    """The first sentence of another package's error."""
     return str(error).partition(". ")[0].strip().rstrip(".")
 
 
@@ -101,7 +101,7 @@ def _set_fast_path(module: nn.Module) -> None:
 
 
 class Refusal:
-    """Stands where a method was that must not be used on a packed network."""
+    """Replaces a method that must not be used on a packed network."""
 
     def __init__(self, name: str) -> None:
         self.name = name

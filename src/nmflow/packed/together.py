@@ -1,7 +1,7 @@
 """q, k and v of self-attention, packed, computed in one call where that is faster.
 
-At few tokens a call costs as much as its product. The layers stay where they are, with their names,
-weights and biases, so files, `decompress` and exports know nothing of it.
+At few tokens a call costs as much as its product. The layers stay in place, with their names,
+weights and biases, so files, `decompress` and exports see no difference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nmflow.packed.modules import PackedLinear
 from nmflow.select.role_names import K, Q, V
 
 _PATIENCE = 2  # products of siblings in a row that nobody asks for
-_LEAST_GAIN = 1.02  # of joining: less lies within what two timings of the same differ by
+_LEAST_GAIN = 1.02  # of joining: two timings of the same thing differ by less
 
 
 def join(model: nn.Module, counts: Sequence[int] = ()) -> list[tuple[str, ...]]:
@@ -102,21 +102,20 @@ def _is_faster(siblings: Siblings, counts: Sequence[int]) -> bool:
 
 
 def _unwatched(x: Tensor, layer: PackedLinear) -> bool:
-    """Whether nobody looks at single products: no gradient, compiler or mode."""
+    """Whether nothing watches single products: no gradient, compiler or mode."""
     return not torch.is_grad_enabled() and is_plain_call(x, next(iter(layer._buffers.values())))  # pyright: ignore[reportArgumentType]
 
 
 class Siblings:
     """Layers that multiply the same x one after the other: the first computes the rows of all.
 
-    Their buffers become parts of one, which nothing but memory joins: where it is no longer the
-    same memory (another dtype, another device, a buffer that was replaced), each computes its own.
-    So it does where the layers no longer multiply alike, for another x than the first layer's, for
-    an x that was written since, and where the others' rows are not asked for twice in a row, as in
-    attention to another text.
+    Their buffers become parts of one buffer, and only memory joins them. Each layer computes its
+    own product if the memory is no longer shared (another dtype or device, a replaced buffer), if
+    the layers no longer multiply alike, if x is not the first layer's or was written since, and if
+    the others' rows are not used twice in a row, as in attention to another text.
 
     Args:
-        layers: of which `why_apart` says nothing.
+        layers: layers for which `why_apart` is empty.
     """
 
     def __init__(self, layers: tuple[PackedLinear, ...]) -> None:
@@ -136,7 +135,7 @@ class Siblings:
         return {**self.__dict__, "_held": None, "whole": None, "_places": []}
 
     def run(self, layer: PackedLinear, x: Tensor) -> Tensor:
-        """What a layer's forward gives."""
+        """The result of a layer's forward."""
         held = self._held
         if held is not None and held[0] is x and not torch.is_grad_enabled():
             y = held[2].pop(id(layer), None) if held[1] == version_of(x) else None
@@ -184,7 +183,7 @@ class Siblings:
 
 
 def why_apart(layers: tuple[PackedLinear, ...]) -> str:
-    """Why layers cannot be joined to one, in one clause; empty if they can."""
+    """Why layers cannot be joined into one, in one clause; empty if they can."""
     first = layers[0]
     for layer in layers:
         if type(layer) is not type(first) or layer.how != first.how:

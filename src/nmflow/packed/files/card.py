@@ -15,7 +15,7 @@ from nmflow.packed.layout import file_bits
 from nmflow.packed.report import Report, report_of
 
 CARD = "README.md"
-# By it a card of ours is known again, and may be written over.
+# It marks a card of ours, which may be overwritten.
 MARK = "<!-- written by nmflow; delete this line to keep the file as it is -->"
 
 
@@ -100,7 +100,7 @@ def _bytes(stored: Stored) -> int:
 
 
 def _times(model: nn.Module) -> list[tuple[str, str]]:
-    """What `compress` measured of the packed layers, where it did."""
+    """What `compress` measured for the packed layers, if it measured."""
     try:
         report = report_of(model)
     except CompressError:

@@ -48,7 +48,7 @@ def companions(model: nn.Module) -> dict[str, str]:
 
 
 def index_of(names: Iterable[str], file: str, size: int) -> str:
-    """The index that says to transformers in which file the tensors are."""
+    """The index that tells transformers which file has the tensors."""
     return _json({"metadata": {"total_size": size}, "weight_map": dict.fromkeys(names, file)})
 
 
@@ -77,7 +77,7 @@ def _of_timm(model: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON can say a value; callables and nothing are left out."""
+    """Whether JSON can express a value; callables and None are left out."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return isinstance(value, str | int | float)

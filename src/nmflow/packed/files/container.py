@@ -38,7 +38,7 @@ _EXPANSION = 64
 _ALWAYS = 1 << 30
 WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 Contents = tuple[dict[str, Stored], dict[str, Tensor], dict[str, str]]
-# What a part's `values` may be called where they are not of the parameter's dtype.
+# Names of a part's `values` if they do not have the parameter's dtype.
 _ROUNDED = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -80,7 +80,7 @@ def read(folder: str | os.PathLike[str]) -> Contents:
 
 
 def version(path: Path) -> tuple[int, ...]:
-    """What tells a file from the next of its name, even one of the same content."""
+    """What distinguishes a file from the next one of its name, even with the same content."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -195,7 +195,7 @@ def _tensors(path: Path, described: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _together(described: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Names of tensors in runs of about a million values; of no tensor, one empty run."""
+    """Names of tensors in runs of about a million values; without tensors, one empty run."""
     run: list[str] = []
     size = 0
     for name, one in described.items():
@@ -279,7 +279,7 @@ def _part(
         raise _bad(f"the index of part {i} of {name!r} is missing or not uint8 {size}")
     if part.get("bits") != bits:
         raise _bad(f"part {i} of {name!r} does not have indices of {bits} bits")
-    # Checked now, and kept in bits until its layer is built: of a whole network, bytes are many.
+    # Checked now, and kept in bits until its layer is built: bytes of a whole network take more.
     index = bytes_to_index(packed, shape.entries, shape.m)
     if kind != "int8":
         check_canonical(values, index, shape)

@@ -36,7 +36,7 @@ def fill(
         model: the dense architecture.
         slots: name in the model to its name in the file and its places.
         sites: path of a module to pack, to its own names of weights, to their names in the file.
-        weights: emptied on the way, so that no weight is held twice.
+        weights: emptied during the call, so that no weight is held twice.
         tensors: the other tensors of the file.
 
     Returns:
@@ -64,7 +64,7 @@ def fill(
         value = take(key).dense() if key in weights else tensors[key]
         value = value.to(home(*places[0]))
         old = places[0][0]._parameters.get(places[0][1])
-        if old is not None:  # what is one in the file is one here, too
+        if old is not None:  # tensors that the file shares are shared here, too
             value = made.setdefault(key, nn.Parameter(value, old.requires_grad))
         at.update(dict.fromkeys(places, value))
     new: dict[nn.Module, nn.Module] = {}
@@ -79,7 +79,7 @@ def fill(
 
 
 def home(module: nn.Module, own: str) -> torch.device:
-    """Where the weight of a name lies, and the one that takes its place will; not on `meta`."""
+    """The device of the weight of a name, and of the one that replaces it; not `meta`."""
     *path, name = own.split(".")
     for step in path:
         module = module.get_submodule(step)
@@ -93,7 +93,7 @@ def _outer(
     place: tuple[nn.Module, str], packed: set[tuple[nn.Module, str]],
     modules: Mapping[str, nn.Module], sites: Mapping[str, Mapping[str, str]],
 ) -> bool:  # fmt: skip
-    """Whether a place is of a weight that is packed, also as `out_proj.weight` of attention."""
+    """Whether a place belongs to a packed weight, also as `out_proj.weight` of attention."""
     module, own = place
     return place in packed or any(
         modules[site] is not module
@@ -104,7 +104,7 @@ def _outer(
 
 
 def packed_module(module: nn.Module, stored: dict[str, Stored], at: Values) -> nn.Module:
-    """The packed module of one site, its weights never dense but for an attention's.
+    """The packed module of one site; only an attention's weights become dense on the way.
 
     Args:
         module: the dense module, whose weights are not read.
@@ -227,7 +227,7 @@ def _built_again(module: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules that this thread builds have parameters on `meta` and buffers where they are made."""
+    """Modules that this thread builds get parameters on `meta`, and buffers on their own device."""
     here = threading.get_ident()
 
     def away(module: nn.Module, name: str, parameter: Any) -> nn.Parameter | None:

@@ -62,7 +62,7 @@ def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
             sites.setdefault(site, {})[own] = key
     found = {name: (source[name], slot.places) for name, slot in slots.items()}
     at, new = fill(model, found, sites, weights, tensors)
-    _put(at)  # only now is the model touched
+    _put(at)  # only now does the model change
     made = replace_modules(model, new, inplace=True)
     if fuse:
         fuse_activations(made)
@@ -96,7 +96,7 @@ def _slots(model: nn.Module) -> dict[str, _Slot]:
 
 
 def _same_names(wanted: Sequence[str], there: Sequence[str], others: set[str]) -> None:
-    """Raise if the file lacks a tensor, or has one that the model knows by no name."""
+    """Raise if the file lacks a tensor, or has one that the model does not have."""
     known, taken = set(there), {*wanted, *others}
     missing = [name for name in wanted if name not in known]
     extra = [name for name in there if name not in taken]
@@ -108,7 +108,7 @@ def _same_names(wanted: Sequence[str], there: Sequence[str], others: set[str]) -
 
 
 def _fits(name: str, stored: Stored | Tensor, slot: _Slot) -> None:
-    """Raise if what is stored has not the shape of its place, or a dtype of another kind."""
+    """Raise if a stored tensor does not have the shape of its place, or the kind of its dtype."""
     if tuple(stored.shape) != slot.shape:
         raise FileFormatError(
             f"{name} is {tuple(stored.shape)} in the file and {slot.shape} in the model: give the "

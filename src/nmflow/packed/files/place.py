@@ -30,7 +30,7 @@ def why_not(module: nn.Module, own: str, stored: Stored) -> str:
 
 
 def alike(dtype: torch.dtype, was: torch.dtype) -> bool:
-    """Whether a dtype of a file may take the place of a model's: floats of floats, no others."""
+    """Whether a dtype of a file may replace a model's: floats replace floats, others themselves."""
     if was.is_floating_point or dtype.is_floating_point:
         return was.is_floating_point and dtype.is_floating_point
     return was == dtype

@@ -41,13 +41,13 @@ def write(
     """Write a folder: the new header takes the place of an old one in one step, or not at all.
 
     Args:
-        folder: made if it is not there.
+        folder: created if missing.
         weights: by name.
-        tensors: what is stored as it is.
+        tensors: the tensors that are stored as they are.
         aliases: second names to first ones.
         beside: name to text of the files from which other libraries build the network; they
             get an index of the tensors as well.
-        card: the model card; it takes the place of none but an older one of ours.
+        card: the model card; it replaces only an older one of ours.
 
     Raises:
         CompressError: the folder cannot be written, or a tensor has a dtype no file holds.
@@ -73,7 +73,7 @@ def write(
             elif w.rounds(p):
                 part["values"] = "bfloat16"
             parts.append(part)
-        if beside:  # a reader that knows nothing of parts stops here, and makes no weights up
+        if beside:  # a reader that does not know parts stops here, and invents no weights
             _add(data, name, torch.empty(0, dtype=w.dtype))
         described[name] = {
             "shape": list(w.shape),
@@ -223,7 +223,7 @@ def _remove_old_weights(path: Path) -> None:
     except FileNotFoundError:
         named = None
     except (OSError, ValueError, KeyError, TypeError):
-        return  # a damaged header: what it named cannot be told
+        return  # a damaged header: what it named is unknown
     for old in path.iterdir():
         if WEIGHTS.fullmatch(old.name) and old.name != named:
             old.unlink()
