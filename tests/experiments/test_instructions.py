@@ -150,7 +150,7 @@ def test_what_is_learnt_is_what_the_assistant_says(template: str) -> None:
 
 
 def test_a_template_that_renders_a_turn_otherwise_later_is_refused() -> None:
-    with pytest.raises(DataError, match=r"row 7: .* renders turn 2 otherwise"):
+    with pytest.raises(DataError, match=r"row 7: .* renders turn 2 differently"):
         encode(tokens(FORGETFUL), TALK, 0, "row 7")
     with pytest.raises(DataError, match="does not fit"):
         encode(tokens("{{ raise_exception('roles must alternate') }}"), TALK, 0, "row 7")

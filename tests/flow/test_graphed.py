@@ -156,7 +156,7 @@ def test_a_gradient_that_lies_in_another_order_is_refused_in_a_capture() -> None
 
     weight.register_post_accumulate_grad_hook(turn)
     batches = MLP.batches(TOTAL, torch.float32)
-    with pytest.raises(FlowError, match=r"'0\.weight' has a gradient that does not lie"):
+    with pytest.raises(FlowError, match=r"'0\.weight' has a gradient whose memory is ordered"):
         both.train(batches)
     both.same()
 
