@@ -207,6 +207,7 @@ def test_a_training_that_was_broken_off_begins_anew_or_goes_on(tmp_path, where, 
     net, one = Breaks(where), callback()
     with pytest.raises(RuntimeError, match="broken off"):
         _fit(tmp_path, net, one, enable_checkpointing=True)
+    assert one.flow is not None
     dense = one.flow.dense_weights()["first.weight"].clone()
     other = Net()
     if resumed:
@@ -226,6 +227,7 @@ def test_a_training_that_came_to_its_end_is_not_left(tmp_path):
     _fit(tmp_path, net, one)
     with pytest.raises(FlowError, match="call finalize"):
         _fit(tmp_path, net, one)
+    assert one.flow is not None
     assert one.flow.steps_done == STEPS
 
 

@@ -272,8 +272,8 @@ def test_expanding_gives_back_every_bit(
     shape, w, values, codes = packed(spec, out, inputs, dtype)
     dense = gpu.expand(values, codes, shape, Emulated())
     assert torch.equal(dense.view(torch.int16), (w + 0.0).view(torch.int16))
-    apart = [t.repeat_interleave(2, -1)[..., ::2] for t in (values, codes)]
-    assert torch.equal(gpu.expand(*apart, shape, Emulated()), dense)
+    values, codes = (t.repeat_interleave(2, -1)[..., ::2] for t in (values, codes))
+    assert torch.equal(gpu.expand(values, codes, shape, Emulated()), dense)
 
 
 @needs_compiler

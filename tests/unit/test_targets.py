@@ -380,12 +380,15 @@ def test_a_subclass_a_tied_weight_and_a_parametrized_one():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_what_the_caller_left_out_is_his_reason(frozen: bool):
+def test_what_the_caller_left_out_is_the_reason(frozen: bool):
     """Frozen or not: a weight that nobody asked for is not left out for being frozen."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[0].requires_grad_(not frozen)
-    for how in ({"include": "*", "exclude": "0"}, {"include": ["1", "2"]}):
-        found = dict(plan(model, "1:4", **how).left_out)
+    for made in (
+        plan(model, "1:4", include="*", exclude="0"),
+        plan(model, "1:4", include=["1", "2"]),
+    ):
+        found = dict(made.left_out)
         assert found.keys() == {"0.weight"}
         assert "excluded" in found["0.weight"] or "not chosen" in found["0.weight"]
 
