@@ -137,7 +137,7 @@ def test_a_stream_says_what_it_cannot_do(tmp_path: Path) -> None:
         tasks.build(some)
     files = {key: value for key, value in run.data.files.items() if key != "test"}
     lacking = run.model_copy(update={"data": run.data.model_copy(update={"files": files})})
-    with pytest.raises(DataError, match="its test split is not there"):
+    with pytest.raises(DataError, match="its test split is missing"):
         tasks.build(lacking)
     noisy = run.training.model_copy(update={"noise_batches": 4})
     with pytest.raises(ConfigError, match="noise_batches is 4"):

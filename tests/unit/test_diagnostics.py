@@ -316,7 +316,7 @@ def test_bad_input():
         gradient_noise(model, lambda m, x: m(x).sum() * float("nan"), batches, targets)
     with pytest.raises(PlanError, match="targets is empty"):
         gradient_noise(model, square_loss, batches, [])
-    with pytest.raises(PlanError, match=r"0\.weight is no parameter"):
+    with pytest.raises(PlanError, match=r"0\.weight is not a parameter"):
         gradient_noise(nn.Linear(8, 8), square_loss, batches, targets)
     model.requires_grad_(False)
     with pytest.raises(PlanError, match="requires_grad"):
