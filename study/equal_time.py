@@ -21,12 +21,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from choose import RESULTS, SEEDS, SWEEPS, write
+from choose import SEEDS, SWEEPS, write
 from equal_time_ways import (
+    COSTS,
     MORE,
     MORE_NAME,
     NAME,
     ORDERED,
+    ORDERS,
+    SPENT,
     TASK,
     WAYS,
     Way,
@@ -51,16 +54,6 @@ from nmflow.permute import permute_hidden
 
 BATCHES = 8
 """Batches of a measurement, the first ones of the tuning seed."""
-
-
-def costs_file(name: str) -> Path:
-    """The CPU seconds of a step, by way and phase."""
-    return RESULTS / name / "step_seconds.csv"
-
-
-def spent_file(name: str) -> Path:
-    """The CPU seconds that each run took."""
-    return RESULTS / name / "cpu_seconds.csv"
 
 
 def measure(name: str, ways: Mapping[str, Way]) -> pd.DataFrame:
@@ -206,7 +199,7 @@ def _note(name: str, sweep: experiments.Sweep) -> None:
         for path in [sweep.store / cell.run.id / "cpu.json"]
         if path.is_file()
     ]
-    pd.DataFrame(spent).to_csv(spent_file(name), index=False)
+    pd.DataFrame(spent).to_csv(SPENT[name], index=False)
 
 
 def main() -> None:
@@ -222,12 +215,12 @@ def main() -> None:
         run(name, args.seconds)
         return
     costs = measure(name, ways)
-    costs_file(name).parent.mkdir(parents=True, exist_ok=True)
-    costs.to_csv(costs_file(name), index=False, float_format="%.4f")
+    COSTS[name].parent.mkdir(parents=True, exist_ok=True)
+    costs.to_csv(COSTS[name], index=False, float_format="%.4f")
     plan(name, costs)
     if args.more:
         orders = pd.DataFrame([{"way": ORDERED, "cpu_seconds": order_seconds()}])
-        orders.to_csv(costs_file(name).with_name("order_seconds.csv"), index=False)
+        orders.to_csv(ORDERS[name], index=False)
     sys.stdout.write(f"{costs.to_string()}\n{solved(costs)}\n")
 
 

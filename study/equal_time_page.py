@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pandas as pd
-from choose import RESULTS, SEEDS, results
+from choose import SEEDS, results
 from compare import Cell, family
-from equal_time_ways import AS_LONG, DENSE, GROWING, HELD, MORE, MORE_NAME, NAME, ORDERED
+from equal_time_ways import (
+    AS_LONG,
+    DENSE,
+    GROWING,
+    HELD,
+    MORE,
+    MORE_NAME,
+    NAME,
+    ORDERED,
+    ORDERS,
+    SPENT,
+    WHOLE,
+)
 from tables import gain, spread, table, there
 
 from nmflow.experiments.report.statistics import summary
@@ -15,7 +27,6 @@ from nmflow.experiments.report.statistics import summary
 SAME = 1.0
 """Points within which two ways to compute one run count as the same quality."""
 MDGF, RIVAL, SETTLING = "MDGF-Exponential", "SR-STE", "Settling"
-PANELS = "Panels"
 
 
 def equal_time() -> list[str]:
@@ -29,7 +40,7 @@ def equal_time() -> list[str]:
 
 def _points(name: str) -> pd.DataFrame:
     frame = results(name)
-    spent = pd.read_csv(RESULTS / name / "cpu_seconds.csv")[["setup", "seed", "cpu_seconds"]]
+    spent = pd.read_csv(SPENT[name])[["setup", "seed", "cpu_seconds"]]
     frame = frame.merge(spent, on=["setup", "seed"], how="left")
     return frame.assign(
         points=100 * frame["test_accuracy"], check=100 * frame["validation_accuracy"]
@@ -72,7 +83,7 @@ def _more(frame: pd.DataFrame) -> list[str]:
     added = [s for s in dict.fromkeys(mine["setup"]) if s != AS_LONG]
     over = _family(frame, dict.fromkeys(added, MDGF))
     behind = _family(frame, dict.fromkeys(added, DENSE))
-    panels = _family(frame, {s: PANELS for s in added if s in (ORDERED, GROWING)})
+    panels = _family(frame, {s: WHOLE for s in added if s in (ORDERED, GROWING)})
     won, lost = ([c.setup for c in over if getattr(c, way)] for way in ("better", "worse"))
     level = [c.setup for c in over if not c.better and not c.worse]
     said = [
@@ -80,7 +91,7 @@ def _more(frame: pd.DataFrame) -> list[str]:
         for names, word in ((won, "above it"), (lost, "below it"), (level, "not told apart"))
         if names
     ]
-    order = pd.read_csv(RESULTS / MORE_NAME / "order_seconds.csv")["cpu_seconds"].iloc[0]
+    order = pd.read_csv(ORDERS[MORE_NAME])["cpu_seconds"].iloc[0]
     return [
         "",
         "### Other recipes and panels on kept places",

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
+from choose import RESULTS
 
 from nmflow.experiments.specs import RecipeSpec
+from nmflow.flow.sparse_steps import DENSEST
 from nmflow.pattern import Pattern
 from nmflow.recipes.base import Recipe
 
@@ -18,8 +20,11 @@ DENSE_STEPS = 240
 RATE = 2e-4
 PHASES = {"dense": 0.05, "finetune": 0.7}
 PATTERN, PANELS = "1:8", "1:8@16"
-SHARE = 1 / 4
-"""What a pattern keeps at most, for a layer to step on kept places."""
+COSTS, SPENT, ORDERS = (
+    {name: RESULTS / name / f"{file}.csv" for name in (NAME, MORE_NAME)}
+    for file in ("step_seconds", "cpu_seconds", "order_seconds")
+)
+"""By sweep: CPU seconds of a step of each way and phase, of each run, and of ordering the units."""
 
 
 class Way(NamedTuple):
@@ -53,14 +58,14 @@ WAYS = {
     HELD: Way(_SETTLING, sparse=False, like="Settling"),
 }
 """What is compared at equal time; the last has as many steps as settling, and more time."""
-ORDERED, GROWING = "Panels, units in order", "Panels that grow"
+WHOLE, ORDERED, GROWING = "Panels", "Panels, units in order", "Panels that grow"
 AS_LONG = "MDGF-Exponential, the steps of SR-STE"
 MORE = {
     DENSE: _DENSE,
     "SDGF-Stepwise": Way({"name": "sdgf-stepwise", "gradient": "masked", **PHASES}),
     "Gradual": Way({"name": "gradual", **PHASES}),
-    "Panels": Way(_MDGF, pattern=PANELS),
-    ORDERED: Way(_MDGF, pattern=PANELS, permute=True, like="Panels"),
+    WHOLE: Way(_MDGF, pattern=PANELS),
+    ORDERED: Way(_MDGF, pattern=PANELS, permute=True, like=WHOLE),
     GROWING: Way(
         {"name": "sdgf-panels", "gradient": "masked", "dense": 0.15, "finetune": 0.5},
         pattern=PANELS,
@@ -124,7 +129,7 @@ def phases(way: Way, recipe: Recipe, steps: int) -> list[str]:
             found.append("dense")
         elif way.sparse and stage.phase != "decay":
             found.append("frozen")
-        elif way.sparse and stage.delta == 0 and stage.pattern.density <= SHARE:
+        elif way.sparse and stage.delta == 0 and stage.pattern.density <= DENSEST:
             found.append(f"kept {stage.pattern}")
         else:
             found.append("masked")

@@ -149,11 +149,13 @@ def test_the_model_may_be_copied_in_mid_run() -> None:
     assert_same(parameters_of(run.model), parameters_of(free.model))
 
 
+@pytest.mark.parametrize(("end", "said"), [("finalize", "finalized"), ("detach", "detached")])
 @pytest.mark.parametrize("what", ["finalize", "final_masks", "dense", "sync", "dense_weights"])
-def test_a_finalized_flow_is_over(what: str) -> None:
+def test_a_flow_that_has_ended_is_over(what: str, end: str, said: str) -> None:
     run = Run(MLP, BY_ID["mdgf-linear"])
     run.train(MLP.batches(TOTAL))
-    run.flow.finalize()
+    getattr(run.flow, end)()
+    assert said in repr(run.flow)
     before = parameters_of(run.model)
     with pytest.raises(FlowError, match="finalize"):
         use(run, what)

@@ -231,7 +231,7 @@ class Flow(Looking):
             with torch.no_grad():
                 stepper.edits.harden(stepper.k)
             stepper.stop()
-        self._end()
+        self._end("finalized")
 
     def detach(self) -> None:
         """Leave the dense network and a clean optimizer, as if no recipe had been attached.
@@ -260,18 +260,18 @@ class Flow(Looking):
             with torch.no_grad():
                 stepper.edits.open()
             stepper.stop()
-        self._end()
+        self._end("detached")
 
     def _let_go(self) -> None:
         """Take no further part, and leave the weights and the optimizer's state as they are."""
         for stepper in self._steppers:
             stepper.unhook()
-        self._end()
+        self._end("detached")
 
-    def _end(self) -> None:
+    def _end(self, how: str) -> None:
         for hook in self._loading:
             hook.remove()
-        self._finalized = True
+        self._ended = how
 
     def finalize_copy(self, copy: Copy) -> None:
         """Make a copy of the network, such as a moving average of it, exactly N:M, in place.
@@ -306,5 +306,5 @@ class Flow(Looking):
         return self.plan if self.recipe.prunes else Plan()
 
     def __repr__(self) -> str:
-        where = "finalized" if self._finalized else f"step {self.steps_done} of {self.total_steps}"
+        where = self._ended or f"step {self.steps_done} of {self.total_steps}"
         return f"<Flow {self.recipe.name}, {len(self.plan)} weights, {where}>"

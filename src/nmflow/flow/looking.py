@@ -25,7 +25,7 @@ class Looking:
     plan: Plan
     _steppers: Sequence[Stepper]
     _observations: list[Observation]
-    _finalized = False
+    _ended = ""  # how, once it has
 
     @property
     def steps_done(self) -> int:
@@ -93,7 +93,7 @@ class Looking:
         return LayerSteps(tuple(x for s in self._steppers for x in s.layers.explain()))
 
     def _check_live(self, what: str) -> None:
-        if self._finalized:
+        if self._ended:
             raise FlowError(
                 f"{what} was called after finalize() or detach(): attach again to go on training"
             )
