@@ -307,6 +307,14 @@ def test_a_page_says_what_its_table_says(monkeypatch: pytest.MonkeyPatch) -> Non
     assert line.count("**+1.00 [") == 1  # over no teacher
     assert "**+2.00 [" in line  # over the smaller images, distilled as well
     assert "**−6.00 [" in line  # over dense
+    search = frame[frame["seed"] == 0].assign(part="tuning")
+    short = frame[~frame["taught"] & (frame["pattern"] != "")]
+    tables = {"vision": search, "vision-short": short}
+    monkeypatch.setattr(pages, "there", tables.__contains__)
+    monkeypatch.setattr(pages, "results", tables.__getitem__)
+    written = pages.vision()
+    assert "The main runs have not been made. A short training" in written
+    assert "Over SR-STE: MDGF-Exponential **+3.00 [" in written
     monkeypatch.setattr(pages, "there", lambda name: False)
     assert "nothing is judged" in pages.vision()
     assert "nothing is judged" in pages.encoder()
