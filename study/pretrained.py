@@ -25,6 +25,7 @@ from pretrained_setups import (
     RATES,
     SPARSE_FIRST,
     SPARSEST,
+    STARTED,
     TASKS,
     TAUGHT,
     TITLES,
@@ -94,6 +95,7 @@ def sweeps(task: str) -> Iterator[Sweep]:
             if best and TASKS[task].wide:
                 yield from _wider(plain, best)
                 yield from _sparse_first(task, chosen["mdgf-exponential"], taught)
+                yield from _from_dense(task, chosen, taught)
 
 
 def _searches(task: str) -> Iterator[Sweep]:
@@ -204,6 +206,22 @@ def _sparse_first(task: str, choice: Choice, taught: dict[str, Any]) -> Iterator
         for rate in RATES
     ]
     yield Sweep(6, "first-rates", "Rates of both stages.", {"setup": each, "seed": [100]})
+
+
+def _from_dense(task: str, chosen: Mapping[str, Choice], taught: dict[str, Any]) -> Iterator[Sweep]:
+    """Decaying recipes that start from the fine-tuned dense network, which teaches them."""
+    start = {"model.load": f"runs/study-{task}/teacher", **taught}
+    each = [
+        Choice(choice.options, rate).keys(name, f"{TITLES[name]}{TAUGHT}{STARTED}", **start)
+        for name, choice in chosen.items()
+        if TITLES[name] != CONVENTIONAL
+        for rate in DENSE_RATES
+    ]
+    axes = {"setup": _told(each), "pattern": [PATTERN], "seed": [100]}
+    yield Sweep(7, "start-rates", "Rates from the fine-tuned dense network on.", axes)
+    if there(f"{task}-start-rates"):
+        axes = _main(best_of(task, "start-rates", each), PATTERN)
+        yield Sweep(7, "start", "From the fine-tuned dense network on.", axes)
 
 
 _DISTILLED = "The main runs, distilled."

@@ -57,8 +57,8 @@ def pretrained() -> str:
             frames[task] = more.in_points(_all(task, frame), task)
             out += _judged(frame, task)
             verdicts += [f"* {told.title}: {line}" for line in _verdict(frame)]
-        out += more.longer(task) + more.patterns(task) + more.attention(task) + more.panels(task)
-        out += _int8(task) + _tuning(task)
+        out += more.longer(task) + more.start(task) + more.patterns(task) + more.attention(task)
+        out += more.panels(task) + _int8(task) + _tuning(task)
     out += more.ours(frames)
     if verdicts:
         told = ["**Claim 1 in fine-tuning, at 1:8 in FF:**", "", *verdicts, ""]

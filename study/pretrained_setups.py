@@ -49,6 +49,7 @@ MORE = range(5, 10)
 NOISY = 2.5
 """Points: a greater paired standard deviation gets the seeds `MORE`."""
 CONVENTIONAL, TAUGHT = "SR-STE", ", distilled"
+STARTED = ", from the dense network"
 GENERAL = {
     "options.tasks": ["sst2"],
     "training.steps": 2400,

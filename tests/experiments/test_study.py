@@ -240,7 +240,8 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
         for p in ("1-16", "1-4", "1-32", "1-128", "2-4")
     }
     dense = {"dense-rates", "dense-rates-edges", "teacher", "dense", "rivals-rates", "rivals"}
-    more = {"long", "rivals-long", "attention", "panels", "permuted", "first-rates"}
+    more = {"long", "rivals-long", "attention", "panels", "permuted", "first-rates", "start-rates",
+            "start"}  # fmt: skip
     more |= {"general-0.0002", "general-0.0004", "general-0.0008"}
     assert set(ran) == chain | {f"{part}-others" for part in chain} | patterns | dense | more
     assert pretrained.rates("cola", "rates")["Settling"] == 4e-4
@@ -253,8 +254,9 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
     written = page.pretrained()
     assert "MDGF-Exponential, distilled" in written
     assert "**+5.00 [" in written  # a teacher's gain, in every recipe
-    for words in ("FF 192, distilled", "Four times the steps", "Every pattern, distilled",
-                  "FF and attention", "over 1:8 as units stand", "A recipe of ours"):  # fmt: skip
+    for words in ("FF 192, distilled", "Four times the steps", "Where training starts",
+                  "Every pattern, distilled", "FF and attention", "over 1:8 as units stand",
+                  "A recipe of ours"):  # fmt: skip
         assert words in written, words
     # Where differences vary, seeds 5 to 9 join.
     noisy = tables["cola-main-1-8"]
