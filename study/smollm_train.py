@@ -278,9 +278,7 @@ def main() -> None:
     parser.add_argument("tokens", type=Path, help="what study/smollm_text.py wrote")
     parser.add_argument("to", type=Path, help="the table to write")
     parser.add_argument("--seconds", type=float, default=80, help="after these no step is made")
-    parser.add_argument(
-        "--budget", type=int, default=8_000_000, help="tokens of a main run, at most"
-    )
+    parser.add_argument("--budget", type=int, default=8_000_000, help="most tokens of a main run")
     parser.add_argument("--main", type=int, help="tokens of a main run, instead of the room")
     parser.add_argument("--known", type=Path, help="an earlier table, whose search stands")
     parser.add_argument("--tuning", type=int, default=500_000, help="tokens of a tuning run")

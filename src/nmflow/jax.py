@@ -19,7 +19,6 @@ import optax
 from nmflow.errors import PatternError, PlanError, RecipeError
 from nmflow.pattern import Pattern
 from nmflow.recipes import DEFAULT, Recipe, resolve
-from nmflow.recipes.schedules import Stage
 
 __all__ = ["Sparse", "SparseState", "kernels", "mask", "project", "sparse"]
 
@@ -208,9 +207,8 @@ def sparse(
         for path, axis in chosen.items():
             for used in known.patterns(final, dense[path].shape[axis]):
                 mask(dense[path], used, axis)
-        first = jnp.zeros((), jnp.int32)
         held = {} if since is None else {p: mask(w, final, chosen[p]) for p, w in dense.items()}
-        return SparseState(first, dense, held, inner.init(params))
+        return SparseState(jnp.zeros((), jnp.int32), dense, held, inner.init(params))
 
     def masks(state: SparseState, path: str, axis: int) -> tuple[Any, Any, Any]:
         kept, fading, delta = course.at(state.step, state.dense[path], axis)
@@ -225,9 +223,7 @@ def sparse(
 
     def update(grads: Any, state: SparseState, params: Any = None) -> tuple[Any, SparseState]:
         if params is None:
-            raise PlanError(
-                "params is None: pass the parameters to update(), which leads them to W̃"
-            )
+            raise PlanError("params is None: pass update() the parameters, which it leads to W̃")
         chosen, found = axes(params), dict(_leaves(grads))
         ruled, drawn = {}, {}
         for path, axis in chosen.items():
@@ -280,10 +276,8 @@ class _Course:
 
     def _table(self, length: int) -> Any:
         if length not in self._tables:
-            stages: list[Stage] = [
-                self._recipe.stage(k, self._total, self._pattern, length)
-                for k in range(self._total + 1)
-            ]
+            steps = range(self._total + 1)
+            stages = [self._recipe.stage(k, self._total, self._pattern, length) for k in steps]
             kinds = list(dict.fromkeys(stage.masks for stage in stages))
             which = [kinds.index(stage.masks) for stage in stages]
             self._tables[length] = kinds, which, [float(stage.delta) for stage in stages]

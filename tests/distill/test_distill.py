@@ -209,7 +209,7 @@ def test_it_trains_a_sparse_network_and_finalizes():
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"task": -1}, "task is -1: give a weight"),
+    ({"task": -1}, "task is -1: give a finite number"),
     ({"logits": 0, "hidden": 0}, "both 0"),
     ({"temperature": 0}, "temperature is 0"),
 ]

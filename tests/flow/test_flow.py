@@ -162,6 +162,31 @@ def test_a_flow_that_has_ended_is_over(what: str, end: str, said: str) -> None:
     assert_same(parameters_of(run.model), before)
 
 
+@pytest.mark.parametrize("case", ["settling", "mdgf-frozen"])
+def test_a_flow_that_trains_is_not_pickled_and_its_copy_has_ended(case: str) -> None:
+    """A model that holds its flow is copied as any other, such as for an average of it."""
+    run, free = Run(MLP, BY_ID[case]), Run(MLP, BY_ID[case])
+    model: Any = run.model
+    model.flow = run.flow
+    for x in MLP.batches(TOTAL):
+        run.step(x)
+        free.step(x)
+        for what in (run.flow, model):
+            with pytest.raises(FlowError, match=r"optimizer\.state_dict\(\)"):
+                pickle.dumps(what)
+        other: Any = copy.deepcopy(model)
+        assert other.flow.model is other
+        assert other.flow.steps_done == run.flow.steps_done
+        assert "copied" in repr(other.flow)
+        for end in (other.flow.finalize, other.flow.final_masks, other.flow.detach):
+            with pytest.raises(FlowError, match="a copy of a flow: attach again"):
+                end()
+    run.flow.finalize()
+    free.flow.finalize()
+    assert_same(parameters_of(model), parameters_of(free.model))
+    assert_same(parameters_of(pickle.loads(pickle.dumps(model))), parameters_of(model))
+
+
 @pytest.mark.parametrize("sparse_steps", ["off", "on"])
 @pytest.mark.parametrize("steps", [0, 3, TOTAL])
 @pytest.mark.parametrize("case", ["ste", "settling", "mdgf-frozen", "step", "mdgf-scaled-frozen"])

@@ -19,8 +19,8 @@ from nmflow.errors import CompressError, FileFormatError
 from nmflow.kernels import explain, int8, int8_ops
 from nmflow.kernels.layout import Shape, canonical_from_dense, dense_from_canonical
 from nmflow.packed import compress, decompress, export_program, load, load_state, report_of, save
-from nmflow.packed.compress import refuse_device
 from nmflow.packed.int8 import Int8Linear
+from nmflow.packed.rounded import refuse_device
 from pruned import prune
 from rounded import MODULES, edit, first, net
 

@@ -17,6 +17,7 @@ from nmflow.bench.rivals import RIVALS, check_names, race
 from nmflow.errors import CompressError
 from nmflow.kernels import explain
 from nmflow.masks import mask
+from nmflow.numbers import is_whole
 from nmflow.packed.bfloat16 import with_bfloat16
 from nmflow.packed.compress import compress
 from nmflow.packed.int8 import with_int8
@@ -80,7 +81,7 @@ def bench(
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise CompressError(f"dtypes has {dtype!r}: choose from {', '.join(DTYPES)}")
-    if not all(isinstance(t, int) and t > 0 for t in tokens):
+    if not all(is_whole(t, 1) for t in tokens):
         raise CompressError(f"tokens is {tokens!r}: give positive numbers of tokens")
     check_names(rivals)
     model = pruned(model, pattern, include, exclude)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from nmflow.distill.losses import hidden_loss, logit_loss
 from nmflow.errors import DistillError
 from nmflow.flow.owners import is_owned
 from nmflow.flow.sharding import sharded
+from nmflow.numbers import check_not_negative, check_positive
 from nmflow.select.modules import check_batch, check_model
 
 IGNORED = -100
@@ -78,12 +78,10 @@ class Distiller:
                 )
         weights = {"task": task, "logits": logits, "hidden": hidden}
         for name, weight in weights.items():
-            if not _number(weight) or weight < 0:
-                raise DistillError(f"{name} is {weight!r}: give a weight that is 0 or more")
+            check_not_negative(name, weight, DistillError)
         if logits == 0 and hidden == 0:
             raise DistillError("logits and hidden are both 0: give one of them a weight")
-        if not _number(temperature) or temperature <= 0:
-            raise DistillError(f"temperature is {temperature!r}: give a number above 0")
+        check_positive("temperature", temperature, DistillError)
         self.task, self.logits, self.hidden = task, logits, hidden
         self.temperature = temperature
         self.teacher = teacher.requires_grad_(False).eval()
@@ -206,10 +204,6 @@ _MEND = (
     "take a network with arguments and outputs like those of transformers (hidden=0 if it takes no "
     "output_hidden_states), or the losses alone, nmflow.distill.logit_loss and hidden_loss"
 )
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _aligned(

@@ -20,6 +20,7 @@ from nmflow.experiments.origins import is_local
 from nmflow.experiments.run_folder import MODEL, RESULT, RunFolder
 from nmflow.experiments.training import Notify, train
 from nmflow.inspect.audit import audit
+from nmflow.numbers import is_whole
 
 STEPS, BATCH, ROWS = 2, 2, 4
 MARKER = "smoke.json"
@@ -126,7 +127,7 @@ def _fractions(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """
     return {
         key: (value / steps if steps else 0.25 * (value > 0))
-        if key in ("dense", "finetune") and isinstance(value, int) and not isinstance(value, bool)
+        if key in ("dense", "finetune") and is_whole(value)
         else value
         for key, value in options.items()
     }

@@ -14,6 +14,7 @@ from nmflow.flow.flow import Flow
 from nmflow.flow.hosts import check_model, optimizers_of
 from nmflow.flow.sparse_steps import Mode, check_mode
 from nmflow.flow.state import Run
+from nmflow.numbers import check_whole
 from nmflow.recipes import DEFAULT, Recipe, resolve
 from nmflow.select.plan import Names, Patterns, plan
 
@@ -99,8 +100,7 @@ def attach(
 
 
 def _check_options(recipe: Recipe, mask_interval: int, freeze_mask: bool) -> None:
-    if isinstance(mask_interval, bool) or not isinstance(mask_interval, int) or mask_interval < 1:
-        raise RecipeError(f"mask_interval is {mask_interval!r}: give a number of steps, at least 1")
+    check_whole("mask_interval", mask_interval, RecipeError, 1, " of steps")
     if recipe.stairs and mask_interval > 1:
         raise RecipeError(
             f"mask_interval is {mask_interval}, but under stairs={recipe.stairs} the mask changes "

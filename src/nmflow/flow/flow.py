@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nmflow.errors import FlowError
 from nmflow.flow import copies
 from nmflow.flow.before import Before
 from nmflow.flow.blocks import Blocks, Dense, FinalMasks
 from nmflow.flow.copies import Copy
-from nmflow.flow.graphs import CudaRecorder, GraphedStep
+from nmflow.flow.graphs import GraphedStep, on_cuda
 from nmflow.flow.loading import Loading, watch
 from nmflow.flow.looking import Looking
 from nmflow.flow.placing import slots_of
@@ -111,18 +110,7 @@ class Flow(Looking):
             ...     loss = step()
         """
         self._check_live("graphed()")
-        if not torch.cuda.is_available():
-            raise FlowError(
-                "graphed() needs CUDA, which torch does not find here: call the training step "
-                "itself"
-            )
-        parts = [s.graphs for s in self._steppers]
-        if parts[0].device.type != "cuda":
-            raise FlowError(
-                f"graphed() needs CUDA, and the weights are on {parts[0].device}: move the model "
-                "there before attach(), or call the training step itself"
-            )
-        return GraphedStep(parts, step, CudaRecorder(parts[0].device))
+        return on_cuda([s.graphs for s in self._steppers], step)
 
     # -- what one does with it -----------------------------------------------------------------
 
@@ -262,12 +250,6 @@ class Flow(Looking):
             stepper.stop()
         self._end("detached")
 
-    def _let_go(self) -> None:
-        """Take no further part, and leave the weights and the optimizer's state as they are."""
-        for stepper in self._steppers:
-            stepper.unhook()
-        self._end("detached")
-
     def _end(self, how: str) -> None:
         for hook in self._loading:
             hook.remove()
@@ -305,6 +287,9 @@ class Flow(Looking):
     def _to_prune(self) -> Plan:
         return self.plan if self.recipe.prunes else Plan()
 
-    def __repr__(self) -> str:
-        where = self._ended or f"step {self.steps_done} of {self.total_steps}"
-        return f"<Flow {self.recipe.name}, {len(self.plan)} weights, {where}>"
+
+def let_go(flow: Flow) -> None:
+    """End a flow where a trainer restored the weights and the optimizer's state: both stay."""
+    for stepper in flow._steppers:
+        stepper.unhook()
+    flow._end("detached")

@@ -153,6 +153,21 @@ class GraphedStep(Generic[T]):
         return _Graph(replay, out, held, tables)
 
 
+def on_cuda(parts: Sequence[GraphSteps], step: Callable[[], T]) -> GraphedStep[T]:
+    """A training step as a graph; a `FlowError` where the weights are not on a CUDA device."""
+    if not torch.cuda.is_available():
+        raise FlowError(
+            "graphed() needs CUDA, which torch does not find here: call the training step itself"
+        )
+    device = parts[0].device
+    if device.type != "cuda":
+        raise FlowError(
+            f"graphed() needs CUDA, and the weights are on {device}: move the model there before "
+            "attach(), or call the training step itself"
+        )
+    return GraphedStep(parts, step, CudaRecorder(device))
+
+
 class _Graph(Generic[T]):
     """A captured step, what it returned, and the gradients that it leaves."""
 

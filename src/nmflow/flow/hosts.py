@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from nmflow.errors import FlowError
 from nmflow.flow.sharding import local
 from nmflow.flow.slots import Slot
+from nmflow.numbers import is_finite
 from nmflow.recipes import Recipe
 from nmflow.select import modules
 
@@ -137,7 +138,7 @@ class Groups:
             return
         for i in dict.fromkeys(self.of):
             lr = groups[i].get("lr")
-            if not isinstance(lr, int | float | Tensor) or isinstance(lr, bool):
+            if not (isinstance(lr, Tensor) or is_finite(lr)):
                 slot = self._slots[self.of.index(i)]
                 raise FlowError(
                     f"'{slot.name}' is in a param group with lr={lr!r}, but {recipe.name} draws "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,17 +14,25 @@ from nmflow.flow.flow_stage import FlowStage
 from nmflow.flow.observing import Observation, Observer
 from nmflow.flow.sparse_steps import LayerSteps
 from nmflow.flow.stepper import Stepper
+from nmflow.numbers import check_whole
+from nmflow.recipes import Recipe
 from nmflow.select.plan import Plan
+
+L = TypeVar("L", bound="Looking")
 
 
 class Looking:
     """The part of a `Flow` that changes nothing.
 
     Attributes:
+        recipe: the recipe.
         plan: the targets, with what was left out and why.
+        total_steps: K.
     """
 
+    recipe: Recipe
     plan: Plan
+    total_steps: int
     _steppers: Sequence[Stepper]
     _observations: list[Observation]
     _ended = ""  # how, once it has
@@ -66,8 +76,7 @@ class Looking:
         Raises:
             FlowError: `every` is not a whole number of at least 1.
         """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise FlowError(f"every is {every!r}: give a whole number of steps, at least 1")
+        check_whole("every", every, FlowError, 1, " of steps")
         observation = Observation(observer, every, self._observations)
         self._observations.append(observation)
         for stepper in self._steppers:
@@ -94,6 +103,27 @@ class Looking:
 
     def _check_live(self, what: str) -> None:
         if self._ended:
-            raise FlowError(
-                f"{what} was called after finalize() or detach(): attach again to go on training"
-            )
+            when = "after finalize() or detach()"
+            when = "on a copy of a flow" if self._ended == "copied" else when
+            raise FlowError(f"{what} was called {when}: attach again to go on training")
+
+    def __repr__(self) -> str:
+        where = self._ended or f"step {self.steps_done} of {self.total_steps}"
+        return f"<Flow {self.recipe.name}, {len(self.plan)} weights, {where}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A flow that trains is no value: pickle refuses it."""
+        if self._ended:
+            return super().__reduce_ex__(protocol)
+        raise FlowError(
+            "a flow that trains cannot be pickled: save model.state_dict() and "
+            "optimizer.state_dict(), which hold the whole run, and load them after another attach()"
+        )
+
+    def __deepcopy__(self: L, memo: dict[int, Any]) -> L:
+        """The flow of a copied model has ended, since no optimizer steps for it."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(deepcopy(vars(self), memo))
+        copied._ended = self._ended or "copied"
+        return copied

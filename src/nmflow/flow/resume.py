@@ -21,6 +21,7 @@ from nmflow.flow.state import (
     STEP_KEY,
     Run,
 )
+from nmflow.numbers import is_whole
 from nmflow.select.target import Target
 
 
@@ -51,7 +52,7 @@ def run_of(groups: Sequence[dict[str, Any]], run: Run, targets: Sequence[Target]
                     "resume from another"
                 )
         k = group[STEP_KEY]
-        if isinstance(k, bool) or not isinstance(k, int) or k < 0 or k != marked[0][STEP_KEY]:
+        if not is_whole(k) or k != marked[0][STEP_KEY]:
             raise StateError(
                 f"the optimizer state has {STEP_KEY}={k!r}, which is not a number of steps: it is "
                 "damaged, so resume from another"

@@ -11,6 +11,7 @@ from typing import Any
 
 from nmflow.errors import StateError
 from nmflow.flow.prolonging import planned
+from nmflow.numbers import is_whole
 from nmflow.pattern import Pattern
 from nmflow.recipes import Recipe, describe
 from nmflow.recipes.schedules import Stage
@@ -180,7 +181,7 @@ def _read(saved: object) -> dict[str, Any]:
     except (TypeError, ValueError):
         read = None
     steps = [read.get(key, 1) for key in _STEPS] if isinstance(read, dict) else [0]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in steps):
+    if not all(is_whole(n, 1) for n in steps):
         raise StateError(
             f"the optimizer state is of another run: its {RECIPE_KEY} cannot be read; attach as "
             "that run did, or start without its state"

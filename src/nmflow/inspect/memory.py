@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nmflow.errors import PlanError
 from nmflow.flow.sparse_steps import Mode, check_mode, why_recipe_whole
 from nmflow.flow.state import Run
+from nmflow.numbers import check_whole
 from nmflow.recipes import DEFAULT, Recipe, resolve
 from nmflow.select.modules import check_model
 from nmflow.select.plan import Names, Patterns, plan
@@ -126,8 +127,7 @@ def memory(
     for name, value, least in (
         ("state", state, 0), ("state_bytes", state_bytes or 0, 0), ("shards", shards, 1)
     ):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PlanError(f"{name} is {value!r}: give a whole number of at least {least}")
+        check_whole(name, value, PlanError, least)
     known = resolve(recipe)
     params = dict(model.named_parameters())
     targets = list(plan(model, pattern, include, exclude))

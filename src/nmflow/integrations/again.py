@@ -6,6 +6,7 @@ import logging
 
 from nmflow.errors import StateError
 from nmflow.flow import Flow
+from nmflow.flow.flow import let_go
 
 log = logging.getLogger("nmflow")
 
@@ -19,7 +20,7 @@ def leave(flow: Flow, resumed: bool) -> None:
             network holds the dense weights afterwards, as after a dense training.
     """
     if resumed:
-        flow._let_go()
+        let_go(flow)
         return
     log.warning(
         "the training before was broken off after %d steps: this one begins with the dense weights "

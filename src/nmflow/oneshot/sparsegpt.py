@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nmflow.errors import PatternError, WeightError
 from nmflow.masks import mask
+from nmflow.numbers import check_positive
 from nmflow.pattern import Pattern
 
 DAMPING, BLOCK = 0.01, 128
@@ -109,5 +110,4 @@ def _check(w: Tensor, gram: Tensor, pattern: Pattern, damping: float) -> None:
         )
     if not (bool(torch.isfinite(w).all()) and bool(torch.isfinite(gram).all())):
         raise WeightError("w or gram holds a NaN or an infinity: give finite ones")
-    if not damping > 0:
-        raise WeightError(f"damping is {damping}: give a number above 0, such as {DAMPING}")
+    check_positive("damping", damping, WeightError, f", such as {DAMPING}")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nmflow.errors import CompressError
-from nmflow.kernels import Call, choose, int8
+from nmflow.kernels import Call, choose
+from nmflow.numbers import is_whole
 from nmflow.packed import build
 from nmflow.packed.bfloat16 import with_bfloat16
 from nmflow.packed.build import PACKED, Run
@@ -25,6 +26,7 @@ from nmflow.packed.packable import Found, survey
 from nmflow.packed.parts import parts_of
 from nmflow.packed.proof import NEAR, NEAR_INT8, check_same, run_once
 from nmflow.packed.report import Report, Row, hang
+from nmflow.packed.rounded import check_values, refuse_device
 from nmflow.packed.swap import Model, replace_modules
 from nmflow.packed.together import join
 from nmflow.select.modules import check_model
@@ -113,11 +115,11 @@ def compress(
     """
     check_model(model, CompressError)
     counts = tuple(tokens) if isinstance(tokens, Iterable) else ()
-    if not counts or not all(isinstance(t, int) and t > 0 for t in counts):
+    if not counts or not all(is_whole(t, 1) for t in counts):
         raise CompressError(
             f"tokens is {tokens!r}: give positive numbers of tokens, such as (1, 128)"
         )
-    _check_values(values, activations, dtype)
+    check_values(values, activations, dtype)
     weights = survey(model, pattern, include, exclude)
     sites = sites_of(weights)
     if not sites:
@@ -207,20 +209,6 @@ def decompress(model: Model, *, inplace: bool = False) -> Model:
     return made
 
 
-def refuse_device(values: str, activations: str, device: torch.device) -> None:
-    """Refuse 8-bit values, and 8-bit inputs, where no kernel multiplies them."""
-    if device.type not in ("cpu", "meta", "cuda"):
-        raise CompressError(
-            f"values is {values!r} and the model is on {device}: 8-bit values have kernels on CPUs "
-            "and NVIDIA GPUs, so leave values out, or move the model to one of them first"
-        )
-    if device.type == "cuda" and activations == "int8":
-        raise CompressError(
-            f"activations is 'int8' and the model is on {device}: 8-bit inputs have kernels on "
-            "CPUs alone, so leave activations out, or move the model to the CPU first"
-        )
-
-
 _PACKED = (
     "model is packed already, and nothing else in it can be: to pack it in another way, give what "
     "nmflow.decompress(model) returns"
@@ -251,26 +239,6 @@ def sites_of(weights: Sequence[Found]) -> dict[str, Runs]:
         if w.runs and not w.why_not:
             sites.setdefault(w.site, {})[w.own] = w.runs
     return sites
-
-
-def _check_values(values: str | None, activations: str, dtype: str | None) -> None:
-    if dtype not in (None, "bfloat16"):
-        raise CompressError(
-            f"dtype is {dtype!r}: it must be 'bfloat16', or None to multiply in the weight's own"
-        )
-    if dtype is not None and values is not None:
-        raise CompressError(
-            f"dtype is {dtype!r} and values {values!r}: values are rounded once, so pass one"
-        )
-    if values not in (None, "int8"):
-        raise CompressError(f"values is {values!r}: it must be 'int8', or None to keep their bits")
-    if activations not in int8.ACTIVATIONS:
-        raise CompressError(f"activations is {activations!r}: it must be 'float' or 'int8'")
-    if values is None and activations != "float":
-        raise CompressError(
-            "activations is 'int8' and values None: whole numbers are multiplied by whole "
-            "numbers, so pass values='int8' too"
-        )
 
 
 def _row(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from nmflow.errors import NMFlowWarning, RecipeError
+from nmflow.numbers import check_positive, check_whole
 from nmflow.pattern import Pattern
 from nmflow.recipes import schedules
 from nmflow.recipes.schedules import DENSE, Stage, check_amount, steps_of
@@ -64,11 +64,8 @@ class Recipe:
 
     def check(self, total_steps: int) -> None:
         """Raise a `RecipeError` unless the phases fit into `total_steps`; warn if δ stays high."""
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise RecipeError(
-                f"total_steps is {total_steps!r}: give the number of optimizer steps of the whole "
-                "run, at least 1"
-            )
+        of = " of optimizer steps for the whole run"
+        check_whole("total_steps", total_steps, RecipeError, 1, of)
         d, f = self.phases(total_steps)
         span = total_steps - d - f
         if span < (1 if self.decays else 0):
@@ -153,15 +150,7 @@ class Decaying(Recipe):
 def check_phases(recipe: Recipe) -> None:
     """Raise a `RecipeError` for phases or scales that no run could have."""
     for name in ("scale", "lr_scale"):
-        value = getattr(recipe, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < value < math.inf
-        ):
-            raise RecipeError(
-                f"{name} is {value!r}: give a finite factor above 0, where 1.0 changes nothing"
-            )
+        check_positive(name, getattr(recipe, name), RecipeError, ", where 1.0 changes nothing")
     given = {n: getattr(recipe, n) for n in ("dense", "finetune") if hasattr(recipe, n)}
     for name, amount in given.items():
         check_amount(name, amount)
@@ -175,16 +164,9 @@ def check_phases(recipe: Recipe) -> None:
 
 def check_fading(recipe: Recipe, beta: float | None) -> None:
     """Raise a `RecipeError` for a β, a gradient rule or phases that cannot be."""
-    if beta is not None and (
-        isinstance(beta, bool)
-        or not isinstance(beta, int | float)
-        or not math.isfinite(beta)
-        or beta <= 0
-    ):
-        raise RecipeError(
-            f"beta is {beta!r}: give a finite number above 0 per optimizer step, or None to solve "
-            "it from the decay phase"
-        )
+    if beta is not None:
+        per = " per optimizer step, or None to solve it from the decay phase"
+        check_positive("beta", beta, RecipeError, per)
     check_choice("gradient", recipe.gradient, GRADIENTS)
     check_phases(recipe)
 
@@ -198,18 +180,8 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 def check_stairs(recipe: Recipe) -> None:
     """Raise a `RecipeError` unless the stairs are a whole number, 0 or more."""
-    stairs = recipe.stairs
-    if isinstance(stairs, bool) or not isinstance(stairs, int) or stairs < 0:
-        raise RecipeError(
-            f"stairs is {stairs!r}: give a whole number of updates in the decay phase, such as 16, "
-            "or 0 for one at every step"
-        )
-
-
-def check_strength(name: str, value: float) -> None:
-    """Raise a `RecipeError` unless λ or μ is a finite number that is 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise RecipeError(f"{name} is {value!r}: give a finite number that is 0 or more")
+    of = " of updates in the decay phase (0: one at every step)"
+    check_whole("stairs", recipe.stairs, RecipeError, 0, of)
 
 
 def warn_of_high_delta(decay: str, beta: float | None, span: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from nmflow.errors import RecipeError
+from nmflow.numbers import check_not_negative
 from nmflow.pattern import Pattern
 from nmflow.recipes import schedules
 from nmflow.recipes.base import (
@@ -14,7 +15,6 @@ from nmflow.recipes.base import (
     Recipe,
     check_choice,
     check_phases,
-    check_strength,
 )
 from nmflow.recipes.schedules import DENSE, Stage
 
@@ -100,7 +100,7 @@ class SRSTE(Recipe):
     name: ClassVar[str] = "sr-ste"
 
     def __post_init__(self) -> None:
-        check_strength("lam", self.lam)
+        check_not_negative("lam", self.lam, RecipeError)
         check_phases(self)
 
 
@@ -155,7 +155,7 @@ class STEP(Recipe):
     freezes_second_moment: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_strength("lam", self.lam)
+        check_not_negative("lam", self.lam, RecipeError)
         check_phases(self)
 
     def check(self, total_steps: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 from nmflow.errors import RecipeError
+from nmflow.numbers import check_not_negative, check_positive
 from nmflow.pattern import Pattern
 from nmflow.recipes import schedules
 from nmflow.recipes.base import (
@@ -15,7 +16,6 @@ from nmflow.recipes.base import (
     check_fading,
     check_phases,
     check_stairs,
-    check_strength,
     frames_note,
     warn_of_high_delta,
 )
@@ -208,11 +208,8 @@ class MaxQ(Decaying):
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, schedules.SHARES)
-        check_strength("lam", self.lam)
-        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or self.tau <= 0:
-            raise RecipeError(
-                f"tau is {self.tau!r}: give a number above 0, in units of the weights"
-            )
+        check_not_negative("lam", self.lam, RecipeError)
+        check_positive("tau", self.tau, RecipeError, ", in units of the weights")
         check_phases(self)
 
     def between(self, t: int, span: int, pattern: Pattern, length: int) -> Stage:
@@ -255,4 +252,4 @@ class Settling(MDGF):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_strength("pull", self.pull)
+        check_not_negative("pull", self.pull, RecipeError)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from nmflow.errors import RecipeError
+from nmflow.numbers import is_finite
 from nmflow.pattern import Pattern
 
 
@@ -68,7 +69,7 @@ def steps_of(name: str, amount: float, total_steps: int) -> int:
 
 def check_amount(name: str, amount: float) -> None:
     """Raise unless `amount` is a fraction from 0 to 1 (float) or a number of steps (int)."""
-    if isinstance(amount, bool) or not isinstance(amount, int | float):
+    if not is_finite(amount):
         raise RecipeError(
             f"{name} is {amount!r}: give a fraction of total_steps as a float, or steps as an int"
         )

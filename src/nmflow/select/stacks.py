@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from nmflow.numbers import is_whole
+
 
 class Stack(NamedTuple):
     """Where the groups of a parameter run, or why they cannot be told.
@@ -154,7 +156,7 @@ def _flat(module: nn.Module, own: str, shape: tuple[int, ...], counted: set[int]
 
 def _number(module: nn.Module, name: str) -> int:
     value = getattr(module, name, 0)
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+    return value if is_whole(value) else 0
 
 
 def _numbers(module: nn.Module, names: tuple[str, ...]) -> set[int]:

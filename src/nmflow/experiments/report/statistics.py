@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtr, stdtrit  # scipy.stats takes a second to import
 
 LEVEL = 0.95
 
@@ -70,7 +70,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     s = summary(values)
     if s.sd is None:
         return None
-    half = float(stats.t.ppf((1 + LEVEL) / 2, s.n - 1)) * s.sd / math.sqrt(s.n)
+    half = float(stdtrit(s.n - 1, (1 + LEVEL) / 2)) * s.sd / math.sqrt(s.n)
     return s.mean - half, s.mean + half
 
 
@@ -91,9 +91,9 @@ def paired(these: Mapping[int, float], baseline: Mapping[int, float]) -> Paired 
     if s.sd is None:
         return Paired(1, s.mean, None, None, None, below, above)
     error = s.sd / math.sqrt(s.n)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, s.n - 1)) * error
+    half = float(stdtrit(s.n - 1, (1 + LEVEL) / 2)) * error
     if error > 0:
-        p = float(2 * stats.t.sf(abs(s.mean) / error, s.n - 1))
+        p = float(2 * stdtr(s.n - 1, -abs(s.mean) / error))
     else:
         p = 1.0 if s.mean == 0 else 0.0
     return Paired(s.n, s.mean, s.mean - half, s.mean + half, p, below, above)
