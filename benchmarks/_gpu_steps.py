@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,28 +11,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import _gpu
 import nmflow
+from _gpu import Row, timed
 from nmflow.kernels import gpu_steps
 from nmflow.kernels.layout import Shape
 from nmflow.masks import mask
-from nmflow.packed.measure import time_on_gpu
 
-DEVICE = "cuda"
 LAYERS = [
     ((11008, 4096), 4096, "1:16@128"), ((11008, 4096), 4096, "1:16@64"),
     ((4096, 11008), 4096, "1:16@128"), ((11008, 4096), 4096, "1:8@128"),
     ((3072, 768), 25216, "1:16@128"), ((768, 3072), 25216, "1:16@128"),
 ]  # fmt: skip
+ROUNDS = 8
 # What sums of entries are kept in, and how many bytes of them there are.
-SUMS = [
+SUMS = [  # the first is the library's
     (torch.float32, 128 << 20), (torch.float32, 24 << 20), (torch.float32, 1 << 30),
     (torch.bfloat16, 128 << 20), (torch.bfloat16, 24 << 20), (torch.bfloat16, 1 << 30),
 ]  # fmt: skip
 
 
-def _took(ways: dict[str, Any]) -> dict[str, float]:
-    timed = time_on_gpu({name: [way] * 2 for name, way in ways.items()}, 8)
-    return {name: one.median for name, one in timed.items()}
+@contextlib.contextmanager
+def sums_of(kind: torch.dtype, scratch: int) -> Iterator[None]:
+    """Input gradients are added up of sums of a dtype, in so many bytes."""
+    before = gpu_steps.PARTIAL, gpu_steps.SCRATCH
+    gpu_steps.PARTIAL, gpu_steps.SCRATCH = kind, scratch
+    try:
+        yield
+    finally:
+        gpu_steps.PARTIAL, gpu_steps.SCRATCH = before
 
 
 def layers() -> list[tuple[tuple[int, int], int, str]]:
@@ -47,72 +54,74 @@ def layers() -> list[tuple[tuple[int, int], int, str]]:
 def once(layer: tuple[int, int], tokens: int, spec: str) -> None:
     """All products of a layer, once, so that their kernels are compiled."""
     shape = Shape.of(*layer, spec)
-    w = torch.zeros(layer, device=DEVICE)
-    x, dy = (torch.zeros(tokens, n, device=DEVICE).bfloat16() for n in layer[::-1])
-    packed = gpu_steps.pack(w, None, shape, torch.bfloat16)
-    gpu_steps.forward(x, w, *packed, None, shape)
-    before = gpu_steps.PARTIAL
-    try:
-        for gpu_steps.PARTIAL in (torch.float32, torch.bfloat16):
-            gpu_steps.input_grad(dy, w, *packed, shape)
-    finally:
-        gpu_steps.PARTIAL = before
-    gpu_steps.weight_grad(x, dy, *packed[1:], shape, torch.float32)
+    w = torch.zeros(layer, device=_gpu.DEVICE)
+    x, dy = (torch.zeros(tokens, n, device=_gpu.DEVICE).bfloat16() for n in layer[::-1])
+    own, _ = ways(shape, w, x, dy)
+    for way in own.values():
+        way()
+    with sums_of(*SUMS[-1]):
+        own["input gradient"]()
 
 
-def products() -> Iterator[dict[str, Any]]:
+def ways(shape: Shape, w: Tensor, x: Tensor, dy: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a training step does with a layer: on kept places, and dense."""
+    packed, half = gpu_steps.pack(w, None, shape, x.dtype), w.to(x.dtype)
+    own = {
+        "pack": partial(gpu_steps.pack, w, None, shape, x.dtype),
+        "forward": partial(gpu_steps.forward, x, w, *packed, None, shape),
+        "input gradient": partial(gpu_steps.input_grad, dy, w, *packed, shape),
+        "weight gradient": partial(gpu_steps.weight_grad, x, dy, *packed[1:], shape, w.dtype),
+    }
+    dense = {
+        "pack": partial(w.to, x.dtype), "forward": partial(F.linear, x, half),
+        "input gradient": partial(torch.matmul, dy, half),
+        "weight gradient": partial(torch.matmul, dy.t(), x),
+    }  # fmt: skip
+    return own, dense
+
+
+def products(search: bool = False) -> Iterator[Row]:
     """A row for each product of a layer, and for input gradients of other sums."""
     for (out, inputs), tokens, spec in LAYERS:
+        _gpu.rested()
         shape = Shape.of(out, inputs, spec)
-        w = torch.randn(out, inputs, device=DEVICE)
+        w = torch.randn(out, inputs, device=_gpu.DEVICE)
         w *= mask(w, spec)
-        x = torch.randn(tokens, inputs, device=DEVICE).bfloat16()
-        dy = torch.randn(tokens, out, device=DEVICE).bfloat16()
-        half = w.bfloat16()
-        packed = gpu_steps.pack(w, None, shape, torch.bfloat16)
-        dense = {
-            "pack": w.bfloat16, "forward": partial(F.linear, x, half),
-            "input gradient": partial(torch.matmul, dy, half),
-            "weight gradient": partial(torch.matmul, dy.t(), x),
-        }  # fmt: skip
-        own = {
-            "pack": partial(gpu_steps.pack, w, None, shape, torch.bfloat16),
-            "forward": partial(gpu_steps.forward, x, w, *packed, None, shape),
-            "input gradient": partial(gpu_steps.input_grad, dy, w, *packed, shape),
-            "weight gradient": partial(
-                gpu_steps.weight_grad, x, dy, *packed[1:], shape, torch.float32
-            ),
-        }
-        row = {"what": "three", "out": out, "inputs": inputs, "tokens": tokens, "pattern": spec}
-        theirs, ours = _took(dense), _took(own)
-        kept = w != 0
-        for name, one in own.items():
-            error = None
-            if name != "pack":
-                want = dense[name]().float()
-                want = want * kept if name.startswith("weight") else want
-                error = float((one().float() - want).norm() / want.norm())
-            yield {
-                **row, "plan": name, "dense_us": theirs[name], "packed_us": ours[name],
-                "ratio": theirs[name] / ours[name], "error": error, "taken": True,
-            }  # fmt: skip
-        total = {key: sum(took.values()) for key, took in (("dense", theirs), ("own", ours))}
-        yield {
-            **row, "plan": "all", "dense_us": total["dense"], "packed_us": total["own"],
-            "ratio": total["dense"] / total["own"], "taken": True,
-        }  # fmt: skip
-        before = gpu_steps.PARTIAL, gpu_steps.SCRATCH
-        try:
-            for gpu_steps.PARTIAL, gpu_steps.SCRATCH in SUMS[1:]:
-                took = _took({"own": own["input gradient"]})["own"]
-                name = "input gradient"
-                yield {
-                    **row, "dense_us": theirs[name], "packed_us": took, "taken": False,
-                    "ratio": theirs[name] / took,
-                    "plan": f"{name}, {gpu_steps.PARTIAL}, {gpu_steps.SCRATCH >> 20} MB",
-                }  # fmt: skip
-        finally:
-            gpu_steps.PARTIAL, gpu_steps.SCRATCH = before
+        x, dy = (torch.randn(tokens, n, device=_gpu.DEVICE).bfloat16() for n in (inputs, out))
+        own, dense = ways(shape, w, x, dy)
+        row: Row = {"what": "three", "out": out, "inputs": inputs, "tokens": tokens,
+                    "pattern": spec, "taken": True}  # fmt: skip
+        theirs = timed({name: [way] * 2 for name, way in dense.items()}, ROUNDS)
+        rows = []
+        for name, way in own.items():
+            wanted = None if name == "pack" else partial(_wanted, name, dense[name], w)
+            known = {"plan": name, "dense_us": theirs[name]}
+            rows.append(_gpu.tried(row | known, partial(_timed, way, theirs[name], wanted)))
+            yield rows[-1]
+        if not any("failed" in one for one in rows):
+            total = {key: sum(one[key] for one in rows) for key in ("dense_us", "packed_us")}
+            ratio = total["dense_us"] / total["packed_us"]
+            yield {**row, "plan": "all", **total, "ratio": ratio}
+        name = "input gradient"
+        for kind, scratch in SUMS[1:]:
+            plan = f"{name}, {kind}, {scratch >> 20} MB"
+            known = {"plan": plan, "dense_us": theirs[name], "taken": False}
+            with sums_of(kind, scratch):
+                made = _gpu.tried(row | known, partial(_timed, own[name], theirs[name]))
+            yield made
+
+
+def _wanted(name: str, dense: Callable[[], Tensor], w: Tensor) -> Tensor:
+    want = dense().float()
+    return want * (w != 0) if name == "weight gradient" else want
+
+
+def _timed(
+    way: Callable[[], Any], theirs: float, wanted: Callable[[], Tensor] | None = None
+) -> Row:
+    wrong = _gpu.error(way().float(), wanted()) if wanted else None
+    us = timed({"own": [way] * 2}, ROUNDS)["own"]
+    return {"packed_us": us, "ratio": theirs / us, "error": wrong}
 
 
 class Block(nn.Module):
@@ -140,30 +149,29 @@ NETWORKS = {
     "ViT-Large": (1024, 4096, 12, 64, 197),
     "7B-wide": (4096, 11008, 2, 4, 1024),
 }
-WAYS = ("dense", "held", "kept places", "auto")
+WAYS = {"dense": None, "held": "off", "kept places": "on", "auto": "auto"}  # `sparse_steps`
 
 
 def _step_ms(network: str, way: str, rounds: int = 7) -> tuple[float, str]:
     """Milliseconds of a training step in the sparse phase, and how a layer computes."""
     width, inner, layers, batch, tokens = NETWORKS[network]
     torch.manual_seed(0)
-    model = nn.Sequential(*(Block(width, inner) for _ in range(layers))).to(DEVICE)
+    model = nn.Sequential(*(Block(width, inner) for _ in range(layers))).to(_gpu.DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    said = ""
+    mode: Any = WAYS[way]
     flow: Any = None
-    if way != "dense":
-        mode: Any = {"held": "off", "kept places": "on", "auto": "auto"}[way]
+    if mode is not None:
         flow = nmflow.attach(
             model, optimizer, nmflow.OneShot(dense=0), "1:16@128", include="*", total_steps=1000,
             freeze_mask=True, sparse_steps=mode,
         )  # fmt: skip
-    x = torch.randn(batch, tokens, width, device=DEVICE)
+    x = torch.randn(batch, tokens, width, device=_gpu.DEVICE)
     took = []
     for k in range(rounds + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         optimizer.zero_grad()
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(_gpu.DEVICE, torch.bfloat16):
             loss = model(x).float().square().mean()
         loss.backward()
         optimizer.step()
@@ -171,24 +179,29 @@ def _step_ms(network: str, way: str, rounds: int = 7) -> tuple[float, str]:
         end.synchronize()
         if k > 2:
             took.append(start.elapsed_time(end))
+    said = ""
     if flow is not None:
         found = flow.explain().layers
         said = f"{sum(one.sparse for one in found)} of {len(found)} layers on kept places"
     return sorted(took)[len(took) // 2], said
 
 
-def networks() -> Iterator[dict[str, Any]]:
-    """A row for each network and way."""
+def networks(search: bool = False) -> Iterator[Row]:
+    """A row for each network and way; `failed` says how many layers took it."""
     for network, (width, _, _, batch, tokens) in NETWORKS.items():
         dense = 0.0
         for way in WAYS:
-            gc.collect()
-            torch.cuda.empty_cache()
-            with torch.enable_grad():
-                ms, said = _step_ms(network, way)
-            dense = dense or ms
-            yield {
-                "what": "train", "inputs": width, "tokens": batch * tokens, "pattern": "1:16@128",
-                "plan": f"{network}, {way}", "dense_us": dense * 1e3, "packed_us": ms * 1e3,
-                "ratio": dense / ms, "failed": said,
-            }  # fmt: skip
+            _gpu.rested()
+            row: Row = {"what": "train", "inputs": width, "tokens": batch * tokens,
+                        "pattern": "1:16@128", "plan": f"{network}, {way}"}  # fmt: skip
+            row = _gpu.tried(row, partial(_network, network, way, dense))
+            dense = dense or row.get("packed_us", 0.0)
+            yield row
+
+
+def _network(network: str, way: str, dense: float) -> Row:
+    with torch.enable_grad():
+        ms, said = _step_ms(network, way)
+    us = ms * 1e3
+    dense = dense or us
+    return {"dense_us": dense, "packed_us": us, "ratio": dense / us, "failed": said}

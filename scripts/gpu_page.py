@@ -169,7 +169,7 @@ def tables(rows: list[Row]) -> Iterator[str]:
     for shape, tokens in order:
         every = found[shape, tokens]
         us, gain = min(every[cuts[shape, tokens]])
-        first = [r for r in rows if r["what"] == "decode" and product(r) == (shape, tokens)]
+        before = taken(rows, (shape, tokens))
         goal = next(
             (goals[str(shape.pattern)] for (out, most), goals in GOALS.items()
              if out == shape.out and tokens <= most and str(shape.pattern) in goals), None,
@@ -177,7 +177,7 @@ def tables(rows: list[Row]) -> Iterator[str]:
         rate = gpu_plan.bytes_of(shape, shape.inputs) * shape.tiles / us / 1e6
         lines.append([
             f"({shape.out}, {shape.inputs})", str(tokens), str(shape.pattern),
-            KINDS[cuts[shape, tokens].kind], f"{float(first[0]['ratio']):.2f}", f"**{gain:.2f}**",
+            KINDS[cuts[shape, tokens].kind], before, f"**{gain:.2f}**",
             f"{us:.1f}", f"{rate:.2f}", f"{len(every)}", against(gain, goal),
         ])  # fmt: skip
     head = ["(out, in)", "tokens", "pattern", "kernel", "× cuBLAS before", "× cuBLAS now", "µs"]
@@ -227,6 +227,14 @@ def tables(rows: list[Row]) -> Iterator[str]:
                 f"{float(row['ratio']):.2f}", f"{float(low):.2f}–{float(high):.2f}",
             ])  # fmt: skip
     yield table(["training step", "pattern", "ms", "× dense", "quartiles"], lines)
+
+
+def taken(rows: list[Row], one: Product) -> str:
+    """The gain of the plan that was taken in the run: of a table, or else of a search."""
+    kinds = ("decode", "search")
+    found = [r for r in rows if r["what"] in kinds and r["taken"] == "True" and r["ratio"]]
+    own = sorted((r for r in found if product(r) == one), key=lambda r: kinds.index(r["what"]))
+    return f"{float(own[0]['ratio']):.2f}" if own else "–"
 
 
 def against(gain: float, goal: float | None) -> str:
