@@ -319,6 +319,23 @@ def test_a_recorder_is_of_the_device_of_the_weights(monkeypatch: pytest.MonkeyPa
     assert captured["capture_error_mode"] == "thread_local"
 
 
+def test_numbers_on_another_device_are_refused() -> None:
+    """torch puts a CPU's scalar into the graph, where no schedule that writes it is seen."""
+    both, told = Both("mdgf-linear-masked"), r"lr of param group 0 is a tensor on meta.*on cpu"
+    group, own = both.run.optimizer.param_groups[0], torch.tensor(0.05)
+    group["lr"] = torch.tensor(0.05, device="meta")
+    with pytest.raises(FlowError, match=told):
+        GraphedStep(both.step._parts, both._train, both.recorder)
+    group["lr"] = own
+    both.train(MLP.batches(1, torch.float32))
+    for part in both.step._parts:  # replaced where a capture follows
+        group["lr"] = torch.tensor(0.05, device="meta")
+        with pytest.raises(FlowError, match=told):
+            part.begin()
+        group["lr"] = own
+    both.train(MLP.batches(1, torch.float32))
+
+
 def test_what_cannot_be_captured_is_refused_or_runs_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

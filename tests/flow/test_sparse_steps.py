@@ -29,7 +29,7 @@ from harness import Run, assert_near, assert_same, check_row, parameters_of, ref
 from models import BY_ID as FAMILY
 from models import MLP, loss_of
 from nmflow import native
-from nmflow.errors import NMFlowError, RecipeError
+from nmflow.errors import CompressError, NMFlowError, RecipeError
 from nmflow.flow import kept_layers
 from nmflow.kernels import step_speed
 from settings import BY_ID, CASES, INTERVAL_CASES, MORE_CASES, NORMS_CASES, OPTIMIZERS, TOTAL, Case
@@ -181,6 +181,28 @@ def test_off_swaps_nothing_and_auto_measures_once(monkeypatch: pytest.MonkeyPatc
         assert len(sparse(run.flow)) == (2 if kept < dense else 0)
         assert kept < dense or "0.50 ×" in why(run.flow, "0.weight")
         assert_near(parameters_of(run.model), parameters_of(off.model))
+
+
+@pytest.mark.parametrize(
+    "error", [CompressError("Triton does not run 'pack'"), torch.OutOfMemoryError("2.00 GiB")]
+)
+def test_a_layer_that_cannot_be_measured_is_dense_and_says_why(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off, run = (Run(MLP, on(BY_ID["mdgf-frozen"], mode), dtype=FP32) for mode in ("off", "auto"))
+    calls = []
+
+    def told(*args: Any) -> tuple[float, float]:
+        calls.append(args)
+        raise error
+
+    monkeypatch.setattr(kept_layers, "seconds", told)
+    for one in (off, run):
+        one.train([*MLP.batches(10, FP32), *MLP.batches(4, FP32)])
+    assert len(calls) == 2
+    assert not sparse(run.flow)
+    assert f"could not be measured: {error}" in why(run.flow, "0.weight")
+    assert_near(parameters_of(run.model), parameters_of(off.model))
 
 
 def test_auto_measures_real_layers() -> None:

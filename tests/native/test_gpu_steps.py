@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import nmflow
 from nmflow import mask
-from nmflow.kernels import gpu_steps, kept_linear
+from nmflow.errors import CompressError
+from nmflow.kernels import gpu_driver, gpu_steps, kept_linear
 from nmflow.kernels.layout import Shape, canonical_from_dense, tiled_from_canonical
 from nmflow.masks import triton as masks_triton
 from nmflow.masks.kept_values import to_bits
@@ -30,6 +32,12 @@ DEVICE = "cuda" if THERE else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if THERE else [torch.float16]
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-16}
 needs_gpu = pytest.mark.skipif(not THERE, reason="torch finds no GPU")
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not THERE:
+        monkeypatch.setattr(gpu_driver, "why_not", lambda: None)
 
 
 def drawn(spec: str, out: int, inputs: int, tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -217,6 +225,56 @@ def test_launches_are_within_what_a_card_takes(
             assert args["stride"] % args["BT"] == 0
             least = args["BT"] * shape.lists * shape.entries * 4
             assert sums.nbytes <= max(gpu_steps.SCRATCH, least)
+
+
+@pytest.mark.parametrize("why", ["the GPU (T4) is sm_75, and", "there is no libnvrtc", "for AMD"])
+def test_cards_and_builds_of_torch_without_these_kernels(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton alone is not enough: x is turned, and on sm_90 multiplied, by kernels of NVRTC."""
+    monkeypatch.setattr(gpu_driver, "why_not", lambda: why)
+    gpu_steps._served.cache_clear()
+    try:
+        assert gpu_steps.why_not(Shape.of(64, 64, "1:16@64")) == why
+        assert gpu_steps._served(64, 64, 1, 16, 64) is None
+    finally:
+        gpu_steps._served.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", ["pack", "input_grad", "mend", *([] if THERE else ["panels"])])
+def test_a_kernel_that_does_not_compile_is_one_error(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose word says what to do; others than the compilers' go through as they are."""
+    from triton.runtime.errors import OutOfResources
+
+    from nmflow.kernels import gpu_panels_kernel, gpu_steps_kernel
+
+    for error, kind in (
+        (OutOfResources(300_000, 232_448, "shared memory"), CompressError),
+        (subprocess.CalledProcessError(1, ["gcc"]), CompressError),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError),
+    ):
+        module = gpu_panels_kernel if kernel == "panels" else gpu_steps_kernel
+        monkeypatch.setattr(module, kernel, Fails(kernel, error))
+        with pytest.raises(kind) as caught:
+            check_products("1:16@64", 64, 64, 4, torch.float16, torch.float32)
+        if kind is CompressError:
+            assert f"'{kernel}'" in str(caught.value)
+            assert "sparse_steps='off'" in str(caught.value)
+
+
+class Fails:
+    """Raises an error in place of a kernel's launch."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.__name__, self._error = name, error
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **more: Any) -> None:
+            raise self._error
+
+        return run
 
 
 def test_reasons() -> None:

@@ -168,6 +168,16 @@ def test_what_does_not_fit_is_computed_dense_with_all_of_its_gradient():
     )
 
 
+def test_a_call_that_no_kernel_serves_is_that_of_autocast():
+    """A float32 weight is rounded to the dtype of x, and has a gradient of its own dtype."""
+    w, bias = torch.randn(3, 16).requires_grad_(), torch.randn(3)
+    x = torch.randn(5, 16).half()  # which no kernel of a CPU takes
+    y = kept_linear(x, w, bias, None, 1, 16, 1)
+    assert torch.equal(y, F.linear(x, w.half(), bias.half()))
+    y.sum().backward()
+    assert w.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_opcheck_and_second_derivatives(fits):
     w, kept, _ = made(32, 64, "1:8")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from nmflow import mask
+from nmflow import compress, mask
+from nmflow.errors import CompressError
 from nmflow.packed import faster, measure
 from nmflow.packed.modules import PackedLinear
 
@@ -117,6 +118,30 @@ def test_every_copy_of_a_race_has_its_own_weight(
     assert found["cuBLAS"].median == pytest.approx(8)
     assert len(seen["dense"]) == -(-200_000 // linear.weight.nbytes)
     assert len(seen["packed"]) > len(seen["dense"])
+
+
+def _full(*args: object, **kwargs: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_way_that_has_no_memory_is_no_way_that_lost(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", _full)
+    w = torch.randn(32, 64)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure.gpu_ways(w * mask(w, "2:4"), None, torch.randn(2, 64))
+
+
+def test_a_measurement_without_memory_is_told_and_nothing_is_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(faster, "_races", _full)
+    model = nn.Sequential(nn.Linear(64, 32))
+    model[0].weight.data *= mask(model[0].weight, "1:16")
+    with pytest.raises(CompressError, match=r"^tokens is \(1, 9\): .* at 1 takes .*measure=False"):
+        compress(model, tokens=(1, 9), inplace=True)
+    assert type(model[0]) is nn.Linear
 
 
 def test_what_no_kernel_serves_is_told() -> None:

@@ -56,14 +56,20 @@ class GraphSteps:
         self._begun: int | None = None  # k, while a capture runs
 
     def check(self) -> None:
-        """Raise a `FlowError` unless torch can capture the optimizer's steps."""
-        kind = type(self.optimizer).__name__
+        """Raise a `FlowError` unless a graph of the optimizer's steps reads what it steps by."""
+        kind, device = type(self.optimizer).__name__, self.device
         for i, group in enumerate(self.optimizer.param_groups):
             if group.get("capturable") is False:
                 raise FlowError(
                     f"param group {i} of the {kind} has capturable=False, so its step cannot be in "
                     f"a CUDA graph: give {kind}(..., capturable=True)"
                 )
+            for name, value in group.items():
+                if isinstance(value, Tensor) and value.device != device:
+                    raise FlowError(
+                        f"{name} of param group {i} is a tensor on {value.device}, of which a CUDA "
+                        f"graph keeps the number of its capture: give {kind} a tensor on {device}"
+                    )
 
     @property
     def device(self) -> torch.device:
@@ -152,6 +158,7 @@ class GraphSteps:
 
     def begin(self) -> None:
         """Before a capture: what a step reads, and where its graph will find δ."""
+        self.check()  # what a group has may have been replaced
         self._steps.before_replay([])
         self._begun = self._record.k
         self._weights.together.deltas = self._on_device()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from nmflow.errors import CompressError
 from nmflow.kernels import cpu_steps, gpu_steps
 from nmflow.kernels.calls import autocast_dtype
 from nmflow.kernels.step_ops import kept_linear
@@ -55,12 +56,20 @@ class Way:
 
     def decide(self, x: Tensor, weight: Tensor, transposed: bool) -> None:
         """Measure both ways on a training step's input, and take the faster one."""
-        with unseen():
-            weight = weight.t() if transposed else weight
-            dense, sparse = seconds(x, weight, self.kept, *self.pattern)
+        try:
+            with unseen():
+                weight = weight.t() if transposed else weight
+                dense, sparse = seconds(x, weight, self.kept, *self.pattern)
+        except (CompressError, torch.OutOfMemoryError) as error:
+            self.decided, self.said = False, f"it could not be measured: {_line(error)}"
+            return
         self.decided = sparse < dense
         ratio = f"{dense / sparse:.2f} × as fast as dense"
         self.said = "" if self.decided else f"kept places were {ratio} when they were measured"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _said(x: Tensor, weight: Tensor) -> str:

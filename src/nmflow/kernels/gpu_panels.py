@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nmflow.errors import CompressError
 from nmflow.kernels import gpu_driver
 from nmflow.kernels.gpu_driver import Launcher
 from nmflow.kernels.gpu_plan import Card, Kernel
@@ -147,13 +148,31 @@ def turned(x: Tensor, launcher: Launcher | None = None) -> Tensor:
     return y[:, :rows]
 
 
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **more: Any) -> None:
+    """Launch a Triton kernel on the device of a tensor, on torch's current stream.
+
+    Raises:
+        CompressError: Triton does not compile it, or the card does not take it.
+    """
+    try:
+        with torch.cuda.device_of(on):
+            kernel[grid](*args, **more)
+    except Exception as error:
+        if not masks_triton.is_of_triton(error):
+            raise
+        raise CompressError(
+            f"Triton does not run the kernel {kernel.__name__!r} of panels on {on.device} "
+            f"({masks_triton.said_by(error)}): leave such layers dense, with sparse_steps='off' or "
+            "without compress, or install the triton of your torch"
+        ) from error
+
+
 def _by_triton(
     x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: Shape, epilogue: int,
     cut: Block,
 ) -> Tensor:  # fmt: skip
     from nmflow.kernels import gpu_panels_kernel
 
-    kernel: Any = gpu_panels_kernel.panels
     tokens = x.shape[0]
     y = x.new_empty(tokens, shape.out)
     xt = x.t()
@@ -161,14 +180,14 @@ def _by_triton(
         xt = turned(x) if x.is_cuda else xt.contiguous()
     span = shape.m if shape.m > LANES else LANES // shape.m * shape.m
     grid = (-(-shape.out // cut.rows), -(-tokens // cut.tokens))
-    with torch.cuda.device_of(x):
-        kernel[grid](
-            *(xt, values, codes, values if bias is None else bias, y),
-            *(tokens, shape.out, xt.stride(0)),
-            **{"V": shape.panel, "ENTRIES": shape.entries},
-            **{"PER_SPAN": span // shape.m * shape.n, "SPAN": span},
-            **{"BV": cut.rows, "BK": cut.entries, "BT": cut.tokens},
-            **{"BIAS": bias is not None, "EPILOGUE": epilogue},
-            **{"num_warps": cut.warps, "num_stages": cut.stages},
-        )
+    launch(
+        *(gpu_panels_kernel.panels, grid, x),
+        *(xt, values, codes, values if bias is None else bias, y),
+        *(tokens, shape.out, xt.stride(0)),
+        **{"V": shape.panel, "ENTRIES": shape.entries},
+        **{"PER_SPAN": span // shape.m * shape.n, "SPAN": span},
+        **{"BV": cut.rows, "BK": cut.entries, "BT": cut.tokens},
+        **{"BIAS": bias is not None, "EPILOGUE": epilogue},
+        **{"num_warps": cut.warps, "num_stages": cut.stages},
+    )
     return y

@@ -7,12 +7,12 @@ device, where the same calls then multiply it dense.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmflow.kernels import gpu_panels
+from nmflow.kernels import gpu_driver, gpu_panels
+from nmflow.kernels.gpu_panels import launch
 from nmflow.kernels.gpu_plan import DTYPES
 from nmflow.kernels.layout import LANES, Shape
 from nmflow.masks import triton as masks_triton
@@ -30,7 +30,7 @@ def why_not(shape: Shape) -> str:
         return f"on a GPU panels of {gpu_panels.LEAST_PANEL}, 128, ... rows alone have kernels"
     if shape.n > DENSEST * shape.m:
         return f"{shape.pattern} keeps more than a quarter, where dense products are as fast"
-    return masks_triton.why_not()
+    return gpu_driver.why_not() or masks_triton.why_not()
 
 
 def why_not_dtypes(x: torch.dtype, weight: torch.dtype) -> str:
@@ -61,11 +61,6 @@ def served(x: Tensor, weight: Tensor, n: int, m: int, panel: int) -> Shape | Non
 def sizes(shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the packed values, of two bytes, and of their codes."""
     return shape.tiled_sizes(torch.bfloat16)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **more: Any) -> None:
-    with torch.cuda.device_of(on):
-        kernel[grid](*args, **more)
 
 
 def _span(shape: Shape) -> dict[str, int]:
@@ -101,7 +96,7 @@ def pack(
     groups = max(1, 64 // wide)
     grid = (shape.lists, -(-(shape.inputs // shape.m) // groups))
     held = weight if kept is None else kept.contiguous()
-    _launch(
+    launch(
         kernels.pack, grid, weight, weight, held, values, codes, fits, shape.out, shape.inputs,
         0 if kept is None else kept.shape[1], N=shape.n, M=shape.m, WIDE=wide, V=shape.panel,
         REACH=shape.groups_per_span, HELD=kept is not None, G=groups,
@@ -142,12 +137,12 @@ def weight_grad(
     each = -(-steps // shares) * 64
     sums = torch.empty(shares, shape.out, shape.entries, dtype=torch.float32, device=x.device)
     grid = (-(-shape.out // rows), -(-shape.entries // entries))
-    _launch(
+    launch(
         kernels.weight_grad, (*grid, shares), x, dy, xt, codes, sums, tokens, shape.out,
         xt.stride(0), each, **_span(shape), BV=rows, BK=entries, BT=64,
         num_warps=rows // 16, num_stages=3,
     )  # fmt: skip
-    _launch(
+    launch(
         kernels.spread, grid, x, sums, codes, dw, shape.out, shape.inputs, shares, **_span(shape),
         BV=rows, BK=entries,
     )  # fmt: skip
@@ -170,7 +165,7 @@ def input_grad(
         return dx
     table = torch.empty(shape.inputs, shape.lists, dtype=torch.int32, device=dy.device)
     count = torch.empty(shape.inputs, dtype=torch.int32, device=dy.device)
-    _launch(
+    launch(
         kernels.list_entries, (-(-shape.inputs // 64),), dy, codes, table, count, shape.inputs,
         shape.lists, N=shape.n, M=shape.m, REACH=shape.groups_per_span, BC=64, BL=32,
     )  # fmt: skip
@@ -182,12 +177,12 @@ def input_grad(
     for begin in range(0, len(dy), share):
         end = min(begin + share, len(dy))
         blocks = -(-(end - begin) // 128)
-        _launch(
+        launch(
             kernels.entry_sums, (shape.lists, -(-shape.entries // entries), blocks), dy, dy, values,
             sums, begin, end, shape.out, share, V=shape.panel, ENTRIES=shape.entries, BV=64,
             BK=entries, BT=128, num_warps=4,
         )  # fmt: skip
-        _launch(
+        launch(
             kernels.input_grad, (-(-shape.inputs // 32), blocks), dy, sums, table, count, dx, begin,
             end, shape.inputs, shape.lists, share, BC=32, BT=128, num_warps=8,
         )  # fmt: skip
@@ -201,7 +196,7 @@ def _mend(a: Tensor, b: Tensor, bias: Tensor | None, c: Tensor, fits: Tensor) ->
 
     rows, depth = a.shape
     columns = b.shape[1]
-    _launch(
+    launch(
         kernels.mend, (min(_FULL, -(-rows // 64) * -(-columns // 64)),), c, a, b,
         a if bias is None else bias, c, fits, rows, columns, depth, *a.stride(), *b.stride(),
         BIAS=bias is not None, BM=64, BN=64, BK=32, num_warps=4,

@@ -121,7 +121,7 @@ def _forward(
         sizes, kind = asked.tiled_sizes(own), asked.code_dtype()
         values = weight.new_zeros(sizes[0], dtype=own)
         codes = weight.new_zeros(sizes[1], dtype=kind)
-    if x.dtype == torch.bfloat16:  # as autocast does
+    if x.dtype.itemsize == 2:  # as autocast does
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.linear(x, weight, bias)
     return y, values, codes, torch.zeros((), dtype=torch.bool, device="cpu")

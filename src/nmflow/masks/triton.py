@@ -38,10 +38,9 @@ def why_not() -> str:
             some = torch.zeros(16, dtype=torch.float32, device=device)
             project(some, Pattern("1:16"), 0, out=some)
     except Exception as error:
-        known = isinstance(error, (ImportError, OSError, RuntimeError, subprocess.SubprocessError))
-        if not known and type(error).__module__.partition(".")[0] != "triton":
+        if not (is_of_triton(error) or isinstance(error, (ImportError, RuntimeError))):
             raise
-        reason = f"Triton does not work here ({' '.join(str(error).split())[:200]})"
+        reason = f"Triton does not work here ({said_by(error)})"
         log.warning(
             "%s: masks of weights on a GPU are taken by plain torch, which is slow for N > 1; "
             "install the triton of your torch, and a C compiler",
@@ -49,6 +48,18 @@ def why_not() -> str:
         )
         return reason
     return ""
+
+
+def is_of_triton(error: Exception) -> bool:
+    """Whether an error of a launch is of Triton's compilers, or of the C compiler that it calls."""
+    own = type(error).__module__.partition(".")[0] == "triton"
+    return own or isinstance(error, (OSError, subprocess.SubprocessError))
+
+
+def said_by(error: Exception) -> str:
+    """What such an error says, in a line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 200 else f"{said[:60]} ... {said[-135:]}"
 
 
 def serves(w: Tensor, pattern: Pattern) -> bool:

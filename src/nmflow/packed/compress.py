@@ -101,7 +101,8 @@ def compress(
         CompressError: no weight holds a pattern that can be packed, `tokens` is empty or not
             positive, `values`, `activations` or `dtype` is none of those above, `values` is given
             for a model on a device without kernels for them, `activations="int8"` for one on a GPU,
-            or the copy would still run layers of `model` (see `inplace`).
+            a measurement takes more memory than a GPU has, or the copy would still run layers of
+            `model` (see `inplace`).
         PatternError, PlanError: as for `plan`.
 
     Example:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from nmflow.errors import CompressError
 from nmflow.kernels import Call, choose
 from nmflow.packed.bfloat16 import BFloat16Linear
 from nmflow.packed.build import Run
@@ -68,21 +69,13 @@ def judge(
     with torch.no_grad():
         for t in counts:
             mine, best, names = 0.0, 0.0, []
-            if isinstance(packed, PackedConv):
-                x = _conv_input(packed, t, some)
-                races = [_race(conv_ways(module, x), packed, x)]
-            else:
-                races = []
-                for matrix, bias, parts in _products(module, packed):
-                    x = torch.randn(t, matrix.shape[1]).to(matrix.device, matrix.dtype)
-                    if matrix.is_cuda:
-                        races.append(_race_on_gpu(matrix, bias, parts, x))
-                        continue
-                    many = copies_in_network(matrix.nbytes, layers)
-                    races.append(
-                        time_ways(rotated([_ways(module, matrix, bias, parts, x, i)
-                                           for i in range(many)]))
-                    )  # fmt: skip
+            try:
+                races = _races(module, packed, t, some, layers)
+            except torch.OutOfMemoryError as error:
+                raise CompressError(
+                    f"tokens is {counts}: measuring a {type(module).__name__} at {t} takes more "
+                    f"memory than {some.device} has left, so pass measure=False, or fewer tokens"
+                ) from error
             for took in races:
                 name = min(took.keys() - {"packed"}, key=lambda way: took[way].median)
                 mine, best = mine + took["packed"].median, best + took[name].median
@@ -96,6 +89,25 @@ def judge(
     runs_on = type(module) is nn.Linear and onednn > 1
     why = "the best dense way is faster" + (", so it runs on packed oneDNN" if runs_on else "")
     return Verdict(why, times, runs_on)
+
+
+def _races(
+    module: nn.Module, packed: nn.Module, tokens: int, some: Tensor, layers: int
+) -> list[dict[str, Timing]]:
+    """The ways of each product of a module, timed."""
+    if isinstance(packed, PackedConv):
+        x = _conv_input(packed, tokens, some)
+        return [_race(conv_ways(module, x), packed, x)]
+    races = []
+    for matrix, bias, parts in _products(module, packed):
+        x = torch.randn(tokens, matrix.shape[1]).to(matrix.device, matrix.dtype)
+        if matrix.is_cuda:
+            races.append(_race_on_gpu(matrix, bias, parts, x))
+            continue
+        many = range(copies_in_network(matrix.nbytes, layers))
+        ways = [_ways(module, matrix, bias, parts, x, i) for i in many]
+        races.append(time_ways(rotated(ways)))
+    return races
 
 
 def is_faster(one: Verdict, other: Verdict) -> bool:

@@ -152,6 +152,8 @@ def gpu_ways(weight: Tensor, bias: Tensor | None, x: Tensor) -> dict[str, list[W
                 way(torch.sparse.to_sparse_semi_structured(weight)) for _ in range(count)
             ]
             ways["cuSPARSELt"][0]()
+        except torch.OutOfMemoryError:  # a way that is left out would have lost
+            raise
         except (RuntimeError, ValueError, NotImplementedError):  # its sizes, its cards
             ways.pop("cuSPARSELt", None)
     return ways
