@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import nmflow
 import reference
 from harness import Run, assert_same, parameters_of
 from models import FAMILIES, MLP, Family
-from nmflow.errors import FlowError, PlanError, WeightError
+from nmflow.errors import CompressError, FlowError, PlanError, WeightError
 from settings import BY_ID
 
 
@@ -125,3 +126,46 @@ def test_merging_alone_loses_the_pattern_and_merge_keeps_it() -> None:
     assert_same(parameters_of(again), parameters_of(merged))
     with pytest.raises(FlowError, match="no adapters"):
         merge(merged, "1:8")
+
+
+def test_a_packed_base_saves_adapters_alone_and_never_for_a_config_that_has_none(
+    tmp_path: Path,
+) -> None:
+    from nmflow.integrations.adapters import merge
+
+    base, model = adapted()
+    peft = pytest.importorskip("peft")
+    tokens = torch.arange(16)[None]
+    packed = nmflow.compress(model, "1:8", include="ff", measure=False)
+    packed.save_pretrained(tmp_path / "adapters")
+    written = [file.name for file in (tmp_path / "adapters").iterdir()]
+    assert "adapter_model.safetensors" in written
+    assert not any(name.startswith(("config", "weights", "model")) for name in written)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
+    with torch.no_grad():
+        got, want = (m(input_ids=tokens).logits for m in (again, model))
+    assert torch.equal(got, want)
+
+    nmflow.save(packed, tmp_path / "all")
+    assert not (tmp_path / "all" / "config.json").exists()
+    loaded = nmflow.load(tmp_path / "all", copy.deepcopy(model)).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=tokens).logits, packed(input_ids=tokens).logits)
+
+    inside = packed.get_base_model()
+    with pytest.raises(CompressError, match="adapters"):
+        inside.save_pretrained(tmp_path / "inside")
+    nmflow.save(inside, tmp_path / "inside")
+    assert not (tmp_path / "inside" / "config.json").exists()
+    with pytest.raises(FlowError, match="is packed"):
+        merge(packed, "1:8", include="ff", inplace=True)
+
+
+def test_a_trained_copy_that_is_packed_is_not_saved_as_an_adapter(tmp_path: Path) -> None:
+    base, _ = adapted()
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    packed = nmflow.compress(peft.get_peft_model(base, config), measure=False)
+    with pytest.raises(CompressError, match="save_pretrained"):
+        packed.save_pretrained(tmp_path)
+    nmflow.decompress(packed).save_pretrained(tmp_path)

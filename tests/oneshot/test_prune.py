@@ -182,20 +182,29 @@ def experts_of_a_library() -> tuple[Any, list[Any]]:
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_experts_of_a_library_are_pruned_or_the_error_says_what_to_do(method: str):
+def test_experts_of_a_library_are_pruned_alike_however_it_multiplies_them(method: str, monkeypatch):
+    from transformers.integrations import moe
+
     model, batches = experts_of_a_library()
-    before = copy.deepcopy(model.state_dict())
-    said = ""
-    try:
-        prune(model, "1:4", "ff", method=method, calibration=batches)
-    except WeightError as error:
-        said = str(error)
-    if said:  # a version whose experts are multiplied by a grouped kernel
-        assert "saw no input" in said
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        model.set_experts_implementation("eager")
-        prune(model, "1:4", "ff", method=method, calibration=batches)
-    assert nmflow.audit(model, "1:4", "ff").ok
+    found = {}
+    for way in ("eager", "grouped_mm", "fallback"):
+        again = copy.deepcopy(model)
+        if way == "fallback":
+            monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+        again.set_experts_implementation("eager" if way == "eager" else "grouped_mm")
+        prune(again, "1:4", "ff", method=method, calibration=batches)
+        assert nmflow.audit(again, "1:4", "ff").ok
+        found[way] = {k: v for k, v in again.named_parameters() if ".experts." in k}
+    for way in ("grouped_mm", "fallback"):
+        for name, weight in found[way].items():
+            assert torch.allclose(weight, found["eager"][name], atol=1e-5), (way, name)
+
+
+def test_experts_that_are_copied_before_the_product_are_refused():
+    model, batches = experts_of_a_library()
+    model.set_experts_implementation("batched_mm")
+    with pytest.raises(WeightError, match=r"saw no input.*copies it first"):
+        prune(model, "1:4", "ff", method="wanda", calibration=batches)
 
 
 class Attention(nn.Module):

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import nmflow
 from nmflow import mask
 from nmflow.errors import CompressError, PlanError
-from nmflow.packed import compress, decompress, load, report_of, save
+from nmflow.packed import compress, decompress, export_program, load, report_of, save
 from nmflow.packed.convolution import PackedConv
 from nmflow.packed.modules import FusedLinear, PackedLinear
 from pruned import NETWORKS, Attend, flat, prune, vit
@@ -340,3 +341,39 @@ def test_a_model_that_cannot_be_copied_is_compressed_in_place() -> None:
     x = torch.randn(2, 32)
     y = model(x)
     torch.testing.assert_close(compress(model, measure=False, inplace=True)(x), y)
+
+
+def test_a_sharded_network_is_gathered_before_it_is_packed(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain = prune(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))).eval()
+    x = torch.randn(2, 64)
+    model = copy.deepcopy(plain)
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded: Any = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        for state in ("sharded", "not sharded at the moment"):
+            for call in (
+                compress,
+                lambda m: save(m, tmp_path / "packed"),
+                lambda m: export_program(m, x),
+                lambda m: nmflow.export_onnx(m, x, tmp_path / "a.onnx"),
+                lambda m: nmflow.export_onnx_int8(m, x, tmp_path / "a.onnx"),
+                lambda m: nmflow.export_decoder(m, tmp_path / "a.onnx"),
+                nmflow.to_semi_structured,
+            ):
+                with pytest.raises(CompressError, match="get_model_state_dict") as caught:
+                    call(sharded)
+                assert ("'0.weight' is a DTensor" in str(caught.value)) == (state == "sharded")
+            sharded.unshard()
+        assert [file.name for file in tmp_path.iterdir()] == ["store"]
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    finally:
+        dist.destroy_process_group()
+    again = copy.deepcopy(plain)
+    again.load_state_dict(weights)
+    packed = compress(again, measure=False)
+    assert torch.equal(packed(x), compress(plain, measure=False)(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
+import nmflow
 from networks_of_hf import MODELS
 from nmflow import mask
 from nmflow.errors import CompressError
@@ -97,8 +99,21 @@ def test_an_export_that_disagrees_is_an_error(tmp_path: Path) -> None:
 def test_folders_and_packages_that_are_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CompressError, match="cannot be written"):
-        export_onnx(network(), torch.randn(3, 32), tmp_path / "no" / "a.onnx", verify=False)
+    x, gone = torch.randn(3, 32), tmp_path / "no" / "a.onnx"
+    for export in (partial(export_onnx, verify=False), nmflow.export_onnx_int8):
+        with pytest.raises(CompressError, match="cannot be written"):
+            export(network(), x, gone)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    old = export_onnx(network(), x, tmp_path / "a.onnx", verify=False).read_bytes()
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full)
+    for export in (export_onnx, nmflow.export_onnx_int8):
+        with pytest.raises(CompressError, match=r"a.onnx' cannot be written.*No space"):
+            export(network(), x, tmp_path / "a.onnx")
+        assert [f.name for f in tmp_path.iterdir()] == ["a.onnx"]
+        assert (tmp_path / "a.onnx").read_bytes() == old
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(CompressError, match=r"pip install 'nmflow\[onnx\]'"):
         export_onnx(network(), torch.randn(3, 32), tmp_path / "a.onnx")

@@ -9,6 +9,7 @@ from torch import nn
 
 from nmflow.errors import FlowError
 from nmflow.oneshot import prune
+from nmflow.packed.build import PACKED
 from nmflow.select.plan import Names, Patterns
 
 __all__ = ["merge"]
@@ -40,7 +41,7 @@ def merge(
         A plain network without adapters, exactly N:M.
 
     Raises:
-        FlowError: the network has no adapters that can be merged.
+        FlowError: the network has no adapters that can be merged, or is packed.
         PlanError: as `nmflow.plan`; with `inplace` the adapters are merged then.
         WeightError: a merged weight is not finite.
 
@@ -54,6 +55,8 @@ def merge(
             f"model is a {type(model).__name__}, which has no adapters to merge: give a network of "
             "PEFT's get_peft_model with adapters such as LoRA's, or call nmflow.prune"
         )
+    if any(isinstance(module, PACKED) for module in model.modules()):
+        raise FlowError("model is packed: merge nmflow.decompress(model), and compress the result")
     merged = (model if inplace else copy.deepcopy(model)).merge_and_unload()
     prune(merged, pattern, include, exclude)
     return merged

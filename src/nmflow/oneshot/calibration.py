@@ -167,9 +167,9 @@ def of(target: Target, matrix: int, inputs: Inputs) -> Tensor:
     which = f"matrix {matrix} of '{target.label}'" if target.stacked else f"'{target.label}'"
     if not some or not any(bool(mine[rows].any()) for rows in some):
         raise WeightError(
-            f"{which} saw no input in the calibration: give more batches; or, if its module "
-            "passes it to a fused kernel (attention's fast path, an LSTM, a grouped product of "
-            "experts), exclude it or prune it by magnitude"
+            f"{which} saw no input in the calibration: give more batches; or, if its module copies "
+            "it first or passes it to a fused kernel (attention's fast path, an LSTM), exclude it "
+            "or prune it by magnitude"
         )
     return sum(mine[rows] for rows in some[1:]) + mine[some[0]]
 

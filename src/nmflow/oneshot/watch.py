@@ -1,12 +1,14 @@
 """What multiplies a weight while a network runs: inputs of products, caught where torch multiplies.
 
-No module has to be known: a dispatch mode sees every `mm`, `addmm`, `bmm` and `baddbmm`, and tells
-by the storage of an operand which parameter it is a view of, which matrix of a stack, which rows.
+No module has to be known: a dispatch mode sees every `mm`, `addmm`, `bmm` and `baddbmm`, and every
+grouped product of experts. By the storage of an operand, it tells which parameter that is a view
+of, which matrix of a stack, which rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,9 @@ _PRODUCTS: dict[Any, int] = {
     _aten.bmm.default: 0,
     _aten.baddbmm.default: 1,
 }
+# Products of `(tokens, in)`, sorted by expert, with a stack; the third argument is where each
+# expert's tokens end. transformers has an op of its own for what torch's cannot do.
+_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
 class Seen(NamedTuple):
@@ -65,18 +70,22 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        at = _PRODUCTS.get(func)
+        kwargs = kwargs or {}
+        grouped = func._schema.name in _GROUPED
+        at = 0 if grouped else _PRODUCTS.get(func)
         if at is not None:
             left, right = args[at], args[at + 1]
+            ends = (*args[2:3], kwargs.get("offs"))[0] if grouped else None
             # Inputs on the left, as nn.Linear has them; or on the right, as columns.
             for factor, inputs in ((right, left), (left, right.mT)):
                 name = self._by_storage.get(factor.untyped_storage().data_ptr())
                 if name is not None:
-                    self._tell(name, factor if factor is right else factor.mT, inputs)
-        return func(*args, **(kwargs or {}))
+                    stack = factor if factor is right else factor.mT
+                    self._tell(name, stack, inputs if ends is None else _groups(inputs, ends))
+        return func(*args, **kwargs)
 
-    def _tell(self, name: str, factor: Tensor, inputs: Tensor) -> None:
-        """`factor` is `(in, out)`, with a leading axis in a batched product."""
+    def _tell(self, name: str, factor: Tensor, inputs: Any) -> None:
+        """`factor` is `(in, out)`, with a leading axis where there are several `inputs`."""
         target, param = self.targets[name], self.params[name]
         if factor.ndim == 3:
             for one, x in zip(factor, inputs, strict=True):
@@ -93,3 +102,10 @@ class Watch(TorchDispatchMode):
             )
         start = inside // row
         self.receive(Seen(name, matrix, start, start + factor.shape[1], inputs.detach()))
+
+
+def _groups(inputs: Tensor, ends: Tensor) -> Sequence[Tensor]:
+    """The rows of each group; a group's rows stop at its entry of `ends`."""
+    if ends.is_meta:  # nobody knows how many, and the receiver refuses inputs without values
+        return [inputs] * len(ends)
+    return [inputs[start:stop] for start, stop in itertools.pairwise([0, *ends.tolist()])]

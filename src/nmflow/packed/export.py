@@ -18,7 +18,7 @@ from nmflow.packed import onnx_files, onnx_operators
 from nmflow.packed.build import PACKED
 from nmflow.packed.compress import decompress
 from nmflow.packed.onnx_files import agree, first_line
-from nmflow.select.modules import check_model
+from nmflow.packed.packable import check_whole
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def export_program(
     Raises:
         CompressError: the model's outputs and the program's differ, or torch cannot export it.
     """
-    check_model(model, CompressError)
+    check_whole(model)
     return _program(plain(model, packed), example_inputs, dynamic_batch)
 
 
@@ -75,14 +75,7 @@ def export_onnx(
             float32; packages are missing (`pip install 'nmflow[onnx]'`), the export fails, the
             file cannot be written, or its outputs differ from the model's.
     """
-    check_model(model, CompressError)
-    onnx_files.check_packages()
-    if packed:
-        onnx_operators.check_packed(model)
-    network = plain(model, packed)
-    made = onnx_files.translated(
-        network, lambda: _program(network, example_inputs, dynamic_batch), packed
-    )
+    made, network = onnx_program(model, example_inputs, dynamic_batch, packed)
 
     def check(file: Path) -> None:
         args, kwargs = _arguments(example_inputs)
@@ -92,6 +85,21 @@ def export_onnx(
             agree(want, onnx_files.run(same, tree_leaves((args, kwargs)), packed))
 
     return onnx_files.write(made, Path(path), check if verify else None)
+
+
+def onnx_program(
+    model: nn.Module, example_inputs: Example, dynamic_batch: bool, packed: bool
+) -> tuple[Any, nn.Module]:
+    """The `ONNXProgram` of a network, and the network that it was made of."""
+    check_whole(model)
+    onnx_files.check_packages()
+    if packed:
+        onnx_operators.check_packed(model)
+    network = plain(model, packed)
+    made = onnx_files.translated(
+        network, lambda: _program(network, example_inputs, dynamic_batch), packed
+    )
+    return made, network
 
 
 def _program(model: nn.Module, example: Example, dynamic_batch: bool) -> ExportedProgram:

@@ -15,8 +15,8 @@ from nmflow import disk
 from nmflow.errors import CompressError
 from nmflow.masks import holds
 from nmflow.packed.build import PACKED
-from nmflow.packed.export import Example, export_onnx
-from nmflow.select.modules import check_model
+from nmflow.packed.export import Example, onnx_program
+from nmflow.packed.packable import check_whole
 
 # How far an output of the int8 network may be off, as a share of its largest value.
 _NEAR = 0.1
@@ -58,7 +58,7 @@ def export_onnx_int8(
         CompressError: as `export_onnx`; calibration is empty or of another form; the int8 outputs
             differ too much.
     """
-    check_model(model, CompressError)
+    check_whole(model)
     try:
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     except ModuleNotFoundError as error:
@@ -69,10 +69,11 @@ def export_onnx_int8(
     given = [example_inputs] if calibration is None else list(calibration)
     if not given:
         raise CompressError("calibration is empty: give inputs like those that will be served")
+    made, _ = onnx_program(model, example_inputs, dynamic_batch, packed=False)
     try:
         with disk.staging(target.parent) as folder:
             dense = folder / "dense.onnx"
-            export_onnx(model, example_inputs, dense, dynamic_batch=dynamic_batch, verify=False)
+            made.save(str(dense))
             names = _inputs(dense)
             part = folder / target.name
             quantize_static(
@@ -112,7 +113,7 @@ def to_semi_structured(model: nn.Module) -> list[str]:
         CompressError: no weight can be changed, with the reason of the first; or the network is
             packed. Nothing is changed.
     """
-    check_model(model, CompressError)
+    check_whole(model)
     if any(isinstance(module, PACKED) for module in model.modules()):
         raise CompressError("model is packed: call nmflow.decompress(model), and move it to CUDA")
     linear = [(path, m) for path, m in model.named_modules() if type(m) is nn.Linear]

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nmflow.errors import CompressError
 from nmflow.packed import build
 from nmflow.packed.build import Run
 from nmflow.packed.layout import as_matrix, fits, runs
 from nmflow.pattern import EVERY, Pattern
 from nmflow.select.layer import Layer
+from nmflow.select.modules import check_model
 from nmflow.select.plan import Names, Patterns, choose
 from nmflow.select.weights import layers_of
 
@@ -41,6 +43,24 @@ class Found:
         if len(self.runs) == 1 and self.runs[0][:2] == (0, self.layer.out):
             return str(self.runs[0].pattern)
         return ", ".join(f"{r.pattern} [{r.start}:{r.stop}]" for r in self.runs)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise `CompressError` unless a thing is a network whose weights are not sharded."""
+    check_model(model, CompressError)
+    cut = [name for name, p in model.named_parameters() if _is_a(p, "DTensor")]
+    if cut or any(_is_a(module, "FSDPModule") for module in model.modules()):
+        first = f" ('{cut[0]}' is a DTensor)" if cut else ""
+        raise CompressError(
+            f"model is sharded over processes{first}: gather its weights with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict (full_state_dict=True), "
+            "load them into a network that is not sharded, and give that"
+        )
+
+
+def _is_a(thing: object, name: str) -> bool:
+    """By the name of the class, since importing those of torch's distribution takes seconds."""
+    return any(cls.__name__ == name for cls in type(thing).__mro__)
 
 
 def survey(

@@ -10,7 +10,7 @@ from torch import nn
 from nmflow.errors import CompressError
 from nmflow.packed import references
 from nmflow.packed.build import PACKED
-from nmflow.packed.files.companions import is_pretrained
+from nmflow.packed.files.companions import is_pretrained, saves_adapters
 from nmflow.packed.files.pretrained import SavePretrained
 from nmflow.packed.fuse import Fused
 
@@ -128,6 +128,9 @@ def _set_saves(module: nn.Module) -> None:
         elif isinstance(module.__dict__.get("save_pretrained"), SavePretrained):
             del module.__dict__["save_pretrained"]
         return
+    if saves_adapters(module):  # what it trains beside adapters is whole copies of modules
+        inside = [m for path, m in module.named_modules() if ".modules_to_save." in path]
+        packed = any(isinstance(m, PACKED) for m in inside)
     for name in methods:
         if packed and name not in module.__dict__:
             module.__dict__[name] = Refusal(name)

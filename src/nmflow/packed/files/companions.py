@@ -26,6 +26,16 @@ def is_pretrained(model: nn.Module) -> bool:
     )
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers of PEFT lie in a network, which its config does not build."""
+    return any(_is_of_peft(module, "BaseTunerLayer") for module in model.modules())
+
+
+def saves_adapters(model: nn.Module) -> bool:
+    """Whether a network's own `save_pretrained` writes adapters of PEFT, and not the network."""
+    return _is_of_peft(model, "PeftModel") or getattr(model, "_hf_peft_config_loaded", False)
+
+
 def is_timm(model: nn.Module) -> bool:
     """Whether a module is a network that `timm.create_model` builds, without importing timm."""
     timm = sys.modules.get("timm")
@@ -35,11 +45,15 @@ def is_timm(model: nn.Module) -> bool:
 
 
 def companions(model: nn.Module) -> dict[str, str]:
-    """Name to text of the files that build the network again; none for a class of your own.
+    """Name to text of the files that build the network again.
+
+    None for a class of your own, nor for a network with adapters in it.
 
     For a network of transformers: `config.json`, with `quantization_config` in it and without
     `auto_map`, and `generation_config.json`. For one of timm: `config.json`.
     """
+    if has_adapters(model):
+        return {}
     if is_pretrained(model):
         return _of_transformers(model)
     if is_timm(model):
@@ -74,6 +88,11 @@ def _of_timm(model: Any) -> dict[str, Any]:
         if isinstance(value := getattr(model, name, None), int | str):
             made[name] = value
     return made
+
+
+def _is_of_peft(module: nn.Module, name: str) -> bool:
+    classes = ((cls.__name__, cls.__module__) for cls in type(module).__mro__)
+    return any(called == name and where.startswith("peft.") for called, where in classes)
 
 
 def _is_plain(value: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nmflow.errors import CompressError
+from nmflow.packed.files.companions import has_adapters, saves_adapters
 from nmflow.packed.files.saving import save
 
 # What other calls pass along, and what it has to be: a packed network is one file, its own state.
@@ -32,11 +33,22 @@ class SavePretrained:
         """Write the packed network, its config and its generation config, as `nmflow.save` does.
 
         `from_pretrained` reads the folder again where nmflow is imported. `push_to_hub` of the
-        network uploads what this writes.
+        network uploads what this writes. Where transformers holds adapters in the network, it
+        writes those alone, as without nmflow.
 
         Raises:
-            CompressError: as `save`; an option that asks for another kind of file.
+            CompressError: as `save`; an option that asks for another kind of file; the network is
+                the inside of one of PEFT.
         """
+        model = self._network()
+        if saves_adapters(model):
+            type(model).save_pretrained(model, save_directory, **options)  # pyright: ignore
+            return
+        if has_adapters(model):
+            raise CompressError(
+                "model has adapters in it, which its config does not build: call save_pretrained "
+                "of the PEFT network for the adapters, and nmflow.save(model, folder) for all"
+            )
         for name, value in options.items():
             if name in _ANY or (name in _ONLY and value == _ONLY[name]):
                 continue
@@ -44,7 +56,7 @@ class SavePretrained:
             mend = _MEND.get(name, ", which a packed network cannot be saved with: leave it out")
             raise CompressError(f"{name} is {said!r}{mend}")
         if options.get("is_main_process", True):
-            save(self._network(), save_directory)
+            save(model, save_directory)
 
     def _network(self) -> nn.Module:
         model = self._model()

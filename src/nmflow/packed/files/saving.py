@@ -16,9 +16,8 @@ from nmflow.packed.files import writing
 from nmflow.packed.files.card import card_of
 from nmflow.packed.files.companions import companions, is_pretrained
 from nmflow.packed.files.stored import Stored
-from nmflow.packed.packable import survey
+from nmflow.packed.packable import check_whole, survey
 from nmflow.packed.parts import parts_of
-from nmflow.select.modules import check_model
 from nmflow.select.plan import Names, Patterns
 
 Folder = str | os.PathLike[str]
@@ -63,7 +62,7 @@ def save(
         >>> again[0].pattern
         Pattern('1:16')
     """
-    check_model(model, CompressError)
+    check_whole(model)
     weights: dict[str, Stored] = {}
     tensors, inside = _plain_state(model)
     for path, module in inside.items():
