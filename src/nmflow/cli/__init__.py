@@ -1,4 +1,4 @@
-"""The command line, `nmflow`: one file a command, each a function of the file's name."""
+"""The command line, `nmflow`: one file per command, each with a function of the file's name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ORDER = ("train", "sweep", "report", "plan", "audit", "cost", "compress", "bench
 
 
 def commands() -> list[str]:
-    """The commands that are there, in the order of a working day."""
+    """The names of the commands, in the order in which you use them."""
     there = {m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")}
     return [name for name in ORDER if name in there] + sorted(there - set(ORDER))
 
@@ -31,7 +31,7 @@ def app():
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
-    # With a callback a lone command keeps its name.
+    # With a callback, a single command keeps its name.
     made.callback()(start)
     for name in commands():
         made.command(name)(getattr(importlib.import_module(f"nmflow.cli.{name}"), name))
@@ -39,9 +39,9 @@ def app():
 
 
 def main() -> None:
-    """Run a command; a mistake of the user is one sentence and exit code 2.
+    """Run a command; a user's mistake is one sentence and exit code 2.
 
-    A command that a signal stopped ends with the code that a shell expects: 130, or 143.
+    A command that a signal stopped has the exit code that a shell expects: 130 or 143.
     """
     from nmflow.experiments.stopping import Stopped
 
@@ -62,6 +62,6 @@ def main() -> None:
 
 
 def _end(sentence: str) -> NoReturn:
-    # Exit code 1 is the answer "no" of a command that judges, such as audit.
+    # Exit code 1 means "no" from a command that checks, such as audit.
     sys.stderr.write(f"nmflow: {printable(sentence)}\n")
     sys.exit(2)

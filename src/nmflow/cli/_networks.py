@@ -1,4 +1,4 @@
-"""The network that a command speaks of: by a config, or in a folder."""
+"""The network of a command: built by a config, or loaded from a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nmflow.errors import ConfigError
 def network(
     source: Path, config_only: bool = False, overrides: list[str] | None = None
 ) -> tuple[Any, Any, Any]:
-    """A model, and for a config its first run and an example batch; else None twice.
+    """The model, with the first run and an example batch of a config, or None twice for a folder.
 
     Raises:
         ConfigError: neither a YAML file nor a folder that `transformers` can load; overrides of a

@@ -14,7 +14,7 @@ JSON: Any = typer.Option("--json", help="Print JSON instead of a table.")
 
 
 def console(stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that prints text as it is: paths hold brackets and colons that mean nothing."""
+    """A console that prints text unchanged, since paths may hold brackets and colons."""
     from rich.console import Console
 
     return Console(
@@ -23,11 +23,11 @@ def console(stderr: bool = False, quiet: bool = False) -> Console:
 
 
 class Printed(Protocol):
-    """What a command prints: it has a table as `str`, and plain types."""
+    """A result that has a table as `str`, and plain types for JSON."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
 
 def show(found: Printed, as_json: bool = False) -> None:
-    """Print the table, as it is: names may hold what a terminal library takes for markup."""
+    """Print the table unchanged, since names may look like markup."""
     typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))

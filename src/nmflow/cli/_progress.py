@@ -1,4 +1,4 @@
-"""What commands that train say along the way: bars on a terminal, lines of a log elsewhere."""
+"""Progress of commands that train: bars on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ INTERVAL = 30.0
 
 
 def watcher(runs: Sequence[Run], folder: Path, console: Console) -> Bars | Lines:
-    """What suits the console: one that is quiet hears nothing of either."""
+    """Bars or lines, by the console; a quiet console shows neither."""
     pending = [run for run in runs if not RunFolder(folder / run.id).finished]
     return Bars(pending, console) if console.is_terminal else Lines(pending, console)
 
 
 def stopping_soon() -> None:
-    """Say on the error output, from a signal's handler, that work goes on to its next save."""
+    """Print from a signal handler that work continues to its next save."""
     os.write(2, b"\nnmflow: stopping when a checkpoint is saved; once more stops at once\n")
 
 
 def title(run: Run) -> str:
-    """A run as people read it."""
+    """A readable name of a run."""
     return f"{run.recipe.title} {run.pattern_text} seed {run.seed}"
 
 
@@ -50,7 +50,7 @@ class Lines:
     Args:
         runs: the runs that are not finished.
         console: where the lines go.
-        clock: seconds of a steady clock.
+        clock: returns the seconds of a monotonic clock.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Lines:
 
 
 class _Seen:
-    """What was last said of a run."""
+    """What was last printed of a run."""
 
     def __init__(self, first: int, at: float) -> None:
         self.first, self.began, self.said = first, at, at
@@ -136,7 +136,7 @@ class Bars:
             TimeRemainingColumn(),
             console=console,
         )
-        # 0 where a budget decides, until the run says how many steps it buys.
+        # 0 under a budget, until the run has solved its steps.
         self.expected = {run.id: run.training.steps for run in runs}
         self.done: set[str] = set()
         self.all = self.bars.add_task("all steps", total=self._total(), note="")
@@ -151,7 +151,7 @@ class Bars:
         self.bars.stop()
 
     def notify(self, now: Step) -> None:
-        """Move the bars to where a run is."""
+        """Move the bars to the progress of a run."""
         if self.expected.get(now.run) != now.steps:
             self.expected[now.run] = now.steps
             self.bars.update(self.all, total=self._total())
@@ -171,6 +171,6 @@ class Bars:
             self.bars.update(self.tasks[now.run], visible=False)
 
     def _total(self) -> float | None:
-        """Steps of all runs; one whose steps are not known yet counts as the mean of the others."""
+        """Steps of all runs; a run with unknown steps counts as the mean of the others."""
         known = [steps for steps in self.expected.values() if steps]
         return sum(known) * len(self.expected) / len(known) if known else None

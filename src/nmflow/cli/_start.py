@@ -1,4 +1,4 @@
-"""What `nmflow` does before any command: its help, and `--version`."""
+"""Options of `nmflow` itself: its help and `--version`."""
 
 from __future__ import annotations
 

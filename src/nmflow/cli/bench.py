@@ -71,7 +71,7 @@ def bench(
         if not text.isdigit():
             raise CompressError(f"tokens is {tokens!r}: give numbers such as 1,16,197")
         counts.append(int(text))
-    if output is not None:  # before minutes of measuring, not after
+    if output is not None:  # before the measurement, which takes minutes
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -92,7 +92,7 @@ def bench(
             built, gguf = networks.language_model(model)
             found = bench_decoding(built, *chosen, gguf=gguf, rivals=beside, new=decode, **said)
         else:
-            if "llama.cpp" in beside:  # it runs nothing but texts
+            if "llama.cpp" in beside:  # it runs language models only
                 beside.remove("llama.cpp")
             built = networks.network(model)
             found = measure(

@@ -95,13 +95,13 @@ def compress(
 
 
 def _folder_of(checkpoint: Path) -> str:
-    """The folder that a checkpoint file lies in; of a folder, itself."""
+    """The folder of a checkpoint file; a folder stands for itself."""
     place = os.path.realpath(checkpoint)
     return place if os.path.isdir(place) else os.path.dirname(place)
 
 
 def _figures(given: list[str]) -> dict[str, float]:
-    """Figures that the command names, such as `accuracy=0.91`."""
+    """Figures from the command line, such as `accuracy=0.91`."""
     from nmflow.errors import CompressError
 
     figures = {}
@@ -117,7 +117,7 @@ def _figures(given: list[str]) -> dict[str, float]:
 
 
 def _trained(checkpoint: Path) -> tuple[str | None, dict[str, float]]:
-    """The recipe and the figures on test data of the run that a network lies in, if it does."""
+    """The recipe and test figures of the run whose folder holds the network, if there is one."""
     from nmflow import disk
 
     try:

@@ -48,7 +48,7 @@ def sweep(
     from nmflow.experiments import sweep as sweeps
 
     found = sweeps.load(file, set_ or (), output=output)
-    # Under torchrun only the first process speaks.
+    # Under torchrun only the first process prints.
     first = os.environ.get("RANK", "0") == "0"
     out = console(json_, quiet or not first)
     done = len(found.finished)
@@ -73,7 +73,7 @@ def sweep(
 
 
 def _as_json(found: Any, failed: list[tuple[str, str]]) -> str:
-    """The rows of the table, and the sentences of what failed."""
+    """The rows of the table, and the error of each failed cell."""
     from nmflow.experiments.sweep_table import records
 
     said = [{"cell": cell, "error": sentence} for cell, sentence in failed]

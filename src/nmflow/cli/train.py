@@ -49,7 +49,7 @@ def train(
     runs = list(experiment.runs())
     folder = output or experiment.folder
     done = sum(RunFolder(folder / run.id).finished for run in runs)
-    # Under torchrun only the first process speaks, and writes.
+    # Under torchrun only the first process prints and writes.
     first = os.environ.get("RANK", "0") == "0"
     if first:
         check_writable(folder)
@@ -58,7 +58,7 @@ def train(
     for line in origins.told(runs):
         out.print(line)
     with stopping.watched(stopping_soon):
-        # Only now: importing torch and transformers takes seconds.
+        # Imported late, since torch and transformers take seconds.
         from nmflow.experiments.runner import run_all
 
         many = experiment.workers if workers is None else workers

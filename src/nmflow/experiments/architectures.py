@@ -1,4 +1,4 @@
-"""Networks that `transformers` lacks, in its form: `mlp-mixer` and `lstm`.
+"""Networks that `transformers` lacks, written as its own: `mlp-mixer` and `lstm`.
 
 They are registered with its `Auto` classes, so that a config names them by `kind` like any other,
 and `save_pretrained`, `from_pretrained` and the `Trainer` work on them.
@@ -32,8 +32,8 @@ class MlpMixerConfig(PretrainedConfig):
         tokens_mlp_dim: width of the MLP across patches.
         intermediate_size: width of the MLP across channels.
         num_hidden_layers: layers.
-        dropout: of both MLPs' outputs.
-        kwargs: what every config takes, such as `num_labels`.
+        dropout: after both MLPs.
+        kwargs: arguments of every config, such as `num_labels`.
     """
 
     model_type = "mlp-mixer"
@@ -69,7 +69,7 @@ class LstmConfig(PretrainedConfig):
         hidden_size: width of the embedding and of each layer.
         num_hidden_layers: layers.
         dropout: after the embedding, between layers and before the output.
-        kwargs: what every config takes.
+        kwargs: arguments of every config.
     """
 
     model_type = "lstm"
@@ -142,7 +142,7 @@ class MlpMixerForImageClassification(PreTrainedModel):
 
 
 class LstmForCausalLM(PreTrainedModel):
-    """LSTM layers between an embedding and an output that share their weight."""
+    """LSTM layers between an embedding and an output layer with a shared weight."""
 
     config_class = LstmConfig
     base_model_prefix = "lstm"
@@ -162,7 +162,7 @@ class LstmForCausalLM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.LSTM):
-            # The forget gate, the second quarter of a bias, starts open (Jozefowicz et al. 2015).
+            # The forget gate, the second quarter of a bias, starts open (Jozefowicz et al., 2015).
             for name, value in module.named_parameters():
                 if name.startswith("bias_ih"):
                     value[module.hidden_size : 2 * module.hidden_size].fill_(1.0)
@@ -190,7 +190,7 @@ class LstmForCausalLM(PreTrainedModel):
 
 
 def register() -> None:
-    """Make both known to the `Auto` classes; done when this module is imported."""
+    """Register both with the `Auto` classes, on import of this module."""
     for config, auto, network in (
         (MlpMixerConfig, AutoModelForImageClassification, MlpMixerForImageClassification),
         (LstmConfig, AutoModelForCausalLM, LstmForCausalLM),

@@ -1,4 +1,4 @@
-"""A run's steps from a budget of training FLOPs, so that recipes are compared at equal cost."""
+"""Solve a run's steps from a budget of training FLOPs, to compare recipes at equal cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST = 10_000_000
 
 
 def solved(run: Run, problem: Problem) -> Run:
-    """The run with its steps; a run that is given steps is returned as it is.
+    """The run with its steps; a run with given steps is returned unchanged.
 
     Raises:
         ConfigError: a budget below one step, below the recipe's phases, or beyond `MOST` steps.
@@ -55,7 +55,7 @@ def steps(run: Run, model: Any, example: Any) -> int:
             found = counted(
                 run.model_copy(update={"training": training}), model, example, processes
             )
-        except RecipeError as error:  # phases counted in steps do not fit into so few
+        except RecipeError as error:  # phases in steps do not fit into so few
             refused.append(str(error))
             return 0
         return found["run_training_flops"]
@@ -87,7 +87,7 @@ def steps(run: Run, model: Any, example: Any) -> int:
 def most(spent: Callable[[int], int], budget: float, guess: int) -> int:
     """The largest k with `spent(k) <= budget`, or 0; `spent` grows nearly in proportion to k.
 
-    Each trial counts a network's products anew, so the next k is interpolated rather than halved.
+    Each trial counts a network's products again, so k is found by interpolation, not by bisection.
     """
     low, high, k = 0, None, guess
     while high is None or high - low > 1:

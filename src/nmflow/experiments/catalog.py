@@ -7,7 +7,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).with_name("configs")
 SWEEPS = "sweeps"
-# Files that only a checkout has, or that are no experiment of `nmflow train`.
+# Folders that are only in a checkout, or hold no experiment of `nmflow train`.
 _APART = (SWEEPS, "study")
 _COMMANDS = {"": "train", SWEEPS: "sweep"}
 
@@ -25,9 +25,9 @@ def names(kind: str = "") -> list[str]:
 
 
 def find(named: str | Path, kind: str = "") -> Path:
-    """The file that `named` means: a file of that path, else the configuration of that name.
+    """The file at the path `named`, or the configuration of that name.
 
-    What is neither comes back as it is.
+    Anything else is returned unchanged.
     """
     path = Path(named)
     if path.is_file() or path.as_posix() not in names(kind):
@@ -36,7 +36,7 @@ def find(named: str | Path, kind: str = "") -> Path:
 
 
 def instead(named: str | Path, kind: str = "") -> str:
-    """What to write in place of `named`, which is neither a file nor a name.
+    """Suggest a replacement for `named`, which is neither a file nor a name.
 
     >>> instead("digit")
     "did you mean 'digits'?"
@@ -50,7 +50,7 @@ def instead(named: str | Path, kind: str = "") -> str:
 
 
 def listing(kind: str = "") -> list[tuple[str, str]]:
-    """Every name with the first sentence of its file."""
+    """Each name with the first sentence of its file."""
     return [(name, _about(FOLDER / kind / f"{name}.yaml")) for name in names(kind)]
 
 

@@ -1,4 +1,4 @@
-"""A sweep's cells: a base, axes over any of its keys, and the runs at every crossing of them."""
+"""The cells of a sweep: a base, axes over any of its keys, and one run per combination."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -19,13 +19,10 @@ from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.specs import Count, Strict
 from nmflow.experiments.yaml_values import plain
 
-if TYPE_CHECKING:
-    pass
-
 KEYS = frozenset(Run.model_fields)
-# Keys whose own value may be a mapping; at any other key a mapping sets several keys together.
+# Keys whose value may be a mapping; for other keys, a mapping sets several keys together.
 MAPPINGS = frozenset(("recipe", "pattern", "data", "model", "options", "training", "distill"))
-# What a base of `nmflow train` says about its own list of runs, which is the sweep's to say.
+# Keys of `nmflow train` about its list of runs, which the sweep replaces.
 NOT_OF_A_RUN = frozenset(("output", "workers", "threads"))
 LISTS = {"recipes": "recipe", "seeds": "seed"}
 
@@ -60,7 +57,7 @@ class File(Strict):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep, and where it stands on each axis, as people read it."""
+    """One run of a sweep, and its place on each axis as text."""
 
     run: Run
     place: dict[str, Any]
@@ -68,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep: its cells, all of them checked, and the folders of its results and runs."""
+    """A sweep: its checked cells, and the folders of its results and runs."""
 
     name: str
     axes: tuple[str, ...]
@@ -85,7 +82,7 @@ class Sweep:
 
     @property
     def finished(self) -> list[Cell]:
-        """The cells that have their result."""
+        """The cells that have a result."""
         return [c for c in self.cells if RunFolder(self.store / c.run.id).finished]
 
 
@@ -95,7 +92,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
     Args:
         path: the YAML file, or a name of the catalog's sweeps.
         overrides: `key=value`; a key of the sweep itself (`axes.seed`, `threads`) or of its base.
-        output: the folder of the results, in place of the file's.
+        output: the folder of the results, instead of the file's.
 
     Raises:
         ConfigError: a mistake in the file or in its base, an axis of an unknown key or without a
@@ -121,13 +118,15 @@ def load(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
 
 
 def expand(base: Mapping[str, Any], axes: Mapping[str, list[Any]], where: str) -> Iterator[Cell]:
-    """The cells of `base` at every crossing of `axes`, all others of one seed together.
+    """The cells of `base` at every combination of `axes`, with those of one seed together.
 
-    So a sweep that is stopped early has whole rows to compare.
+    A sweep that is stopped early then has complete rows to compare.
     """
     settings = {name: [_settings(name, v, where) for v in axes[name]] for name in axes}
     _no_clash(settings, where)
-    order = sorted(axes, key=lambda name: name != "seed")  # stable; the first changes slowest
+    order = sorted(
+        axes, key=lambda name: name != "seed"
+    )  # a stable sort: the first axis changes slowest
     seen: dict[str, int] = {}
     named: dict[tuple[str, str, int], int] = {}
     choices = itertools.product(*(range(len(axes[name])) for name in order))
@@ -184,7 +183,7 @@ def _keys(name: str, value: Any) -> list[str]:
 
 
 def _together(name: str, value: Any) -> bool:
-    """Whether an axis's value is a mapping of keys, rather than the value of the key `name`."""
+    """Whether an axis's value maps keys to values, instead of being a value of the key `name`."""
     return isinstance(value, Mapping) and "." not in name and name not in MAPPINGS
 
 
@@ -207,7 +206,7 @@ def _no_clash(settings: Mapping[str, list[dict[str, Any]]], where: str) -> None:
     owner: dict[str, str] = {}
     for name, values in settings.items():
         for key in {key for value in values for key in value}:
-            # Steps and a budget exclude each other, so they are one key here.
+            # Steps and a budget exclude each other, so they count as one key.
             key = "training.steps" if key == "training.budget" else key
             if owner.setdefault(key, name) != name:
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is whole: its mark, written last, has a digest of every file."""
+"""Complete checkpoints of a run: a mark, written last, holds a digest of every file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def every(run: Path) -> list[Path]:
 
 
 def mark(folder: Path, about: dict[str, Any]) -> None:
-    """Say that a checkpoint is whole, and what a resume has to know."""
+    """Mark a checkpoint as complete, with what a resume needs."""
     files = {p.relative_to(folder).as_posix(): _sha(p) for p in _files(folder)}
     said = {**about, "files": files}
     write_json(folder / MARK, {**said, "digest": _digest(said)})
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What `mark` said of a checkpoint.
+    """What `mark` wrote for a checkpoint.
 
     Raises:
         ValueError: the mark is damaged, or of a version that wrote no digests.
@@ -50,7 +50,7 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint that has a mark, in words; None where it is whole."""
+    """What is wrong with a marked checkpoint, in words; None if it is complete."""
     try:
         for name, digest in about(folder)["files"].items():
             if _sha(folder / name) != digest:
@@ -58,17 +58,17 @@ def damage(folder: Path) -> str | None:
     except ValueError:
         return f"{MARK} is damaged, or from an earlier version"
     except FileNotFoundError as error:
-        # Perhaps just now: the first of several processes removes what is damaged.
+        # Perhaps removed just now: the first of several processes removes damaged ones.
         return f"{Path(str(error.filename)).name} is missing"
     return None
 
 
 def newest(run: Path, clean: bool = True) -> Path | None:
-    """The newest whole checkpoint; those that are not are removed, and said where they are damaged.
+    """The newest complete checkpoint. Others are removed, with a warning if they are damaged.
 
     Args:
         run: the folder of the run.
-        clean: remove what cannot be gone on from; of several processes, one.
+        clean: remove what no run can resume from; True in one process of several.
 
     Raises:
         ConfigError: a checkpoint that may not be read.
@@ -76,7 +76,7 @@ def newest(run: Path, clean: bool = True) -> Path | None:
     damaged = []
     for folder in every(run):
         try:
-            # Without a mark a kill came first, and the one before is what there is.
+            # Without a mark: a kill came before it, so the checkpoint before is used.
             said = damage(folder) if (folder / MARK).is_file() else ""
         except OSError as error:
             raise ConfigError(

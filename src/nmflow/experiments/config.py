@@ -1,4 +1,4 @@
-"""Configuration files: read once, checked wholly; a file is an experiment, and each run of it."""
+"""Configuration files, read and checked: an experiment per file, and its runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ __all__ = [
 
 
 class Setting(Strict):
-    """What all runs of an experiment share: task, data, network, placement, optimization.
+    """The part that all runs of an experiment share: task, data, network, placement, optimization.
 
     Attributes:
         name: the name of the experiment.
@@ -92,7 +92,7 @@ class Setting(Strict):
     @field_validator("sparse_steps", mode="before")
     @classmethod
     def _yaml(cls, value: object) -> object:
-        # YAML reads a bare on as true, and a bare off as false.
+        # YAML reads a bare `on` as true, and a bare `off` as false.
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
@@ -109,7 +109,7 @@ class Run(Setting):
 
     @property
     def pattern_text(self) -> str:
-        """The pattern for people: `1:16`, or `*.mlp.* 1:16, *.attn.* 1:4`."""
+        """The pattern as text: `1:16`, or `*.mlp.* 1:16, *.attn.* 1:4`."""
         if isinstance(self.pattern, str):
             return self.pattern
         return ", ".join(f"{glob} {pattern}" for glob, pattern in self.pattern.items())
@@ -127,8 +127,8 @@ class Run(Setting):
     def _given(self, exclude: set[str]) -> dict[str, Any]:
         values = self.model_dump(mode="json", exclude=exclude)
         if self.training.budget is not None:
-            values["training"].pop("steps", None)  # solved, so a consequence
-        # A run keeps the hash that it had before there were teachers, orders and sparse steps.
+            values["training"].pop("steps", None)  # solved from the budget
+        # Defaults of newer keys are left out, so that older runs keep their hash.
         if self.distill is None:
             del values["distill"]
         if not self.permute:
@@ -149,7 +149,7 @@ class Experiment(Setting):
 
     Attributes:
         recipes: names of recipes, or mappings with `name`, `label` and options.
-        seeds: a run of each recipe per seed.
+        seeds: each recipe runs once per seed.
         output: the folder of the runs.
         workers: runs at a time; 0 takes one per core, and one in all on a GPU.
         threads: threads of each; 0 divides the cores among the workers.
@@ -163,11 +163,11 @@ class Experiment(Setting):
 
     @property
     def folder(self) -> Path:
-        """Where the runs go."""
+        """The folder of the runs."""
         return Path(self.output.replace("{name}", self.name))
 
     def runs(self) -> Iterator[Run]:
-        """Every run, all recipes of one seed together, so that a stopped experiment is paired."""
+        """Every run, all recipes of one seed together, so that a stopped experiment has pairs."""
         shared = self.model_dump(include=set(Setting.model_fields))
         for seed in self.seeds:
             for recipe in self.recipes:
@@ -195,7 +195,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
 
 
 def read(path: str | Path, kind: str = "") -> dict[str, Any]:
-    """The mapping in a YAML file, or in the catalog's of that name and `kind`, unchecked."""
+    """The unchecked mapping in a YAML file, or in the catalog's file of that name and `kind`."""
     try:
         text = disk.read_bytes(catalog.find(path, kind), _LARGEST_FILE).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -220,11 +220,11 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
             raise ConfigError(f"override is {key!r}: {parent!r} is a value, not a mapping of keys")
-    if key in ("training.steps", "training.budget"):  # one replaces the other
+    if key in ("training.steps", "training.budget"):  # each replaces the other
         place.pop("budget" if last == "steps" else "steps", None)
     place[last] = value
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a plain value, whatever the order of its keys."""
+    """SHA-256 of a plain value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

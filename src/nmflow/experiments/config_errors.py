@@ -1,4 +1,4 @@
-"""Plain values checked against a pydantic model, every mistake one sentence with its key."""
+"""Check plain values against a pydantic model; a mistake is one sentence with its key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nmflow.errors import ConfigError, NMFlowError
 
 
 def parse(kind: type[BaseModel], raw: Any, where: str) -> Any:
-    """`kind` made of `raw`; the first mistake becomes one ConfigError."""
+    """Make a `kind` of `raw`; the first mistake becomes a ConfigError."""
     try:
         return kind.model_validate(raw)
     except ValidationError as failure:
@@ -19,7 +19,7 @@ def parse(kind: type[BaseModel], raw: Any, where: str) -> Any:
 
 
 def near(word: str, words: list[str]) -> str:
-    """What to write in place of `word`: the nearest of `words`, or all of them."""
+    """Suggest a replacement for `word`: the nearest of `words`, or all of them."""
     close = difflib.get_close_matches(word, words, n=1)
     if close:
         return f": did you mean '{close[0]}'?"

@@ -1,4 +1,4 @@
-"""What a network and its training cost, as a run records it and a report shows it."""
+"""The cost of a network and its training, for a run's record and a report."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def counted(run: Run, model: Any, example: Any, processes: int = 1) -> dict[str,
 
 
 def row(cost: Mapping[str, Any]) -> list[str]:
-    """The cells under `COLUMNS`."""
+    """The cells of a table row under `COLUMNS`."""
     inference, training = cost["flops"], cost["run_training_flops"]
     return [
         f"{cost['parameters']:,}",

@@ -1,4 +1,4 @@
-"""Files that are never half-written, and what a kill left of their writing."""
+"""Write whole files only, and find what killed writers left."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def one_sentence(path: Path | str) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, and make sure that it can be written, before a run is begun.
+    """Make a folder, and check that it can be written, before a run starts.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot be written.
     """
     with one_sentence(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,21 +43,20 @@ def check_writable(folder: Path) -> None:
 
 
 def beside(path: Path) -> Path:
-    """A name in the folder of `path` that nothing else has, for what is moved into its place.
+    """A unique name in the folder of `path`, for what is then moved to `path`.
 
-    Not by `tempfile`, whose files and folders their owner alone may read: results lie on storage
-    that others share.
+    `tempfile` is not used: only the owner may read its files, but results may be on shared storage.
     """
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def left_over(folder: Path) -> list[Path]:
-    """What writers that were killed have left in a folder: names that `beside` gave."""
+    """What killed writers left in a folder: names from `beside`."""
     return [p for p in folder.glob(".*") if _LEFT.fullmatch(p.name)]
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, as far as that is possible."""
+    """Remove a file or a folder, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

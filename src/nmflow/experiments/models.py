@@ -1,4 +1,4 @@
-"""Networks of `transformers`, unmodified: by the name of their kind, or loaded from a folder."""
+"""Unmodified networks of `transformers`: built by kind, or loaded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def build(model: Model, auto: Any, task_fields: Mapping[str, Any]) -> PreTrained
     """A network with the head of `auto` (such as `AutoModelForCausalLM`).
 
     Args:
-        model: the kind and its fields, or where to load it from.
+        model: the kind and its fields, or where to load the network from.
         auto: the `AutoModelFor...` class that the task needs.
-        task_fields: what the task knows (vocabulary, classes, sizes); the file's fields win, and
-            those that the kind does not know are dropped.
+        task_fields: fields from the task (vocabulary, classes, sizes). The file's fields replace
+            them, and those that the kind does not have are dropped.
 
     Raises:
         ConfigError: an unknown kind or field, or values that the network refuses.
@@ -83,14 +83,14 @@ def known_fields(kind: str) -> set[str]:
 def load(
     text: str, key: str, auto: Any, fields: Mapping[str, Any], task_fields: Mapping[str, Any]
 ) -> PreTrainedModel:
-    """A saved network in float32; a head or a pooler that it lacks is new.
+    """Load a saved network in float32, with a new head or pooler if it has none.
 
     Args:
         text: where it is, as `origins.locate` takes it.
         key: the key of the configuration.
         auto: the `AutoModelFor...` class that the task needs.
-        fields: of its config, as the file gives them; a `dtype` among them is kept.
-        task_fields: what the task knows; a saved network takes the number of labels alone.
+        fields: fields of its config from the file; a `dtype` among them is kept.
+        task_fields: fields from the task; a saved network uses only the number of labels.
 
     Raises:
         ConfigError: there is no such network, it cannot be loaded, it needs code of its own, or it
@@ -110,10 +110,10 @@ def load(
             ignore_mismatched_sizes=bool(labels),
             output_loading_info=True,
         )
-        # A saved bfloat16 is too coarse for the steps of an optimizer; GGUF is read as float32.
+        # bfloat16 is too coarse for optimizer steps; GGUF is read as float32.
         if not {"dtype", "torch_dtype"} & set(fields) and "gguf_file" not in origin.options:
             made = made.float()
-    except (OSError, ValueError, RuntimeError) as error:  # the last: sizes that differ
+    except (OSError, ValueError, RuntimeError) as error:  # the last key: sizes that differ
         raise ConfigError(origins.reason(text, key, error)) from None
     fresh = sorted({*told["missing_keys"], *(row[0] for row in told["mismatched_keys"])})
     lacks = [n for n in fresh if n.startswith(f"{made.base_model_prefix}.") and "pooler" not in n]

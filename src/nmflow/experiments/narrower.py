@@ -1,4 +1,4 @@
-"""A narrower dense network, cut out of a trained one: the rival of a sparse network."""
+"""Cut a narrower dense network out of a trained one, as the rival of a sparse one."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def keep_units(model: Any, units: int) -> None:
     r"""Keep the hidden units of largest norm in each feed-forward block, in place.
 
     Unit i scores `Σ W₁[i, :]² + Σ W₂[:, i]²`, over all matrices that write it and the one that
-    reads it; the others go, with their biases, and the units that stay keep their order. The
-    network's config learns its new width.
+    reads it. Other units are removed with their biases; those that stay keep their order. The
+    network's config gets the new width.
 
     Args:
         model: a network of transformers.
-        units: how many units each block keeps.
+        units: the number of units that each block keeps.
 
     Raises:
-        ConfigError: no feed-forward block, one that has no more than so many units, or a config
-            that does not say the width. The network is then as it was.
+        ConfigError: there is no feed-forward block, a block has no more units than that, or the
+            config does not hold the width. The network is then as it was.
     """
     blocks, left_out = find_blocks(model, plan(model, "1:1", "ff"))
     if not blocks or left_out:

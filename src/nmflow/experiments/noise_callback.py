@@ -1,4 +1,4 @@
-"""Gradient noise along a run: `track` at every few steps, `gradient_noise` at frozen weights."""
+"""Gradient noise during a run: `track` every few steps, and `gradient_noise` at frozen weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nmflow.integrations.transformers import NMFlowCallback
 
 PARTS = ("kept", "pruned")
 TRACKED = ("grad_second", "grad_var", "grad_norm")
-# The log of a resumed run comes back with its keys sorted: results have an order of their own.
+# A resumed run's log has sorted keys, so results define an order of their own.
 TRACKED_KEYS = (
     *("step", "phase"),
     *(f"{name}_{part}" for name in TRACKED for part in PARTS),
@@ -28,15 +28,15 @@ FROZEN_KEYS = tuple(f"{name}_{part}" for part in PARTS for name in ("snr", "nois
 
 
 class NoiseCallback(TrainerCallback):
-    """Measures while the `Trainer` trains; rows travel in its log, so that a resume keeps them.
+    """Measures during training; the rows are in the `Trainer`'s log, so that a resume keeps them.
 
     Args:
         attached: the callback that holds the flow, before this one in the list.
         every: steps between the tracker's rows; 0 tracks nothing.
         batches: independent batches for the noise at frozen weights, at every quarter of the run;
             0 takes none.
-        draw: draws a batch of training data with a generator of its own.
-        checkpoint: where the run goes on from, if it does.
+        draw: draws a batch of training data with its own generator.
+        checkpoint: the checkpoint that the run resumes from, if any.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class NoiseCallback(TrainerCallback):
         self.tracker: Tracker | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Track the flow that has just been attached, on from where the tracker was."""
+        """Track the flow that has just been attached, and restore the tracker."""
         if not self.every or self.attached.flow is None:
             return
         self.tracker = track(self.attached.flow, every=self.every, per_target=False)
@@ -63,7 +63,7 @@ class NoiseCallback(TrainerCallback):
             self.tracker.rows[:] = held["rows"]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what the next row is compared with, and the rows that no entry of the log has."""
+        """Save the masks for the next row, and the rows that are not in the log yet."""
         if self.tracker is not None:
             held = {"tracker": self.tracker.state_dict(), "rows": self.tracker.rows}
             sink = io.BytesIO()
@@ -88,7 +88,7 @@ class NoiseCallback(TrainerCallback):
         flow = self.attached.flow
         if flow is None:
             return {}
-        # Dropout must not draw from the generators that training goes on with.
+        # Dropout must not draw from the generators of the training.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             found = gradient_noise(
@@ -111,13 +111,13 @@ class NoiseCallback(TrainerCallback):
 
 
 def tracked(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tracker's rows in a log."""
+    """The tracker's rows from a log."""
     rows = [row for entry in log for row in entry.get("nmflow_tracked", [])]
     return [_short(row) for row in rows]
 
 
 def frozen(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The measurements at frozen weights in a log."""
+    """The measurements at frozen weights from a log."""
     return [
         {
             "step": entry["step"],

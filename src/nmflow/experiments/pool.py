@@ -1,4 +1,4 @@
-"""Worker processes that train runs side by side; one that dies takes no other run with it."""
+"""Worker processes that train runs in parallel; if one dies, the other runs continue."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ log = logging.getLogger("nmflow")
 Failure = tuple[str, str]
 
 RETRIES = 1
-"""How often a run is begun again whose worker was killed; it goes on from its checkpoint."""
+"""How often a run is retried after its worker was killed; it resumes from its checkpoint."""
 
 
 class Pool:
-    """Workers that live through many runs, since importing takes longer than a small one.
+    """Workers that train many runs each, since importing takes longer than a small run.
 
-    Each talks over a pipe: a worker whose parent was killed finds it broken and ends.
+    Each has a pipe to its parent; it ends when the pipe breaks, so also if the parent is killed.
 
     Args:
         runs: the runs.
@@ -59,7 +59,7 @@ class Pool:
         self.stopped: BaseException | None = None
 
     def run(self) -> list[Failure]:
-        """Train all; the runs that failed, each with its sentence.
+        """Train all runs; returns those that failed, each with its error.
 
         Raises:
             Stopped: a signal asked to stop; the runs at work have saved a checkpoint.
@@ -114,7 +114,7 @@ class Pool:
         self._give(ours, process, place)
 
     def _not_started(self, error: OSError) -> None:
-        """Leave the runs to the workers that are there; without any they fail."""
+        """Leave the runs to the other workers; without any, the runs fail."""
         reason = f"no worker can be started ({error.strerror or error})"
         log.warning("%s: %d are at work", reason, len(self.live))
         if not self.live:
@@ -124,7 +124,7 @@ class Pool:
     def _give(self, pipe: Connection, process: Any, place: int) -> None:
         run = self.take(self.waiting, self.folder)
         self.live[pipe] = (process, run, place)
-        # One that is dead already is heard of as the end of its pipe.
+        # If the worker is dead already, its pipe ends, which `_hear` handles.
         with contextlib.suppress(OSError):
             pipe.send(run.model_dump_json())
 
@@ -155,7 +155,7 @@ class Pool:
     def _died(self, run: Run, code: int | None) -> None:
         sentence = f"run {run.id} {_death(code)}"
         seen = self.killed[run.id] = self.killed.get(run.id, 0) + 1
-        # One that raised would raise again.
+        # A run that raised would raise again.
         if code is not None and code < 0 and seen <= RETRIES:
             log.warning("%s: it is tried once more", sentence)
             self.waiting.append(run)
@@ -172,7 +172,7 @@ def _death(code: int | None) -> str:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """What is started inside never gets Ctrl-C, which a terminal sends to all: we end it."""
+    """Processes started inside ignore Ctrl-C, which a terminal sends to all."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -184,9 +184,9 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def cores_of(place: int, workers: int, threads: int, cores: Sequence[int]) -> list[int]:
-    """The cores of one worker: its own where the workers take all, else any of them.
+    """The cores of one worker: its own if the workers use all cores, otherwise all cores.
 
-    Where some are left, another sweep may be at work, whose workers would take the same.
+    With cores left over, a second sweep may run, whose workers would take the same ones.
     """
     if workers * threads < len(cores):
         return list(cores)
@@ -194,7 +194,7 @@ def cores_of(place: int, workers: int, threads: int, cores: Sequence[int]) -> li
 
 
 def _work(pipe: Connection, folder: str, threads: int, place: int, workers: int) -> None:
-    """A worker: takes runs until the pipe closes; sends progress, then None or a sentence."""
+    """A worker: trains runs until the pipe closes; sends progress, then None or an error."""
     import torch
 
     torch.set_num_threads(threads)
@@ -202,7 +202,7 @@ def _work(pipe: Connection, folder: str, threads: int, place: int, workers: int)
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores_of(place, workers, threads, cores))
     with contextlib.suppress(stopping.Stopped, BrokenPipeError), stopping.watched():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the worker
         while True:
             try:
                 run = Run.model_validate_json(pipe.recv())

@@ -1,4 +1,4 @@
-"""Run folders: what is finished, what goes on, and what a kill has left."""
+"""Run folders: finished runs, runs at work, and leftovers of killed ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULT, CONFIG, MODEL, LOCK = "result.json", "config.json", "model", ".lock"
 SWEEP = "sweep.json"
 
 
-# What a report reads of a result.
+# The keys of a result that a report reads.
 _READ = {
     *("run", "id", "recipe", "pattern", "seed", "headline", "setting_hash", "data", "test"),
     *("history", "tracked", "noise", "audit", "cost", "versions", "machine"),
@@ -31,7 +31,7 @@ _READ = {
 class RunFolder:
     """One run on disk: `config.json`, checkpoints while it runs, then `model/` and `result.json`.
 
-    A run is finished when `result.json` is there; it is written last, in one piece.
+    A run is finished once `result.json` exists. It is written last, and whole.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def busy(self) -> bool:
-        """Whether some process holds the run just now."""
+        """Whether a process holds the run now."""
         if not (self.path / LOCK).exists():
             return False
         lock = FileLock(str(self.path / LOCK))
@@ -62,10 +62,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self, what: str = "") -> Iterator[None]:
-        """Hold the folder, waiting for another process that does; a killed one holds nothing.
+        """Hold the folder, after waiting for any process that does; a killed one does not.
 
         Args:
-            what: what is held, to be said where it has to be waited for.
+            what: the name of the folder in the message about waiting.
         """
         lock = FileLock(str(self.path / LOCK))
         with one_sentence(self.path):
@@ -82,12 +82,12 @@ class RunFolder:
             lock.release()
 
     def tidy(self) -> None:
-        """Remove what killed writers have left; for whoever holds the lock."""
+        """Remove what killed writers left; the caller holds the lock."""
         for path in self._leftovers():
             remove(path)
 
     def tidy_if_free(self) -> None:
-        """`tidy`, where something is left and no process holds the folder."""
+        """Call `tidy` if something is left and no process holds the folder."""
         if self._leftovers() and not self.busy:
             with self.lock():
                 self.tidy()
@@ -97,11 +97,11 @@ class RunFolder:
         return [*left_over(self.path), *over]
 
     def last_checkpoint(self, clean: bool = True) -> Path | None:
-        """The newest whole checkpoint; see `checkpoints.newest`."""
+        """The newest complete checkpoint; see `checkpoints.newest`."""
         return checkpoints.newest(self.path, clean)
 
     def clear_checkpoints(self) -> None:
-        """Remove what only a run in progress needs."""
+        """Remove checkpoints, which only a run in progress needs."""
         for folder in checkpoints.every(self.path):
             remove(folder)
 
@@ -119,7 +119,7 @@ class RunFolder:
 
 
 def finished_runs(folders: list[Path | str]) -> list[dict[str, Any]]:
-    """The results under the folders, in the order of their names; of a sweep's, its own cells.
+    """The results under the folders, ordered by name; a sweep's folder has those of its cells.
 
     Raises:
         ConfigError: a folder that is not there, or that holds no finished run.
@@ -148,7 +148,7 @@ def unfinished_runs(folders: list[Path | str]) -> list[str]:
             sweep = read_json(folder / SWEEP)
             places = [folder / sweep["cells_in"] / cell["id"] for cell in sweep["cells"]]
         else:
-            # A network that a run saved has a configuration of its own, inside the run's folder.
+            # A saved network has a config.json too, inside the run's folder.
             configs = sorted(folder.rglob(CONFIG))
             places = [p.parent for p in configs if not (p.parent.parent / CONFIG).is_file()]
         names |= {place.name: None for place in places if not (place / RESULT).is_file()}
@@ -156,7 +156,7 @@ def unfinished_runs(folders: list[Path | str]) -> list[str]:
 
 
 def _whole(path: Path) -> dict[str, Any]:
-    """A result that a report can read: one of an older version is refused."""
+    """The result, or an error if an older version wrote it."""
     result = read_json(path)
     absent = sorted(_READ - set(result)) if isinstance(result, dict) else ["a mapping"]
     if absent:

@@ -1,4 +1,4 @@
-"""Many runs on one machine: worker processes side by side, each on cores of its own."""
+"""Many runs on one machine, in worker processes with their own cores."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def run_all(
     threads: int = 0,
     notify: Notify | None = None,
 ) -> list[Failure]:
-    """Train what is not finished; a run that fails does not keep the others from running.
+    """Train the unfinished runs; if one fails, the others still run.
 
     Args:
         runs: the runs; each has a folder of its own, `folder / run.id`.
         folder: the folder of all runs.
-        workers: processes; 0 takes one a core, and one in all on a GPU or under torchrun.
+        workers: processes; 0 takes one per core, or a single one on a GPU or under torchrun.
         threads: threads of each; 0 divides the cores among the workers.
         notify: called with the `Progress` of every run, from this process.
 
@@ -45,7 +45,7 @@ def run_all(
 
 
 def unfinished(runs: Sequence[Run], folder: Path) -> list[Run]:
-    """The runs without a result; what kills have left of the others is removed."""
+    """The runs without a result. Leftovers of killed writers in the others are removed."""
     places = {run.id: RunFolder(folder / run.id) for run in runs}
     done = {name for name, place in places.items() if place.finished}
     if os.environ.get("RANK", "0") == "0":
@@ -55,12 +55,12 @@ def unfinished(runs: Sequence[Run], folder: Path) -> list[Run]:
 
 
 def take(waiting: list[Run], folder: Path) -> Run:
-    """Remove the next run and return it: the first that no other process is at work on.
+    """Remove the next run from the list and return it: the first that no other process trains.
 
-    Another sweep may be; where all are taken it is the first, which is then waited for.
+    Another sweep may train some. If all are taken, it is the first, whose lock is then waited for.
     """
     free = 0
-    # All processes of torchrun have to take the same run, and one of them holds it.
+    # All processes of torchrun must take the same run, which one of them holds.
     if "RANK" not in os.environ:
         places = (n for n, run in enumerate(waiting) if not RunFolder(folder / run.id).busy)
         free = next(places, 0)
@@ -68,10 +68,10 @@ def take(waiting: list[Run], folder: Path) -> Run:
 
 
 def share(runs: int, workers: int, threads: int) -> tuple[int, int]:
-    """Workers and threads of each, for as many runs on the cores that this process may use.
+    """The number of workers, and of threads in each, for the cores that this process may use.
 
-    `OMP_NUM_THREADS` bounds the threads that nobody asked for, as it does everywhere in torch: two
-    commands side by side, each on one thread, must not spin on each other's cores.
+    `OMP_NUM_THREADS` limits the default number of threads, as everywhere in torch, so that two
+    commands with one thread each do not compete for cores.
     """
     import torch
 

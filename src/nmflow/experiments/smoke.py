@@ -1,4 +1,4 @@
-"""`--smoke`: any configuration through its whole path in two steps, without a network."""
+"""`--smoke`: run any configuration from start to end with two steps, offline."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from nmflow.numbers import is_whole
 STEPS, BATCH, ROWS = 2, 2, 4
 MARKER = "smoke.json"
 TEXTS = ("language-modelling", "token-modelling")
-# What a machine with one process and without a compiler may lack; none changes what is computed.
+# Options that need several processes or a compiler; none changes the result.
 DROPPED = ("dataloader_num_workers", "dataloader_prefetch_factor", "torch_compile", "tf32")
 
 
 def folder_of(experiment: Experiment, output: Path | None = None) -> Path:
-    """Where a smoke run goes: beside the runs, so that no report takes it for one of them."""
+    """The folder of a smoke run: beside the runs, so that no report includes it."""
     folder = output or experiment.folder
     return folder.with_name(folder.name + "-smoke")
 
@@ -43,9 +43,9 @@ def smoke(experiment: Experiment, folder: Path, notify: Notify | None = None) ->
     that is learnt from it, and a fresh network; the result says so under `smoke`.
 
     Raises:
-        NMFlowError: whatever would keep the configuration from running.
-        ConfigError: a folder that holds something else; a network on the hub whose architecture
-            the configuration does not say in `model.kind` and `model.fields`.
+        NMFlowError: the configuration would not run.
+        ConfigError: the folder holds something else; or the network is on the hub, and the
+            configuration has no `model.kind` and `model.fields` to build it.
     """
     began = time.perf_counter()
     _clear(folder)
@@ -70,7 +70,7 @@ def smoke(experiment: Experiment, folder: Path, notify: Notify | None = None) ->
 
 
 def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
-    """The run that stands for an experiment, and what it does instead of it, as sentences."""
+    """The run that replaces an experiment, and sentences about the differences."""
     runs = list(experiment.runs())
     run = next((r for r in runs if r.recipe.name != "dense"), runs[0])
     said = [
@@ -85,7 +85,7 @@ def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
     raw["training"] |= {
         "steps": STEPS,
         "batch_size": batch,
-        # In proportion to the batch: a step that suits a thousand images throws two off the map.
+        # In proportion to the batch: a rate for a thousand images is too large for two.
         "learning_rate": t.learning_rate * batch / (t.batch_size * t.accumulate),
         "accumulate": 1,
         "log_every": 1,
@@ -98,7 +98,7 @@ def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         "trainer": {key: value for key, value in t.trainer.items() if key not in DROPPED},
     }
     if not torch.cuda.is_available():
-        # Elsewhere the `Trainer` refuses reduced precision unless the CPU is asked for by name.
+        # Without a GPU, the `Trainer` refuses reduced precision unless the device is "cpu".
         raw["training"] |= {"device": "cpu"}
         if t.precision == "fp16":
             raw["training"]["precision"] = "fp32"
@@ -113,7 +113,7 @@ def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
         said.append(f"{what} instead of {run.data.path} on the hub")
         raw["data"] = data.model_dump()
     elif not raw["options"].get("stream") and run.task != "image-classification-stream":
-        # A tenth of a text is a split, and a split needs a window or two.
+        # A split is a tenth of the text, and needs a window or two.
         few = 100 * int(run.options.get("length", 64)) if run.task in TEXTS else ROWS * 8
         raw["data"]["limit"] = min(few, run.data.limit or few)
         said.append(f"the first {raw['data']['limit']:,} of the data")
@@ -121,9 +121,9 @@ def shrunk(experiment: Experiment, folder: Path) -> tuple[Run, list[str]]:
 
 
 def _fractions(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Counts of steps as fractions, since two steps have no room for them.
+    """Turn counts of steps into fractions, since they do not fit into two steps.
 
-    How many steps a budget buys is not known yet (`steps` is 0); a phase is then a quarter.
+    Under a budget the steps are unknown (`steps` is 0); a phase is then a quarter.
     """
     return {
         key: (value / steps if steps else 0.25 * (value > 0))
@@ -176,7 +176,7 @@ def _clear(folder: Path) -> None:
 
 
 def _peak() -> int:
-    """The most memory that this process has held, in bytes; 0 where the system does not say."""
+    """The peak memory of this process in bytes; 0 if the system does not tell."""
     if sys.platform == "win32":
         return 0
     import resource

@@ -1,4 +1,4 @@
-"""The parts of a configuration that know no task: data, network, optimization, recipe."""
+"""The parts of a configuration that do not depend on the task: data, network, training, recipe."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from nmflow.experiments.config_errors import near
 from nmflow.recipes import Recipe, resolve
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-# `true` for a count would be 1 unless integers are strict.
+# Strict, since `true` would count as 1.
 Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, gt=0)]
 Globs = str | list[str]
-FILES = ("parquet", "csv", "json")  # sources of rows: one file a split
+FILES = ("parquet", "csv", "json")  # sources of rows with one file per split
 
 
 class Strict(BaseModel):
-    """A mapping of the file: unknown keys are refused."""
+    """A mapping of a file; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 def _without(values: dict[str, Any], **usual: Any) -> dict[str, Any]:
-    """What is not given is not written: a run keeps the hash that it had before there was a key."""
+    """Leave out keys that are not given, so that a new key does not change the hash of old runs."""
     return {k: v for k, v in values.items() if k not in usual or v != usual[k]}
 
 
@@ -37,11 +37,11 @@ class Data(Strict):
     Attributes:
         source: the kind of source. `pydoc` and `digits` need no file; `csv` has a header, and
             `json` an object per line.
-        path: of `text`, a file or a folder of `.txt`; of `images`, a folder of classes, or of
-            splits of classes; of `hub`, the name of a data set.
-        files: of `parquet`, `csv` and `json`, a file per split, `train` at least.
-        subset: of `hub`, the configuration of the data set.
-        splits: of `hub`, the data set's name of each split.
+        path: for `text`, a file or a folder of `.txt`; for `images`, a folder of classes, or of
+            splits of classes; for `hub`, the name of a data set.
+        files: for `parquet`, `csv` and `json`, a file per split, at least `train`.
+        subset: for `hub`, the configuration of the data set.
+        splits: for `hub`, the data set's name for each split.
         columns: the column of each role, such as `{text: body}`.
         limit: use only the first rows of each split, or characters of a text.
         held_out: how many training rows replace a missing split; a tenth of them by default.
@@ -137,16 +137,16 @@ class Training(Strict):
         batch_size: examples per batch of one process.
         accumulate: batches per step.
         learning_rate: the largest learning rate.
-        weight_decay: of the optimizer.
-        warmup: the part of the steps in which the learning rate grows, a fraction.
-        schedule: of the learning rate after that.
+        weight_decay: the optimizer's weight decay.
+        warmup: the fraction of the steps in which the learning rate grows.
+        schedule: the learning rate's schedule after that.
         optimizer: the `optim` of transformers' `TrainingArguments`.
         clip: the largest norm of the gradient; 0 does not clip.
-        precision: of autocast.
-        device: `auto` takes a GPU if there is one.
+        precision: the dtype of autocast.
+        device: `auto` uses a GPU if there is one.
         log_every: steps between entries of the log.
         eval_every: steps between evaluations; 0 takes a tenth of the run.
-        eval_rows: validation rows of such an evaluation.
+        eval_rows: validation rows in each of them.
         save_every: steps between checkpoints; 0 takes a quarter of the run.
         track_every: steps between records of gradients and masks; 0 records none.
         noise_batches: batches for the signal-to-noise of gradients, at each quarter of the run; 0
@@ -190,21 +190,21 @@ class Training(Strict):
 
     @model_serializer(mode="wrap")
     def _given(self, usual: Any) -> dict[str, Any]:
-        # As in `_without`.
+        # See `_without`.
         absent = {"steps": not self.steps, "budget": self.budget is None}
         return {key: value for key, value in usual(self).items() if not absent.get(key)}
 
     def interval(self, name: Literal["eval_every", "save_every"]) -> int:
         """Steps between evaluations or checkpoints, a multiple of `log_every`; 0 chooses.
 
-        Aligned, so that the loss logged after a resume is the mean of the very same steps.
+        It is aligned, so that the loss logged after a resume is the mean of the same steps.
         """
         steps = getattr(self, name) or self.steps // {"eval_every": 10, "save_every": 4}[name]
         return max(1, round(steps / self.log_every)) * self.log_every
 
 
 class RecipeSpec(Strict):
-    """A recipe by name with options of its own, and the label that reports show."""
+    """A recipe by name, its options, and its label in reports."""
 
     name: str
     label: str = ""

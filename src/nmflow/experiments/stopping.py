@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run in training saves a checkpoint first; a second one stops it at once."""
+"""Ctrl-C and SIGTERM: a run first saves a checkpoint; a second signal stops it at once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """A signal ended the work; not an `Exception`, so that nothing takes it for a failure.
+    """A signal ended the work. It is not an `Exception`, so that nobody handles it as a failure.
 
     Args:
         signum: the signal.
-        where: how far the work was.
+        where: how far the work got.
     """
 
     def __init__(self, signum: int, where: str = "") -> None:
@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 or 143."""
+        """The exit code that a shell expects after the signal: 130 or 143."""
         return 128 + self.signum
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class Stopped(BaseException):
 
 
 class _Asked:
-    """The signal that asked this process to stop, and whether its work may go on to a save."""
+    """The signal that asked this process to stop, and whether work may continue to a save."""
 
     process = 0
     signum: int | None = None
@@ -48,18 +48,18 @@ _asked = _Asked()
 
 
 def asked() -> int | None:
-    """The signal that asks this process to stop, if one does."""
+    """The signal that asked this process to stop, or None."""
     return _asked.signum
 
 
 @contextlib.contextmanager
 def watched(say: Callable[[], None] | None = None) -> Iterator[None]:
-    """Turn the signals into `Stopped`: at once, or where the work is `held`, when it has saved.
+    """Turn the signals into `Stopped`: at once, or inside `held` after a save.
 
-    Outside the main thread, which alone may, nothing is changed.
+    Only the main thread can do this; in others, nothing changes.
 
     Args:
-        say: called in the signal's handler, where the work goes on to its next save.
+        say: called in the signal handler if work continues to its next save.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -76,7 +76,7 @@ def watched(say: Callable[[], None] | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Inside, the first signal is only noted, for the work to stop where it can be gone on from."""
+    """Inside, the first signal is only noted, so that work can stop where it can resume."""
     _asked.held += 1
     try:
         yield
@@ -91,14 +91,14 @@ def check(where: str = "") -> None:
 
 
 def say() -> None:
-    """Tell whoever watches that the work goes on to its next save."""
+    """Report that work continues to its next save."""
     if _asked.say is not None:
         _asked.say()
 
 
 def _handle(signum: int, frame: Any) -> None:
     if os.getpid() != _asked.process:
-        # A fork that loads data: Ctrl-C reaches it too, while batches are still wanted of it.
+        # A forked data loader gets Ctrl-C too, while its batches are still needed.
         if signum != signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)

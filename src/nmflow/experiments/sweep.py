@@ -1,4 +1,4 @@
-"""Sweeps: the cells that are not finished are trained, then tabled with those that are."""
+"""Sweeps: train the unfinished cells, then write a table of all finished ones."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def run(
     workers: int | None = None,
     notify: Notify | None = None,
 ) -> list[Failure]:
-    """Train the cells that are not finished, then write the table over all that are.
+    """Train the unfinished cells, then write the table of all finished ones.
 
     Args:
         sweep: the sweep.
         backend: `"processes"` on this machine, pinned to its cores, or `"ray"`.
-        workers: cells at work at a time; 0 lets the backend choose, None takes the sweep's.
+        workers: cells that train at a time; 0 lets the backend choose, None takes the sweep's.
         notify: called with the `Progress` of every cell.
 
     Returns:
         The id of every run that failed, with its sentence.
 
     Raises:
-        ConfigError: an unknown backend or one that is not installed, a folder that cannot be
-            written, or a field that a network does not have; then nothing was begun.
+        ConfigError: the backend is unknown or not installed, a folder cannot be written, or a
+            network lacks a field. No cell has started then.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}: choose from {', '.join(BACKENDS)}")
@@ -66,11 +66,13 @@ def run(
 
 
 def prepare(sweep: Sweep) -> None:
-    """Make sure that both folders can be written, and list the cells where a report finds them."""
+    """Check that both folders can be written, and list the cells for reports."""
     for folder in (sweep.store, sweep.folder):
         check_writable(folder)
     listed = [{"id": c.run.id, "config_hash": c.run.hash, **c.place} for c in sweep.cells]
-    store = os.path.relpath(sweep.store, sweep.folder)  # so that both may be moved together
+    store = os.path.relpath(
+        sweep.store, sweep.folder
+    )  # relative, so that both can be moved together
     with (place := RunFolder(sweep.folder)).lock():
         place.tidy()
         write_json(sweep.folder / SWEEP, {"name": sweep.name, "cells_in": store, "cells": listed})

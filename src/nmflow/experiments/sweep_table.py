@@ -1,4 +1,4 @@
-"""A sweep's results as one table, a row a cell, and what its cells measured along the way."""
+"""A sweep's results as a table with a row per cell, and tables of measurements during training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 NAME = "results"
 ALONG = ("tracked", "noise")
-"""Lists of a result that become tables of their own, a row a measurement."""
+"""Lists in a result that become tables of their own, with a row per measurement."""
 
 
 def write_table(sweep: Sweep) -> list[Path]:
     """Write `results.parquet` and `results.csv` over the finished cells; returns the paths.
 
-    Cells that tracked gradients, or measured their noise, have the rows of all of them in
-    `tracked.parquet` and `noise.parquet`.
+    If cells tracked gradients or measured their noise, `tracked.parquet` and `noise.parquet` hold
+    the rows of all of them.
 
     Raises:
         ConfigError: a folder that cannot be written.
@@ -41,7 +41,7 @@ def write_table(sweep: Sweep) -> list[Path]:
 
 
 def along(sweep: Sweep, kind: str) -> pd.DataFrame:
-    """What the finished cells measured while they trained: a row a cell and step.
+    """What the finished cells measured during training: a row per cell and step.
 
     Args:
         sweep: the sweep.
@@ -63,9 +63,9 @@ def table(sweep: Sweep) -> pd.DataFrame:
 
     Columns: `cell` (the run's folder), every axis, what the run was, its figures (`test_…`,
     `validation_…`), what it cost (counted FLOPs and bytes, seconds by the clock), and where it came
-    from (hashes, versions, device). `resumed_at` names the steps of the checkpoints that a stopped
-    run went on from, in one text; it is empty for most. An axis whose values are of
-    several types is text.
+    from (hashes, versions, device). `resumed_at` has the steps of the checkpoints that a stopped
+    run resumed from, as one text; it is empty for most. An axis with values of several types is
+    text.
     """
     return _with_axes(sweep, records(sweep))
 

@@ -1,4 +1,4 @@
-"""The teacher of a run: a saved network, a finished run's, or the network as it is at first."""
+"""The teacher of a run: a saved network, a finished run's, or the initial network."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SELF = "self"
 
 
 def distiller(told: Distill, model: nn.Module) -> Distiller:
-    """What `distill` of a configuration describes, for a student that has not been trained yet.
+    """The distiller that a configuration's `distill` describes, for a student before training.
 
     Raises:
-        ConfigError: no such network, or one that lacks weights.
+        ConfigError: there is no such network, or it lacks weights.
     """
     teacher = copy.deepcopy(model) if told.teacher == SELF else _saved(told.teacher, model)
     return Distiller(

@@ -1,4 +1,4 @@
-"""A lean `Trainer`: it computes what our runs need, and a failed save is one sentence."""
+"""A `Trainer` that computes only what runs need, with one sentence for a failed save."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from nmflow.integrations.transformers import ExactCheckpoints, FinalMasksEvaluat
 
 
 class _Lean(ExactCheckpoints, FinalMasksEvaluation):
-    """What our runs do not need of a `Trainer` is not computed; a failed save is one sentence."""
+    """Leaves out what runs do not need of a `Trainer`; a failed save is one sentence."""
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Nothing: `nmflow.cost` counts, and counting here would walk the modules at each step."""
+        """0, since `nmflow.cost` counts; counting here would walk the modules at each step."""
         return 0
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -39,7 +39,7 @@ class _Lean(ExactCheckpoints, FinalMasksEvaluation):
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             if type(error) is RuntimeError:
-                # torch.save reports a short write as a RuntimeError of its file writer.
+                # torch.save raises a RuntimeError after a short write.
                 if "inline_container" not in reason:
                     raise
                 reason = "a file was written only in part, for example because the disk is full"
@@ -59,7 +59,7 @@ def trainer(
     distiller: Distiller | None = None,
     mixins: tuple[type, ...] = (),
 ) -> Trainer:
-    """The `Trainer` of a run, or the subclass that its task asks for, with its teacher."""
+    """The `Trainer` of a run, or its task's subclass, with its teacher."""
     few = _few(problem.validation, run.training.eval_rows)
     taught = () if distiller is None else (Distillation,)
     kind: Any = type("Trainer", (_Lean, *mixins, *taught, problem.trainer or Trainer), {})
@@ -80,7 +80,7 @@ def trainer(
 
 
 def _few(data: Any, rows: int) -> Any:
-    """Some rows, evenly spread; of a stream, which only runs forward, the first."""
+    """Some rows, evenly spread, or the first rows of a stream, which only runs forward."""
     if hasattr(data, "take"):
         return data.take(rows)
     chosen = np.linspace(0, len(data) - 1, num=min(rows, len(data))).astype(int)
@@ -110,7 +110,7 @@ def _arguments(run: Run, folder: RunFolder, problem: Problem) -> TrainingArgumen
         "max_grad_norm": t.clip,
         "bf16": t.precision == "bf16",
         "fp16": t.precision == "fp16",
-        # Said where there is nothing else, or bfloat16 is refused.
+        # Set only on CPUs, where bfloat16 is otherwise refused.
         "use_cpu": t.device == "cpu" or not torch.accelerator.is_available(),
         "logging_steps": t.log_every,
         "eval_strategy": "steps",

@@ -1,4 +1,4 @@
-"""One run: build, train on `Trainer`, finalize, evaluate, audit, and write the result whole."""
+"""One run: build, train with `Trainer`, finalize, evaluate, audit, and write the result."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ from nmflow.select.plan import plan
 def train(
     run: Run, folder: RunFolder, notify: Notify | None = None, *mixins: type
 ) -> dict[str, Any]:
-    """Train one run, or go on with it, or return its result if it is finished.
+    """Train or resume one run, or return its result if it is finished.
 
     Args:
         run: the run.
-        folder: its folder; another process that holds it is waited for.
+        folder: its folder; if another process holds it, this one waits.
         notify: called with a `Progress` now and then.
-        mixins: classes that change how the run's `Trainer` computes, and not what.
+        mixins: classes that change how the run's `Trainer` computes, but not the result.
 
     Under `stopping.watched()` a signal ends it: in training at the next step, when a checkpoint is
     saved, which raises `Stopped`; in the last evaluation when the result is written.
 
     Raises:
-        NMFlowError: a mistake in the config, the data or the recipe; a folder that cannot be
-            written.
+        NMFlowError: there is a mistake in the config, the data or the recipe, or the folder cannot
+            be written.
     """
-    # Under torchrun every process trains and one of them writes: a lock that the others waited for
-    # would keep them from the first exchange, for which it waits in turn.
+    # Under torchrun every process trains and one writes. If the others waited for the lock, they
+    # would miss the first exchange, and all would hang.
     first = int(os.environ.get("RANK", "0")) == 0
     with folder.lock(run.id) if first else contextlib.nullcontext(), quiet():
         if first:
@@ -66,12 +66,12 @@ def train(
         if first:
             write_json(folder.path / CONFIG, run.model_dump(mode="json"))
         problem = tasks.build(run)
-        # Solved before the seed is set: the run is the same as one that is given these steps.
+        # Solved before the seed is set, so that the run equals one with these steps.
         run = budget.solved(run, problem)
         transformers.set_seed(run.seed)
         model = problem.model()
         initial = fingerprint(model)
-        # Copied or loaded before anything is trained, and before a checkpoint is.
+        # Copied or loaded before training, and before a checkpoint is loaded.
         distiller = teachers.distiller(run.distill, model) if run.distill else None
         if run.permute:
             permute_hidden(model, problem.example, run.pattern, run.include, run.exclude)
@@ -113,7 +113,7 @@ def train(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No word and no bar from `transformers` while a run of ours is at work."""
+    """Silence the logs and progress bars of `transformers` during a run."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -128,14 +128,14 @@ def quiet() -> Iterator[None]:
 def _result(
     run: Run, problem: tasks.Problem, trainer: Any, recorder: Recorder, initial: str
 ) -> dict[str, Any]:
-    """Evaluate a trained network, and write down all that is known of its run."""
+    """Evaluate a trained network, and collect the result of its run."""
     model, log = trainer.model, trainer.state.log_history
     final = {
         split: _figures(trainer.evaluate(getattr(problem, split), metric_key_prefix=split))
         for split in ("validation", "test")
     }
     _check_converged(run, final)
-    # What follows counts and saves: on a CPU the counts are the same wherever it was trained.
+    # Counted and saved on the CPU, so that counts do not depend on the device of training.
     model.cpu()
     return {
         "run": run.model_dump(mode="json"),
@@ -177,7 +177,7 @@ def _origins(run: Run, distiller: Distiller | None) -> dict[str, Any]:
 
 
 def _drawer(run: Run, problem: tasks.Problem) -> Callable[[torch.Generator], dict[str, Any]]:
-    """Draws a batch of training data, apart from the order in which the run sees it."""
+    """A function that draws training batches, independent of the run's own order."""
     data: Any = problem.train
     size = run.training.batch_size
 
@@ -190,8 +190,7 @@ def _drawer(run: Run, problem: tasks.Problem) -> Callable[[torch.Generator], dic
 
 
 def _figures(metrics: dict[str, float]) -> dict[str, float]:
-    # "test_accuracy" becomes "accuracy"; how long the evaluation took, and at which step, is no
-    # figure of the network.
+    # "test_accuracy" becomes "accuracy"; the evaluation's time and step are dropped.
     skip = ("runtime", "per_second", "epoch", "model_preparation_time")
     return {
         key.partition("_")[2]: float(value)
@@ -244,7 +243,7 @@ def _audit(run: Run, model: nn.Module) -> dict[str, Any]:
 
 def _save(run: Run, model: Any, problem: tasks.Problem, path: Path) -> None:
     model.save_pretrained(path)
-    if run.recipe.name != "dense":  # what `nmflow audit` judges
+    if run.recipe.name != "dense":  # for `nmflow audit`
         chosen = plan(model, run.pattern, run.include, run.exclude, remainder=run.remainder)
         write_record(path, chosen, dict(model.named_parameters()))
     if problem.save is not None:

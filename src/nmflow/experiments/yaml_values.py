@@ -1,4 +1,4 @@
-"""Text of YAML to plain values, by the rules that people expect of a configuration file."""
+"""Read YAML as plain values, with numbers as people expect them in a configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUMBERS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as its version 1.2 reads numbers: `1:16` is a pattern, not 76, and `3e-3` a number."""
+    """YAML with numbers as in version 1.2: `1:16` is text, not 76, and `3e-3` is a number."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> Any:
@@ -40,7 +40,7 @@ for _tag, _rule in _NUMBERS.items():
 
 
 def _exceeds(value: Any, most: int) -> bool:
-    """Whether a value has more parts than `most`; an alias counts as often as it is used."""
+    """Whether a value has more parts than `most`; an alias counts at each use."""
     waiting = [value]
     while waiting and most > 0:
         most -= 1
@@ -53,14 +53,14 @@ def _exceeds(value: Any, most: int) -> bool:
 
 
 def plain(text: str, where: str) -> Any:
-    """The plain value that a text of YAML stands for.
+    """The plain value of a YAML text.
 
     Args:
         text: the text.
-        where: what an error calls it.
+        where: its name in errors.
 
     Raises:
-        ConfigError: the text is no YAML.
+        ConfigError: the text is not YAML.
 
     Example:
         >>> plain("{pattern: 1:16, rate: 3e-3}", "the example")

@@ -1,4 +1,4 @@
-"""`audit`: does every weight of a network, in memory or on disk, hold its pattern, or which one?"""
+"""`audit`: does every weight of a network, in memory or on disk, hold its pattern?"""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def audit(
             `nmflow.save` wrote.
         pattern: a pattern, or a mapping from presets or globs to patterns, as in `plan`; or a
             `Plan`, such as `flow.plan`, to judge what it lists; or None.
-        include: as in `plan`. None takes what the record names; without a record `"all"`; without a
-            pattern every weight.
+        include: as in `plan`. None takes the weights in the record, or `"all"` without a record, or
+            every weight without a pattern.
         exclude: as in `plan`.
 
     Returns:
@@ -104,7 +104,9 @@ def _open(path: Path) -> tuple[SavedState, list[Target] | None]:
         return state, read_record(path, state)
     from nmflow.packed.files import container  # imported for packed folders only
 
-    if not container.is_packed(path):  # a training's mark of the same name
+    if not container.is_packed(
+        path
+    ):  # the mark of a checkpoint in training, which has the same name
         state = open_state(path)
         return state, read_record(path, state)
     weights, tensors, aliases = container.read(path)
@@ -167,7 +169,7 @@ def _known(chosen: Plan, layers: Layers) -> list[Target]:
 def _recorded(
     layers: Layers, record: list[Target], pattern: str | Pattern | None, exclude: Names
 ) -> Plan:
-    """The recorded targets that are not excluded, against their own pattern or another one."""
+    """The recorded targets that are not excluded, with their own pattern or the given one."""
     barred: set[str] = set()
     if exclude:
         barred = {t.name for t in choose(layers, EVERY, exclude, remainder="skip")}
@@ -193,7 +195,7 @@ def _recorded(
 def _rest(
     layer: Layer, covered: Mapping[str, list[tuple[int, int]]]
 ) -> list[tuple[int, int] | None]:
-    """The output rows of a weight that no target covers; None stands for all of them."""
+    """The output rows of a weight that no target covers; None means all of them."""
     if not covered.get(layer.name):
         return [None]
     rest: list[tuple[int, int] | None] = []
@@ -208,7 +210,7 @@ def _rest(
 def _found(
     layers: Layers, include: Names | None, exclude: Names, read: Callable[[str], Tensor]
 ) -> Audit:
-    """The sparsest pattern that each weight, or each block of rows of one, holds."""
+    """The sparsest pattern that each weight, or each block of its rows, holds."""
     from nmflow.packed.layout import as_matrix, runs
 
     taken: Mapping[str, str] | None = None
@@ -260,7 +262,7 @@ def _compare(chosen: Plan, layers: Layers, read: Callable[[str], Tensor], judged
 
 
 def _comparable(name: str, weight: Tensor) -> Tensor:
-    """A weight in a dtype that can be compared with zero: floats of one byte become float32."""
+    """A weight in a dtype that compares with zero: one-byte floats become float32."""
     if weight.dtype.itemsize > 1 or weight.dtype in (torch.uint8, torch.int8, torch.bool):
         return weight
     try:

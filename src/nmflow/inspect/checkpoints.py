@@ -23,9 +23,9 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 _EXPANSION = 64
-# A file beside the index, of weights: no path, no "..", no other index.
+# A file of weights beside the index: no path, no "..", no other index.
 _SHARD = re.compile(r"(?!\.)[^/\\\0]{1,240}\.(safetensors|bin|pt|pth)")
-# What torch.load raises on files that are cut, changed or of another kind.
+# torch.load raises these on files that are truncated, changed or of another kind.
 _LOAD_ERRORS = (
     pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError,
     KeyError, IndexError, AttributeError, TypeError, AssertionError, OverflowError, MemoryError,
@@ -137,7 +137,7 @@ def _sharded(index: Path) -> SavedState:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Names of weights to names of files beside the index."""
+    """A mapping from the names of weights to those of files beside the index."""
     try:
         mapping: Any = disk.read_json(index)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -205,7 +205,7 @@ def _pickled(file: Path) -> SavedState:
             raise FileFormatError(
                 f"{file} holds {shown(name)}, which is not a plain dense tensor: save it as one"
             )
-        # A view with strides of 0 may claim any size: its elements are not in the file.
+        # A view with strides of 0 may claim any size, since its elements are not in the file.
         if t.numel() * t.element_size() > max(_EXPANSION * t.untyped_storage().nbytes(), 1 << 24):
             raise FileFormatError(
                 f"{file} holds {shown(name)} with more elements than it has bytes for: save a copy"

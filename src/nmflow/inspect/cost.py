@@ -24,15 +24,15 @@ class CostRow:
     """One target.
 
     Attributes:
-        name: the parameter's name, with its rows where only some are meant.
+        name: the parameter's name, with the rows if it is not all of them.
         pattern: its final pattern.
         weights: its weights.
-        kept: weights that are not zero in the end.
+        kept: weights that stay.
         dense_bytes: bytes of its weights.
-        value_bytes: bytes of the kept ones.
-        index_bytes: bytes that say where these are.
+        value_bytes: bytes of the kept weights.
+        index_bytes: bytes of their index.
         dense_flops: inference FLOPs with every weight.
-        flops: inference FLOPs with the kept ones.
+        flops: inference FLOPs with the kept weights.
     """
 
     name: str
@@ -56,13 +56,14 @@ class Cost:
     Attributes:
         parameters: parameters of the model, tied ones once.
         targeted: weights that a pattern covers.
-        kept: of these, the ones that are not zero in the end.
+        kept: the targeted weights that stay.
         dense_bytes: bytes of all parameters.
-        bytes: the same with targets as values and indices.
-        index_bytes: the indices' share of it: ⌈log2 M⌉ bits a kept weight, once for a panel.
+        bytes: the same, with targets as values and indices.
+        index_bytes: the indices' part of `bytes`: ⌈log2 M⌉ bits per kept weight, which the rows of
+            a panel share.
         dense_flops: inference FLOPs of the dense network.
         flops: inference FLOPs of the sparse network.
-        other_flops: of both, the products without a weight, such as attention's own.
+        other_flops: the part of both in products without a weight, such as attention's own.
         dense_step: training FLOPs of one dense step; 0 without a recipe.
         training: training FLOPs by phase, over its steps.
         steps: optimizer steps by phase.
@@ -89,7 +90,7 @@ class Cost:
 
     @property
     def remaining(self) -> int:
-        """Parameters that are not pruned in the end."""
+        """Parameters that stay."""
         return self.parameters - self.targeted + self.kept
 
     @property

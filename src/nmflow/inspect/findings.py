@@ -1,4 +1,4 @@
-"""What an audit finds, and how it prints."""
+"""The result of an audit, and its table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from nmflow.text_table import table
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One weight, or the output rows of one that share a pattern.
+    """One weight, or those of its output rows that share a pattern.
 
     Attributes:
-        name: the parameter's name, with its rows where only some are meant: `qkv.weight[0:64]`.
+        name: the parameter's name, with the rows if it is not all of them: `qkv.weight[0:64]`.
         shape: the parameter's shape.
-        pattern: the pattern that it is held against, or that was found; None for a weight that was
-            left out.
-        holds: whether at most N of every M are not zero; None where there is no pattern.
+        pattern: the pattern that it is checked for, or that was found; None if it was left out.
+        holds: whether at most N of every M are not zero; None without a pattern.
         density: nonzero / total.
         nonzero: weights that are not zero.
         total: weights.
@@ -45,10 +44,10 @@ class Audit:
     """The findings; as `str`, a table of every weight.
 
     Attributes:
-        rows: the weights that were judged; where nothing said what to judge, those that hold a
-            pattern.
+        rows: the weights that were judged, or those that hold a pattern if nothing said what to
+            judge.
         others: every other weight of at least two dimensions, with the reason.
-        judged: how the rows were chosen: `"pattern"`, `"record"`, or `"found"` where nothing said
+        judged: how the rows were chosen: `"pattern"`, `"record"`, or `"found"` if nothing said
             which weights were pruned, so that no weight is wrong.
     """
 

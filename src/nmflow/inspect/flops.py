@@ -1,4 +1,4 @@
-"""Floating-point operations of one pass, counted op by op and told apart by weight.
+"""Floating-point operations of one pass, counted op by op and assigned to weights.
 
 The ops' own formulas are those of `torch.utils.flop_counter`; what this module adds is whose weight
 each matrix product used.
@@ -27,10 +27,10 @@ _ATEN = torch.ops.aten
 _CONVS = {_ATEN.convolution, _ATEN._convolution}
 # A copy in another dtype or memory layout is still the same weight.
 _COPIES = {_ATEN._to_copy, _ATEN.clone}
-# Experts that are picked out of their stack are still the same weight.
+# Experts that are indexed out of their stack are still the same weight.
 _PICKS = {_ATEN.index, _ATEN.index_select}
 _GROUPED = {op for op in [getattr(_ATEN, "_grouped_mm", None)] if op is not None}
-# What torch's registry of formulas lacks.
+# Formulas that torch's registry lacks.
 _OWN = {_ATEN.mv, _ATEN.addmv, *_GROUPED}
 
 
@@ -46,11 +46,11 @@ class Use:
 
 @dataclass
 class Passes:
-    """What one forward pass, and one backward pass if there was one, cost.
+    """The cost of one forward pass, and of one backward pass if there was one.
 
     Attributes:
-        forward: by parameter name, its products in the forward pass.
-        backward_input: by parameter name, its products on the way to the input's gradient.
+        forward: the products of each parameter in the forward pass, by its name.
+        backward_input: the same in the computation of the input's gradient.
         trained: parameters that received a gradient; each costs its forward products once more.
         other_forward: products without a weight: attention's own.
         other_backward: the same in the backward pass.
@@ -78,9 +78,9 @@ class Passes:
 def count(model: nn.Module, example_inputs: Any, backward: bool = False) -> Passes:
     """Count the FLOPs (2 a multiply-add) of matrix products and convolutions.
 
-    The model runs once in evaluation mode, in eager kernels that hide nothing: without the fast
-    paths of attention and of recurrent layers, which compute the same products. Norms,
-    activations and softmax are not counted. Nothing of the model changes, gradients included.
+    The model runs once in evaluation mode and in eager kernels, without the fused paths of
+    attention and of recurrent layers, which would hide products. Norms, activations and softmax are
+    not counted. The model does not change, and neither do its gradients.
 
     Args:
         model: the model, plain or compiled.
@@ -118,7 +118,7 @@ def count(model: nn.Module, example_inputs: Any, backward: bool = False) -> Pass
             )  # fmt: skip
     passes.trained = {n for n, g in zip(trainable, grads, strict=True) if g is not None}
     for name in passes.trained:
-        # Products for a weight's gradient hold no weight, so they were booked as other.
+        # Products for a weight's gradient contain no weight, so they were counted as others.
         own = passes.forward.get(name, [])
         passes.other_backward -= sum(use.flops for use in own if not use.is_conv)
     return passes
@@ -139,7 +139,7 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 class _Counter(TorchDispatchMode):
-    """Books every product as a weight's or as other."""
+    """Counts every product as a weight's or as another."""
 
     def __init__(self, model: nn.Module) -> None:
         # Not above: it imports Triton, where that is installed.
@@ -204,7 +204,7 @@ class _Counter(TorchDispatchMode):
         else:
             flops = int(self.formulas[packet](*args, **kwargs, out_val=out))
         found = next(filter(None, map(self._find, args)), None)
-        # Of addmm's arguments the first is the bias, which is no factor of the product.
+        # addmm's first argument is the bias, which is not a factor of the product.
         if packet in (_ATEN.addmm, _ATEN.addmv, _ATEN.baddbmm):
             found = next(filter(None, map(self._find, args[1:3])), None)
         self._add(found, flops, packet in _CONVS)
@@ -234,7 +234,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _grouped(a: Tensor, b: Tensor) -> int:
-    """The FLOPs of experts' products at once: each row (or each column) meets one expert."""
+    """The FLOPs of a grouped product of experts: each row (or each column) meets one expert."""
     if a.dim() == 2:  # (tokens, in) @ (experts, in, out), or (in, tokens) @ (tokens, out)
         return 2 * int(a.numel()) * int(b.shape[-1])
     return 2 * int(b.numel()) * int(a.shape[-2])
@@ -242,7 +242,7 @@ def _grouped(a: Tensor, b: Tensor) -> int:
 
 @contextlib.contextmanager
 def _open(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and eager kernels that show every product; all put back afterwards."""
+    """Evaluation mode and eager kernels, which show every product; restored afterwards."""
     training = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in training)
@@ -253,7 +253,7 @@ def _open(model: nn.Module) -> Iterator[None]:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             if recurrent:
-                # Switching oneDNN off also touches a setting of hardware that may not be there.
+                # Switching oneDNN off also touches a setting of hardware that may be absent.
                 stack.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", "TF32 acceleration", UserWarning)
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
@@ -277,7 +277,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def flops_of(uses: Sequence[Use], target: Target) -> int:
-    """FLOPs of the products with a target's rows; a product is even over the elements it reads."""
+    """FLOPs of the products with a target's rows, spread evenly over the elements read."""
     total = Fraction(0)
     numel = math.prod(target.shape)
     for use in uses:

@@ -20,13 +20,13 @@ from nmflow.version import __version__
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One check and its result.
 
     Attributes:
-        what: what it is.
+        what: what was checked.
         state: `"ok"`, `"slow"`, `"missing"` or `"unused"`; the last two cost nothing here.
         found: what was found.
-        mend: what to do about it; empty where there is nothing to do.
+        mend: what to do about it; empty if there is nothing to do.
     """
 
     what: str
@@ -61,7 +61,7 @@ def doctor() -> Doctor:
     """Look at torch, the compiled kernels, threads, the GPU and the optional packages.
 
     Returns:
-        The findings. It installs and changes nothing.
+        The findings. Nothing is installed or changed.
 
     Example:
         >>> from nmflow.inspect.machine import doctor
@@ -156,7 +156,7 @@ def _gpu() -> Iterable[Finding]:
 def extras() -> dict[str, list[str]]:
     """The optional packages by the extra of nmflow that installs them, as nmflow was installed.
 
-    The extras of whoever changes nmflow (`dev`, `docs`) are left out.
+    The extras for nmflow's developers (`dev`, `docs`) are left out.
     """
     found: dict[str, list[str]] = {}
     try:

@@ -22,14 +22,14 @@ class Memory:
     """The bytes of a training run; as `str`, a table in GB (10⁹ bytes).
 
     Attributes:
-        weights: the parameters, which hold W̃ where a recipe has them.
-        gradients: of the parameters that are trained.
-        state: the optimizer's own tensors of them.
+        weights: the parameters, which hold W̃ if they are targets.
+        gradients: the gradients of the parameters that are trained.
+        state: the optimizer's own tensors for them.
         dense: W of every parameter with a target, which a recipe adds.
-        masks: masks that are held between steps, a byte a weight each.
-        shards: the processes that share all of it evenly.
-        kept: what state, dense weights and masks become while the mask is frozen and the optimizer
-            steps kept values alone; None where it never does.
+        masks: masks that are held between steps, a byte per weight each.
+        shards: the processes over which everything is split evenly.
+        kept: the bytes of state, dense weights and masks while the mask is frozen and the optimizer
+            steps only kept values; None if it never does.
     """
 
     weights: int
@@ -42,7 +42,7 @@ class Memory:
 
     @property
     def without(self) -> int:
-        """What the same run holds without a recipe."""
+        """The bytes of the same run without a recipe."""
         return self.weights + self.gradients + self.state
 
     @property
@@ -52,7 +52,7 @@ class Memory:
 
     @property
     def frozen(self) -> int:
-        """All of it in a frozen phase; `total`, where that changes nothing."""
+        """All of it in a frozen phase; `total` if that changes nothing."""
         return self.total if self.kept is None else self.weights + self.gradients + self.kept
 
     def __str__(self) -> str:
@@ -89,21 +89,21 @@ def memory(
     sparse_steps: Mode = "off",
     shards: int = 1,
 ) -> Memory:
-    """Count the bytes that a run under a recipe holds between two steps; activations are not in it.
+    """Count the bytes that a run under a recipe holds between two steps, without activations.
 
     Args:
-        model: the network, in the dtype that it trains in; one on `meta` will do.
+        model: the network, in the dtype that it trains in; it may be on `meta`.
         pattern: as in `attach`.
         include: as in `attach`.
         exclude: as in `attach`.
         recipe: as in `attach`.
-        state: the tensors that the optimizer keeps of a parameter: 2 for AdamW, 1 for SGD with
-            momentum, 0 without.
+        state: the tensors that the optimizer keeps for a parameter: 2 for AdamW, 1 for SGD with
+            momentum, 0 for SGD without.
         state_bytes: bytes of one value in them; those of the parameter by default.
         mask_interval: as in `attach`.
         freeze_mask: as in `attach`.
-        sparse_steps: as in `attach`; in a frozen phase on a CPU an optimizer of torch that is
-            elementwise then holds kept values alone.
+        sparse_steps: as in `attach`. In a frozen phase on a CPU, an elementwise optimizer of torch
+            then holds only kept values.
         shards: the processes that share parameters, gradients and state (FSDP2).
 
     Returns:
@@ -155,7 +155,7 @@ def memory(
     )
 
 
-_LONG = 1 << 20  # steps of a run: whether masks are held does not hang on their number
+_LONG = 1 << 20  # steps of a run: their number does not decide whether masks are held
 
 
 def _bytes(p: Tensor) -> int:
@@ -163,6 +163,6 @@ def _bytes(p: Tensor) -> int:
 
 
 def _bits(p: Tensor) -> int:
-    """Bytes of a mask as bits, and of where its rows begin."""
+    """Bytes of a mask as bits, with the offsets of its rows."""
     rows = p.shape[0] if p.ndim else 1
     return rows * (-(-p.numel() // max(rows, 1) // 64) * 8) + 8 * (rows + 1)

@@ -24,11 +24,11 @@ class NoiseRow:
     Attributes:
         target: the target's label, or `"all"` over every target.
         part: `"all"`, `"kept"` or `"pruned"` weights.
-        weights: how many.
+        weights: the number of weights.
         signal: ‖mean over batches of g‖².
         noise: Σ over weights of the variance of g over batches (unbiased).
         second: Σ over weights of the mean over batches of g².
-        batches: B, the batches.
+        batches: B, the number of batches.
     """
 
     target: str
@@ -46,18 +46,18 @@ class NoiseRow:
 
     @property
     def snr_unbiased(self) -> float:
-        """The same less what B batches of pure noise would show, 1 / B; may be below 0."""
+        """`snr` less 1 / B, the value that B batches of pure noise would show; may be below 0."""
         return self.snr - 1.0 / self.batches
 
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """Rows for every target and for all together; as `str`, a table."""
+    """Rows for each target and for all together; as `str`, a table."""
 
     rows: tuple[NoiseRow, ...]
 
     def of(self, part: str = "all", target: str = "all") -> NoiseRow:
-        """One row: `"kept"`, `"pruned"` or `"all"` weights of a target, or of all."""
+        """The row of the `"kept"`, `"pruned"` or `"all"` weights of a target, or of all targets."""
         return next(row for row in self.rows if (row.part, row.target) == (part, target))
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""A network of `transformers` out of a folder: nothing in it is ever executed.
+"""Load a `transformers` network from a folder without executing any code in it.
 
-Code of its own (`auto_map`), files outside the folder and names that are no networks are refused.
+Folders with their own code (`auto_map`), with files elsewhere, or with names that are not networks
+are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from nmflow.errors import ConfigError, FileFormatError
 from nmflow.inspect.checkpoints import check_shards
 from nmflow.text_table import shown
 
-# Every call that reads what a stranger may have written. Without it transformers asks on the
+# For every call that reads untrusted files. Without it, transformers asks on the
 # terminal whether to run the code of a folder.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
@@ -39,8 +40,8 @@ def from_folder(folder: Path, places: Sequence[Any] = (), fallback: Any = None) 
 
     Args:
         folder: `config.json` and weights, as `save_pretrained` writes them.
-        places: modules to look the architecture up in; `transformers` comes first.
-        fallback: the class to take where the config names no architecture.
+        places: modules in which to look up the architecture, after `transformers`.
+        fallback: the class to use if the config names no architecture.
 
     Raises:
         ConfigError: no model, no known architecture, custom code, damaged weights, or weights that
@@ -78,7 +79,7 @@ def _architecture(folder: Path, config: Any, places: Sequence[Any], fallback: An
     for name in names:
         for place in places:
             kind = getattr(place, name, None) if name.isidentifier() else None
-            # transformers has modules, functions and stand-ins for missing packages, too.
+            # transformers also exports modules, functions and stand-ins for missing packages.
             if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
                 return kind
     if fallback is not None and not names:

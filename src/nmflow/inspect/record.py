@@ -1,4 +1,4 @@
-"""The record of what a run pruned: weights and patterns by name, in a file beside the weights."""
+"""The record of what a run pruned: names and patterns, in a file beside the weights."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _FORMAT, _VERSION = "nmflow patterns", 1
 def write_record(
     folder: str | os.PathLike[str], targets: Iterable[Target], parameters: Mapping[str, Tensor]
 ) -> list[str]:
-    """Write beside saved weights which of them a run pruned, for `audit` to judge.
+    """Write which of the saved weights a run pruned into a file beside them, for `audit`.
 
     Libraries save weights under other names than the network's own (`transformers` keeps those of
-    older versions), so each weight is looked up in the file: by its name, else by its content.
+    older versions), so each weight is looked up in the file by its name, or else by its content.
 
     Args:
-        folder: where the weights are saved already, as by `model.save_pretrained(folder)`.
+        folder: where the weights are saved, for example by `model.save_pretrained(folder)`.
         targets: what was pruned: `flow.plan`, or what `plan` returned.
         parameters: the network's parameters by the names in `targets`.
 
     Returns:
-        The names of weights that are not in the file as they are in the network, such as parts of
-        a matrix that was joined when saved; the record leaves them out.
+        The names of weights that the file does not hold as the network does, such as parts of a
+        matrix that was joined when saved. The record leaves them out.
 
     Raises:
         FileFormatError: the folder holds no weights, or cannot be written.
@@ -70,7 +70,7 @@ def write_record(
             continue
         rows = None if target.rows is None else list(target.rows)
         entry = {"name": name, "rows": rows, "axis": target.dim, "pattern": str(target.pattern)}
-        # Parameters that hold several matrices say so; the others stay as they were.
+        # Only for parameters that hold several matrices, so other records stay as they were.
         more = {"stacked": target.stacked, "unit": target.unit}
         entries.append(entry | {key: value for key, value in more.items() if value})
     made = {"format": _FORMAT, "version": _VERSION, "weights": entries}
@@ -83,10 +83,10 @@ def write_record(
 
 
 def read_record(folder: str | os.PathLike[str], saved: SavedState) -> list[Target] | None:
-    """What the record beside saved weights says was pruned; None where there is no record.
+    """The targets in the record beside saved weights; None if there is no record.
 
     Raises:
-        FileFormatError: the record is damaged, or speaks of weights that are not there.
+        FileFormatError: the record is damaged, or names weights that are not there.
     """
     path = Path(folder) / RECORD
     if not os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""`track`: what happens to gradients and masks, step by step, while a recipe runs."""
+"""`track`: metrics of gradients and masks at each step of a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["GradientNoise", "Tracker", "gradient_noise", "track"]
 ALL = "all"
 """The `target` of rows that are aggregated over every target."""
 
-# What is summed over the weights of a target, and then over targets.
+# The sums over the weights of a target, and then over targets.
 _SUMS = (
     "weights", "kept", "seen", "seen_kept", "grad", "grad_kept", "square", "square_kept",
     "changed", "compared", "norm", "off", "off_hard",
@@ -33,19 +33,19 @@ class Tracker:
     """A running stream of metrics; made by `track`.
 
     Attributes:
-        rows: one dictionary a step and target, and one a step over all (`"target": "all"`).
-            Aggregates are over weights, so a large target weighs more.
+        rows: one dictionary per step and target, and one per step over all (`"target": "all"`).
+            Aggregates are over weights, so a large target counts more.
 
-    Columns, each of the gradient g = ∂L/∂W̃ as it reaches the dense weights, over the weights of a
-    target, for all of them and (`_kept`, `_pruned`) for those that the mask keeps and prunes:
+    Some columns describe the gradient g = ∂L/∂W̃ as it reaches the dense weights. Each is over all
+    weights of a target, and with `_kept` or `_pruned` over those that the mask keeps or prunes:
 
     * `grad_mean`, `grad_var`, `grad_second`: mean, variance and second moment of g across weights;
     * `grad_norm`: ‖g‖.
 
     And: `step` (optimizer steps done before this one), `target`, `phase`, `pattern`, `delta`,
-    `weights`, `kept`; `sad`, the entries of the mask that changed since the step observed last,
+    `weights`, `kept`; `sad`, the entries of the mask that changed since the last observed step,
     and `flip_rate`, their share (both None at the first); `distance` ‖W − W̃‖ / ‖W‖; and
-    `distance_hard` ‖W − W ⊙ m‖ / ‖W‖, which of a dense network is the distance to its pruned self.
+    `distance_hard` ‖W − W ⊙ m‖ / ‖W‖, for a dense network the distance to its pruned self.
     """
 
     def __init__(self, flow: Flow, every: int, per_target: bool) -> None:
@@ -58,14 +58,14 @@ class Tracker:
         self._observation = flow.observe(self._observe, every=every)
 
     def stop(self) -> None:
-        """End the stream; `rows` stay, the masks that were held for comparison go."""
+        """End the stream. `rows` stay; the masks that were held for comparison are freed."""
         self._observation.remove()
         self._masks.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on with the same rows: tensors, plain values.
+        """What a resumed run needs to continue with the same rows: tensors and plain values.
 
-        The rows, and the masks of the step that was observed last, a bit a weight, on the CPU.
+        It has the rows, and the masks of the last observed step as bits, on the CPU.
 
         Example:
             >>> import nmflow, torch
@@ -84,10 +84,10 @@ class Tracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, in place of what was recorded so far.
+        """Continue from a `state_dict`, which replaces the rows so far.
 
         Raises:
-            StateError: it is of a tracker of other weights, or damaged; nothing is taken.
+            StateError: it belongs to other weights, or is damaged; nothing changes then.
         """
         try:
             rows = [dict(row) for row in state["rows"]]
@@ -108,7 +108,7 @@ class Tracker:
         self.rows, self._masks, self._open = rows, masks, {}
 
     def to_csv(self, path: str | Path) -> None:
-        """Write `rows` as a CSV file with a head; what is None is empty."""
+        """Write `rows` as a CSV file with a header; None is an empty cell."""
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
@@ -158,7 +158,7 @@ class Tracker:
 def track(flow: Flow, *, every: int = 1, per_target: bool = True) -> Tracker:
     """Record gradients, masks and distances of a flow's targets before each optimizer step.
 
-    A dense run (`attach(recipe="dense")`) has a mask too: the one that its pattern would keep, so
+    A dense run (`attach(recipe="dense")`) has a mask too, the one that its pattern would give, so
     its rows are the baseline. In a sharded model, each rank records its own rows of each weight.
     Between steps, the tracker holds one bool per weight, the mask for `flip_rate`.
 
@@ -203,7 +203,7 @@ def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _off(view: View, pruned: Tensor) -> Tensor:
-    """‖W − W̃‖², of W with the kept weights taken out: W̃ = W ⊙ (m + (1 − m) ⊙ m' · δ)."""
+    """‖W − W̃‖² from the pruned weights alone, with W̃ = W ⊙ (m + (1 − m) ⊙ m' · δ)."""
     stage = view.stage
     if stage.pattern is None:
         return pruned.new_zeros(())

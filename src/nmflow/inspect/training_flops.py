@@ -1,4 +1,4 @@
-"""Training FLOPs: what a step at each stage of a recipe costs, and the sum over a run."""
+"""Training FLOPs of a step at each stage of a recipe, and their sum over a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RULE = (
 
 
 def shares(stage: Stage, gradient: str) -> tuple[Fraction, Fraction]:
-    """The share of a weight's products that count at a stage: forward and input, then weight."""
+    """The shares of products that count at a stage: forward and input's gradient, then weight's."""
     if stage.pattern is None:
         return Fraction(1), Fraction(1)
     share = density(stage.pattern)
@@ -50,7 +50,7 @@ def by_phase(
     training: dict[str, Fraction] = {}
     steps: Counter[str] = Counter()
     for nth, ((pattern, length), (both, own)) in enumerate(kinds.items()):
-        # Steps are tallied by what matters of their stage, so that a long run is summed fast.
+        # Equal stages are counted together, so that a long run is summed fast.
         tally: Counter[tuple[str, Pattern | None, Pattern | None, bool]] = Counter()
         for k in range(total_steps):
             stage = recipe.stage(k, total_steps, pattern, length)

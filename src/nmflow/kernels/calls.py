@@ -16,7 +16,7 @@ from nmflow.kernels.layout import Shape
 
 _C: Any = torch._C
 LIBRARY = torch.library.Library("nmflow", "DEF")
-register_vmap: Any = torch.library.register_vmap  # torch types its decorator as perhaps None
+register_vmap: Any = torch.library.register_vmap  # torch types its decorator as optional
 SHAPE = "int out, int inputs, int n, int m, int panel"
 MOST_BOUND = 65_536  # weights that an op keeps bound
 
@@ -34,18 +34,18 @@ def keep(bound: Bound, key: tuple[Any, ...], run: Callable[..., None], *buffers:
 
 
 def alive(run: Callable[..., None], *buffers: Tensor) -> Callable[..., None]:
-    """The bound function, holding the copies whose addresses are bound to it."""
+    """The bound function, with references to the copies whose addresses it holds."""
     return lambda *args, held=buffers: run(*args)
 
 
 def version_of(t: Tensor) -> int:
-    """How often a tensor was written; inference tensors do not count."""
+    """How often a tensor was written; inference tensors have no count."""
     return -1 if t.is_inference() else t._version
 
 
 @functools.lru_cache(4096)
 def shape_of(out: int, inputs: int, n: int, m: int, panel: int) -> Shape:
-    """The shape that an op was told in numbers, which are checked once."""
+    """The shape from an op's numbers, which are checked once."""
     return Shape.of(out, inputs, f"{n}:{m}@{panel}")
 
 
@@ -97,11 +97,11 @@ def refuse_features(x: Tensor, inputs: int) -> None:
 
 
 def is_plain_call(x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing watches the call of the op: then torch's dispatcher has nothing to do.
+    """Whether nothing watches the call of the op, so that torch's dispatcher can be skipped.
 
     Watchers are tensor subclasses, modes, autocast, functorch, compilers and profilers.
     """
-    if torch.compiler.is_compiling():  # first, since dynamo can trace none of the others
+    if torch.compiler.is_compiling():  # first, since dynamo cannot trace the others
         return False
     return (
         type(x) is Tensor

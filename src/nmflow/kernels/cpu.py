@@ -92,7 +92,7 @@ def validate(values: Tensor, codes: Tensor, shape: Shape) -> None:
         raise FileFormatError(f"{name_of(shape)} {native.REASONS[status]}")
 
 
-# The interface of a backend (see `backend`).
+# The interface of a backend, see `backend`.
 
 
 def why_not(call: Call) -> str | None:
@@ -138,7 +138,7 @@ def bind(values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]:
 
 
 def runner(call: Callable[..., int], shape: Shape) -> Callable[..., None]:
-    """`run` as `backend` describes it, over a function of the C ABI that has its weight.
+    """`run` as `backend` describes it, for a function of the C ABI that is bound to its weight.
 
     `run(x, bias, y, tokens, epilogue, kernel=0)` takes the number of a kernel of `KERNELS`, too.
     """
@@ -168,7 +168,7 @@ def runner(call: Callable[..., int], shape: Shape) -> Callable[..., None]:
 
 
 def turned_runner(call: Callable[..., int], shape: Shape) -> Callable[..., bool]:
-    """What `backend` calls `run.turned`, over `nmflow_matmul_turned` of a weight."""
+    """`run.turned` as `backend` describes it, by `nmflow_matmul_turned`."""
     numbers = ctypes.byref(ShapeStruct.of(shape, torch.bfloat16))
 
     def run(x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int) -> bool:
@@ -192,5 +192,5 @@ def turned_runner(call: Callable[..., int], shape: Shape) -> Callable[..., bool]
 
 
 def name_of(shape: Shape) -> str:
-    """How errors call the weight."""
+    """The name of a weight in errors."""
     return f"packed weight of shape ({shape.out}, {shape.inputs}) at {shape.pattern}"

@@ -50,13 +50,13 @@ def why_not_dtypes(x: torch.dtype, weight: torch.dtype) -> str:
 
 
 def halves(shape: Shape) -> bool:
-    """Whether there are kernels for both gradients in bfloat16; `why_not` of the shape is ""."""
+    """Whether both gradients have kernels in bfloat16, for a shape whose `why_not` is ""."""
     numbers = ShapeStruct.of(shape, torch.bfloat16)
     return _lib().nmflow_bf16_trains(ctypes.byref(numbers)) == 0
 
 
 def halved(values: Tensor, shape: Shape) -> Tensor:
-    """Tiled float32 values as tiled bfloat16 ones, which are stored in pairs."""
+    """Tiled float32 values as tiled bfloat16 values, which are stored in pairs."""
     tiles, entries, lanes = values.shape
     pairs = values.new_zeros(shape.tiled_sizes(torch.bfloat16)[0], dtype=torch.bfloat16)
     whole = entries // 2 * 2
@@ -115,7 +115,7 @@ def input_grad(dy: Tensor, values: Tensor, codes: Tensor, shape: Shape) -> Tenso
 def weight_grad(
     x: Tensor, dy: Tensor, values: Tensor, codes: Tensor, shape: Shape, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`dyᵀ x` at the kept places, 0 elsewhere; and the sum of dy if it is wanted.
+    """`dyᵀ x` at the kept places and 0 elsewhere, and the sum of dy if asked for.
 
     x and dy are of the values' dtype, and both results float32.
     """

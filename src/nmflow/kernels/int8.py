@@ -19,8 +19,12 @@ from nmflow.kernels.layout import LANES, Shape, check_index, dense_from_canonica
 from nmflow.kernels.reference import apply_epilogue
 
 ACTIVATIONS = ("float", "int8")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the layers that may have them
-# The kept values of a row, at most: a sum of so many products of two bytes fits 32 bits.
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)  # dtypes of the layers that may have 8-bit values
+# The most kept values of a row: a sum of this many products of two bytes fits 32 bits.
 MOST_ENTRIES = 131_072
 _HEAD = 128  # bytes of a tile before its blocks: 16 scales and 16 sums
 _SMALLEST = 1e-30
@@ -31,7 +35,7 @@ class Layout:
     """Where things lie in the stream of a shape.
 
     Attributes:
-        bits: of a code, the column inside its group.
+        bits: bits of a code, which is the column inside its group.
         per: codes in a byte, and quads (four entries) of a row in a block.
         blocks: blocks of a tile of 16 rows.
         size: shape of the stream, `(tiles, bytes of a tile)`.

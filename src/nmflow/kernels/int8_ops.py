@@ -115,7 +115,7 @@ def _refuse_bias(x: Tensor, bias: Tensor, out: int) -> None:
 
 
 def _matmul_any(x, stream, bias, out, inputs, n, m, panel, activations, epilogue):
-    """Every device but the CPU: nothing here waits for it, so a CUDA graph can capture it."""
+    """All devices but the CPU; nothing here waits for them, so CUDA graphs can capture it."""
     shape = shape_of(out, inputs, n, m, panel)
     int8.check_stream(stream, shape)
     if not x.shape or x.shape[-1] != inputs or x.device != stream.device:
@@ -177,7 +177,7 @@ _unpack_op = torch.ops.nmflow.unpack_int8.default
 
 
 class _Differentiable(torch.autograd.Function):
-    """`x Wᵀ + bias` with gradients for x and bias, past the rounding of x."""
+    """`x Wᵀ + bias` with gradients for x and bias, which ignore the rounding of x."""
 
     generate_vmap_rule = True
 

@@ -87,7 +87,7 @@ class Shape:
 
     @property
     def groups_per_span(self) -> int:
-        """Groups that one code reaches over: as many whole groups as 16 inputs hold, else one."""
+        """Groups that one code spans: as many whole groups as 16 inputs hold, or one."""
         return LANES // self.m if self.m <= LANES else 1
 
     def tiled_sizes(self, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -143,7 +143,7 @@ def columns(index: Tensor, shape: Shape) -> Tensor:
 
 
 def dense_from_canonical(values: Tensor, index: Tensor, shape: Shape) -> Tensor:
-    """The matrix `(out, inputs)`, with +0.0 at all places that are not kept."""
+    """The matrix `(out, inputs)`, with +0.0 at every place that is not kept."""
     dense = values.new_zeros(shape.out, shape.inputs)
     return dense.scatter_(1, columns(index, shape), values)
 
@@ -191,7 +191,7 @@ def tiled_from_canonical(values: Tensor, index: Tensor, shape: Shape) -> tuple[T
     code = _pad(_pad(code, shape.tiles * LANES, 0), -(-shape.entries // per) * per, 1)
     parts = code.view(shape.tiles, LANES, -1, per).unbind(-1)
     words = parts[0].to(torch.int32)
-    for i, part in enumerate(parts[1:], 1):  # word by word, so that little memory is taken
+    for i, part in enumerate(parts[1:], 1):  # word by word, to save memory
         words |= part.to(torch.int32) << i * shape.bits
     return tiled, words.permute(0, 2, 1).contiguous()
 
@@ -229,7 +229,7 @@ def check_tiled(values: Tensor, codes: Tensor, shape: Shape) -> None:
 
 
 def _pad(x: Tensor, length: int, axis: int) -> Tensor:
-    """Fill `x` up with zeros along an axis."""
+    """Pad `x` with zeros along an axis."""
     size = list(x.shape)
     if size[axis] == length:
         return x

@@ -128,7 +128,7 @@ def _matmul_elsewhere(
     panel: int,
     epilogue: int,
 ) -> Tensor:
-    """Every device but the CPU: nothing here waits for it, so a CUDA graph can capture it."""
+    """All devices but the CPU; nothing here waits for them, so CUDA graphs can capture it."""
     shape = shape_of(out, inputs, n, m, panel)
     _check(x, values, codes, bias, shape)
     way = gpu if gpu.why_not(Call(shape, values.dtype, x.device.type, 1)) is None else reference
@@ -175,7 +175,7 @@ LIBRARY.impl("unpack", _unpack, "CPU")
 @torch.library.register_fake("nmflow::matmul", lib=LIBRARY)
 def _matmul_fake(x, values, codes, bias, out, inputs, n, m, panel, epilogue):
     torch._check(x.shape[-1] == inputs, lambda: f"x has another last axis than {inputs}")
-    for other in (values, codes, bias):  # torch asks here as soon as one of them is on meta
+    for other in (values, codes, bias):  # torch calls this as soon as one of them is on meta
         if other is not None and other.device != x.device:
             _refuse(x, other, inputs)
     return x.new_empty((*x.shape[:-1], out))
@@ -257,7 +257,7 @@ def matmul(
     to = autocast_dtype(x, values)
     if to is not None:
         with torch.autocast(x.device.type, enabled=False):
-            if values.dtype not in (to, torch.float32):  # no kernel computes between two halves
+            if values.dtype not in (to, torch.float32):  # no kernel mixes two half dtypes
                 weight = _unpack_op(values, codes, *shape).to(to)
                 y = F.linear(x.to(to), weight, None if bias is None else bias.to(to))
                 return reference.apply_epilogue(y, epilogue)

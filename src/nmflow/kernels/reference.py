@@ -1,4 +1,4 @@
-"""The reference backend: plain torch, any device and dtype; right everywhere, fast nowhere."""
+"""The reference backend: plain torch on any device and dtype, correct and slow."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def kernel(call: object) -> str:
 
 
 def bind(values: Tensor, codes: Tensor, shape: Shape) -> Callable[..., None]:
-    """Bind one weight: a function `(x, bias, y, tokens, epilogue)` that writes `y`."""
+    """Bind one weight: return a function `(x, bias, y, tokens, epilogue)` that writes `y`."""
 
     def run(x: Tensor, bias: Tensor | None, y: Tensor, tokens: int, epilogue: int) -> None:
         y.copy_(matmul(x, values, codes, bias, shape, epilogue))

@@ -17,7 +17,7 @@ from nmflow.kernels.layout import Shape
 _log = logging.getLogger("nmflow")
 _told = False
 
-# The first that serves a call runs it; the reference serves all.
+# The first backend that serves a call runs it; the reference serves all.
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": gpu, "reference": reference}
 
 
@@ -70,7 +70,7 @@ def bind_int8(
 
 
 def _tell(choice: Choice) -> None:
-    """Say once in the log that the compiled kernels are missing and the slow way runs."""
+    """Log once that the compiled kernels are missing and the slow reference runs."""
     global _told
     if not _told and choice.call.device == "cpu" and not native.available():
         _told = True

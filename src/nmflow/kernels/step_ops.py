@@ -91,7 +91,7 @@ def _shape(x: Tensor, weight: Tensor, n: int, m: int, panel: int) -> Shape | Non
 
 @functools.cache
 def _halves(isa: str) -> bool:
-    """Whether panels of multiples of 16 rows are multiplied in bfloat16."""
+    """Whether the product runs in bfloat16: panels of multiples of 16 rows do."""
     return bool(isa) and cpu_steps.halves(Shape(LANES, LANES, 1, LANES, LANES))
 
 

@@ -21,7 +21,7 @@ _KNOWN: dict[tuple[object, ...], tuple[float, float]] = {}
 def seconds(
     x: Tensor, weight: Tensor, kept: Tensor | None, n: int, m: int, panel: int
 ) -> tuple[float, float]:
-    """Seconds of a dense forward and backward pass, and of one on kept places.
+    """The seconds of a dense forward and backward pass, and of one on kept places.
 
     Layers of one shape and pattern, with as many tokens and threads, are measured once.
 
@@ -64,7 +64,7 @@ def _time(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> floa
     given = x.detach().requires_grad_(x.requires_grad), w.detach().requires_grad_()
     asked = [t for t in given if t.requires_grad]
     began, end = time.perf_counter(), None
-    if x.is_cuda:  # the device's time; otherwise the host does not wait for it
+    if x.is_cuda:  # time on the device; otherwise the host does not wait for it
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
     with torch.enable_grad():

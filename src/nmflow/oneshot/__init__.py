@@ -1,4 +1,4 @@
-"""Pruning in one shot, for whoever cannot train: by magnitude, by activations, with an update."""
+"""Pruning in one shot, without training: by magnitude, by activations, or with an update."""
 
 from nmflow.oneshot.prune import METHODS, Pruned, PrunedWeight, prune
 from nmflow.oneshot.sparsegpt import sparsegpt

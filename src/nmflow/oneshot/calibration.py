@@ -1,4 +1,4 @@
-"""Calibration batches through a network, layer by layer: what reaches the weights of each layer."""
+"""Run calibration batches through a network layer by layer, and collect its weights' inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOTHING = contextlib.nullcontext()
 _BLOCK = re.compile(r"(?:.*?\.)??\d+(?=\.)")
 
 Inputs = dict[tuple[str, int, int, int], Tensor]
-"""Sums over tokens by parameter, matrix, first row and last: of squares, or a Gram matrix."""
+"""Sums over tokens (of squares, or a Gram matrix) by parameter, matrix, first and last row."""
 
 
 class Calibration:
@@ -29,9 +29,9 @@ class Calibration:
 
     Args:
         model: the network, run in evaluation mode and without gradients.
-        batches: keyword arguments, positional ones, or a tensor each; gone through once a layer.
+        batches: each has keyword arguments, positional ones, or a tensor; read once per layer.
         targets: the weights.
-        whole: whether Gram matrices are wanted, not only the sums of squares on their diagonal.
+        whole: collect whole Gram matrices, not only the sums of squares on their diagonal.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Calibration:
         self._finished: Finished | None = Finished(model)
 
     def layers(self) -> Iterator[tuple[list[Target], Inputs]]:
-        """Each layer's targets in the order of the forward pass, with what reaches them now.
+        """Each layer's targets in the order of the forward pass, with their inputs as they are now.
 
-        A layer is a block that repeats, such as `layers.3`. Whoever iterates prunes its weights
-        before the next one is asked for. Each costs a forward pass that ends after it, in which
-        blocks that are done give what they gave before.
+        A layer is a block that repeats, such as `layers.3`. The caller prunes its weights before it
+        asks for the next one. Each layer costs a forward pass that ends after it, in which finished
+        blocks repeat their outputs.
         """
         order: list[str] = []
         first = next(iter(self.batches), None)
@@ -73,7 +73,7 @@ class Calibration:
 
     def _inputs(self, targets: list[Target], later: set[str], done: list[str]) -> Inputs:
         if self._finished is not None:
-            # Whatever the reason is, a pass that computes everything says it again.
+            # Whatever the reason is, a pass that computes everything raises it again.
             with contextlib.suppress(Exception):
                 if len(done) == 2:
                     self._check(self._finished, targets, later, done)
@@ -86,7 +86,7 @@ class Calibration:
     def _check(
         self, finished: Finished, targets: list[Target], later: set[str], done: list[str]
     ) -> None:
-        """Raise `Unlike` where blocks act on what comes by more than what they give."""
+        """Raise `Unlike` if blocks influence later ones by more than their outputs."""
         first = list(itertools.islice(self.batches, 1))
         found = self._pass(first, targets, later, done)
         finished.forget_pass()
@@ -151,10 +151,10 @@ class Calibration:
 
 
 def of(target: Target, matrix: int, inputs: Inputs) -> Tensor:
-    """What reaches one matrix of a target.
+    """The collected inputs of one matrix of a target.
 
     Raises:
-        WeightError: nothing does, or different inputs reach its rows.
+        WeightError: it has none, or its rows have different ones.
     """
     start, stop = target.rows or (0, target.shape[target.out_dim])
     mine = {k[2:]: v for k, v in inputs.items() if k[:2] == (target.name, matrix)}
@@ -175,7 +175,7 @@ def of(target: Target, matrix: int, inputs: Inputs) -> Tensor:
 
 
 def _block(name: str) -> str:
-    """The path down to its first number: `bert.encoder.layer.3`; the name where it has none."""
+    """The path up to its first number: `bert.encoder.layer.3`; the whole name if it has none."""
     found = _BLOCK.match(name)
     return found[0] if found else name
 
@@ -197,6 +197,6 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 def _counting(batch: Any) -> Tensor | None:
-    """Which tokens are no padding, where the batch says so."""
+    """Which tokens are not padding, if the batch says so."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.flatten() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None

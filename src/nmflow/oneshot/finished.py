@@ -1,6 +1,6 @@
-"""Blocks that are pruned give what they gave before, so that calibration computes each one twice.
+"""Pruned blocks repeat their recorded outputs, so that calibration computes each one twice.
 
-Without it, a pass over the batches for each of L blocks would compute L² / 2 of them.
+Otherwise, a pass over the batches for each of L blocks would compute L² / 2 of them.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 MOST = 1 << 30
-"""Bytes of outputs that are kept, beside those of the block that was finished last."""
+"""Bytes of outputs to keep, beside those of the last finished block."""
 
 Outputs = list[list[Any]]
-"""By batch, and by call within it."""
+"""By batch, and by call within the batch."""
 
 
 class Unlike(Exception):
-    """What a block gave before cannot stand for it: another batch, other calls, or no data."""
+    """The recorded outputs of a block do not fit: another batch, other calls, or no data."""
 
 
 class Finished:
-    """What finished blocks gave to each batch.
+    """The outputs of finished blocks for each batch.
 
-    Outputs of early blocks, for which there is no room, become tensors without data (`meta`).
-    Nothing with data can be computed from them. So where a network reads an early block again (a
-    decoder its encoder, a U-net its other side), what reaches the weights has no data either, which
-    is seen.
+    Outputs of early blocks, for which there is no room, become tensors without data (`meta`). If a
+    network reads an early block again (a decoder its encoder, a U-net its other side), the inputs
+    of its weights have no data either, so this is noticed.
 
     Args:
         model: the network.
@@ -46,7 +45,7 @@ class Finished:
 
     @contextlib.contextmanager
     def around(self, blocks: Sequence[str], index: int, batch: Any) -> Iterator[None]:
-        """Have finished blocks give one batch what they gave, and those that are new be watched."""
+        """For one batch, repeat the outputs of finished blocks and record those of new ones."""
         self._check(index, batch)
         with contextlib.ExitStack() as stack:
             for name in blocks:
@@ -63,7 +62,7 @@ class Finished:
             yield
 
     def end_pass(self) -> None:
-        """What new blocks gave to all batches is known now, and early ones may lose their data."""
+        """End a pass: new blocks are recorded now, and early ones may lose their data."""
         self._given |= self._new
         self._new = {}
         sizes = {name: _bytes(outputs) for name, outputs in self._given.items()}
@@ -74,7 +73,7 @@ class Finished:
                 self._given[name] = _without_data(self._given[name])
 
     def forget_pass(self) -> None:
-        """As if the pass had not been."""
+        """Forget what the pass recorded."""
         self._new = {}
 
     def _check(self, index: int, batch: Any) -> None:
@@ -121,7 +120,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _copied(tree: Any) -> Any:
-    """What a network may write into without harm."""
+    """A copy that a network may write into."""
     return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)
 
 

@@ -1,4 +1,4 @@
-"""`prune`: a network to N:M without training."""
+"""`prune`: make a network N:M without training."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 
 @dataclass(frozen=True)
 class PrunedWeight:
-    """One weight.
+    """One pruned weight.
 
     Attributes:
-        label: its name, with the rows where only some were pruned.
+        label: its name, with the rows if it is not all of them.
         pattern: N:M.
-        kept: the share of ‖W‖² that the weights which stay had before.
+        kept: the share of ‖W‖² in the kept weights, before any update.
         norm: ‖W̃‖² as a share of ‖W‖²; SparseGPT's update makes it differ from `kept`.
     """
 
@@ -47,7 +47,7 @@ class Pruned(list[PrunedWeight]):
     """The weights that were pruned; as `str`, a table.
 
     Attributes:
-        plan: their targets, and why not the other weights.
+        plan: their targets, and the reasons for the other weights.
     """
 
     def __init__(self, weights: Iterable[PrunedWeight] = (), plan: Plan | None = None) -> None:
@@ -84,22 +84,23 @@ def prune(
       `nmflow.oneshot.sparsegpt`.
 
     The last two read calibration batches and go layer by layer: each layer (such as `layers.3`) is
-    pruned by the inputs that it gets from the pruned layers before it. That takes two forward
-    passes over the batches in all, where layers read nothing but what the layer before gave and the
-    batches are the same each time; else one for each layer, which ends after it. It takes memory
-    for what a layer gives to all batches, and up to 1 GiB for earlier ones; for a layer's weights
-    at a time 4 bytes an input (`wanda`) or 4 · in² bytes a matrix (`sparsegpt`); and for a copy of
-    the weights, so that an error leaves the network as it was. Weights of `nn.Linear`, `Conv1D` and
-    stacks of experts are found where torch multiplies them; of others, such as convolutions, an
-    error says why not. Tokens whose `attention_mask` is 0 do not count.
+    pruned by the inputs that it gets from the pruned layers before it. If layers read only the
+    outputs of the layer before, and the batches are the same each time, this takes two forward
+    passes over the batches in all. Otherwise, it takes one for each layer, which ends after it.
+
+    Memory holds a layer's outputs for all batches, and up to 1 GiB of earlier ones; 4 bytes per
+    input (`wanda`) or 4 · in² bytes per matrix (`sparsegpt`) of one layer; and a copy of the
+    weights, so that an error leaves the network as it was. Weights of `nn.Linear`, `Conv1D`
+    and stacks of experts are found where torch multiplies them. For others, such as convolutions,
+    an error gives the reason. Tokens whose `attention_mask` is 0 do not count.
 
     Frozen weights are pruned too. To train on with the masks held, attach `OneShot(dense=0)`
     afterwards. Training, if you can, is far better at N:M: see the
     [comparison](../howto/pretrained.md).
 
     Args:
-        model: the network. For `"wanda"` and `"sparsegpt"` it is whole and on one device, where
-            the batches are, too.
+        model: the network. For `"wanda"` and `"sparsegpt"` it is not sharded, and on the device of
+            the batches.
         pattern: a pattern, or patterns by glob or preset, as for `nmflow.plan`.
         include: presets or globs of the weights, see `nmflow.plan`.
         exclude: presets or globs to leave out.
@@ -111,17 +112,18 @@ def prune(
         block: of SparseGPT.
 
     Returns:
-        What was pruned, with the share of its norm that was kept; its `plan` says why not the rest.
+        The pruned weights, each with the share of its norm that was kept; `plan` says why the
+        others were left out.
 
     Warns:
         NMFlowWarning: as `nmflow.plan`.
 
     Raises:
         PlanError: an unknown method; nothing to prune.
-        WeightError: no calibration where one is needed, or one where none is; a weight that saw no
-            input; values that are not finite. The network is then as it was.
-        FlowError: a weight under a recipe; one that is sharded, where inputs are read; a shard
-            that cuts a group.
+        WeightError: calibration is missing, or given for `"magnitude"`; a weight got no input;
+            values are not finite. The network is then as it was.
+        FlowError: a weight is under a recipe; it is sharded, and the method reads inputs; a shard
+            cuts a group.
 
     Example:
         >>> import torch
@@ -199,7 +201,7 @@ def _check(target: Target, param: Tensor, method: str) -> None:
 
 @torch.no_grad()
 def _norm(target: Target, param: Tensor) -> float:
-    """‖W‖² of the rows that are pruned, over all shards; a tiny number instead of 0."""
+    """‖W‖² of the pruned rows over all shards, or a tiny number instead of 0."""
     part = region(param, target, target.pattern.m)
     squares = part.of(local(param)).double().square().sum()
     return float(summed(squares, param).clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,4 +1,4 @@
-"""SparseGPT: prune a matrix and let the weights that stay make up for it; a pure function."""
+"""SparseGPT: prune a matrix and update the kept weights to compensate; a pure function."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def sparsegpt(
     always 0 become 0.
 
     Args:
-        w: the weight, `(out, in)`, float; read only.
+        w: the weight, `(out, in)`, float; not changed.
         gram: `X Xᵀ` over the calibration tokens, `(in, in)`.
         pattern: `"N:M"` or `"N:M@V"`.
         damping: as a share of the mean of the diagonal, above 0.
-        block: columns after which updates reach the rest of the matrix; a matter of speed alone.
-            It is rounded up to whole groups.
+        block: columns after which updates reach the rest of the matrix, rounded up to whole groups.
+            It changes the speed only.
 
     Returns:
-        The pruned weight, in float32, or float64 where `w` is; it holds the pattern exactly.
+        The pruned weight in float32, or in float64 if `w` is. It holds the pattern exactly.
 
     Raises:
         WeightError: shapes that do not fit, a NaN or an infinity, or a Gram matrix that cannot be

@@ -1,8 +1,8 @@
-"""What multiplies a weight while a network runs: inputs of products, caught where torch multiplies.
+"""The inputs of a weight while a network runs, caught in torch's matrix products.
 
-No module has to be known: a dispatch mode sees every `mm`, `addmm`, `bmm` and `baddbmm`, and every
-grouped product of experts. By the storage of an operand, it tells which parameter that is a view
-of, which matrix of a stack, which rows.
+It needs no knowledge of modules. A dispatch mode sees every `mm`, `addmm`, `bmm` and `baddbmm`, and
+every grouped product of experts. The storage of an operand tells the parameter, the matrix of a
+stack, and the rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nmflow.errors import WeightError
 from nmflow.select.target import Target
 
 _aten = torch.ops.aten
-# The place of the first of two factors among the arguments.
+# The place of the first factor among the arguments.
 _PRODUCTS: dict[Any, int] = {
     _aten.mm.default: 0,
     _aten.addmm.default: 1,
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
     Attributes:
         name: the parameter.
-        matrix: which matrix of a stack; 0 of a plain weight.
+        matrix: the number of the matrix in a stack; 0 for a plain weight.
         start, stop: its output rows.
         inputs: `(tokens, in)`.
     """
@@ -49,11 +49,11 @@ class Seen(NamedTuple):
 
 
 class Done(Exception):
-    """Raised by a receiver to end a forward pass."""
+    """A receiver raises this to end a forward pass."""
 
 
 class Watch(TorchDispatchMode):
-    """Tell `receive` of every product with one of the targets' weights, before it is computed."""
+    """Call `receive` before each product with a target's weight."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Watch(TorchDispatchMode):
         if at is not None:
             left, right = args[at], args[at + 1]
             ends = (*args[2:3], kwargs.get("offs"))[0] if grouped else None
-            # Inputs on the left, as nn.Linear has them; or on the right, as columns.
+            # Inputs are on the left, as in nn.Linear, or on the right, as columns.
             for factor, inputs in ((right, left), (left, right.mT)):
                 name = self._by_storage.get(factor.untyped_storage().data_ptr())
                 if name is not None:
@@ -85,7 +85,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _tell(self, name: str, factor: Tensor, inputs: Any) -> None:
-        """`factor` is `(in, out)`, with a leading axis where there are several `inputs`."""
+        """Pass a product on; `factor` is `(in, out)`, with a leading axis if there are several `inputs`."""
         target, param = self.targets[name], self.params[name]
         if factor.ndim == 3:
             for one, x in zip(factor, inputs, strict=True):

@@ -1,4 +1,4 @@
-"""Hidden units in an order that N:M masks keep more of; the network's function stays as it is."""
+"""Reorder hidden units so that N:M masks keep more, without a change of the network's function."""
 
 from nmflow.permute.apply import Permuted, PermutedBlock, permute_hidden
 

@@ -1,4 +1,4 @@
-"""`permute_hidden`: find feed-forward blocks, order their hidden units, and prove it harmless."""
+"""`permute_hidden`: reorder the hidden units of feed-forward blocks, and check the outputs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from nmflow.select.target import Target
 from nmflow.text_table import table
 
 _NEAR = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-9}
-"""How far an output may be off, of its largest value, for sums in another order; else 1e-4."""
+"""The tolerance of outputs, relative to the largest, since sums are in another order; else 1e-4."""
 
 
 @dataclass(frozen=True)
 class PermutedBlock:
-    """One block whose hidden units were put into an order.
+    """One block whose hidden units were reordered.
 
     Attributes:
-        name: the part of the network.
-        units: its hidden units.
-        order: unit `order[i]` came to place i.
+        name: its part of the network.
+        units: the number of its hidden units.
+        order: unit `order[i]` moved to place i.
         up: the share of Σ|W| that the masks of the matrices into the units keep, before and after.
-        down: the same of the matrix out of them.
+        down: the same for the matrix out of them.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Permuted(list[PermutedBlock]):
     """The blocks that were permuted; as `str`, a table that also says what was left out.
 
     Attributes:
-        left_out: (name, reason) of what was not.
+        left_out: (name, reason) of each that was not.
     """
 
     def __init__(
@@ -81,28 +81,28 @@ def permute_hidden(
     rounds: int = 40,
     seed: int = 0,
 ) -> Permuted:
-    r"""Order the hidden units of feed-forward blocks, so that N:M masks keep more of the weights.
+    r"""Reorder the hidden units of feed-forward blocks, so that N:M masks keep more of the weights.
 
     The units between two matrices may stand in any order: with a permutation P,
     `W₂·act(W₁·x + b₁) = (W₂·Pᵀ)·act(P·W₁·x + P·b₁)`. The order decides which inputs of W₂ share a
-    group of M, and, with panels, which rows of W₁ share what they keep. Works in place, once:
-    before training, or in the dense phase of a run. Gate and up projections go together.
+    group of M and, with panels, which rows of W₁ share their kept columns. Call it once, before
+    training or in the dense phase of a run; it works in place. Gate and up projections move
+    together.
 
-    The network runs on `example_inputs` before and after. A block that changes its outputs, such as
-    one with a norm over its hidden units, is put back and left out.
+    The network runs on `example_inputs` before and after. If a new order of a block changes the
+    outputs, as with a norm over its hidden units, the block is restored and left out.
 
     Args:
-        model: the network; run in eval mode, and put back into its own.
+        model: the network. It runs in evaluation mode, and its own mode is restored.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of named
             ones.
         pattern: as for `attach`: the patterns that the order is for.
         include: presets or globs of the weights, see `plan`.
         exclude: presets or globs to leave out.
-        optimizer: the optimizers of a run that has begun: what they keep of each weight is permuted
-            with it.
-        flow: the flow on the model, in its dense phase; its optimizers need not be named.
-        rounds: how long groups are improved, see `orders.order_for_groups`.
-        seed: of what is tried.
+        optimizer: the optimizers of a run that has begun; their states are permuted too.
+        flow: the flow on the model, in its dense phase. You need not pass its optimizers.
+        rounds: rounds of improvement, see `orders.order_for_groups`.
+        seed: the seed of the search.
 
     Returns:
         The blocks, with the share of Σ|W| that a magnitude mask keeps, before and after.
@@ -110,7 +110,7 @@ def permute_hidden(
     Raises:
         PlanError: there is no such block.
         FlowError: a weight is under a flow that was not given or is past its dense phase, is
-            sharded, or has a state in the optimizer that has not its shape. Nothing is changed.
+            sharded, or has an optimizer state of another shape. Nothing is changed.
 
     Example:
         >>> import torch
@@ -157,7 +157,7 @@ def _one_by_one(
     done: list[tuple[HiddenBlock, PermutedBlock, list[tuple[Axis, Tensor]]]],
     left_out: list[tuple[str, str]],
 ) -> Permuted:
-    """Put all back, and permute again what alone leaves the outputs as they were."""
+    """Restore all blocks, and permute again those that leave the outputs as they were."""
     for block, made, state in done:
         permute_(block, made.order.argsort(), state)
     kept = Permuted(left_out=left_out)
@@ -191,7 +191,7 @@ def _order(block: HiddenBlock, rounds: int, seed: int) -> Tensor:
     same = [t for t in block.ups if t.pattern == wide]
     order = order_for_panels(torch.cat([m for t in same for m in _halves(block, t)], 1), wide)
     order = order.to(down.device)
-    # Inside a panel, units may trade places for the sake of the groups of the second matrix.
+    # Inside a panel, units may trade places to improve the groups of the second matrix.
     if wide.panel % (2 * pattern.m) == 0 and units % wide.panel == 0:
         inner = order_for_groups(
             down[:, order], pattern, rounds=rounds, seed=seed, within=wide.panel
@@ -201,7 +201,7 @@ def _order(block: HiddenBlock, rounds: int, seed: int) -> Tensor:
 
 
 def _shares(block: HiddenBlock) -> tuple[float, float]:
-    """What the masks keep of the matrices into the units, on average, and of the one out."""
+    """The shares that masks keep: of the matrices into the units on average, and of the one out."""
     ups = [kept_share(_matrix(block, t), t.pattern) for t in block.ups]
     return sum(ups) / len(ups), kept_share(_matrix(block, block.down), block.down.pattern)
 
@@ -213,14 +213,14 @@ def _matrix(block: HiddenBlock, target: Target) -> Tensor:
 
 
 def _halves(block: HiddenBlock, target: Target) -> Sequence[Tensor]:
-    """The matrices of a target that each write all units: two of a fused gate and up projection."""
+    """The matrices of a target that write all units; a fused gate and up projection has two."""
     return _matrix(block, target).split(block.units)
 
 
 def _states(
     block: HiddenBlock, optimizers: Sequence[Optimizer], flow: Flow | None
 ) -> list[tuple[Axis, Tensor]]:
-    """What optimizers keep of a block's parameters, an axis and a tensor each."""
+    """The optimizer states of a block's parameters, as pairs of axis and tensor."""
     found = []
     for axis in block.axes:
         if sharded(axis.param):

@@ -19,7 +19,7 @@ class Axis:
         name: the parameter's name.
         param: the parameter.
         dim: the axis.
-        times: how often the units come one after the other: 2 in a fused gate and up projection.
+        times: how often the units repeat along the axis: 2 in a fused gate and up projection.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class HiddenBlock:
-    """Hidden units between matrices, which any order of them leaves a function the same.
+    """Hidden units between matrices; their order does not change the function.
 
     Attributes:
-        name: the part of the network that they lie in.
-        units: how many.
+        name: their part of the network.
+        units: their number.
         ups: the matrices that write them, with the pattern of each.
         down: the matrix that reads them.
-        axes: every axis of every parameter that counts them, biases too.
+        axes: every axis along which a parameter has them, biases too.
     """
 
     name: str
@@ -57,7 +57,7 @@ def find_blocks(
         targets: its feed-forward weights, in the model's order.
 
     Returns:
-        The blocks, and (name, reason) of what is in none.
+        The blocks, and (name, reason) of each target in none.
     """
     blocks, left_out = [], []
     open_ups: list[Target] = []
@@ -86,7 +86,7 @@ def find_blocks(
 
 
 def permute_(block: HiddenBlock, order: Tensor, states: Sequence[tuple[Axis, Tensor]] = ()) -> None:
-    """Put the hidden units of a block into an order, in place, with tensors shaped alike."""
+    """Reorder the hidden units of a block in place, and those of tensors with the same axes."""
     for axis in block.axes:
         _reorder(axis.param.data, axis, order)
     for axis, tensor in states:

@@ -1,7 +1,7 @@
 """Orders of hidden units that let an N:M mask keep more: pure functions of tensors.
 
-An order is a tensor of indices: unit `order[i]` comes to place i. What a mask keeps is measured as
-the sum of the |w| that it keeps.
+An order is a tensor of indices: unit `order[i]` moves to place i. A mask is measured by the sum of
+the |w| that it keeps.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ def order_for_groups(
 ) -> Tensor:
     r"""An order of the columns of `w`, so that large weights of a row fall into different groups.
 
-    Starts from the order that there is. In each round the groups of M columns are paired at random,
-    and each pair trades the two columns that raise what the mask keeps the most, if any do. So no
-    round lowers it.
+    It starts from the present order. Each round pairs the groups of M columns at random, and each
+    pair trades the two columns that raise the kept sum the most, if any do. So no round lowers it.
 
     Args:
-        w: `(out, in)`, groups along `in`. Read only.
+        w: `(out, in)`, groups along `in`; not changed.
         pattern: N:M; with a panel, the |w| of its rows are summed first.
-        rounds: how many rounds.
-        seed: of the pairs.
-        within: trade columns only within runs of so many, a multiple of 2M; 0 is anywhere.
+        rounds: the number of rounds.
+        seed: the seed of the pairs.
+        within: trade columns only within runs of this many, a multiple of 2M; 0 has no limit.
 
     Returns:
         int64, `(in,)`.
@@ -59,7 +58,7 @@ def order_for_groups(
             a, b = sizes[order[places]].movedim(-2, -1)  # (pairs, rows, M) each
             now = _now(a, n) + _now(b, n)
             gains = _after(a, b, n) + _after(b, a, n).mT - now
-            # What rounding makes of a sum is no gain.
+            # A gain within rounding does not count.
             _trade(order, places, (gains - 1e-6 * now).cpu())
     return order
 
@@ -102,14 +101,14 @@ def _panel_sums(sizes: Tensor, panel: int) -> Tensor:
 
 
 def _at_once(rows: int, m: int) -> int:
-    """Pairs of groups whose trades are weighed at once: what is made of them stays small."""
+    """Pairs of groups whose trades are computed at once, so that the tensors stay small."""
     return max(1, (1 << 22) // (rows * m * m))
 
 
 def _pairs(
     count: int, within: int, parts: int, draw: torch.Generator
 ) -> list[tuple[Tensor, Tensor]]:
-    """Random pairs of groups; where only groups of one run of `within` may trade, of one run."""
+    """Random pairs of groups; under `within`, both are of one run."""
     if not within:
         mixed = torch.randperm(count, generator=draw)
         half = count // 2
@@ -129,24 +128,24 @@ def _places(groups: Tensor, m: int) -> Tensor:
 
 
 def _now(a: Tensor, n: int) -> Tensor:
-    """What a group keeps, over all rows: `(pairs, 1, 1)`."""
+    """The sum that a pair of groups keeps, over all rows: `(pairs, 1, 1)`."""
     return a.topk(n, -1).values.sum((-2, -1)).reshape(-1, 1, 1)
 
 
 def _after(a: Tensor, b: Tensor, n: int) -> Tensor:
-    """What group a keeps when its column i is traded for column j of b: `(pairs, i, j)`."""
+    """The sum that group a keeps once its column i is traded for column j of b: `(pairs, i, j)`."""
     top = a.topk(n + 1, -1).values
     last, next_one = top[..., n - 1 : n], top[..., n:]
     inside = a >= last
     base = top[..., :n].sum(-1, keepdim=True) - torch.where(inside, a - next_one, 0.0)
-    # What the N-th largest is without column i; base counts N columns, so j replaces that one.
+    # The N-th largest without column i; base counts N columns, so j replaces that one.
     edge = torch.where(inside, next_one, last)
     gained = (b.unsqueeze(-2) - edge.unsqueeze(-1)).clamp_(min=0.0)
     return base.sum(-2).unsqueeze(-1) + gained.sum(-3)
 
 
 def _trade(order: Tensor, places: Tensor, gains: Tensor) -> None:
-    """In each pair, trade the columns of the largest gain, where it is one."""
+    """In each pair, trade the columns with the largest gain, if it is above 0."""
     m = gains.shape[-1]
     gain, best = gains.flatten(1).max(1)
     pairs = torch.arange(len(best))[gain > 0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Rows of the heads are interleaved: by the name (GPT-NeoX, Bloom, Falcon, Persimmon), or by the
-# class of the owner, where the name alone misleads.
+# The rows of q, k and v are interleaved head by head. The name says so (GPT-NeoX, Bloom, Falcon,
+# Persimmon), or the class of the owner, if the name alone misleads.
 _INTERLEAVED = {"query_key_value"}
 _LATENT = {"kv_a_proj_with_mqa", "kv_b_proj"}  # DeepSeek's: a latent; keys and values by head
 _INTERLEAVED_OWNERS = ("CodeGen", "GPTBigCode", "MiniMax")
@@ -21,15 +21,15 @@ def cut(
 
     Fused projections are cut into q, k and v where their rows lie one after the other: thirds
     (`out == 3 * in`, or `out == 2 * in` for key and value), or by the number of heads where the
-    owner tells it. Interleaved ones stay whole.
+    owner has it. Interleaved projections stay whole.
 
     Args:
         path: as in `role_of`.
-        role: what `role_of` said.
+        role: the role from `role_of`.
         out: number of output rows.
         length: number of inputs.
         owner: class name of the module that owns the projection, for families that interleave.
-        heads: heads of queries, heads of keys and the size of one, as the owner says; 0 if not.
+        heads: the owner's query heads, key heads and size of a head; 0 if unknown.
     """
     last = path.split(".")[-1]
     mixed = last in _INTERLEAVED or owner.startswith(_INTERLEAVED_OWNERS)

@@ -1,4 +1,4 @@
-"""Which weights are an output head, or a stem, where their names do not say it."""
+"""Find output heads and stems that names do not give away."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nmflow.select.roles import clean
 
 
 def told_heads(model: nn.Module) -> set[int]:
-    """The ids of parameters that a model of transformers names as its output embeddings."""
+    """The ids of the parameters that a transformers model returns as its output embeddings."""
     found = set()
     for module in model.modules():
         ask = getattr(module, "get_output_embeddings", None)
@@ -32,16 +32,17 @@ def told_heads(model: nn.Module) -> set[int]:
 def with_head(
     layers: list[Layer], linear: Sequence[bool], attention: bool, found: bool
 ) -> list[Layer]:
-    """Call the last `nn.Linear` the head, where no weight is one and nothing speaks against it.
+    """Call the last `nn.Linear` the head if no weight is one and nothing speaks against it.
 
-    Against it speak a role by its name, a place in a block that repeats, and a token embedding as
-    wide as what it writes: then it writes into the residual stream, and the head is tied.
+    Three things speak against it: its name gives it a role; it lies in a block that repeats; or a
+    token embedding is as wide as its output, so it writes into the residual stream and the head is
+    tied to the embedding.
 
     Args:
         layers: the weights, in the order of the model.
         linear: which of them belong to an `nn.Linear`.
         attention: whether there is attention in the model.
-        found: whether a head was found already.
+        found: whether a head is known already.
     """
     usable = [i for i, layer in enumerate(layers) if not layer.why_not]
     if found or any(part.role == "head" for i in usable for part in layers[i].parts):
@@ -63,5 +64,5 @@ def with_head(
 
 
 def _place(name: str) -> str:
-    """A name without the numbers of its blocks; in a plain sequence of layers they stay."""
+    """A name without its block numbers, which a plain sequence of layers keeps."""
     return re.sub(r"(?<![^.])\d+(?=\.\w+\.)", "*", clean(name))

@@ -22,7 +22,7 @@ class Layer:
 
     Attributes:
         name: the parameter's name.
-        shape: its shape; of a sharded one, the global shape.
+        shape: its shape; the global shape if it is sharded.
         dim: the axis along which its groups run.
         parts: its output rows by role.
         paths: every text that a glob may match: names and module paths.
@@ -32,7 +32,7 @@ class Layer:
         stacked: whether axis 0 counts matrices, as for `Target`.
         unit: as for `Target`.
         is_matrix: whether it multiplies like a matrix, so that a preset which leaves it out says
-            so: not a table, and not one input channel an output.
+            so. Tables, and convolutions with one input channel per output, do not.
     """
 
     name: str

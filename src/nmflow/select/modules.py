@@ -1,4 +1,4 @@
-"""What a caller gives: is it a network, and does the network take a batch."""
+"""Checks of arguments: is a model a network, and does its `forward` take a batch?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nmflow.errors import NMFlowError
 
 
 def check_model(model: object, error: type[NMFlowError], name: str = "model") -> None:
-    """Raise `error` unless a thing is a network.
+    """Raise `error` unless `model` is a network.
 
     Example:
         >>> from nmflow.errors import PlanError
@@ -48,5 +48,5 @@ def check_batch(
         raise error(
             f"a batch does not fit the forward of {type(model).__name__} ({told}): {mend}"
         ) from None
-    except ValueError:  # a builtin, which does not tell what it takes
+    except ValueError:  # a builtin without a signature
         return

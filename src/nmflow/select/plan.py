@@ -38,7 +38,7 @@ def plan(
     remainder: str = "auto",
     recipe: str | Recipe | None = None,
 ) -> Plan:
-    """Choose the weights of a model that are cut into groups, and say why each other is not.
+    """Choose the weights of a model that are cut into groups, and say why the others are not.
 
     Nothing is changed: a plan is a pure list.
 
@@ -63,9 +63,9 @@ def plan(
 
     Returns:
         A `Plan`, a list of `Target`. Frozen parameters, dtypes that are not floating point and
-        layers that nmflow does not know are in `left_out`, also when a glob names them. Where no
-        module is an output head by name, the last `nn.Linear` is it, unless its name says that it
-        is part of a block. Experts that one parameter holds are one target, with groups and
+        layers that nmflow does not know are in `left_out`, also when a glob names them. If no
+        module is an output head by name, the last `nn.Linear` is the head, unless its name says
+        that it is part of a block. Experts that one parameter holds are one target, with groups and
         panels in each expert.
 
     Warns:
@@ -109,7 +109,7 @@ def choose(
     exclude: Names = (),
     remainder: str = "auto",
 ) -> Plan:
-    """`plan` on layers that are already listed, each with the reason why it cannot be taken."""
+    """`plan` for layers that are already listed, each with the reason why it cannot be taken."""
     if remainder not in ("auto", "error", "skip"):
         raise PlanError(f"remainder is {remainder!r}: choose 'auto', 'error' or 'skip'")
     narrow = _names("include", include)
@@ -175,7 +175,7 @@ def _decide(
     limits: dict[str, bool],
     exclude: list[str],
 ) -> tuple[Pattern | str, Rule | None]:
-    """The pattern of one part of a weight and the rule that gives it, or why it has none."""
+    """The pattern of one part of a weight and the rule behind it, or the reason why it has none."""
     hits = [rule for rule in rules if matches(rule.key, layer, part)]
     keys = ", ".join(repr(rule.key) for rule in rules)
     if not hits:
@@ -225,7 +225,7 @@ def _names(argument: str, given: Names) -> list[str]:
 
 
 def _check(rules: list[Rule], limits: dict[str, bool], layers: Sequence[tuple[Layer, str]]) -> None:
-    """Raise if a key took nothing: a misspelt glob must not pass in silence."""
+    """Raise if a key took nothing, so that a misspelt glob is noticed."""
     for rule in rules:
         wanted = {n: why for n, why in rule.missed.items() if not why.startswith(_EXCLUDED)}
         if rule.took == 0 and wanted and set(wanted.values()) == {FROZEN}:

@@ -1,4 +1,4 @@
-"""Presets are sets of roles; and why `"all"` passes some roles by."""
+"""Presets as sets of roles, and the reasons why `"all"` leaves some roles out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRESETS: dict[str, frozenset[str]] = {
     "all": _ATTENTION | {"ff", "mixer", "other"},
 }
 
-# Why the preset "all" passes a role by.
+# Why the preset "all" leaves a role out.
 NOT_IN_ALL = {
     "head": "an output head: only a glob takes it",
     "embedding": "an embedding: only a glob takes it",

@@ -57,7 +57,7 @@ PROJECTIONS = {"q": Q, "k": K, "v": V, "qkv": QKV, "kv": KV, "o": OUT}
 OUT_IN_ATTENTION = {"o", "out_proj", "proj", "c_proj", "dense", "wo", "Wo", "w_o", "fc", "out",
                    "linear_out", "projection", "output", "proj_out", "o_net", "output_proj",
                    "output_projection", "o_a_proj", "o_b_proj"}  # fmt: skip
-# Inside attention these words tell, however a name goes on: `q_content_proj`, `projection_key`.
+# Inside attention these words decide, such as in `q_content_proj` and `projection_key`.
 WORDS = (
     ("qkv", {"qkv", "wqkv"}), ("kv", {"kv", "wkv"}), ("q", {"q", "query", "queries", "wq"}),
     ("k", {"k", "key", "keys", "wk"}), ("v", {"v", "value", "values", "wv"}),

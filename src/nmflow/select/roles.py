@@ -1,4 +1,4 @@
-"""What a weight does in a network, told from names and shapes by pure functions.
+"""What a weight does in a network, from names and shapes: pure functions.
 
 Roles are `"q"`, `"k"`, `"v"`, `"o"` (attention's projections), `"qkv"` and `"kv"` (fused ones),
 `"attn"` (what else attention multiplies with), `"ff"` (the matrices of a feed-forward block, also
@@ -18,7 +18,7 @@ _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wra
 
 
 def clean(name: str) -> str:
-    """The name without what wrappers (compile, checkpointing, DDP) put into it."""
+    """The name without the prefixes of wrappers (compile, checkpointing, DDP)."""
     name = _WRAPPERS.sub(r"\1", "." + name).replace("..", ".").strip(".")
     return name.removeprefix("module.")
 
@@ -37,10 +37,10 @@ def role_of(
             weights, a parameter's: `"layers.0.self_attn.in_proj_weight"`.
         shape: (out, in, …) of the weight: a convolution called `fc1` is no feed-forward matrix
             unless it sits in a module that says so, and a `gate` that narrows is a router.
-        beside: what `owners` says of the module around it.
-        kinds: class names of the modules around it, the nearest first; they are asked where names
-            do not tell.
-        experts: how many experts there are, where a module around it says so.
+        beside: the result of `owners` for the module around it.
+        kinds: class names of the modules around it, the nearest first; they decide where names
+            do not.
+        experts: the number of experts, if a module around it has one.
 
     Example:
         >>> role_of("layer.0.attention.output.dense"), role_of("layer.0.output.dense")
@@ -66,7 +66,7 @@ def role_of(
         return "ff"
     if beside == "mixer" or around == "linear":
         return "mixer"
-    if around == "mixer" and not attention:  # NemotronH calls all of its blocks so
+    if around == "mixer" and not attention:  # NemotronH uses this name for all of its blocks
         return "ff" if _by_kind(kinds[:2]) == "ff" else "mixer"
     if around in NOT_IN_ALL and not attention:
         return around
@@ -115,7 +115,7 @@ def _routes(named: list[str], shape: Sequence[int], kinds: Sequence[str], expert
 
 
 def _outside(part: str) -> str:
-    """What a name says of weights that no preset prunes, or nothing."""
+    """The role of a weight that no preset prunes, by its name, or ""."""
     if _projection(part):
         return ""
     if names.POSITION.fullmatch(part):
@@ -128,7 +128,7 @@ def _outside(part: str) -> str:
 
 
 def _around(ancestors: list[str]) -> str:
-    """What the nearest ancestor that says something says; `"linear"` for linear attention."""
+    """The role that the nearest telling ancestor gives; `"linear"` for linear attention."""
     found = ""
     for part in reversed(ancestors):
         said = _outside(part)
@@ -163,7 +163,7 @@ def _by_kind(kinds: Sequence[str]) -> str:
 
 
 def owners(paths: Iterable[str]) -> dict[str, str]:
-    """What modules are by what they own: `"attn"` (queries, keys, values) or `"mixer"`."""
+    """The kind of a module by its parameters: `"attn"` (queries, keys, values) or `"mixer"`."""
     owned: dict[str, set[str]] = {}
     for path in paths:
         owner, _, last = path.rpartition(".")

@@ -1,4 +1,4 @@
-"""What `plan` notes of its keys, and of the rows of a weight, while it goes through them."""
+"""The notes that `plan` keeps while it goes through its keys and the rows of a weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nmflow.select.presets import PRESETS
 
 @dataclass
 class Rule:
-    """A key with its pattern, and what became of the weights that it matches."""
+    """A key with its pattern, and the fate of the weights that it matches."""
 
     key: str
     pattern: Pattern

@@ -12,7 +12,7 @@ from nmflow.numbers import is_whole
 
 
 class Stack(NamedTuple):
-    """Where the groups of a parameter run, or why they cannot be told.
+    """Along which axis the groups of a parameter run, or why that is unknown.
 
     Attributes:
         dim: the grouped axis.
@@ -35,7 +35,7 @@ _INNER = ("intermediate_size", "intermediate_dim", "expert_dim", "moe_intermedia
           "ffn_hidden_size", "d_ff", "inner_dim", "hidden_features", "ffn_size")  # fmt: skip
 _READS = ("input_size", "in_features", "input_dim", "in_dim", "d_in")
 _WRITES = ("output_size", "out_features", "output_dim", "out_dim", "d_out")
-# Also shared experts, which InklingSharedExperts counts on its own.
+# InklingSharedExperts counts its shared experts separately.
 _KIND = re.compile(r"experts?|moe|grouped(mlp|linear)", re.IGNORECASE)
 _UP = {"gate_up_proj", "up_proj", "gate_proj", "w1", "w3", "v1", "wi", "wi_0", "wi_1", "w_in", "up",
        "fc1", "mlp1", "input_linear", "w13", "mlp1_weight", "lin1", "w_gate", "w_up"}  # fmt: skip
@@ -60,17 +60,17 @@ def stack_of(
     shapes: Mapping[str, tuple[int, ...]],
     config: Mapping[str, Any],
 ) -> Stack | None:
-    """The groups of the parameter `own` of a module that is no plain layer; None if it is no stack.
+    """The groups of parameter `own` of a module that is no plain layer; None if it is no stack.
 
-    Evidence, in this order: a table of known classes; the module's `is_transposed`; the sizes of
-    its inputs and outputs; the shapes of a fused pair; hidden and intermediate sizes. It is never
-    guessed.
+    It is decided by, in this order: a table of known classes; the module's `is_transposed`; the
+    sizes of its inputs and outputs; the shapes of a fused pair; hidden and intermediate sizes. It
+    is never guessed.
 
     Args:
         module: the module that owns the parameter.
         own: the parameter's name in it.
         shapes: the shapes of all of its parameters.
-        config: what the configuration of the model around it holds.
+        config: the configuration of the model around it.
     """
     kind, shape = type(module).__name__, shapes[own]
     known = next((_KNOWN[c.__name__] for c in type(module).__mro__ if c.__name__ in _KNOWN), {})
@@ -108,17 +108,17 @@ def axis_of(
     Args:
         own: the parameter's name.
         shapes: the shapes of all parameters of its module.
-        reads: sizes that the module calls its input's.
-        writes: sizes that it calls its output's.
-        hidden: sizes that it calls the hidden one.
-        inner: sizes that it calls the intermediate one.
+        reads: sizes of the module's input, by its attributes.
+        writes: sizes of its output.
+        hidden: hidden sizes.
+        inner: intermediate sizes.
     """
     _, first, second = shapes[own]
     if (dim := _told(first, second, reads, writes)) is not None:
         return Stack(dim, True)
     up, down = shapes.get("gate_up_proj", ()), shapes.get("down_proj", ())
     if own in ("gate_up_proj", "down_proj") and len(up) == len(down) == 3:
-        # Gate and up lie together, so that the pair fits in one way only.
+        # Gate and up lie together, so the pair fits one way only.
         as_stored = up[2] == down[1] and up[1] == 2 * down[2]
         turned = up[1] == down[2] and up[2] == 2 * down[1]
         if as_stored != turned:
@@ -168,6 +168,6 @@ def _of_config(config: Mapping[str, Any], names: tuple[str, ...]) -> set[int]:
 
 
 def experts_of(module: nn.Module) -> int:
-    """How many experts a module says that it has; 0 if it does not."""
+    """A module's number of experts; 0 if it has none."""
     says = vars(module)
     return next((says[n] for n in _COUNTS if isinstance(says.get(n), int)), 0)

@@ -1,4 +1,4 @@
-"""The weights of a bare state: names and shapes, and no module that says what a weight is."""
+"""The weights of a bare state dict, which has names and shapes but no modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HF_CONV1D = {"c_attn", "c_fc", "c_proj", "q_attn"}
 
 
 def layers_of_state(state: Mapping[str, torch.Size | tuple[int, ...]]) -> list[Layer]:
-    """Every tensor of at least two dimensions as `layers_of` has it, from names and shapes alone.
+    """What `layers_of` returns, from names and shapes alone.
 
     Weights called `c_attn`, `c_fc`, `c_proj` or `q_attn` are taken as HF's `Conv1D`, stored
     (in, out), unless the shape of a fused `c_attn` or of a `c_fc` in the state says otherwise.
@@ -50,7 +50,7 @@ def layers_of_state(state: Mapping[str, torch.Size | tuple[int, ...]]) -> list[L
 
 
 def _stored_in_out(state: Mapping[str, torch.Size | tuple[int, ...]]) -> bool:
-    """Whether GPT-2's names stand for (in, out): a fused or widening weight tells by its shape."""
+    """Whether GPT-2's weights are stored (in, out), by the shape of a fused or widening one."""
     for name, shape in state.items():
         telling = name.endswith((".c_attn.weight", ".c_fc.weight")) and len(shape) == 2
         if telling and shape[0] != shape[1]:

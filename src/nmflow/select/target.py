@@ -1,4 +1,4 @@
-"""What a target is, and a plan: weights that are cut into groups, and what was left out."""
+"""`Target` and `Plan`: weights that are cut into groups, and those that are left out."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def out_dim(dim: int, stacked: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """A weight, or some output rows of one, that a recipe cuts into groups.
+    """A weight, or some of its output rows, that a recipe cuts into groups.
 
     Attributes:
         name: the parameter's name in `model.named_parameters()`.
-        shape: the parameter's shape; of a sharded one, the global shape.
+        shape: the parameter's shape; the global shape if it is sharded.
         dim: the grouped axis: 1, the inputs, or 0 for HF's `Conv1D`, stored (in, out), and for
             transposed convolutions.
         pattern: the final pattern N:M.
@@ -35,8 +35,8 @@ class Target:
         note: a remark for the table.
         stacked: whether axis 0 of a three-dimensional weight counts matrices, such as experts':
             then `dim` is 2 for (experts, out, in) and 1 for (experts, in, out).
-        unit: where matrices lie one after the other along the grouped axis itself, the length of
-            one; 0 otherwise.
+        unit: the length of one matrix, if several lie one after the other along the grouped axis;
+            0 otherwise.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Target:
 
     @functools.cached_property
     def label(self) -> str:
-        """The name, with the rows where only some are taken: `qkv.weight[0:64]`."""
+        """The name, with the rows if it is not all of them: `qkv.weight[0:64]`."""
         return labelled(self.name, self.rows)
 
     @property
@@ -74,11 +74,11 @@ class Target:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A weight, or some output rows of one, that is no target, and why.
+    """A weight, or some of its output rows, that is not a target, with the reason.
 
     Attributes:
         name: the parameter's name.
-        reason: why it is none.
+        reason: why it is not.
         rows: output rows (start, stop), half open; None stands for all.
     """
 
@@ -88,12 +88,12 @@ class LeftOut:
 
     @property
     def label(self) -> str:
-        """The name, with the rows where only some are meant."""
+        """The name, with the rows if it is not all of them."""
         return labelled(self.name, self.rows)
 
 
 def labelled(name: str, rows: tuple[int, int] | None) -> str:
-    """A weight's name, with the rows where only some are meant: `qkv.weight[0:64]`."""
+    """A weight's name, with the rows if it is not all of them: `qkv.weight[0:64]`."""
     return name if rows is None else f"{name}[{rows[0]}:{rows[1]}]"
 
 
@@ -102,7 +102,7 @@ class Plan(list[Target]):
 
     Attributes:
         others: every other weight of at least two dimensions, or its other rows.
-        warnings: what presets could not take of their own role, a sentence each.
+        warnings: a sentence for each weight of a preset's role that the preset could not take.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Plan(list[Target]):
 
 
 def rows_of(weight: Tensor, target: Target) -> Tensor:
-    """The output rows of a weight that a target means, as a view."""
+    """The output rows of a target, as a view of its weight."""
     if target.rows is None:
         return weight
     start, stop = target.rows

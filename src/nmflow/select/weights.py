@@ -1,4 +1,4 @@
-"""The weights of a model or of a saved state: where their groups run, what they do, why not."""
+"""The weights of a model: the axis of their groups, their roles, and why some have no groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # timm's StdConv2d and ScaledStdConv2d, BiT's WeightStandardizedConv2d.
 _STANDARDIZED = re.compile(r"StdConv|Standardi[sz]ed")
-_NEAR = 3  # how many of the modules around a weight its role may be read from
+_NEAR = 3  # how many enclosing modules may give a weight its role
 
 
 @dataclass
@@ -41,7 +41,7 @@ class _Owner:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of what its module owns."""
+        """The shapes of all parameters of its module."""
         own = self.module.named_parameters(recurse=False)
         return {name: () if is_lazy(p) else tuple(p.shape) for name, p in own}
 
@@ -60,7 +60,7 @@ def axis(
     shapes: Mapping[str, tuple[int, ...]],
     config: Mapping[str, Any],
 ) -> Stack:
-    """The grouped axis of the parameter `own` of a module, or why it has none.
+    """The grouped axis of parameter `own` of a module, or why it has none.
 
     1 (inputs) for Linear, convolutions, attention, recurrent layers and embeddings; 0 for HF's
     `Conv1D`, stored (in, out), and for transposed convolutions, stored (in, out, …); for experts
@@ -99,10 +99,10 @@ def is_depthwise(module: nn.Module) -> bool:
 def layers_of(model: nn.Module) -> list[Layer]:
     """Every parameter of at least two dimensions, tied ones once, in the order of the model.
 
-    The output head, where neither a module is one by name nor the model names one, is the last
-    `nn.Linear` of the model, provided that its name gives it no other role, or that it lies
-    directly in a model without attention (a plain `fc1`, `fc2`, `fc3`), that it is no part of a
-    block that repeats, and that it is not the only weight.
+    If no module is an output head by name and the model names none, the head is the model's last
+    `nn.Linear`. It must not be part of a block that repeats, nor the only weight. And its name must
+    give it no other role, unless it lies directly in a model without attention (a plain `fc1`,
+    `fc2`, `fc3`).
     """
     held_by = _owners(model)
     beside = owners(p for group in held_by.values() for o in group for p in _paths(o))
@@ -120,7 +120,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
             shape = tuple(parameter.shape)
             axes = [axis(o.module, o.own, o.shapes, o.config) for o in held]
             roles = [_role(o, shape, a, beside) for o, a in zip(held, axes, strict=True)]
-            # A head that is tied to an embedding is one, though no preset would tell them apart.
+            # A head that is tied to an embedding counts as a head, though presets treat both alike.
             found = found or "head" in roles or id(parameter) in told
             if id(parameter) in told:
                 roles.append("head")
@@ -139,7 +139,7 @@ def reads_input(module: nn.Module, channels: set[int]) -> bool:
 
 
 def _channels(model: nn.Module) -> set[int]:
-    """The channels that raw inputs have: of grey and colour images, and as configs say."""
+    """The channels of raw inputs: grey images, colour images, and those in configs."""
     found = {1, 3}
     for module in model.modules():
         for name in ("num_channels", "in_channels"):
@@ -170,7 +170,7 @@ def _layer(
     if not parameter.is_floating_point():
         why_not = f"of dtype {parameter.dtype}, which is not floating point"
     shape = tuple(parameter.shape)
-    # A weight tied to an embedding or a head is one, whatever its first name is.
+    # A weight tied to an embedding or a head has that role, whatever its first name is.
     telling = ("position", "embedding", "head", "stem")
     role = next((r for r in telling if r in roles), roles[0])
     holder, out, length = held[0].holder, shape[out_dim(at.dim, at.stacked)], shape[at.dim]
@@ -194,13 +194,13 @@ def _is_matrix(owner: _Owner, shape: tuple[int, ...], at: Stack, role: str) -> b
 
 
 def _config(module: nn.Module | None) -> dict[str, Any]:
-    """What a module's configuration holds, without asking for what it computes."""
+    """The stored fields of a module's configuration, without computed properties."""
     config = getattr(module, "config", None)
     return getattr(config, "__dict__", {})
 
 
 def heads_of(holder: nn.Module | None) -> tuple[int, int, int]:
-    """Heads of queries, heads of keys, and the size of one, as attention says; 0 where not."""
+    """Query heads, key heads and the size of a head, by attention's attributes; 0 if unknown."""
 
     def number(*names: str) -> int:
         values = [getattr(holder, "__dict__", {}).get(name) for name in names]
@@ -231,7 +231,7 @@ def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
 
 
 def _above(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The modules around one, the nearest first, without lists and wrappers."""
+    """The modules around a module, the nearest first, without lists and wrappers."""
     above = []
     while path:
         path = path_of(path)
@@ -241,7 +241,7 @@ def _above(path: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
 
 
 def _paths(owner: _Owner) -> tuple[str, str]:
-    """Where roles are read: the module's path, or the parameter's if the module owns several."""
+    """The path that gives the role: the module's, or the parameter's if the module owns several."""
     module, own = owner.module, owner.own
     several = isinstance(module, nn.MultiheadAttention) or (
         own != "weight" and not isinstance(module, (nn.Linear, nn.RNNBase, nn.RNNCellBase))

@@ -1,1 +1,1 @@
-"""Data of an experiment: sources, streams, stand-ins and tokenisers."""
+"""Data of an experiment: sources, streams, synthetic data and tokenisers."""

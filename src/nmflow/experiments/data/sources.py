@@ -1,4 +1,4 @@
-"""Data: where examples come from, how they are split, and the card that says so in a report."""
+"""Data in memory: its sources, its splits, and the card that describes it in a report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROW_SPLIT = "a fixed permutation of the rows: 70 % train, 15 % validate, 15 % te
 
 @dataclass(frozen=True)
 class Card:
-    """What a report has to say of the data."""
+    """The description of the data for a report."""
 
     name: str
     sha256: str
@@ -38,7 +38,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Corpus:
-    """One text a split."""
+    """One text per split."""
 
     texts: dict[str, str]
     card: Card
@@ -46,7 +46,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Table:
-    """One `datasets.Dataset` a split."""
+    """One `datasets.Dataset` per split."""
 
     splits: dict[str, Dataset]
     card: Card
@@ -82,8 +82,8 @@ def corpus(data: Data) -> Corpus:
 def rows(data: Data) -> Table:
     """The rows of a source of files, an image folder, the hub or Python, with all three splits.
 
-    A validation or test split that the source lacks is cut from its training rows by a fixed
-    permutation, so that the test rows are never trained on.
+    If the source lacks a validation or test split, it is cut from the training rows by a fixed
+    permutation. Test rows are never trained on.
 
     Raises:
         DataError: a missing file or data set, or a split without rows.
@@ -190,14 +190,14 @@ def _files(data: Data) -> tuple[dict[str, Dataset], str, str, list[str]]:
 
 
 def _read(source: str, file: str, content: bytes) -> Rows:
-    """The rows of a file, as Arrow reads it.
+    """The rows of a file, read by Arrow.
 
-    Not `datasets.load_dataset`, which keeps a copy in a cache, draws a bar for each file, and takes
-    the words `null` and `NA` of a CSV file for nothing.
+    `datasets.load_dataset` is not used: it keeps a copy in a cache, draws a bar for each file, and
+    reads the words `null` and `NA` of a CSV file as missing values.
     """
     from pyarrow import BufferReader, csv, json, parquet
 
-    # In one block: a row may be of any length.
+    # In one block, since a row may have any length.
     size = max(len(content), 1)
     if source == "csv":
         return csv.read_csv(

@@ -1,4 +1,4 @@
-"""Data that is read as it is needed, from the hub or from Parquet files, by one process or many."""
+"""Streams: data that is read during training, from the hub or Parquet files, by any process."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ BUFFER = 10_000  # rows among which a training stream is shuffled, beside its sh
 
 @dataclass(frozen=True)
 class Source:
-    """One stream of rows a split."""
+    """One stream of rows per split."""
 
     splits: dict[str, datasets.IterableDataset]
     card: Card
 
 
 def source(data: Data) -> Source:
-    """Open the streams of the hub or of files; nothing but its index is read yet.
+    """Open the streams of the hub or of files; only their index is read yet.
 
     Raises:
-        DataError: another kind of source, a data set that cannot be opened, or a split that is not
-            there: a stream cannot be cut, so all three have to be named.
+        DataError: the source is of another kind, the data set cannot be opened, or a split is
+            missing: a stream cannot be cut, so all three must be named.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -49,7 +49,7 @@ def source(data: Data) -> Source:
     path = str(data.path) if data.source == "hub" else data.source
     name = path if data.source == "hub" else str(data.files["train"])
     files: Any = dict(data.files) or None
-    # The words `null` and `NA` are text, as they are where a file is read whole.
+    # The words `null` and `NA` are text here too.
     reading: Any = {"keep_default_na": False} if data.source == "csv" else {}
     try:
         found: Any = load_dataset(
@@ -82,7 +82,7 @@ def source(data: Data) -> Source:
 
 
 def columns(stream: datasets.IterableDataset, roles: dict[str, str], split: str) -> None:
-    """Check that the columns that play `roles` are there, before the first batch is asked for."""
+    """Check that the columns for `roles` exist, before the first batch is read."""
     there: list[str] = list(stream.column_names or next(iter(stream), {}))
     for role, name in roles.items():
         if name not in there:
@@ -97,12 +97,12 @@ class Stream(IterableDataset):
 
     Args:
         rows: the stream.
-        example: makes an example of (row, where it lies, a generator of random numbers).
+        example: makes an example of (row, its position as text, a generator of random numbers).
         split: its name, for messages.
-        seed: of a training stream: shuffled, without an end, and each process and each of its
-            workers reads a part of its own. None reads in order, once, and all of it.
-        group: of a training stream: puts examples that were read together into an order.
-        window: how many of them.
+        seed: makes it a training stream: shuffled and endless, with each process and each of its
+            workers reading its own part. None reads all rows once, in order.
+        group: for a training stream: orders examples that were read together.
+        window: the number of these examples.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Stream(IterableDataset):
 
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         worker = get_worker_info()
-        # A resume reads from the beginning and drops what was seen, so that it draws the same.
+        # A resume reads from the beginning and drops rows that were seen, so it draws the same.
         draw = np.random.default_rng([self.seed, rank, worker.id if worker else 0])
         turn = 0
         while True:
@@ -174,21 +174,21 @@ class Stream(IterableDataset):
 
 
 class _Loader(DataLoader):
-    """A `DataLoader` whose worker says what is wrong with the data in one sentence."""
+    """A `DataLoader` whose workers report bad data in one sentence."""
 
     def __iter__(self) -> Any:
         try:
             yield from super().__iter__()
         except DataError as error:
-            # PyTorch hands on an error of a worker as its whole traceback, the message last.
+            # PyTorch passes on a worker's whole traceback, with the message last.
             sentence = str(error).strip().splitlines()[-1]
             raise DataError(sentence.partition("DataError: ")[2] or sentence) from None
 
 
 class Streaming:
-    """A mixin for a `Trainer` whose training data is a `Stream`, which shares itself out.
+    """A mixin for a `Trainer` whose training data is a `Stream`, split over processes by itself.
 
-    As it is, `accelerate` would read every row in the first process and send it to the others.
+    Without it, `accelerate` would read every row in the first process and send it to the others.
     """
 
     args: Any
@@ -211,7 +211,7 @@ class Streaming:
 
 
 def refuse_noise(run: Run) -> None:
-    """Raise where a run wants rows of the training data at random, which a stream has not."""
+    """Raise if a run needs random rows of the training data, which a stream cannot give."""
     if run.training.noise_batches:
         raise ConfigError(
             f"training.noise_batches is {run.training.noise_batches}: a stream has no rows to draw "

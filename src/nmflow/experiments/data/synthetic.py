@@ -1,4 +1,4 @@
-"""Stand-ins for data that is out of reach: the same columns and shapes, drawn at random."""
+"""Synthetic data with the columns and shapes of data that is not at hand, drawn at random."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def make(run: Run, folder: Path) -> tuple[Data, str]:
     """Write data for the run's task into `folder`.
 
     Returns:
-        The data section that reads it, and a sentence that says what it is.
+        The data section that reads it, and a sentence that describes it.
 
     Raises:
-        ConfigError: a task for which no data can be drawn.
+        ConfigError: no data can be drawn for the task.
     """
     if run.task not in _MAKERS:
         raise ConfigError(f"task is {run.task!r}: no synthetic data can be drawn for it")
@@ -34,7 +34,7 @@ def make(run: Run, folder: Path) -> tuple[Data, str]:
 
 
 def sentence(draw: np.random.Generator, words: int) -> str:
-    """Words made of syllables, each seen often enough for a tokeniser to learn from."""
+    """Words made of syllables, which repeat often enough for a tokeniser to learn them."""
     made = [
         "".join(SYLLABLES[i] for i in draw.integers(0, len(SYLLABLES), count))
         for count in draw.integers(1, 4, words)
@@ -52,7 +52,7 @@ def _images(run: Run, folder: Path, draw: np.random.Generator) -> tuple[Data, st
     features = Features({image: Image(), label: names})
 
     def cell() -> dict[str, Any]:
-        # Smaller than the network's input, and not square: drawing is no part of what is tried.
+        # Small and not square: the images are resized anyway.
         pixels = draw.integers(0, 256, (size // 2 + 8, size // 2 + 16, 3), np.uint8)
         held = io.BytesIO()
         Pictures.fromarray(pixels).save(held, "JPEG")
@@ -125,7 +125,7 @@ def _instructions(run: Run, folder: Path, draw: np.random.Generator) -> tuple[Da
 
 def _text(run: Run, folder: Path, draw: np.random.Generator) -> tuple[Data, str]:
     length = int(run.options.get("length", 64))
-    # Each split needs a window: the smallest is a tenth of the text, a word at least a token.
+    # Each split needs a window; the smallest is a tenth of the text. A word is at least a token.
     lines = [sentence(draw, 12) for _ in range(2 * length)]
     path = folder / "text.txt"
     write(path, "\n".join(lines))
@@ -137,7 +137,7 @@ def _parquet(rows: dict[str, Any], features: Any, path: Path) -> str:
     from pyarrow import parquet
 
     held = io.BytesIO()
-    # Not `to_parquet`, which draws a progress bar for every file.
+    # `to_parquet` would draw a progress bar for every file.
     parquet.write_table(Dataset.from_dict(rows, features=features).data.table, held)
     write(path, held.getvalue())
     return str(path)

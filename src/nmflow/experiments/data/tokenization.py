@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, END, UNKNOWN, START, BREAK = "<pad>", "</s>", "<unk>", "<s>", "<sep>"
-# The order decides the ids: T5 and Marian expect 0 to be padding and 1 the end.
+# The order gives the ids: T5 and Marian expect padding at 0 and the end at 1.
 SPECIAL = (PAD, END, UNKNOWN, START, BREAK)
-# A learnt tokeniser is kept under what it was learnt from; a change of this code changes this.
+# Part of the key of a cached tokeniser: raise it with each change of this code.
 VERSION = "1"
 
 Vocabulary = Annotated[int, Field(strict=True, ge=len(SPECIAL) + 1)]
@@ -44,14 +44,14 @@ class Tokens(Strict):
 
     @model_validator(mode="after")
     def _one(self) -> Tokens:
-        # By value: what was dumped and read again names every key.
+        # By value, since a spec that was dumped and read again has every key.
         if self.load is not None and self.model_copy(update={"load": None}) != Tokens():
             raise ValueError("'load' takes a tokeniser as it is: leave the other keys out")
         return self
 
 
 def tokenizer(tokens: Tokens, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """The tokeniser that `tokens` describes; `texts` are only read if it has to be learnt.
+    """The tokeniser that `tokens` describes; `texts` are read only to learn it.
 
     Raises:
         ConfigError: a tokeniser that cannot be loaded.
@@ -62,7 +62,7 @@ def tokenizer(tokens: Tokens, texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def learnt(tokens: Tokens, texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Learn a tokeniser, or take the one that was learnt from the very same texts before."""
+    """Learn a tokeniser, or take the cached one from the same texts."""
     texts = texts[: tokens.rows] if tokens.rows else texts
     sha = hashlib.sha256(f"{VERSION} {tokens.model_dump_json()}".encode())
     for text in texts:
@@ -71,7 +71,7 @@ def learnt(tokens: Tokens, texts: Sequence[str]) -> PreTrainedTokenizerFast:
     if not (place / "tokenizer.json").is_file():
         with one_sentence(place):
             place.parent.mkdir(parents=True, exist_ok=True)
-            # Two processes may want the same one: the second waits for the first.
+            # If two processes want the same one, the second waits for the first.
             with FileLock(str(place.with_name(f".{place.name}.lock"))):
                 if not (place / "tokenizer.json").is_file():
                     _put(_learn(tokens, texts), place)
@@ -79,7 +79,7 @@ def learnt(tokens: Tokens, texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def _put(tokenizer: PreTrainedTokenizerFast, place: Path) -> None:
-    """Save whole, in place of what is there; the lock is held."""
+    """Save it whole, in place of any other; the caller holds the lock."""
     for path in left_over(place.parent):
         if path.name.startswith(f".{place.name}."):
             remove(path)
@@ -94,7 +94,7 @@ def _put(tokenizer: PreTrainedTokenizerFast, place: Path) -> None:
 
 
 def cache() -> Path:
-    """Where learnt tokenisers are kept: `$NMFLOW_CACHE`, or `nmflow` in the user's cache folder."""
+    """The folder of learnt tokenisers: `$NMFLOW_CACHE`, or `nmflow` in the user's cache folder."""
     chosen = os.environ.get("NMFLOW_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return (Path(chosen) if chosen else Path(home) / "nmflow") / "tokenizers"

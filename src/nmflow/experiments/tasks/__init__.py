@@ -1,4 +1,4 @@
-"""Tasks: what to learn, of which data, scored how; a new one is a file and a row of `registry`."""
+"""Tasks: data, network and scores; to add one, write a file and a row of `registry`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["FILES", "Problem", "build", "module", "options"]
 
 @dataclass(frozen=True)
 class Problem:
-    """All that the trainer has to know of a task with its data.
+    """All that the trainer needs of a task with its data.
 
     Attributes:
         data: the card of the data.
         train, validation, test: map-style data sets; with `__getitems__` they give whole batches.
-        collate: makes a batch of what the data set gives.
+        collate: makes a batch of examples.
         model: builds the network; called after the seed is set.
         example: a batch of one example, for `nmflow.cost`.
         headline: the metric that reports lead with, one of `metrics`' keys.
@@ -33,7 +33,7 @@ class Problem:
         reduce: shrinks logits to predictions before they are gathered.
         trainer: `Trainer` or a subclass, such as `Seq2SeqTrainer`.
         arguments: further `TrainingArguments` of the task.
-        save: writes what a saved network needs beside it (vocabulary, tokeniser, labels).
+        save: writes the files that a saved network needs (vocabulary, tokeniser, labels).
     """
 
     data: Card

@@ -1,4 +1,4 @@
-"""Conversations of instruction tuning: read from rows, and made token ids with labels."""
+"""Conversations for instruction tuning: read from rows, and turned into token ids and labels."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def read(part: Dataset, data: Data, split: str) -> list[tuple[Turns, int]]:
-    """Each row as turns of a conversation, and how many of them are given.
+    """Each row as turns of a conversation, with the number of given turns.
 
     Raises:
-        DataError: a missing column, or a row that is no conversation, with its number.
+        DataError: a column is missing, or a row is not a conversation; it has the row's number.
     """
     name = data.columns.get("messages", "messages")
     if "messages" in data.columns or name in part.column_names:
@@ -66,13 +66,13 @@ def _turns(cell: Any, name: str, where: str, role: str = "") -> Turns:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, talk: Turns, given: int, where: str) -> Row:
-    """Ids and labels of a conversation: what the assistant says after the turns that are `given`.
+    """Ids and labels of a conversation; labels cover the assistant's turns after the `given` ones.
 
-    Without a chat template the prompt is one text, the completion the next, and the end follows.
+    Without a chat template, they are the prompt, the completion and the end token.
 
     Raises:
-        DataError: a conversation that needs a template which the tokeniser lacks, or one that its
-            template does not render turn by turn.
+        DataError: the conversation needs a chat template and the tokeniser has none, or the
+            template does not render it turn by turn.
     """
     if tokenizer.chat_template is None:
         if len(talk) != 2 or talk[1]["role"] != ANSWERS:
@@ -92,7 +92,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, talk: Turns, given: int, where: s
 
 
 def _rendered(tokenizer: Any, talk: Turns, given: int, where: str) -> tuple[list[int], list[int]]:
-    """Ids by the chat template, and which of them the assistant says."""
+    """Ids by the chat template, and which of them are the assistant's."""
 
     def render(turns: Turns, **more: Any) -> Any:
         try:

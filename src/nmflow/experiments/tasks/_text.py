@@ -1,4 +1,4 @@
-"""What tasks on text share: sentences that are checked, token ids in memory, batches that fit."""
+"""Shared by tasks on text: checked sentences, token ids in memory, batches by length."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
     from nmflow.experiments.specs import Model
 
-IGNORED = -100  # a label that the loss of `transformers` passes by
+IGNORED = -100  # the label that the losses of `transformers` ignore
 WINDOW = 32  # batches that are sorted by length together
 
 
 def sentence(value: Any, column: str, where: str) -> str:
-    """The text itself.
+    """Return the text after a check.
 
     Raises:
-        DataError: a value that is no text, or an empty one, with its row.
+        DataError: the value is not text, or is empty; the error has its row.
     """
     if not isinstance(value, str) or not value.strip():
         found = "an empty sentence" if isinstance(value, str) or value is None else "no text"
@@ -51,7 +51,7 @@ class Ragged:
 
 
 class Examples:
-    """Inputs with labels: a sequence each, or a number each."""
+    """Inputs with labels; a label is a sequence or a number."""
 
     def __init__(self, inputs: Ragged, labels: Ragged | np.ndarray) -> None:
         self.inputs, self.labels = inputs, labels
@@ -68,14 +68,14 @@ class Examples:
 def ids_of(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], length: int, end: bool = True
 ) -> list[list[int]]:
-    """Token ids of each text, cut to `length`, with the token that ends a text if `end`."""
+    """Token ids of each text, cut to `length`, with an end token if `end`."""
     raw = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     stop: Any = [tokenizer.eos_token_id] if end else []
     return [row[: length - len(stop)] + stop for row in raw]
 
 
 def collate(pad: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """Batches padded to their longest sequence; padding is masked, and no label."""
+    """Pad a batch to its longest sequence; padding is masked and has no label."""
 
     def batch(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         inputs, mask = padded([row["input_ids"] for row in rows], pad)
@@ -84,8 +84,8 @@ def collate(pad: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
             wanted = torch.tensor([int(label) for label in labels])
             return {"input_ids": inputs, "attention_mask": mask, "labels": wanted}
         wanted = padded(labels, IGNORED)[0]
-        # What the decoder sees is given, not left to the network to make of the labels: with label
-        # smoothing the `Trainer` keeps the labels to itself.
+        # The decoder's inputs are given, since under label smoothing the `Trainer` keeps the labels
+        # from the network.
         begin = torch.full((len(rows), 1), pad)
         seen = torch.cat((begin, wanted[:, :-1].masked_fill(wanted[:, :-1] == IGNORED, pad)), 1)
         return {
@@ -99,7 +99,7 @@ def collate(pad: int) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> tuple[Tensor, Tensor]:
-    """Rows of one width, filled up with `value`, and where there is no padding."""
+    """Rows padded with `value` to one width, and a mask of the places without padding."""
     width = max(len(row) for row in rows)
     out = np.full((len(rows), width), value, np.int64)
     mask = np.zeros((len(rows), width), np.int64)
@@ -109,10 +109,10 @@ def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> tuple[Tens
 
 
 class ByLength(Sampler[int]):
-    """Shuffled so that a batch holds sequences of like length, and little of it is padding.
+    """Shuffled batches of sequences with similar lengths, which need little padding.
 
-    Every epoch's order is drawn from the seed and the epoch alone, as a resume in its midst needs:
-    the sampler of `transformers` draws from the global generator, whose state is then another.
+    An epoch's order depends only on the seed and the epoch, so that a resume within it repeats it.
+    The sampler of `transformers` draws from the global generator, whose state differs by then.
     """
 
     def __init__(self, lengths: np.ndarray, batch: int, seed: int) -> None:
@@ -134,16 +134,16 @@ class ByLength(Sampler[int]):
 
 
 def by_length(lengths: np.ndarray, batch: int, draw: np.random.Generator) -> np.ndarray:
-    """An order in which every `batch` in a row are of like length, and the batches are mixed."""
+    """An order with similar lengths in each `batch` consecutive rows, and shuffled batches."""
     order = np.argsort(-lengths, kind="stable")
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
-    # The last batch may be short: put first it would make every one after it straddle two.
+    # The last batch may be short: if it came first, all later ones would straddle two.
     mixed = [batches[i] for i in draw.permutation(len(batches) - 1)]
     return np.concatenate([*mixed, batches[-1]])
 
 
 class _Sorting:
-    """Batches by length, where the data set says how long its rows are."""
+    """Batches by length, if the data set knows the lengths of its rows."""
 
     args: Any
     train_dataset: Any
@@ -156,15 +156,15 @@ class _Sorting:
 
 
 class SortingTrainer(_Sorting, Trainer):
-    """`Trainer` whose batches hold sequences of like length."""
+    """`Trainer` whose batches hold sequences of similar length."""
 
 
 class GeneratingTrainer(_Sorting, Seq2SeqTrainer):
-    """`Seq2SeqTrainer` whose batches hold sequences of like length."""
+    """`Seq2SeqTrainer` whose batches hold sequences of similar length."""
 
 
 def seq2seq(model: Model, tokenizer: PreTrainedTokenizerFast, length: int) -> Any:
-    """An encoder-decoder of `model` for this tokeniser; the decoder starts on padding, as T5's."""
+    """An encoder-decoder of `model` for this tokeniser; decoding starts on padding, like T5's."""
     from transformers import AutoModelForSeq2SeqLM
 
     from nmflow.experiments import models
@@ -189,7 +189,7 @@ def seq2seq(model: Model, tokenizer: PreTrainedTokenizerFast, length: int) -> An
 
 
 def generation(length: int, beams: int) -> dict[str, Any]:
-    """The arguments of a trainer that evaluates by generating."""
+    """`TrainingArguments` for evaluation by generation."""
     return {
         "predict_with_generate": True,
         "generation_max_length": length,
@@ -198,7 +198,7 @@ def generation(length: int, beams: int) -> dict[str, Any]:
 
 
 def scored(logits: Any, labels: Tensor) -> Tensor:
-    """Of each token but the first: was it the likeliest, its loss in nats, and does it count?"""
+    """For each token but the first: is it the likeliest, its loss in nats, and does it count?"""
     logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
     wanted = labels[:, 1:]
     loss = torch.nn.functional.cross_entropy(
@@ -209,9 +209,9 @@ def scored(logits: Any, labels: Tensor) -> Tensor:
 
 
 def figures(prediction: Any) -> dict[str, float]:
-    """Perplexity and accuracy of a token, of what `scored` says."""
+    """Perplexity and accuracy of a token, from the results of `scored`."""
     rows = np.asarray(prediction.predictions, np.float64).reshape(-1, 3)
-    # Batches of unequal width are filled up with -100.
+    # Batches of unequal width are padded with -100.
     right, loss, _ = rows[rows[:, 2] == 1].mean(0)
     return {"perplexity": float(np.exp(loss)), "accuracy": float(right)}
 

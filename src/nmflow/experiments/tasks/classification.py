@@ -1,4 +1,4 @@
-"""GLUE by a classifier: one task, or several pooled under one head."""
+"""GLUE with a classifier: one task, or several pooled under one head."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Options(Strict):
-    """`tasks`: of GLUE; `tokens`: the tokeniser; `length`: tokens of a row at most.
+    """`tasks`: tasks of GLUE; `tokens`: the tokeniser; `length`: the most tokens of a row.
 
-    Several tasks are pooled: each row begins with its task's name, the head holds every task's
-    labels one after the other, and a row is scored among the labels of its own task.
+    Several tasks are pooled: each row begins with its task's name, the head has the labels of all
+    tasks one after the other, and a row is scored among those of its own task.
     """
 
     tasks: Names = ("sst2",)
@@ -112,7 +112,7 @@ def _cached(dump: str, options: str) -> Any:
 def _inputs(
     tokenizer: Any, how: Options, rows: list[tuple[str, ...]], places: np.ndarray
 ) -> list[list[int]]:
-    """Start, (task's name,) sentences with a break between them, end; the longest is cut first."""
+    """Start, (task name,) sentences with separators, end; the longest sentence is cut first."""
     start = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
     cut = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     texts = [text for row in rows for text in row]

@@ -1,4 +1,4 @@
-"""GLUE's tasks: which columns, which words for the labels, which scores (arXiv 1804.07461)."""
+"""GLUE's tasks: their columns, words for labels, and scores (arXiv 1804.07461)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Task:
 
     Attributes:
         columns: its sentences, as GLUE and T5 name them.
-        labels: the words of its labels, as T5 spells them; the number of a label is its place.
-        scores: its scores, the mean of which is the task's part of the GLUE score.
+        labels: the words of its labels, as T5 spells them, in the order of their numbers.
+        scores: its scores, whose mean counts in the GLUE score.
         validation: the name of its validation split.
     """
 
@@ -60,7 +60,7 @@ class Pool:
     Attributes:
         sentences: the sentences of each row, by split.
         labels: the label of each row within its task, by split.
-        tasks: the place of each row's task in `names`, by split.
+        tasks: the index of each row's task in `names`, by split.
     """
 
     names: tuple[str, ...]
@@ -71,7 +71,7 @@ class Pool:
 
 
 def pooled(data: Data, names: Sequence[str]) -> Pool:
-    """The rows of the tasks; `{task}` in the data's paths, subset and splits names each.
+    """The rows of the tasks; `{task}` in the data's paths, subset and splits is each task's name.
 
     Raises:
         DataError: an empty sentence, a label out of range, a missing column or file.
@@ -98,10 +98,10 @@ def pooled(data: Data, names: Sequence[str]) -> Pool:
 
 
 def scores(name: str, predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """A task's scores, from the numbers of labels.
+    """A task's scores, from label numbers.
 
-    A prediction of -1, an answer that is none of the task's labels, is wrong: it counts as the
-    label after the true one, which for two labels is the other.
+    A prediction of -1 is an answer that is no label. It is wrong, and counts as the label after
+    the true one.
     """
     from sklearn.metrics import f1_score, matthews_corrcoef
 
@@ -111,16 +111,16 @@ def scores(name: str, predicted: np.ndarray, true: np.ndarray) -> dict[str, floa
     if "f1" in task.scores:
         out["f1"] = float(f1_score(true, predicted, zero_division=0))  # type: ignore[arg-type]
     if "matthews" in task.scores:
-        # Of a single label it is 0 by convention, of which scikit-learn warns.
+        # With a single label it is 0 by convention, and scikit-learn warns.
         single = len(np.union1d(true, predicted)) < 2
         out["matthews"] = 0.0 if single else float(matthews_corrcoef(true, predicted))
     return out
 
 
 def summary(names: Sequence[str], places: Any, predicted: Any, true: Any) -> dict[str, float]:
-    """All scores, with the task's name in front if there are several, and their mean as `score`.
+    """All scores, prefixed by the task's name if there are several, and `score`.
 
-    `score` is what GLUE averages: the mean over tasks of the mean of each task's scores.
+    `score` is the GLUE average: the mean over tasks of the mean of each task's scores.
     """
     out: dict[str, float] = {}
     means = []
@@ -136,7 +136,7 @@ def summary(names: Sequence[str], places: Any, predicted: Any, true: Any) -> dic
 
 
 def headline(names: Sequence[str]) -> str:
-    """The score that leads: of one task the one that GLUE takes, of several their mean."""
+    """The headline score: GLUE's own for one task, the mean for several."""
     known = TASKS[names[0]].scores
     return known[0] if len(names) == 1 and len(known) == 1 else "score"
 

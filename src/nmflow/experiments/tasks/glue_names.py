@@ -1,4 +1,4 @@
-"""The names of GLUE's tasks as an option, apart from what needs heavy imports."""
+"""The names of GLUE's tasks as an option, without heavy imports."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""Image classification on a data set too large for memory: streamed, cropped as it is read."""
+"""Image classification on a streamed data set, which need not fit into memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Options(Strict):
     """`size`: pixels of the square image; `mean` and `deviation` of each colour, 0 to 1.
 
-    Training images are flipped at random and cropped to a random `least` to 1 of their area, at an
-    aspect of 3:4 to 4:3; others are cut to the middle, `middle` of their shorter side.
+    Training images are flipped at random and cropped to a random share of their area, `least` to 1,
+    with an aspect ratio of 3:4 to 4:3. Other images are cropped to the center: `middle` of their
+    shorter side.
     """
 
     size: Annotated[int, Field(strict=True, ge=8)] = 224
@@ -33,7 +34,7 @@ class Options(Strict):
 
 
 def build(run: Run) -> Problem:
-    """The problem: as many classes as the data set names, or as the network is given."""
+    """The problem; the data set or the network's fields give the number of classes."""
     import torch
     from transformers import AutoModelForImageClassification, Trainer
 
@@ -102,7 +103,7 @@ def opened(cell: Any, where: str) -> Image:
     """The image in a cell, in colour.
 
     Raises:
-        DataError: an image that is not there or cannot be decoded, with its row.
+        DataError: an image is missing or cannot be decoded; the error has its row.
     """
     import io
 
@@ -137,7 +138,7 @@ def cropped(picture: Image, options: Options, draw: np.random.Generator) -> Imag
 
 
 def middle(picture: Image, options: Options) -> Image:
-    """The middle of the image."""
+    """The center of the image."""
     from PIL import Image
 
     width, height = picture.size

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class Options(Strict):
-    """`length`: tokens of a row at most; `packing`: a batch is one row without padding; `tokens`.
+    """`length`: the most tokens of a row; `packing`: a batch is one row without padding; `tokens`.
 
-    Packed rows do not see each other, which is tried on the network before it is trained.
+    Packed rows must not see each other, which is checked on the network before training.
     """
 
     length: Annotated[int, Field(strict=True, ge=4)] = 512
@@ -55,7 +55,7 @@ class Conversations:
 
 
 class Sorted(Conversations):
-    """Rows whose lengths the sampler of training knows."""
+    """Rows with known lengths, for the sampler."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -64,7 +64,7 @@ class Sorted(Conversations):
 
 
 class Packed(Conversations):
-    """Rows end to end, each with positions of its own; the first token of each is not predicted."""
+    """Rows end to end, each with its own positions; the first token of each is not predicted."""
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         from transformers import DataCollatorWithFlattening
@@ -78,7 +78,7 @@ class Packed(Conversations):
 
 
 def build(run: Run) -> Problem:
-    """The problem: loss and perplexity are those of the tokens of completions alone."""
+    """The problem; loss and perplexity are over the tokens of completions only."""
     from transformers import AutoModelForCausalLM
 
     from nmflow.experiments import models
@@ -131,7 +131,7 @@ def build(run: Run) -> Problem:
 
 
 def refuse_mixing(model: PreTrainedModel) -> None:
-    """Raise where a packed row changes what the network says of the row behind it."""
+    """Raise if a packed row changes the network's outputs for the next row."""
     first, last = torch.arange(5) % 4, torch.arange(3) + 1
     places = torch.cat((torch.arange(5), torch.arange(3)))[None]
     training, device = model.training, next(model.parameters()).device
@@ -146,7 +146,7 @@ def refuse_mixing(model: PreTrainedModel) -> None:
             alone = model(input_ids=last[None].to(device)).logits[0]
             one, other = behind(first), behind((first + 1) % 4)
         size = alone.abs().max()
-        # What is masked adds nothing to a sum: but for the order of sums, the bits are the same.
+        # Masked places add nothing to a sum, so only the order of sums may change the bits.
         near = 16 * torch.finfo(one.dtype).eps * size
         apart = bool((one - other).abs().max() <= near and (one - alone).abs().max() <= 0.01 * size)
     except TypeError:  # it takes no positions

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Options(Strict):
-    """`length`: characters that the network sees, each of which predicts its next."""
+    """`length`: characters that the network sees; each predicts the next."""
 
     length: Annotated[int, Field(strict=True, ge=2)] = 64
 
 
 class Windows:
-    """Windows of `length` characters, `stride` apart; whole batches in one indexing."""
+    """Windows of `length` characters, `stride` apart; a batch is one indexing operation."""
 
     def __init__(self, ids: Tensor, length: int, stride: int) -> None:
         self.views = ids.unfold(0, length, stride)
@@ -40,13 +40,13 @@ class Windows:
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         batch = self.views[indices].contiguous()
         labels = batch.clone()
-        # Nothing predicts the first character; the Trainer divides by the labels that it counts.
+        # Nothing predicts the first character, and the Trainer divides by the number of labels.
         labels[:, 0] = -100
         return {"input_ids": batch, "labels": labels}
 
 
 def windows(ids: dict[str, Any], length: int) -> dict[str, Windows]:
-    """The windows of each split; those of `train` overlap, so that an epoch draws random crops."""
+    """The windows of each split; those of `train` overlap, so that an epoch has random crops."""
     import torch
 
     return {
@@ -56,7 +56,7 @@ def windows(ids: dict[str, Any], length: int) -> dict[str, Windows]:
 
 
 def build(run: Run) -> Problem:
-    """The problem: characters of the training text are the vocabulary, one more for all others."""
+    """The problem; its vocabulary is the training text's characters, and one for all others."""
     from transformers import AutoModelForCausalLM
 
     from nmflow.experiments import models
@@ -97,7 +97,7 @@ def build(run: Run) -> Problem:
 
 @functools.lru_cache(maxsize=2)
 def _cached(dump: str) -> Any:
-    # One process trains many runs on the same text: read and encode it once.
+    # One process may train many runs on a text, which is read and encoded once.
     from nmflow.experiments.data.sources import corpus
 
     found = corpus(Data.model_validate_json(dump))
@@ -115,7 +115,7 @@ def _encoded(data: Data) -> Any:
 
 
 def same(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch, which the data set has made whole."""
+    """The batch, which the data set made already."""
     return batch
 
 

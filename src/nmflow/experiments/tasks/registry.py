@@ -11,8 +11,8 @@ from typing import Any
 from nmflow.errors import ConfigError
 from nmflow.experiments.config_errors import parse
 
-# Each file has `Options`, a pydantic model, and `build(run) -> Problem`; imported when it is asked
-# for, so that a configuration is checked without any heavy import.
+# Each file has `Options`, a pydantic model, and `build(run) -> Problem`. It is imported on use, so
+# that a configuration is checked without heavy imports.
 FILES = {
     "language-modelling": "lm",
     "image-classification": "vision",

@@ -1,4 +1,4 @@
-"""GLUE as text to text, as T5 does it: a task's name and sentences in, a label's word out."""
+"""GLUE as text to text, like T5: the input is a task's name and sentences, the output a label."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Options(Strict):
-    """`tasks`: of GLUE, mixed in proportion to their rows; `tokens`; `length`: of an input at most.
+    """`tasks`: tasks of GLUE, mixed by their rows; `tokens`; `length`: the most tokens of an input.
 
-    `beams`: of the search at evaluation.
+    `beams`: beams of the search at evaluation.
     """
 
     tasks: Names = ("sst2",)
@@ -78,7 +78,7 @@ def _number(name: str, word: str) -> int:
     from nmflow.experiments.tasks.glue import TASKS
 
     labels = TASKS[name].labels
-    # A tokeniser of words sets its marks apart: "not _ equivalent".
+    # A tokeniser of words separates marks: "not _ equivalent".
     word = word.replace(" ", "")
     return labels.index(word) if word in labels else -1
 

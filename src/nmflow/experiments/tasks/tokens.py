@@ -1,4 +1,4 @@
-"""Language modelling by words or pieces of them: a decoder or an LSTM predicts the next token."""
+"""Language modelling by words or subwords: a decoder or an LSTM predicts the next token."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Options(Strict):
-    """`length`: tokens that the network sees, each of which predicts its next; `tokens`."""
+    """`length`: tokens that the network sees, each of which predicts the next; `tokens`."""
 
     length: Annotated[int, Field(strict=True, ge=2)] = 64
     tokens: Tokens = Tokens(size=2000)
 
 
 def build(run: Run) -> Problem:
-    """The problem: windows of token ids; the perplexity is that of a token, not of a word."""
+    """The problem: windows of token ids. The perplexity is per token, not per word."""
     from transformers import AutoModelForCausalLM
 
     from nmflow.experiments import models
@@ -76,7 +76,7 @@ def _cached(dump: str, options: str) -> Any:
     ids = {}
     for split, text in found.texts.items():
         rows = made([line for line in text.splitlines() if line], add_special_tokens=False)
-        # A line ends with the token for the end of a text, or words would run into each other.
+        # A line ends with the end token, or its words would join those of the next.
         ends: Any = [made.eos_token_id]
         ids[split] = np.array([i for row in rows["input_ids"] for i in row + ends], np.int64)
     return ids, made, found.card
