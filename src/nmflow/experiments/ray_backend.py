@@ -1,4 +1,4 @@
-"""Many runs on a Ray cluster: one task a run, in folders on storage that all machines share."""
+"""Many runs on a Ray cluster: one task per run, in folders on shared storage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.runner import take, unfinished
 from nmflow.experiments.training import train
 
-RETRIES = 2  # of a run whose machine or process is lost; it goes on from its checkpoint
+RETRIES = 2  # of a run whose machine or process is lost; it resumes from its checkpoint
 
 
 def run_on_ray(
@@ -26,10 +26,10 @@ def run_on_ray(
     threads: int = 0,
     notify: Notify | None = None,
 ) -> list[Failure]:
-    """Train what is not finished as tasks of Ray; arguments and result are those of `run_all`.
+    """Train the unfinished runs as tasks of Ray; arguments and result are those of `run_all`.
 
-    Ray connects to the cluster of `RAY_ADDRESS` or of this machine, else starts a local one. A task
-    takes `threads` CPUs (0: one), and a GPU where the cluster has some and the run may use it.
+    Ray connects to the cluster at `RAY_ADDRESS` or on this machine, or starts a local one. A task
+    takes `threads` CPUs (0 takes one), and a GPU if the cluster has some and the run may use it.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -91,10 +91,10 @@ def _pass_on(queue: Any, notify: Notify | None) -> None:
 
 
 def _cell(text: str, folder: str, cwd: str, threads: int, queue: Any) -> str | None:
-    """One run, on some machine of the cluster: None, or the sentence that it failed with."""
+    """Train one run on a machine of the cluster; returns None, or its error."""
     import torch
 
-    os.chdir(cwd)  # the data's paths are relative to the folder that the sweep was started in
+    os.chdir(cwd)  # the data's paths are relative to the folder in which the sweep started
     torch.set_num_threads(threads)
     run = Run.model_validate_json(text)
     try:

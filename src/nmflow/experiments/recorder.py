@@ -1,4 +1,4 @@
-"""What a run does beside its training: tells the watcher, marks checkpoints, stops where asked."""
+"""The callback of a run: reports progress, marks checkpoints, and stops on a signal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nmflow.experiments.config import Run
 from nmflow.integrations.transformers import NMFlowCallback
 
 PULSE = 2.0
-"""Seconds after which a watcher hears of a run, where its log says nothing for longer."""
+"""The most seconds between two reports of progress."""
 
 
 class Progress(NamedTuple):
-    """Where a run is, for whoever watches."""
+    """The progress of a run."""
 
     run: str
     step: int
@@ -33,7 +33,7 @@ Notify = Callable[[Progress], None]
 
 
 class Recorder(TrainerCallback):
-    """Tells the watcher, marks checkpoints as whole, keeps time and loss over resumes, and stops.
+    """Reports progress, marks complete checkpoints, keeps time and loss over resumes, and stops.
 
     Args:
         run: the run.
@@ -42,7 +42,7 @@ class Recorder(TrainerCallback):
     """
 
     trainer: Any = None
-    """The `Trainer`, once it is made."""
+    """The `Trainer`, set once it exists."""
 
     def __init__(self, run: Run, attached: NMFlowCallback, notify: Notify | None) -> None:
         self.run, self.attached, self.notify = run, attached, notify
@@ -52,7 +52,7 @@ class Recorder(TrainerCallback):
         self._told = 0.0
 
     def start(self, checkpoint: Path | None) -> None:
-        """Begin to count, from what the checkpoint says if there is one."""
+        """Begin to count, from the checkpoint's values if there is one."""
         if checkpoint is not None:
             self._about = checkpoints.about(checkpoint)
             self.seconds = self._about["seconds"]
@@ -60,7 +60,7 @@ class Recorder(TrainerCallback):
         self._since = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the losses of the steps since the last entry of the log."""
+        """Restore the losses of the steps since the last entry of the log."""
         self._training = True
         if self._about.get("losses") is not None and self._carries(args):
             self.trainer._tr_loss.fill_(self._about["losses"])
@@ -68,7 +68,7 @@ class Recorder(TrainerCallback):
         self._tell(state, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No checkpoint at the last step: the result follows, and a resume would step on."""
+        """Save no checkpoint at the last step: the result follows, and a resume would train on."""
         if state.global_step >= state.max_steps:
             control.should_save = False
         elif control.should_log or self._carries(args):
@@ -77,16 +77,16 @@ class Recorder(TrainerCallback):
             self._tell(state, None)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation may be long: a signal in it stops where it ends, not a step later."""
+        """Stop after an evaluation if a signal came in it, not a step later."""
         if self._training and state.global_step < state.max_steps:
             self._stop_if_asked(args, control)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Pass on the step and the loss."""
+        """Report the step and the loss."""
         self._tell(state, state.log_history[-1].get("loss"))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All files of the checkpoint are there: say so in one more."""
+        """Mark the checkpoint as complete, now that all its files are written."""
         if args.world_size > 1:
             dist.barrier()  # each process writes the state of its random numbers
         if state.is_world_process_zero:
@@ -112,7 +112,7 @@ class Recorder(TrainerCallback):
     def _stop_if_asked(self, args: Any, control: Any) -> None:
         signum = stopping.asked() or 0
         if args.world_size > 1:
-            # All processes have to save at the same step, whenever each of them was told.
+            # All processes must save at the same step, whenever each got the signal.
             most = torch.tensor(signum, device=args.device)
             dist.all_reduce(most, dist.ReduceOp.MAX)
             signum = int(most)
@@ -121,10 +121,10 @@ class Recorder(TrainerCallback):
             control.should_save = True
 
     def _carries(self, args: Any) -> bool:
-        """Whether a checkpoint between two entries of the log can be gone on from exactly.
+        """Whether a run can resume exactly from a checkpoint between two entries of the log.
 
-        The losses since the last entry have to travel. Older versions of `transformers` keep them
-        where nobody reaches; several processes have one sum each.
+        That needs the losses since the last entry. Older versions of `transformers` keep them in a
+        local variable, and several processes have one sum each.
         """
         return args.world_size == 1 and hasattr(self.trainer, "_tr_loss")
 

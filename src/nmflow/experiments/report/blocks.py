@@ -1,4 +1,4 @@
-"""What a report is made of: plain blocks that the HTML and the Markdown template both show."""
+"""The parts of a report: plain blocks that the HTML and the Markdown template both show."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing as SVG, with what it shows for those who do not see it."""
+    """A drawing as SVG, with a text alternative."""
 
     name: str
     svg: str
@@ -47,7 +47,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Code:
-    """Something to type."""
+    """A command to type."""
 
     text: str
     kind: str = "code"
@@ -65,7 +65,7 @@ class Section:
 
 
 def markdown(text: str) -> str:
-    """A text for Markdown in which names are names: no HTML, no link, no image, no new line.
+    """A text for Markdown that shows names as they are: no HTML, no link, no image, no new line.
 
     Example:
         >>> markdown("<b> [a](http://b) & c")
@@ -74,14 +74,14 @@ def markdown(text: str) -> str:
     made = " ".join(text.splitlines())
     for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         made = made.replace(mark, entity)
-    # A link or an image needs a bracket here, its definition a colon, and a code span hides both.
+    # A link or an image needs a bracket here, and its definition a colon; a code span hides both.
     for mark in ("](", "][", "]:"):
         made = made.replace(mark, f"]\\{mark[1]}")
     return made.replace("`", "\\`")
 
 
 def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
-    """A figure with a real minus sign, or a dash where there is none.
+    """A figure with a real minus sign, or a dash for None.
 
     Example:
         >>> number(-0.0314, 3), number(0.5, 1, sign=True), number(None)
@@ -114,7 +114,7 @@ def quantity(value: float) -> str:
 
 
 def mean_sd(s: Summary) -> str:
-    """Mean and deviation; of one seed the figure alone.
+    """Mean and deviation, or the figure alone for one seed.
 
     Example:
         >>> mean_sd(Summary(2, 0.5, 0.01)), mean_sd(Summary(1, 0.5, None))
@@ -124,7 +124,7 @@ def mean_sd(s: Summary) -> str:
 
 
 def difference(d: Paired) -> str:
-    """A paired difference with its interval, or that there is none."""
+    """A paired difference with its interval, or "one seed" if there is none."""
     if d.low is None or d.high is None:
         return f"{number(d.mean, 4, True)} (one seed)"
     return f"{number(d.mean, 4, True)} [{number(d.low, 4, True)}, {number(d.high, 4, True)}]"

@@ -1,4 +1,4 @@
-"""Runs side by side: grouped by setting and recipe, summed up over seeds, paired by seed."""
+"""Group runs by setting and recipe, summarize over seeds, and pair by seed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nmflow.experiments.config import digest
 from nmflow.experiments.report.statistics import Paired, Summary, holm, paired, summary
 from nmflow.recipes import RECIPES
 
-# Figures of which less is better; of all others more is.
+# Figures for which less is better; for all others, more is.
 LESS_IS_BETTER = ("loss", "perplexity")
-# What says how a network is sparse: a dense run has the same outcome whatever they are.
+# Keys of sparsity, on which a dense run's outcome does not depend.
 PLACEMENT = (
     "pattern",
     "include",
@@ -27,7 +27,7 @@ PLACEMENT = (
 
 @dataclass
 class Recipe:
-    """One recipe of a setting over its seeds; `runs` by seed, `place` among all of the page."""
+    """One recipe of a setting: its `runs` by seed, and its `place` among the page's recipes."""
 
     title: str
     name: str
@@ -35,7 +35,7 @@ class Recipe:
     place: int = 0
 
     def values(self, metric: str, split: str = "test") -> dict[int, float]:
-        """The figure of every seed."""
+        """The figure of each seed."""
         return {seed: run[split][metric] for seed, run in sorted(self.runs.items())}
 
     def summary(self, metric: str, split: str = "test") -> Summary:
@@ -47,8 +47,8 @@ class Recipe:
 class Comparison:
     """A recipe against the baseline in one figure.
 
-    `adjusted` is p adjusted for all comparisons of the setting, `overall` for all of the page in
-    the headline figure.
+    `adjusted` is p adjusted for all comparisons of the setting, `overall` for all headline
+    comparisons of the page.
     """
 
     recipe: Recipe
@@ -71,10 +71,10 @@ class Comparison:
 
 @dataclass
 class Setting:
-    """All recipes of runs that differ in nothing else but the seed.
+    """All recipes whose runs differ only in recipe and seed.
 
-    Dense runs may be `lent` by a setting of the same `family`, which differs from this one in the
-    placement of sparsity alone.
+    Dense runs may be `lent` by a setting of the same `family`, which differs only in the placement
+    of sparsity.
     """
 
     hash: str
@@ -102,12 +102,12 @@ class Setting:
 
     @property
     def sample(self) -> dict[str, Any]:
-        """Any run of its own: what all share can be read off it."""
+        """Any of its own runs, for the keys that all share."""
         return self.own[0]
 
     @property
     def sparse(self) -> list[Recipe]:
-        """The recipes but dense."""
+        """The recipes except dense."""
         return [r for r in self.recipes if r.name != "dense"]
 
     @property
@@ -132,7 +132,7 @@ class Setting:
 
 
 def metrics(recipes: Sequence[Recipe], headline: str) -> list[str]:
-    """The figures that every run has, loss first, then the headline."""
+    """The figures that all runs have: loss first, then the headline."""
     runs = [run["test"] for recipe in recipes for run in recipe.runs.values()]
     shared = set(runs[0]).intersection(*runs[1:])
     first = [name for name in ("loss", headline) if name in shared]
@@ -142,8 +142,8 @@ def metrics(recipes: Sequence[Recipe], headline: str) -> list[str]:
 def settings(results: Sequence[Mapping[str, Any]], baseline: str) -> list[Setting]:
     """Group results by setting; the recipes in the order of the registry.
 
-    Settings that differ in `PLACEMENT` alone are a family and share their dense runs. One that has
-    nothing else is no setting of its own where there are others in its family.
+    Settings that differ only in `PLACEMENT` are a family and share their dense runs. A setting with
+    dense runs only is dropped if its family has others.
     """
     groups: dict[str, dict[str, Recipe]] = {}
     first: dict[str, Mapping[str, Any]] = {}
@@ -176,12 +176,12 @@ def settings(results: Sequence[Mapping[str, Any]], baseline: str) -> list[Settin
 
 
 def family_hash(result: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a dense run's outcome depends on but its seed."""
+    """SHA-256 of everything that decides a dense run's outcome, except its seed."""
     left_out = ("name", "recipe", "seed", *PLACEMENT)
     run = {key: value for key, value in result["run"].items() if key not in left_out}
     training = dict(run["training"])
     if training.get("budget") is not None:
-        training.pop("steps", None)  # solved, so a consequence
+        training.pop("steps", None)  # solved from the budget
     # The data's own hash tells a file that changed between two settings.
     return digest({**run, "training": training, "sha256": result["data"]["sha256"]})
 
@@ -189,7 +189,7 @@ def family_hash(result: Mapping[str, Any]) -> str:
 def _lend(
     groups: dict[str, dict[str, Recipe]], families: Mapping[str, str]
 ) -> dict[str, dict[str, Recipe]]:
-    """Give each setting its family's dense runs; drop those that had nothing else to show."""
+    """Give each setting its family's dense runs, and drop settings with nothing else."""
     dense: dict[str, dict[int, dict[str, Any]]] = {}
     titles: dict[str, str] = {}
     for key, group in groups.items():
@@ -206,12 +206,12 @@ def _lend(
         if key not in sparse:
             if family in served:
                 continue
-            served.add(family)  # the first of a family without a sparse run stands for all
+            served.add(family)  # in a family without sparse runs, the first setting stays
         lent = dense.get(family, {})
         own = [recipe for recipe in group.values() if recipe.name == "dense"]
         if not own and lent:
             own = [group.setdefault(titles[family], Recipe(titles[family], "dense"))]
-        if len(own) == 1:  # recipes of one name are not told apart by a loan
+        if len(own) == 1:  # recipes with the same name cannot be lent
             own[0].runs = {**lent, **own[0].runs}
         out[key] = group
     return out
@@ -226,7 +226,7 @@ def _compare(recipes: list[Recipe], against: Recipe | None, headline: str) -> li
             difference = paired(recipe.values(metric), against.values(metric))
             if recipe is not against and difference is not None:
                 out.append(Comparison(recipe, metric, difference))
-    # One family: every sparse recipe in every figure; the dense bound is not a contestant.
+    # Every sparse recipe in every figure; the dense bound does not compete.
     family = [c for c in out if c.recipe.name != "dense" and c.difference.p is not None]
     for one, p in zip(family, holm([c.difference.p or 0.0 for c in family]), strict=True):
         one.adjusted = p

@@ -1,4 +1,4 @@
-"""Drawings of quality against cost: a panel a cost, fronts as step lines."""
+"""Plots of quality against cost: one panel per cost, with fronts as step lines."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def pareto(group: Group, found: Sequence[Point], axes_of: Mapping[str, str]) -> str:
-    """Quality against costs, logarithmic: a panel a cost, a marker a recipe, fronts as step lines.
+    """Quality against log costs: a panel per cost, a marker per recipe, fronts as step lines.
 
     Args:
         group: the settings.
         found: their points.
-        axes_of: the costs by their names in `AXES`, each with what its axis is called.
+        axes_of: the costs by their names in `AXES`, each with the label of its axis.
     """
     columns = min(2, len(axes_of))
     rows = math.ceil(len(axes_of) / columns)
@@ -83,7 +83,7 @@ def _ticks(ax: Axes, costs: Sequence[float], axis: str, many: int) -> None:
 
 
 def duration(microseconds: float) -> str:
-    """Microseconds as people read them: `1.5 ms`.
+    """Microseconds as readable text: `1.5 ms`.
 
     Example:
         >>> duration(12.0), duration(1500.0), duration(2e6)
@@ -104,7 +104,10 @@ def _labels(ax: Axes, held: Sequence[Point], axis: str, less: bool, columns: int
         if (gain < 0) if less else (gain > 0):
             best[p.label] = p
     best.pop("", None)
-    width, height = 8.6 * 72 * 0.86 / columns, 4.2 * 72 * 0.7  # about what the axes have, in points
+    width, height = (
+        8.6 * 72 * 0.86 / columns,
+        4.2 * 72 * 0.7,
+    )  # about the size of the axes, in points
     (x0, x1), (y0, y1) = np.log(ax.get_xlim()), ax.get_ylim()
 
     def spot(p: Point) -> tuple[float, float]:
@@ -125,7 +128,7 @@ def _labels(ax: Axes, held: Sequence[Point], axis: str, less: bool, columns: int
             hits += 3 * (sum(_meet(box, name) for name in names) + out)
             tries.append((hits, len(tries), dx, dy, box))
         hits, _, dx, dy, box = min(tries)
-        if hits > 2:  # no room where it could be read; the tables have it
+        if hits > 2:  # no room for a readable label; the tables have the name
             continue
         names.append(box)
         ax.annotate(

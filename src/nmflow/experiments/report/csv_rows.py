@@ -1,4 +1,4 @@
-"""The figures of a report as rows of CSV files: every run, every summary, every point."""
+"""The figures of a report as rows of CSV files: runs, summaries and points."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nmflow.experiments.report.times import Times
 
 
 def runs(results: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A row a run."""
+    """One row per run."""
     for run in results:
         yield {
             "id": run["id"],
@@ -34,7 +34,7 @@ def runs(results: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def summaries(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    """A row a recipe, setting and figure, with what differs among settings as columns."""
+    """One row per recipe, setting and figure; keys that differ among settings are columns."""
     for group in groups:
         for cell in group.cells():
             for metric in cell.setting.metrics:
@@ -65,13 +65,13 @@ def summaries(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 
 def fronts(groups: Sequence[Group], times: Times) -> Iterator[dict[str, Any]]:
-    """A row a point of the plots of quality against cost."""
+    """One row per point of the plots of quality against cost."""
     for group in groups:
         yield from pareto.rows(group, times)
 
 
 def text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV; a column that some rows lack is empty there."""
+    """Rows as CSV; a column is empty in rows that lack it."""
     held, sink = list(rows), io.StringIO()
     fields = list(dict.fromkeys(key for row in held for key in row))
     writer = csv.DictWriter(sink, fields, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""The part of a page that lays its settings side by side."""
+"""The part of a page that compares its settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nmflow.experiments.report.compare import PLACEMENT, Comparison, family_hash
 from nmflow.experiments.report.settings import NONE, Cell, Group, survives
 from nmflow.experiments.report.statistics import Paired
 
-MOST_LAYERS = 60  # rows of a drawing; a table has them all
+MOST_LAYERS = 60  # rows of a drawing; the table has all
 
 
 def overview(
@@ -31,7 +31,7 @@ def overview(
     results: Sequence[Mapping[str, Any]],
     baseline: str,
 ) -> list[Section]:
-    """Every setting in one table a group, drawn, and said in words."""
+    """All settings of each group: a table, a drawing, and sentences."""
     said = [words.holds(group) for group in groups]
     warning = words.unlike_dense(results, family_hash)
     found = words.shown(groups, contest, baseline) + ([warning] if warning else [])
@@ -114,7 +114,7 @@ def _verdict(c: Comparison | None) -> str:
 
 
 def _layers(group: Group, place: int) -> list[Block]:
-    """Density by layer of every setting with a sparse network, where they differ in that."""
+    """Density by layer for every setting with a sparse network, if the settings differ in it."""
     settings = [s for s in group.settings if s.sparse]
     shown: dict[str, dict[str, str]] = {}
     means: dict[str, dict[str, float]] = {}
@@ -127,7 +127,7 @@ def _layers(group: Group, place: int) -> list[Block]:
                     held.setdefault(row["name"], []).append(row["density"])
         column = {n: _range(d) for n, d in held.items()}
         if column not in shown.values():
-            if label in shown:  # the same placement in another network
+            if label in shown:  # same placement, another network
                 label = group.label(setting, short=True)
             shown[label] = column
             means[label] = {n: sum(d) / len(d) for n, d in held.items()}

@@ -1,4 +1,4 @@
-"""Drawings over several settings: quality by setting, a forest plot, density by layer."""
+"""Plots over several settings: quality by setting, a forest plot, density by layer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def panels(group: Group) -> tuple[list[str], dict[str, list[Setting]]]:
-    """How the settings of a group are laid out: the keys along the x axis, and one panel for each
-    combination of the others, by its label.
+    """The layout of a group's settings: the keys along the x axis, and a panel per combination of
+    the others, by its label.
 
-    Along x go the patterns, or else the first key that differs; keys whose values come in fixed
-    company (a placement sets pattern and include together) go along together.
+    The x axis has the patterns, or else the first key that differs. Keys whose values always change
+    together (a placement sets pattern and include) share it.
     """
     sparse = [s for s in group.settings if s.sparse] or group.settings
 
@@ -48,7 +48,7 @@ def panels(group: Group) -> tuple[list[str], dict[str, list[Setting]]]:
 
 
 def by_setting(group: Group) -> str:
-    """The headline figure over settings: one line a recipe with 95 % intervals, dense as a band."""
+    """The headline figure over settings: a line per recipe with 95 % intervals, dense as a band."""
     along, found = panels(group)
     columns = min(len(found), 3)
 
@@ -71,7 +71,7 @@ def by_setting(group: Group) -> str:
 
 
 def _panel(ax: Axes, group: Group, along: Sequence[str], settings: Sequence[Setting]) -> None:
-    ordered = len(along) == 1  # only then does a line between two settings mean a thing
+    ordered = len(along) == 1  # only then does a line between two settings mean anything
     titles = sorted({(r.place, r.title) for s in settings for r in s.sparse})
     for number, (place, title) in enumerate(titles):
         shift = (number - (len(titles) - 1) / 2) * min(0.1, 0.5 / len(titles))
@@ -98,7 +98,7 @@ def _panel(ax: Axes, group: Group, along: Sequence[str], settings: Sequence[Sett
 
 
 def _dense(settings: Sequence[Setting]) -> list[Recipe]:
-    """The dense bound, where all settings share one: two networks have two."""
+    """The dense bound, if all settings share one; two networks have two."""
     if len({s.family for s in settings}) != 1:
         return []
     return [r for r in settings[0].recipes if r.name == "dense"]
@@ -118,7 +118,7 @@ def _reach(recipe: Recipe, metric: str) -> tuple[float, float, float]:
 
 
 def forest(rows: Sequence[tuple[str, Recipe, Paired]], headline: str) -> str:
-    """Differences to the baseline as a forest plot: a row a recipe and setting."""
+    """Differences to the baseline as a forest plot: one row per recipe and setting."""
 
     def paint(axes: list[Axes]) -> None:
         (ax,) = axes
@@ -135,7 +135,7 @@ def forest(rows: Sequence[tuple[str, Recipe, Paired]], headline: str) -> str:
 
 
 def densities(names: Sequence[str], columns: Mapping[str, Mapping[str, float]]) -> str:
-    """Density by layer as shades: a row a weight, a column a setting; light is dense."""
+    """Density by layer as shades: one row per weight, one column per setting; light is dense."""
     held = [[column.get(name, math.nan) for column in columns.values()] for name in names]
 
     def paint(axes: list[Axes]) -> None:

@@ -1,4 +1,4 @@
-"""What a page over several settings shows, and what it does not, in sentences from its figures."""
+"""Sentences about what several settings show and do not show, made from their figures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nmflow.experiments.report.setting_words import PERCENT
 from nmflow.experiments.report.settings import NONE, Cell, Group, survives
 from nmflow.experiments.report.statistics import LEVEL
 
-MOST = 12  # names in one sentence; a table has them all
+MOST = 12  # names in one sentence; the table has all
 
 
 def holds(group: Group) -> str:
-    """What was crossed with what."""
+    """The axes of the page, and how they were crossed."""
     parts = []
     for key in group.keys:
         values = [group.values[s.hash][key] for s in group.settings]
@@ -31,7 +31,7 @@ def holds(group: Group) -> str:
 
 
 def shown(groups: Sequence[Group], contest: Sequence[Comparison], baseline: str) -> list[str]:
-    """What the comparisons of all settings say together."""
+    """What the comparisons of all settings show together."""
     out = []
     settings = [s for g in groups for s in g.settings if s.sparse]
     without = [s for s in settings if s.baseline is None]
@@ -56,7 +56,7 @@ def shown(groups: Sequence[Group], contest: Sequence[Comparison], baseline: str)
 
 
 def not_shown(groups: Sequence[Group]) -> list[str]:
-    """What the overview's figures cannot say."""
+    """What the overview's figures cannot show."""
     out = [
         "Differences between settings: they are not tested. Only the recipes of one setting are "
         "paired by seed.",
@@ -78,7 +78,7 @@ def not_shown(groups: Sequence[Group]) -> list[str]:
 
 
 def unlike_dense(results: Iterable[Mapping[str, Any]], family: Any) -> str:
-    """A warning where dense runs of one family and seed have other figures; else empty."""
+    """A warning if dense runs of one family and seed have different figures; otherwise empty."""
     seen: dict[tuple[str, int], set[float]] = {}
     for run in results:
         if run["run"]["recipe"]["name"] == "dense":
@@ -95,13 +95,13 @@ def unlike_dense(results: Iterable[Mapping[str, Any]], family: Any) -> str:
 
 
 def some(names: Sequence[str], between: str = ", ") -> str:
-    """Names in a row; of many the first, and how many more there are."""
+    """A list of names; if there are many, the first ones and the number of the others."""
     said = between.join(names[:MOST])
     return f"{said} and {len(names) - MOST} more" if len(names) > MOST else said
 
 
 def lent(setting: Setting) -> str:
-    """Where the dense runs of a setting come from, if they are of another; else empty."""
+    """The setting that a setting's dense runs come from, if it is another; otherwise empty."""
     sources = sorted({run["pattern"] for run in setting.lent})
     if not setting.lent:
         return ""
@@ -151,7 +151,7 @@ def _cell(group: Group, cell: Cell) -> str:
 
 
 def lacking(group: Group) -> list[str]:
-    """The cells that lack a seed that others have."""
+    """The cells without a seed that others have."""
     seeds = {seed for s in group.settings for r in s.sparse for seed in r.runs}
     said = []
     for cell in group.cells():
@@ -173,10 +173,10 @@ def _settings(count: int) -> str:
 
 
 def better(metric: str) -> str:
-    """Whether more or less of a figure is better."""
+    """A phrase: whether more or less of a figure is better."""
     return "less is better" if metric in LESS_IS_BETTER else "more is better"
 
 
 def placed(keys: Sequence[str]) -> bool:
-    """Whether the settings differ in where sparsity goes."""
+    """Whether the settings differ in the placement of sparsity."""
     return any(key in PLACEMENT for key in keys)

@@ -45,7 +45,7 @@ CLOSING = (
 
 @dataclass(frozen=True)
 class Part:
-    """A heading with its sections; `folded` ones open on a click, and all of them in print."""
+    """A heading with its sections; `folded` ones open on a click, and are open in print."""
 
     title: str
     sections: Sequence[Section]
@@ -64,13 +64,13 @@ def write_report(
         runs: folders that hold finished runs, at any depth.
         output: where to write.
         baseline: the recipe, by name or label, that the others are paired with.
-        times: inference times; None reads those that are kept beside the runs.
+        times: inference times; None reads the files beside the runs.
 
     Returns:
         The path of the HTML page.
 
     Raises:
-        ConfigError: no finished run, or a folder that cannot be written.
+        ConfigError: there is no finished run, or the folder cannot be written.
     """
     results = finished_runs(list(runs))
     times = read_times(results) if times is None else times
@@ -115,7 +115,7 @@ def write_report(
     plain = place.get_template("report.md.j2").render(context)
     with one_sentence(output):
         output.mkdir(parents=True, exist_ok=True)
-        with disk.locked(output):  # two reports at once: all files of the last one
+        with disk.locked(output):  # two reports at once: all files come from the last one
             for number, part in [("verdict", Part("", [first])), *enumerate(parts)]:
                 for figure in _figures(part.sections):
                     write(output / "figures" / f"{number}-{figure.name}.svg", figure.svg)
@@ -169,7 +169,7 @@ def _figures(parts: Sequence[Section]) -> list[Figure]:
 
 
 def _script() -> str:
-    """The page's one script, which sorts tables; the page's policy allows it by its hash alone."""
+    """The page's only script, which sorts tables; the page's policy allows it by its hash."""
     return (
         (resources.files("nmflow.experiments.report") / "templates" / "sort.js")
         .read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Quality against cost: one point a recipe and setting, and which of them are on the front."""
+"""Quality against cost: a point per recipe and setting, and the points on the front."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nmflow.experiments.report.settings import Cell, Group
 from nmflow.experiments.report.statistics import Summary, interval
 from nmflow.experiments.report.times import Times
 
-# A result's cost, or the measured time; each with what a plot calls it.
+# The costs of a result, and the measured time, each with its label in plots.
 AXES: Mapping[str, str] = {
     "training_flops": "training FLOPs of the whole run",
     "inference_flops": "inference FLOPs of one example",
@@ -31,11 +31,11 @@ class Point:
     """One recipe in one setting.
 
     Attributes:
-        cell: which.
-        label: what tells its setting from the others; empty if nothing does.
+        cell: the recipe and setting.
+        label: the keys of its setting that differ from others; empty if none do.
         quality: the headline figure over seeds.
         low, high: the 95 % interval of its mean; None for one seed.
-        costs: by the names of `AXES`, those that are known and positive.
+        costs: the known and positive costs, by the names of `AXES`.
     """
 
     cell: Cell
@@ -47,7 +47,7 @@ class Point:
 
 
 def points(group: Group, times: Times) -> list[Point]:
-    """Every recipe of every setting of a group, a family's dense runs once."""
+    """A point for each recipe and setting of a group; a family's dense runs count once."""
     out = []
     for cell in group.cells():
         values = list(cell.recipe.values(group.headline).values())
@@ -59,7 +59,7 @@ def points(group: Group, times: Times) -> list[Point]:
 
 
 def front(found: Sequence[Point], axis: str, less: bool) -> list[Point]:
-    """The points that no other beats: none is as cheap and as good, and better in one of the two.
+    """The points that no other point beats in one of cost and quality and equals in the other.
 
     Args:
         found: the points; those without a cost on this axis are left out.
@@ -67,7 +67,7 @@ def front(found: Sequence[Point], axis: str, less: bool) -> list[Point]:
         less: whether less of the headline figure is better.
 
     Returns:
-        The front by the means, from cheap to dear.
+        The front by means, from low to high cost.
     """
     sign = -1.0 if less else 1.0
     held = [(p.costs[axis], sign * p.quality.mean, p) for p in found if axis in p.costs]

@@ -1,4 +1,4 @@
-"""The sections of one setting: figures in tables, drawings, and sentences that are made of them."""
+"""The sections of one setting: tables, drawings, and sentences made from their figures."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from nmflow.experiments.report.statistics import summary
 
 
 def sections(setting: Setting, page: Page, costs: Sequence[Section] = ()) -> list[Section]:
-    """Everything that a report says of a setting, in reading order.
+    """All sections about a setting, in reading order.
 
     Args:
         setting: the setting.
-        page: what else the page shows.
-        costs: what goes in after the figures, on the page of this setting alone.
+        page: the rest of the page.
+        costs: the section on costs, if the page has this setting only.
     """
     made = [
         Section("What the figures show", _results(setting)),
@@ -46,7 +46,7 @@ def sections(setting: Setting, page: Page, costs: Sequence[Section] = ()) -> lis
 
 
 def title(setting: Setting) -> str:
-    """One line that tells the setting from others."""
+    """A line that identifies the setting."""
     run = setting.sample["run"]
     network = run["model"]["kind"] or run["model"]["load"]
     on = f"{run['task']} on {setting.sample['data']['name']}, {network}"
@@ -90,7 +90,7 @@ def _results(setting: Setting) -> list[Block]:
 
 
 def forest(setting: Setting) -> Figure | None:
-    """Every sparse recipe's differences to the baseline; None where nothing is compared."""
+    """Every sparse recipe's differences to the baseline; None if nothing is compared."""
     base = setting.baseline if setting.comparisons else None
     if base is None or all(r is base for r in setting.sparse):
         return None
@@ -123,7 +123,7 @@ def _curves(setting: Setting) -> list[Block]:
 
 def _noise(setting: Setting) -> list[Block]:
     blocks: list[Block] = []
-    if not setting.sparse:  # nothing to compare it with, and nothing that is pruned
+    if not setting.sparse:  # nothing to compare, and nothing pruned
         return blocks
     if any(run["noise"] for run in setting.runs):
         steps = sorted({row["step"] for run in setting.runs for row in run["noise"]})

@@ -1,4 +1,4 @@
-"""The details of one setting: the audit, costs, every seed's figures, how it was made."""
+"""The details of one setting: audit, costs, figures by seed, and how to reproduce it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from nmflow.experiments.report.compare import Setting
 
 
 def audited(setting: Setting, layers: bool) -> list[Block]:
-    """Whether every final network holds its pattern; `layers` lists the weights of one of them."""
+    """Whether every final network holds its pattern; `layers` lists the weights of one network."""
     if not setting.sparse:
         return []
     pattern = setting.sample["pattern"]
     rows, broken = [], []
     for recipe in setting.recipes:
         for seed, run in sorted(recipe.runs.items()):
-            if run["setting_hash"] != setting.hash:  # was audited against another pattern
+            if run["setting_hash"] != setting.hash:  # audited against another pattern
                 continue
             found = run["audit"]["rows"]
             held = sum(bool(row["holds"]) for row in found)
@@ -54,7 +54,7 @@ def cost(setting: Setting) -> list[Block]:
 
 
 def raw(setting: Setting) -> list[Block]:
-    """Every seed's figures."""
+    """The figures of each seed."""
     rows = []
     for recipe in setting.recipes:
         for seed, run in sorted(recipe.runs.items()):
@@ -68,7 +68,7 @@ def raw(setting: Setting) -> list[Block]:
 
 
 def made(setting: Setting) -> list[Block]:
-    """What whoever makes the runs again has to know."""
+    """What you need to reproduce the runs."""
     sample = setting.sample
     run, data, t = sample["run"], sample["data"], sample["run"]["training"]
     sizes = ", ".join(f"{name} {size:,}" for name, size in data["sizes"].items())
@@ -111,7 +111,7 @@ def made(setting: Setting) -> list[Block]:
 
 
 def _origins(sample: dict[str, Any]) -> list[str]:
-    """Where saved weights came from, with their licence, and the teacher."""
+    """The origins and licences of saved weights, and the teacher."""
     out = []
     if (source := sample.get("source")) is not None:
         out.append(f"Weights at first: {source['text']}, licence {source['licence']}.")

@@ -1,4 +1,4 @@
-"""Drawings of a setting: SVG, readable in print and by the colour-blind, the same every time."""
+"""Plots of a setting as SVG: readable in print and for the colour-blind, and reproducible."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nmflow.experiments.report.compare import LESS_IS_BETTER, Recipe, Setting
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, darkest first; each with a dash and a marker, so that grey print serves.
+# Okabe and Ito's colours, darkest first; each has a dash and a marker, for print in grey.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 _FINE = ((0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (3, 3)))
 DASHES = ("-", "--", (0, (9, 1)), "-.", *_FINE)
@@ -38,8 +38,8 @@ STYLE: Any = {
 def style(place: int) -> dict[str, Any]:
     """Colour, dash and marker of the recipe at a place of the page; no two places share all three.
 
-    The first eight differ in each. Of the next the markers move on, so that no pair of colour and
-    marker comes back; from the 65th on the marker is the place itself.
+    The first eight differ in each of them. For the next ones the markers shift, so that no pair of
+    colour and marker repeats. From the 65th place on, the marker is the place's number.
     """
     turn, count = place // len(COLOURS), len(MARKERS)
     marker = MARKERS[(place + 3 * turn) % count] if turn < count else f"${place}$"
@@ -51,7 +51,7 @@ def style(place: int) -> dict[str, Any]:
 
 
 def _take_literally(figure: Figure) -> None:
-    """Names may hold a dollar sign, which matplotlib takes for the start of a formula."""
+    """Escape dollar signs in names, which start a formula in matplotlib."""
     texts = [text for legend in figure.legends for text in legend.get_texts()]
     for ax in figure.axes:
         texts += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
@@ -67,13 +67,13 @@ def _take_literally(figure: Figure) -> None:
 def draw(
     paint: Callable[[list[Axes]], None], columns: int = 1, height: float = 3.4, rows: int = 1
 ) -> str:
-    """An SVG with as many axes, painted; `height` is of one row of them."""
+    """Draw an SVG with this many axes; `height` is the height of one row of them."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, height * rows))
         FigureCanvasSVG(figure)
         axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
         paint(axes)
-        # One legend below for all axes, where it covers no line.
+        # One legend for all axes, below them, where it covers no line.
         found = [ax.get_legend_handles_labels() for ax in axes]
         named = {
             name: line for lines, names in found for line, name in zip(lines, names, strict=True)
@@ -95,7 +95,7 @@ def line(place: int) -> dict[str, Any]:
 
 
 def series(recipe: Recipe, key: str, log: str = "history") -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and a row of values a seed, of one entry of a run's log."""
+    """The steps of one entry of the runs' logs, and its values with one row per seed."""
     rows = [
         {entry["step"]: entry[key] for entry in run[log] if entry.get(key) is not None}
         for run in recipe.runs.values()
@@ -105,7 +105,7 @@ def series(recipe: Recipe, key: str, log: str = "history") -> tuple[np.ndarray, 
 
 
 def curves(setting: Setting) -> str:
-    """Over steps: the losses, and for sparse recipes δ and the share of weights that is kept."""
+    """Curves over steps: the losses, and for sparse recipes δ and the share of kept weights."""
 
     def paint(axes: list[Axes]) -> None:
         held_out = "validation loss, N:M network" if setting.sparse else "validation loss"
@@ -129,7 +129,7 @@ def _loss(ax: Axes, setting: Setting, key: str, title: str) -> None:
         mean, colour = values.mean(0), style(recipe.place)["color"]
         ax.plot(steps, mean, label=recipe.title, **line(recipe.place))
         ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0)
-        # The first tenth is steep for every recipe and would flatten the rest.
+        # The first tenth is steep for all recipes, and would flatten the rest.
         late = mean[steps > 0.1 * steps[-1]]
         top = max(top, float(late.max()) if len(late) else 0.0)
     if top:
@@ -155,7 +155,7 @@ def _schedule(ax: Axes, setting: Setting, key: str) -> None:
 
 
 def differences(setting: Setting) -> str:
-    """Each sparse recipe's difference to the baseline: every seed, mean and 95 % interval."""
+    """Each sparse recipe's difference to the baseline: seeds, mean and 95 % interval."""
     shown = [m for m in setting.metrics if m in ("loss", setting.headline)]
 
     def paint(axes: list[Axes]) -> None:
@@ -190,7 +190,7 @@ def differences(setting: Setting) -> str:
 
 
 def difference_axes(ax: Axes, metric: str, names: Sequence[str], ticks: int) -> None:
-    """The axes of differences in one figure: a line at zero, and a row a name from the top."""
+    """Axes for differences in one figure: a line at zero, and a row per name from the top."""
     ax.axvline(0, color="#333333", lw=1)
     ax.xaxis.set_major_locator(MaxNLocator(ticks))
     better = "left" if metric in LESS_IS_BETTER else "right"
@@ -200,7 +200,7 @@ def difference_axes(ax: Axes, metric: str, names: Sequence[str], ticks: int) -> 
 
 
 def tracked(setting: Setting, key: str, label: str) -> str:
-    """One tracked measure of the gradient over steps, for kept and for pruned weights."""
+    """A tracked measure of the gradient over steps, for kept and for pruned weights."""
 
     def paint(axes: list[Axes]) -> None:
         for ax, part in zip(axes, ("kept", "pruned"), strict=True):

@@ -1,4 +1,4 @@
-"""What the figures of a setting show, and what they do not, in sentences made from the figures."""
+"""Sentences about what a setting's figures show and do not show, made from the figures."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PERCENT = f"{LEVEL:.0%}".replace("%", "\u00a0%")
 
 @dataclass(frozen=True)
 class Page:
-    """What else is on the page of a setting, so that no sentence denies it.
+    """The rest of a setting's page, so that no sentence contradicts it.
 
     Attributes:
-        alone: the page is of this setting alone.
-        networks: dense networks of other sizes are on the page.
-        tuned: the keys of training that take several values on the page.
+        alone: the page has this setting only.
+        networks: the page has dense networks of other sizes.
+        tuned: the keys of training with several values on the page.
         timed: inference was timed.
     """
 
@@ -60,7 +60,7 @@ def shown(setting: Setting) -> list[str]:
 
 
 def multiplicity(setting: Setting) -> str:
-    """How many comparisons were made, and which of them survive it."""
+    """The number of comparisons, and those that survive the adjustment."""
     family = [c for c in setting.comparisons if c.adjusted is not None]
     if not family:
         if not any(_contest(c, c.metric) for c in setting.comparisons):
@@ -82,7 +82,7 @@ def _remain(count: int) -> str:
 
 
 def not_shown(setting: Setting, page: Page | None = None) -> list[str]:
-    """What these figures cannot say, on a page that may hold more than them."""
+    """What these figures cannot show, on a page that may have others."""
     page, runs = page or Page(), setting.seeds
     order = "the order of recipes" if len(setting.recipes) > 1 else "a figure"
     out = [
@@ -184,7 +184,7 @@ def _sentence(setting: Setting, c: Comparison) -> str:
 
 
 def _no_difference(setting: Setting, null: list[Comparison]) -> str:
-    """One line for every comparison whose interval holds zero."""
+    """One line for each comparison whose interval contains zero."""
     said = []
     for c in null:
         d = c.difference

@@ -1,4 +1,4 @@
-"""Settings side by side: what differs among them, and one adjustment for all their comparisons."""
+"""Groups of settings: the keys that differ, and one adjustment for all their comparisons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nmflow.experiments.report.statistics import LEVEL, holm
 from nmflow.pattern import Pattern
 
 NONE = "–"
-# Keys of how a run is watched and kept; they are named only where nothing else tells two apart.
+# Keys of logging and saving, which are named only if no other key differs.
 WATCHING = frozenset(
     f"training.{key}"
     for key in ("log_every", "eval_every", "eval_rows", "save_every", "track_every",
@@ -32,7 +32,7 @@ class Cell(NamedTuple):
 
     @property
     def comparison(self) -> Comparison | None:
-        """Against the baseline, in the headline figure; None for the dense bound."""
+        """The comparison with the baseline in the headline figure; None for the dense bound."""
         return None if self.dense else self.setting.comparison(self.recipe, self.setting.headline)
 
 
@@ -41,10 +41,10 @@ class Group:
     """Settings of one task, one data set and one headline figure.
 
     Attributes:
-        settings: sorted by what differs among them.
+        settings: sorted by the keys that differ.
         keys: the dotted keys of a run that differ among them.
-        values: of every setting's hash, the value of each key as people read it.
-        usual: the values that all sparse settings share, where a dense one has another.
+        values: the value of each key as text, by the setting's hash.
+        usual: the values that all sparse settings share and a dense one does not.
     """
 
     settings: list[Setting]
@@ -54,7 +54,7 @@ class Group:
 
     @property
     def headline(self) -> str:
-        """The figure that all lead with."""
+        """The headline figure of all."""
         return self.settings[0].headline
 
     @property
@@ -65,12 +65,12 @@ class Group:
 
     @property
     def recipes(self) -> list[Recipe]:
-        """One recipe of every title, in the order of the registry."""
+        """One recipe per title, in the order of the registry."""
         found = {r.title: r for setting in self.settings for r in setting.recipes}
         return sorted(found.values(), key=lambda r: r.place)
 
     def cells(self) -> Iterator[Cell]:
-        """Every recipe of every setting; a family's dense runs once."""
+        """Each recipe of each setting; a family's dense runs count once."""
         seen: set[tuple[str, str]] = set()
         for setting in self.settings:
             for recipe in setting.recipes:
@@ -81,7 +81,7 @@ class Group:
                 yield Cell(setting, recipe)
 
     def place(self, cell: Cell) -> dict[str, str]:
-        """The value of each key; where sparsity goes is nothing of a dense network."""
+        """The value of each key; a dense network has no placement of sparsity."""
         values = self.values[cell.setting.hash]
         return {k: NONE if cell.dense and k in PLACEMENT else values[k] for k in self.keys}
 
@@ -92,7 +92,7 @@ class Group:
         short: bool = False,
         only: Sequence[str] | None = None,
     ) -> str:
-        """What tells the setting from the others, such as `1:16 in ff, model.fields.n_inner 32`.
+        """The values that identify the setting, such as `1:16 in ff, model.fields.n_inner 32`.
 
         `short` leaves out the `usual` values and the first parts of keys, `only` other keys.
         """
@@ -108,12 +108,12 @@ class Group:
             name = key.rpartition(".")[2] if short else key
             plain = {"pattern": value, "include": f"in {value}", "exclude": f"without {value}"}
             said.append(plain.get(key, f"{name} {value}"))
-        # A place belongs to the pattern before it.
+        # A placement belongs to the pattern before it.
         return ", ".join(said).replace(", in ", " in ").replace(", without ", " without ")
 
 
 def groups(settings: Sequence[Setting]) -> list[Group]:
-    """The settings of each task, data set and headline figure together."""
+    """Group the settings by task, data set and headline figure."""
     found: dict[tuple[str, str, str], list[Setting]] = {}
     for setting in settings:
         sample = setting.sample
@@ -123,10 +123,10 @@ def groups(settings: Sequence[Setting]) -> list[Group]:
 
 
 def adjust(settings: Sequence[Setting]) -> list[Comparison]:
-    """Adjust the p of all comparisons in the headline figure for one another (Holm).
+    """Adjust the p of all comparisons in the headline figure together (Holm).
 
     Returns:
-        Those with an interval, the contest of the page; dense is a bound and no contestant.
+        The comparisons with an interval, without those of dense, which is a bound.
     """
     family = [
         c
@@ -140,7 +140,7 @@ def adjust(settings: Sequence[Setting]) -> list[Comparison]:
 
 
 def survives(comparison: Comparison | None) -> bool:
-    """Whether a difference is shown after the adjustment for all of the page."""
+    """Whether a difference is significant after the adjustment for the whole page."""
     return (
         comparison is not None
         and comparison.overall is not None
@@ -186,7 +186,7 @@ def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
         else:
             out[key] = value
     if out.get("training.budget") is not None:
-        out.pop("training.steps", None)  # solved, so a consequence
+        out.pop("training.steps", None)  # solved from the budget
     return out
 
 
@@ -201,7 +201,7 @@ def _text(value: Any) -> str:
 
 
 def _order(key: str, value: Any) -> tuple[int, float, str]:
-    """Numbers by size, patterns from dense to sparse, all else by name."""
+    """A sort key: numbers by size, patterns from dense to sparse, all else by name."""
     if key == "pattern" and value is not None:
         patterns = [Pattern(p) for p in (value.values() if isinstance(value, dict) else [value])]
         return 0, -sum(p.density for p in patterns) / len(patterns), _text(value)

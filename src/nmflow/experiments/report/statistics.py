@@ -25,7 +25,7 @@ class Paired:
     """The mean of paired differences with its 95 % interval, from Student's t.
 
     Attributes:
-        n: pairs, the seeds that both have.
+        n: pairs, which are the seeds that both have.
         mean: mean of (this - baseline).
         low, high: the interval; None for a single pair.
         p: two-sided p of a paired t-test; None for a single pair.
@@ -75,9 +75,9 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def paired(these: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
-    """The difference, seed by seed; None if they share no seed.
+    """The paired difference; None if they share no seed.
 
-    Equal differences in all pairs have an interval of no width.
+    If all pairs have equal differences, the interval has no width.
 
     Example:
         >>> paired({0: 1.0, 1: 2.0, 2: 3.5}, {0: 1.5, 1: 2.5, 2: 3.5}).below
@@ -100,7 +100,7 @@ def paired(these: Mapping[int, float], baseline: Mapping[int, float]) -> Paired 
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment for as many comparisons as there are p-values.
+    """Holm's step-down adjustment of p-values, one per comparison.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])

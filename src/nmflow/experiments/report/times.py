@@ -1,4 +1,4 @@
-"""Inference time of the networks of finished runs: measured on request, kept beside the runs."""
+"""Inference times of finished runs' networks: measured on request, and kept beside the runs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from nmflow.packed.measure import Timing, time_ways
 
 NAME = "time.json"
 DENSE, BEST, PACKED = "dense", "dense, best", "packed"
-QUICK_NETWORKS, QUICK_PARAMETERS = 4, 20_000_000  # about three seconds a network
+QUICK_NETWORKS, QUICK_PARAMETERS = 4, 20_000_000  # about three seconds per network
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One network's time, as a plot shows it: packed, or the best dense way of a dense one."""
+    """One network's time in a plot: packed, or by the best dense way for a dense network."""
 
     way: str
     timing: Timing
@@ -39,13 +39,13 @@ class Timed:
 
 @dataclass
 class Times:
-    """What was measured under one condition, and what was not.
+    """The times under one condition, and the networks without one.
 
     Attributes:
-        entries: by the key of the network.
+        entries: the times by the key of the network.
         condition: batch, threads and processor of all entries.
-        others: how many networks were measured under other conditions only.
-        problems: why networks were not measured, a sentence each.
+        others: the number of networks that were measured under other conditions only.
+        problems: a sentence for each network that was not measured.
     """
 
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Times:
 
 
 def network_key(result: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides how fast a run's network is: never the recipe, never the seed."""
+    """SHA-256 of everything that decides the speed of a run's network; not its recipe or seed."""
     run = result["run"]
     named = ["task", "options", "data", "model"]
     if run["recipe"]["name"] != "dense":
@@ -75,12 +75,12 @@ def network_key(result: Mapping[str, Any]) -> str:
 
 
 def read(results: Sequence[Mapping[str, Any]], condition: tuple[int, int] | None = None) -> Times:
-    """The times that are kept beside runs.
+    """Read the times beside runs.
 
     Args:
         results: the runs.
-        condition: batch and threads; None takes those under which most networks were measured,
-            and of several the latest. Times of two processors are never mixed either.
+        condition: batch and threads; None takes those with the most networks, or the latest of
+            several. Times of different processors are never mixed.
     """
     wanted = {network_key(result) for result in results}
     kept: list[dict[str, Any]] = []
@@ -106,16 +106,16 @@ def measure(
     seconds: float = 1.0,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[str]:
-    """Measure each distinct network once, and keep its times beside the run that it was taken of.
+    """Measure each distinct network once, and keep its times beside one of its runs.
 
-    Each runs its forward pass on the task's own example: as it is, with the best dense kernels,
-    and, if it is sparse, compressed; turn by turn, in float32 on the CPU.
+    Each runs its forward pass on the task's own example in float32 on the CPU: as it is, with the
+    best dense kernels and, if it is sparse, compressed. The ways take turns.
 
     Args:
         results: finished runs, with their folders.
-        batch: how many times the example is in the batch.
+        batch: the number of copies of the example in the batch.
         threads: torch's threads while measuring.
-        seconds: time for each way, about.
+        seconds: the approximate time for each way.
         progress: called with a few words before each network.
 
     Returns:
@@ -152,7 +152,7 @@ def measure(
 
 
 def quick(results: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether measuring takes seconds: few distinct networks, each small, all of them saved."""
+    """Whether measuring takes only seconds: few distinct networks, all small and saved."""
     networks = {network_key(result): result for result in results}
     if len(networks) > QUICK_NETWORKS:
         return False
@@ -201,7 +201,7 @@ def _measured(result: Mapping[str, Any], batch: int, seconds: float) -> dict[str
 
 
 def inputs(model: Any, example: Mapping[str, torch.Tensor], batch: int) -> dict[str, Any]:
-    """The task's example as many times, without its labels: no loss is part of inference."""
+    """Copies of the task's example without labels, since inference computes no loss."""
     given = {name: value.repeat_interleave(batch, 0) for name, value in example.items()}
     labels = given.pop("labels", None)
     if model.config.is_encoder_decoder and "decoder_input_ids" not in given:
@@ -212,7 +212,7 @@ def inputs(model: Any, example: Mapping[str, torch.Tensor], batch: int) -> dict[
 
 
 def _keep(place: Path, entry: dict[str, Any]) -> None:
-    """Put an entry in the place of that of the same network and condition."""
+    """Replace the entry of the same network and condition."""
     kept = read_json(place) if place.is_file() else []
     same = (entry["key"], _condition(entry))
     kept = [one for one in kept if (one["key"], _condition(one)) != same]

@@ -1,4 +1,4 @@
-"""Quality against what it costs: plots, the members of their fronts, how time was measured."""
+"""Quality against cost: plots, the points on their fronts, and how time was measured."""
 
 from __future__ import annotations
 

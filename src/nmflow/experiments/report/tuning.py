@@ -1,4 +1,4 @@
-"""Each recipe at its best: among settings that differ in training, chosen on validation data."""
+"""Each recipe at its best among settings that differ in training, chosen on validation data."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from nmflow.experiments.report.compare import LESS_IS_BETTER
 from nmflow.experiments.report.settings import NONE, WATCHING, Cell, Group
 from nmflow.experiments.report.statistics import paired
 
-# Longer training is a cost, not a choice that tuning finds.
+# Longer training is a cost, not a choice of tuning.
 _COSTS = ("training.steps", "training.budget")
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best of a recipe's cells that differ in nothing but tuned keys.
+    """The best of a recipe's cells that differ only in tuned keys.
 
     Attributes:
         cell: the chosen one.
         rest: the values of the other keys, which all of them share.
-        tried: how many there were.
-        end: whether the choice is the least or the greatest of the values tried.
+        tried: the number of these cells.
+        end: whether the choice is the least or the greatest value tried.
     """
 
     cell: Cell
@@ -41,9 +41,9 @@ def tuned(group: Group) -> list[str]:
 
 
 def best(group: Group) -> list[Best]:
-    """The best cell of each recipe by the mean of its headline figure on validation data.
+    """The best cell of each recipe, by its mean headline figure on validation data.
 
-    Empty where nothing was tuned, and without the recipes that were tried once.
+    Recipes with one cell are left out; the list is empty if nothing was tuned.
     """
     keys, sign = tuned(group), -1.0 if group.headline in LESS_IS_BETTER else 1.0
     tried: dict[tuple[str, tuple[str, ...]], list[Cell]] = {}
@@ -55,14 +55,14 @@ def best(group: Group) -> list[Best]:
         if len(cells) > 1:
             means = [sign * c.recipe.summary(group.headline, "validation").mean for c in cells]
             chosen = means.index(max(means))
-            # The settings of a group are in the order of their values.
+            # A group's settings are in the order of their values.
             end = len(keys) == 1 and chosen in (0, len(cells) - 1)
             out.append(Best(cells[chosen], rest, len(cells), end))
     return out
 
 
 def section(group: Group, more: str = "") -> list[Section]:
-    """The table of the best cells, or nothing where nothing was tuned."""
+    """The table of the best cells; empty if nothing was tuned."""
     found = best(group)
     if not found:
         return []

@@ -1,4 +1,4 @@
-"""The first screen of a report: what won, by how much, and what is not shown."""
+"""The first screen of a report: the best recipe, by how much, and what is not shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nmflow.experiments.report.setting_words import PERCENT
 from nmflow.experiments.report.settings import Cell, Group, survives
 from nmflow.experiments.report.times import Times
 
-MOST_ROWS = 60  # of the forest plot; the table has them all
+MOST_ROWS = 60  # rows of the forest plot; the table has all
 
 
 def verdict(
@@ -25,9 +25,9 @@ def verdict(
 
     Args:
         groups: the settings of the page.
-        contest: its comparisons with an interval, adjusted for one another.
-        unfinished: the names of runs that have no result.
-        times: what was timed.
+        contest: its comparisons with an interval, adjusted together.
+        unfinished: the names of runs without a result.
+        times: the inference times.
     """
     cells = [(g, c) for g in groups for c in g.cells() if c.comparison is not None]
     shown = [(g, c) for g, c in cells if survives(c.comparison)]
@@ -65,7 +65,7 @@ def _won(
 
 
 def _by_how_much(shown: Sequence[tuple[Group, Cell]]) -> list[str]:
-    """The largest difference that is shown, beside the dense network."""
+    """The largest significant difference, and the dense network's figure."""
     if not shown:
         return []
     group, cell = max(shown, key=lambda one: abs(_mean(one[1])))

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class Options(Strict):
-    """From `source` to `target`, as the column `translation` {en, de} or two columns name them.
+    """From `source` to `target`, the keys of the column `translation` or two columns.
 
-    `tokens`: one tokeniser for both languages; `length`: tokens of a sentence at most; `beams`: of
-    the search at evaluation; `stream`: read the data as it is needed, and learn the tokeniser from
-    its first `tokens.rows` rows.
+    `tokens`: one tokeniser for both languages; `length`: the most tokens of a sentence; `beams`:
+    beams of the search at evaluation; `stream`: read the data during training, and learn the
+    tokeniser from its first `tokens.rows` rows.
     """
 
     source: str = "en"
@@ -68,7 +68,7 @@ def pair(row: Any, data: Data, options: Options, where: str) -> tuple[str, str]:
     """Both sentences of a row.
 
     Raises:
-        DataError: an empty sentence, or a column or a language that is not there.
+        DataError: a sentence is empty, or a column or a language is missing.
     """
     from nmflow.experiments.tasks._text import sentence
 
@@ -159,7 +159,7 @@ def _streamed(run: Run, how: Options) -> Any:
         return [held[i] for i in _text.by_length(lengths, batch, draw)]
 
     sets: dict[str, Any] = {
-        # Thousands of sentences at most: held in memory, so that every process can share them out.
+        # At most thousands of sentences: in memory, so that processes can split them.
         split: _examples(made, pairs(split, None), how)
         for split in ("validation", "test")
     }

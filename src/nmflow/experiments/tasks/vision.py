@@ -1,4 +1,4 @@
-"""Image classification: pixels in memory where they fit, decoded as they are read where not."""
+"""Image classification: pixels are in memory if they fit, and otherwise decoded when read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Options(Strict):
 
 @dataclass(frozen=True)
 class Loaded:
-    """Tables, labels and statistics of a source, shared by all runs of a process."""
+    """The tables, labels and statistics of a source, shared by all runs of a process."""
 
     pixels: dict[str, Any]
     labels: dict[str, np.ndarray]
@@ -46,7 +46,7 @@ class Loaded:
 
 
 class Pictures:
-    """Normalized images with labels; whole batches in one indexing."""
+    """Normalized images with labels; a batch is one indexing operation."""
 
     def __init__(self, loaded: Loaded, split: str, options: Options, seed: int) -> None:
         import torch
@@ -73,8 +73,8 @@ class Pictures:
         return {"pixel_values": images, "labels": self.labels[indices]}
 
     def _augmented(self, images: Tensor, indices: list[int]) -> Tensor:
-        # Drawn from the batch itself, not from a global generator: the same for every recipe of a
-        # seed, and the same again after a resume.
+        # Drawn from the batch itself, not from a global generator: equal for all recipes of a seed,
+        # and after a resume.
         import torch
 
         draw = np.random.default_rng([self.seed, *indices])
@@ -91,7 +91,7 @@ class Pictures:
 
 
 class Encoded:
-    """The pixels of images that stay encoded, decoded for each batch."""
+    """The pixels of encoded images, which are decoded for each batch."""
 
     def __init__(self, part: Dataset, name: str, split: str, options: Options) -> None:
         self.part, self.name, self.split, self.options = part, name, split, options
@@ -145,7 +145,7 @@ def decode(cell: Any, where: str, options: Options) -> np.ndarray:
     """One image as uint8 (channels, size, size), from encoded bytes, a path or an array.
 
     Raises:
-        DataError: an image that cannot be decoded, with its row.
+        DataError: an image cannot be decoded; the error has its row.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -178,7 +178,7 @@ def labels_of(values: list[Any], classes: list[str], split: str) -> np.ndarray:
     """Labels as numbers of `classes`.
 
     Raises:
-        DataError: a label that is none of the classes, with its row.
+        DataError: a label is not one of the classes; the error has its row.
     """
     names = {name: number for number, name in enumerate(classes)}
     out = np.empty(len(values), np.int64)
