@@ -4,8 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 RUNS   ?= runs/demo
-# Without a GPU its kernels are tested in Triton's interpreter.
-TESTS  := OMP_NUM_THREADS=1 $(if $(wildcard /dev/nvidiactl /dev/kfd),,TRITON_INTERPRET=1) \
+# Without a GPU its kernels are tested in Triton's interpreter. Tests start processes, which would
+# compile every file again if nobody wrote what was compiled.
+TESTS  := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(if $(wildcard /dev/nvidiactl /dev/kfd),,TRITON_INTERPRET=1) \
           $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The core, for the inner loop: 36 seconds of one core, half of it imports.

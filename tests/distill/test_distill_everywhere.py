@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import nmflow
 from nmflow.distill import Distiller, logit_loss
 from nmflow.errors import DistillError
+from processes import launch
 
 transformers = pytest.importorskip("transformers")
 gloo = pytest.mark.skipif(
@@ -233,10 +234,8 @@ def _process(rank: int, folder: Path) -> None:
 def test_two_processes_train_as_one_does_with_the_mean_of_their_losses(tmp_path: Path):
     import socket
 
-    from torch.multiprocessing.spawn import spawn
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
     torch.save(copy.deepcopy(_trainer(tmp_path, 4).state_dict()), tmp_path / "alone.pt")
-    spawn(_process, args=(tmp_path,), nprocs=2, join=True)
+    launch(_process, tmp_path)

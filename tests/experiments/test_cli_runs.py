@@ -20,6 +20,7 @@ pytest.importorskip("typer")
 from rich.console import Console
 from typer.testing import CliRunner
 
+import processes
 from nmflow.cli import app
 from nmflow.cli._progress import Bars, Lines, watcher
 from nmflow.experiments import checkpoints, pool
@@ -146,11 +147,11 @@ def test_a_worker_killed_at_its_start_keeps_no_other_run_from_running(
 ) -> None:
     """The first worker dies: its run is tried once more, and the others go on."""
     runs = list(experiment(recipes=["sr-ste"], seeds=[0, 1], training=SMALL).runs())
-    made, died = pool.multiprocessing.get_context, []
+    died: list[Any] = []
 
     class Context:
         def __init__(self) -> None:
-            self.real = made("spawn")
+            self.real = processes.context("spawn")
 
         def Pipe(self) -> Any:
             return self.real.Pipe()

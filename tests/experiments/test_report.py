@@ -203,7 +203,7 @@ def test_chromium_shows_the_page_without_a_complaint(tmp_path: Path):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert (tmp_path / "page.png").stat().st_size > 50_000
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -330,7 +330,7 @@ def browse(page: Path, *words: str) -> str:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     return "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import nmflow
+import processes
 from nmflow.errors import NMFlowError
-from nmflow.experiments import checkpoints, config, tasks
-from nmflow.experiments.checkpoints import MARK
+from nmflow.experiments import checkpoints, pool, tasks
 from nmflow.experiments.pool import cores_of
 from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.runner import run_all, share
@@ -107,27 +103,23 @@ class Stop(NMFlowError):
 @pytest.mark.parametrize(
     "recipe", ["sr-ste", "gradual", "mdgf-exponential", "sdgf-stepwise", "hybrid"]
 )
-@pytest.mark.parametrize("at", [8, 20])
-def test_a_stopped_run_ends_bit_equal(recipe: str, at: int, tmp_path: Path):
+def test_a_run_that_is_stopped_twice_ends_bit_equal(recipe: str, tmp_path: Path):
     # Dropout draws random numbers, which a resume has to continue, too.
     fields = {**TINY, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
     run = one(recipe, model={"kind": "gpt2", "fields": fields})
     whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
     expected = train(run, whole)
+    for step in (12, 20):
 
-    def stop(now: Any) -> None:
-        if now.step == at and broken.last_checkpoint() is not None:
-            raise Stop("here")
+        def stop(now: Any, at: int = step) -> None:
+            if now.step >= at:
+                raise Stop("here")
 
-    def stop_after_save(now: Any) -> None:
-        if now.step >= at + 4:
-            raise Stop("here")
-
-    with pytest.raises(Stop):
-        train(run, broken, stop_after_save if at == 8 else stop)
-    assert not broken.finished
+        with pytest.raises(Stop):
+            train(run, broken, stop)
+        assert not broken.finished
     found = train(run, broken)
-    assert found["resumed_at"] == [8 if at == 8 else 16]
+    assert found["resumed_at"] == [8, 16]
     assert found["final_sha256"] == expected["final_sha256"]
     assert found["test"] == expected["test"]
     assert [r for r in found["history"] if "loss" in r] == [
@@ -146,53 +138,23 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path):
     assert not (tmp_path / "checkpoint-16").exists()
 
 
-def test_kill_nine_in_mid_run_then_the_same_command(tmp_path: Path):
-    steps = {**DEMO["training"], "steps": 160, "save_every": 20, "track_every": 0}
-    file = tmp_path / "a.yaml"
-    raw = {**DEMO, "training": steps, "output": str(tmp_path / "runs"), "threads": 1}
-    file.write_text(json.dumps(raw))
-    command = [sys.executable, "-c", "import nmflow.cli; nmflow.cli.main()", "train", str(file)]
-    run = next(config.load(file).runs())
-    folder = RunFolder(tmp_path / "runs" / run.id)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while time.time() < deadline and not list(folder.path.glob(f"checkpoint-*/{MARK}")):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not folder.finished
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
-    found = folder.result()
-    assert found["resumed_at"]
-    assert found["resumed_at"][0] % 20 == 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(found["machine"]["threads"])
-    expected = train(run, RunFolder(tmp_path / "whole"))
-    torch.set_num_threads(threads)
-    assert found["final_sha256"] == expected["final_sha256"]
-
-
-def test_two_workers_train_what_one_does(tmp_path: Path):
-    runs = list(experiment(recipes=["sr-ste", "mdgf-linear"], seeds=[0]).runs())
-    seen = []
-    assert run_all(runs, tmp_path / "two", workers=2, threads=1, notify=seen.append) == []
-    assert {now.run for now in seen} == {run.id for run in runs}
-    assert run_all(runs, tmp_path / "one", workers=1, threads=1) == []
-    for run in runs:
-        two, alone = (RunFolder(tmp_path / n / run.id).result() for n in ("two", "one"))
-        assert two["final_sha256"] == alone["final_sha256"]
-
-
-def test_a_run_that_fails_keeps_no_other_from_running(tmp_path: Path):
-    runs = [one("sr-ste", remainder="error", pattern="1:7"), one("sr-ste")]
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        ((failed, sentence),) = run_all(runs, folder, workers=workers, threads=1)
-        assert failed == runs[0].id
+def test_two_workers_train_what_one_does_beside_a_run_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pool.multiprocessing, "get_context", processes.context)
+    fails = one("sr-ste", remainder="error", pattern="1:7")
+    good = list(experiment(recipes=["sr-ste", "mdgf-linear"], seeds=[0]).runs())
+    for workers in (2, 1):
+        folder, seen = tmp_path / str(workers), []
+        ((failed, sentence),) = run_all([fails, *good], folder, workers, 1, seen.append)
+        assert failed == fails.id
         assert "7" in sentence
         assert "\n" not in sentence
         assert not (folder / failed / "result.json").exists()
-        assert RunFolder(folder / runs[1].id).finished
+        assert {now.run for now in seen} == {run.id for run in good}
+    for run in good:
+        two, alone = (RunFolder(tmp_path / n / run.id).result() for n in ("2", "1"))
+        assert two["final_sha256"] == alone["final_sha256"]
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch):

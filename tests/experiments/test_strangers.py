@@ -362,7 +362,7 @@ def test_main_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     name = "a\nb\x1b[2J"
     command = [sys.executable, "-c", "import nmflow.cli; nmflow.cli.main()"]
     done = subprocess.run(
-        [*command, "audit", str(tmp_path / name)], capture_output=True, text=True, timeout=60
+        [*command, "audit", str(tmp_path / name)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2
     assert done.stdout == ""

@@ -249,30 +249,31 @@ def test_sweeps_that_share_a_store_have_reports_of_their_own(tmp_path: Path):
 
 
 SHARING = """
-import json, sys
+import json, os, sys
+import nmflow.experiments.tasks
 from nmflow.experiments import sweep
+names = sys.argv[1:]
+child = os.fork()  # after the imports, which take longer than the cells
 steps = {}
-plan = sweep.load(sys.argv[1])
+plan = sweep.load(names[0] if child else names[1])
 failed = sweep.run(plan, workers=1, notify=lambda now: steps.setdefault(now.run, now.step))
 assert not failed, failed
 assert len(plan.finished) == len(plan.cells)
-print(json.dumps([run for run, first in steps.items() if first < 40]))
+print(json.dumps([run for run, first in steps.items() if first < 20]), flush=True)
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
 def test_two_sweeps_at_the_same_time_run_a_shared_cell_once(tmp_path: Path):
-    training = {**BASE["training"], "steps": 40}
+    training = {**BASE["training"], "steps": 20}
     more = {"base": {**BASE, "training": training}, "cells": str(tmp_path / "cells")}
     axes = {"recipe": ["sr-ste"], "seed": [0, 1, 2]}
-    commands = [
-        [sys.executable, "-c", SHARING, str(file(tmp_path, axes, name, **more))]
-        for name in ("a", "b")
-    ]
-    both = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
-    trained = [json.loads(process.communicate(timeout=240)[0]) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    ids = [run.id for run in cells(tmp_path, axes, **more)]
-    assert sorted(trained[0] + trained[1]) == sorted(ids)
+    files = [str(file(tmp_path, axes, name, **more)) for name in ("a", "b")]
+    command = [sys.executable, "-c", SHARING, *files]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    a, b = (json.loads(line) for line in done.stdout.splitlines())
+    assert sorted(a + b) == sorted(run.id for run in cells(tmp_path, axes, **more))
 
 
 def test_a_cell_at_which_another_sweep_is_at_work_comes_last(tmp_path: Path):
@@ -292,7 +293,9 @@ def test_a_cell_that_fails_keeps_no_other_from_running(tmp_path: Path):
     assert len(pd.read_csv(tmp_path / "s" / "results.csv")) == 1
 
 
-def test_kill_nine_in_mid_sweep_then_the_same_command(tmp_path: Path):
+@pytest.mark.slow
+def test_kill_nine_takes_the_workers_of_a_sweep_along(tmp_path: Path):
+    """One worker, killed at any moment: test_kills.py, among the fast tests too."""
     training = {**BASE["training"], "steps": 120, "save_every": 20, "log_every": 20}
     axes = {"recipe": ["sr-ste", "mdgf-exponential"], "seed": [0, 1]}
     path = file(tmp_path, axes, base={**BASE, "training": training}, workers=2)
@@ -446,10 +449,11 @@ def test_cost_and_smoke_of_a_config_with_a_budget(tmp_path: Path):
 
 def test_a_local_ray_trains_what_processes_do(tmp_path: Path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'nmflow[ray]'")
-    axes = {"recipe": ["sr-ste"], "pattern": ["1:7", "1:8"], "seed": [0, 1]}
+    # One process of Ray trains all: each would import for longer than it trains.
+    axes = {"recipe": ["sr-ste"], "pattern": ["1:7", "1:8"]}
     plan = sweep.load(file(tmp_path, axes))
     seen: list[Progress] = []
-    failed = sweep.run(plan, backend="ray", workers=2, notify=seen.append)
+    failed = sweep.run(plan, backend="ray", workers=1, notify=seen.append)
     assert sorted(run for run, _ in failed) == sorted(r.id for r in plan.runs if r.pattern == "1:7")
     assert all("7" in sentence and "\n" not in sentence for _, sentence in failed)
     good = [run for run in plan.runs if run.pattern == "1:8"]

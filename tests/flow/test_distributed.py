@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import nmflow
+import processes
 import reference
 from harness import ADAMW, Run, assert_same, attach, parameters_of, through_file
 from models import BY_ID as FAMILY
@@ -51,7 +51,7 @@ def _process(rank: int, check: Callable[[int, Path], None], folder: Path) -> Non
 
 
 def launch(check: Callable[[int, Path], None], folder: Path) -> None:
-    spawn(_process, args=(check, folder), nprocs=2, join=True)
+    processes.launch(_process, check, folder)
 
 
 def alone(family: Family, case: str, optimizer: str = "adamw-foreach") -> list[dict[str, Any]]:

@@ -25,9 +25,9 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.multiprocessing.spawn import spawn
 
 import nmflow
+import processes
 import reference
 from harness import ADAMW, Run, assert_same, attach, parameters_of
 from models import BY_ID as FAMILY
@@ -54,7 +54,7 @@ def _process(rank: int, world: int, check: Check, folder: Path) -> None:
 
 
 def launch(check: Check, folder: Path, world: int) -> None:
-    spawn(_process, args=(world, check, folder), nprocs=world, join=True)
+    processes.launch(_process, world, check, folder, world=world)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:

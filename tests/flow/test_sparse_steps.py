@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import (
@@ -32,6 +31,7 @@ from nmflow import native
 from nmflow.errors import CompressError, NMFlowError, RecipeError
 from nmflow.flow import kept_layers
 from nmflow.kernels import step_speed
+from processes import launch
 from settings import BY_ID, CASES, INTERVAL_CASES, MORE_CASES, NORMS_CASES, OPTIMIZERS, TOTAL, Case
 
 pytestmark = pytest.mark.skipif(
@@ -585,4 +585,4 @@ def _ddp(rank: int, folder: Path) -> None:
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
 )
 def test_ddp(tmp_path: Path) -> None:
-    spawn(_ddp, args=(tmp_path,), nprocs=2, join=True)
+    launch(_ddp, tmp_path)

@@ -30,13 +30,13 @@ def fuzz(first: int, count: int) -> dict[str, int]:
 
 
 def test_some_mutated_files() -> None:
-    said = fuzz(0, 150)
+    said = fuzz(0, 80)
     # A fuzz that never gets through tests nothing, and neither does one that always does.
-    assert said["packed_case loaded"] > 10
-    assert said["packed_case refused"] > 30
-    assert said["packed_case state"] > 5
-    assert said["audit_case audited"] > 5
-    assert said["audit_case refused"] > 10
+    assert said["packed_case loaded"] > 5
+    assert said["packed_case refused"] > 15
+    assert said["packed_case state"] > 2
+    assert said["audit_case audited"] > 2
+    assert said["audit_case refused"] > 5
 
 
 @pytest.mark.slow

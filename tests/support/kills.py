@@ -1,8 +1,9 @@
 """Kill a command at many moments, start it again until it ends, and compare with one left alone.
 
-A script: `python kills.py SPEC.json`. It imports what the command needs once, and forks: each try
+A script: `python kills.py SPECS.json`. It imports what the commands need once, and forks: each try
 is a process of its own that begins at once. A try is killed by SIGKILL either at a random time or
-at a random one of the file operations in its output. It prints what it did as JSON.
+at a random one of the file operations in its output. It prints what it did as JSON, one entry for
+each specification.
 """
 
 from __future__ import annotations
@@ -101,11 +102,6 @@ def contents(folder: Path) -> dict[str, Any]:
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Kill as often as the specification says; what happened."""
-    import nmflow.cli
-    import nmflow.experiments.runner
-    import nmflow.experiments.sweep_table
-    import nmflow.experiments.tasks  # noqa: F401
-
     folder, draw = Path(spec["folder"]), random.Random(spec["seed"])
     argv = [spec["command"], spec["file"], "--workers", "1", "--quiet", "--output"]
     whole = folder / "whole"
@@ -119,7 +115,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         lives += 1
         life = folder / "life"
         while True:
-            by_time = draw.random() < 0.5
+            by_time = draw.random() < spec["timed"]
             at = 0 if by_time else draw.randint(1, operations)
             after = draw.uniform(0.01, seconds) if by_time else 0.0
             if kills >= spec["kills"]:
@@ -142,4 +138,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
+    import nmflow.cli
+    import nmflow.experiments.runner
+    import nmflow.experiments.sweep_table
+    import nmflow.experiments.tasks  # noqa: F401
+
+    print(json.dumps([main(spec) for spec in json.loads(Path(sys.argv[1]).read_text())]))

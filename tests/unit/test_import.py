@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 # Each takes from a tenth of a second to several; the extras' packages need not be installed.
 HEAVY = (
     "torch.distributed.tensor",
@@ -22,6 +24,8 @@ HEAVY = (
     "scipy",
     "sklearn",
     "pydantic",
+    "yaml",
+    "safetensors",
     "typer",
     "rich",
     "onnx",
@@ -36,17 +40,24 @@ new = set(sys.modules) - before
 import nmflow.bench, nmflow.cli, nmflow.integrations
 print(*sorted(new))
 print(*sorted(set(sys.modules) - before - new))
+import nmflow.experiments.config
+nmflow.cli.app()
+print(*sorted(set(sys.modules) - before))
 """
+OF_RUNS = {"transformers", "datasets", "accelerate", "pandas", "matplotlib", "scipy", "sklearn"}
 
 
 def test_importing_nmflow_adds_nothing_heavy():
+    pytest.importorskip("pydantic", reason="the extra experiments is not installed")
     command = [sys.executable, "-c", REPORT]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    new, of_rooms = (set(line.split()) for line in done.stdout.splitlines())
+    new, of_rooms, of_configs = (set(line.split()) for line in done.stdout.splitlines())
     assert "nmflow.flow.sharding" in new
     assert "nmflow.cli" in of_rooms
     assert not new & set(HEAVY)
     assert not of_rooms & set(HEAVY)
+    assert "pydantic" in of_configs
+    assert not of_configs & OF_RUNS  # which a run needs, and reading its configuration does not
 
 
 def test_a_sharded_parameter_is_known_by_its_class():
