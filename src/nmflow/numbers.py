@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 from nmflow.errors import NMFlowError
 
 Error = type[NMFlowError]
 
 
-def is_whole(value: object, least: int = 0) -> bool:
+def is_whole(value: object, least: int = 0) -> TypeGuard[int]:
     """Whether a value is an int of at least `least`; True and False are no numbers."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a finite int or float; True and False are no numbers."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and -math.inf < value < math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -math.inf < value < math.inf
 
 
 def check_whole(name: str, value: object, error: Error, least: int = 0, of: str = "") -> None:
@@ -36,11 +38,11 @@ def check_whole(name: str, value: object, error: Error, least: int = 0, of: str 
 
 def check_positive(name: str, value: object, error: Error, unit: str = "") -> None:
     """Raise `error` unless a value is finite and above 0; `unit` ends the sentence."""
-    if not (is_finite(value) and value > 0):  # type: ignore[operator]
+    if not (is_finite(value) and value > 0):
         raise error(f"{name} is {value!r}: give a finite number above 0{unit}")
 
 
 def check_not_negative(name: str, value: object, error: Error) -> None:
     """Raise `error` unless a value is finite and 0 or more."""
-    if not (is_finite(value) and value >= 0):  # type: ignore[operator]
+    if not (is_finite(value) and value >= 0):
         raise error(f"{name} is {value!r}: give a finite number that is 0 or more")

@@ -16,6 +16,7 @@ multiprocessing.set_forkserver_preload(
         "nmflow.experiments.tasks",
     ]
 )
+FORKS = multiprocessing.get_context("forkserver")
 
 
 def launch(process: Callable[..., None], *args: Any, world: int = 2) -> None:
@@ -25,4 +26,4 @@ def launch(process: Callable[..., None], *args: Any, world: int = 2) -> None:
 
 def context(kind: str) -> Any:
     """In place of `multiprocessing.get_context`: processes start at once, whatever the kind."""
-    return multiprocessing.context.ForkServerContext()
+    return FORKS

@@ -85,7 +85,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _tell(self, name: str, factor: Tensor, inputs: Any) -> None:
-        """Pass a product on; `factor` is `(in, out)`, with a leading axis if there are several `inputs`."""
+        """Pass a product on; `factor` is `(in, out)`, with a leading axis for several `inputs`."""
         target, param = self.targets[name], self.params[name]
         if factor.ndim == 3:
             for one, x in zip(factor, inputs, strict=True):
