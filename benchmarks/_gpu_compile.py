@@ -41,7 +41,7 @@ def _kernels(search: bool, card: Card) -> Iterator[Kernel]:
                 yield from _of(plan)
     yield from _gpu_int8.kernels(card)
     for shape, tokens in _gpu_panels.searched():
-        for cut in (gpu_panels.group(shape, tokens), *_gpu_panels.cuts(shape)):
+        for cut in (gpu_panels.group(shape, tokens), *_gpu_panels.cuts(shape, card)):
             if isinstance(cut, Group):
                 yield gpu_panels.kernel_of(shape, cut, False, 0)
     for wide in (False, True) if search else (False,):
@@ -97,7 +97,7 @@ def warm(part: int, parts: int, seconds: float) -> None:
         partial(_panels_once, shape, tokens, cut)
         for shape, tokens in _gpu_panels.searched()
         if gpu_panels.serves(shape)
-        for cut in _gpu_panels.cuts(shape)
+        for cut in _gpu_panels.cuts(shape, _gpu.card())
         if isinstance(cut, Block)
     ][part::parts]
     with torch.no_grad():

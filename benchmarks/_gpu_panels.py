@@ -14,6 +14,7 @@ import _gpu
 from _gpu import Row, timed
 from nmflow.kernels import gpu, gpu_panels
 from nmflow.kernels.gpu_panels import Block, Group
+from nmflow.kernels.gpu_plan import Card
 from nmflow.kernels.layout import Shape
 
 MANY = [
@@ -34,9 +35,8 @@ GROUPS = [
 ]  # fmt: skip
 
 
-def cuts(shape: Shape) -> list[Block | Group]:
+def cuts(shape: Shape, card: Card) -> list[Block | Group]:
     """Cuts of a product of panels that are worth a measurement."""
-    card = _gpu.card()
     return [
         *(cut for cut in GROUPS if gpu_panels.shared_bytes(shape, cut, card)),
         *(Block(64, 32, tokens, tokens // 32, 4) for tokens in (128, 256)),
@@ -63,7 +63,7 @@ def panels(search: bool) -> Iterator[Row]:
         took = timed({name: [way] * 4 for name, way in ways.items()})
         best, turn = min(took["x @ wt"], took["w @ xt"]), took["turn"]
         want = x.double() @ w.double().t()
-        for cut in cuts(shape) if search else [None]:
+        for cut in cuts(shape, _gpu.card()) if search else [None]:
             row: Row = {
                 "what": "panels-search" if search else "panels", "out": out, "inputs": inputs,
                 "tokens": tokens, "pattern": spec, "dense_us": best, "turn_us": turn, "plan": cut,

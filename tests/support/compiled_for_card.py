@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from cubins import local_bytes
 from nmflow.kernels import gpu_panels, gpu_panels_kernel, gpu_steps, gpu_steps_kernel
 from nmflow.kernels.gpu_panels import Block
 from nmflow.kernels.layout import Shape
@@ -202,19 +198,6 @@ def told(found: Any) -> dict[str, Any]:
         "products": next((kind for kind in kinds if kind in text), ""),
         "wide": [name for name in ("ld.global.v4", "st.global.v4", "cp.async") if name in text],
     }  # fmt: skip
-
-
-def local_bytes(cubin: bytes) -> int:
-    """Bytes of a thread that are not in registers."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.findall(r"(?:STACK|LOCAL):(\d+)", said.stdout + said.stderr)
-    assert found, said
-    return sum(map(int, found))
 
 
 def launches() -> Iterator[tuple[Any, str, Any]]:

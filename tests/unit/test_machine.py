@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 
 import pytest
+import torch
 
 from nmflow.inspect import machine
+from nmflow.kernels import gpu_driver
+from nmflow.masks import triton as masks_triton
 
 NEEDS = [
     "torch>=2.6",
@@ -43,3 +46,28 @@ def test_without_requirements_there_are_none(there: bool, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(importlib.metadata, "requires", requires)
     assert machine.extras() == {}
+
+
+@pytest.mark.parametrize(("why", "state"), [(None, "ok"), ("there is no libnvrtc", "slow")])
+def test_a_gpu_whose_triton_is_of_another_distribution(
+    why: str | None, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nightly builds of torch bring pytorch-triton, and Windows has triton-windows."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    version = importlib.metadata.version
+
+    def named(package: str) -> str:
+        if package == "triton":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", named)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(masks_triton, "why_not", lambda: "")
+    monkeypatch.setattr(gpu_driver, "why_not", lambda: why)
+    found = {f.what: f for f in machine._gpu()}
+    assert found["GPU"].found == "H100, sm_90"
+    assert found["Triton"].found == triton.__version__
+    assert found["packed layers on the GPU"].state == state

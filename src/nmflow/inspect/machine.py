@@ -143,7 +143,10 @@ def _gpu() -> Iterable[Finding]:
         mend = "plain torch computes masks on the GPU; install the triton of your torch, and gcc"
         yield Finding("Triton", "slow", why, mend)
     else:
-        yield Finding("Triton", "ok", importlib.metadata.version("triton"))
+        # Its distribution has several names: pytorch-triton, triton-windows.
+        import triton as package  # pyright: ignore[reportMissingImports]
+
+        yield Finding("Triton", "ok", package.__version__)
     from nmflow.kernels import gpu_driver
 
     nvrtc = Path(gpu_driver.nvrtc_path()).name
