@@ -28,6 +28,7 @@ from harness import (
 )
 from models import BY_ID, FAMILIES, MLP, Family, loss_of
 from nmflow.errors import FlowError
+from pairs import pairwise
 from settings import (
     ADAM,
     CASES,
@@ -87,9 +88,14 @@ def test_panels_that_grow(case: Case, family: Family) -> None:
     check_row(case, family, "adamw-plain")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["linear", "attention", "fused-qkv", "hf-conv1d", "3:8"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    ("case", "family", "dtype"),
+    pairwise(
+        CASES,
+        ["linear", "attention", "fused-qkv", "hf-conv1d", "3:8"],
+        [torch.float32, torch.bfloat16],
+    ),
+)
 def test_dtype(case: Case, family: str, dtype: torch.dtype) -> None:
     check_row(case, BY_ID[family], "adamw-plain" if case.kind == "STEP" else "sgd", dtype)
 

@@ -10,6 +10,7 @@ import torch
 from harness import Run, all_hold, assert_near, dense_of, parameters_of, reference_step, twin
 from models import BY_ID as FAMILY
 from models import MLP, loss_of
+from pairs import pairwise
 from settings import BY_ID, OPTIMIZERS, TOTAL, Case
 
 KINDS = ["adamw-foreach", "adamw-fused", "sgd", "sgd-fused"]
@@ -54,10 +55,10 @@ def _forward(forward: Any, x: torch.Tensor, dtype: torch.dtype, burst: bool) -> 
     return loss_of(output.float()) * (float("inf") if burst else 1.0)
 
 
-@pytest.mark.parametrize("unscale", [False, True], ids=["scaled", "unscaled-by-hand"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("optimizer", KINDS)
+@pytest.mark.parametrize(
+    ("optimizer", "recipe", "dtype", "unscale"),
+    pairwise(list(KINDS), list(RECIPES), [torch.float16, torch.bfloat16], [False, True]),
+)
 def test_loss_scaler(optimizer: str, recipe: str, dtype: torch.dtype, unscale: bool) -> None:
     """Infinite gradients at the first step and at two more: skipped, k stays, the mask stays.
 

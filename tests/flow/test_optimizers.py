@@ -17,6 +17,7 @@ import optimizer_zoo as zoo
 from harness import Run, all_hold, assert_near, assert_same, dense_of, parameters_of
 from models import MLP, loss_of
 from nmflow.errors import FlowError
+from pairs import pairwise
 from settings import BY_ID, CASES, TOTAL, Case
 
 REFUSED = {"LBFGS"}
@@ -68,14 +69,12 @@ UPHILL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("case", "how"),
+    ("case", "how", "dtype"),
     [
-        pytest.param(case, how, id=f"{case.id}-{how}")
-        for case in CASES
-        for how in UPHILL
-        if case.kind != "STEP" or how != "sgd"  # which has no second moment
+        row
+        for row in pairwise(CASES, list(UPHILL), [torch.float32, torch.float64])
+        if row.values[0].kind != "STEP" or row.values[1] != "sgd"  # which has no second moment
     ],
 )
 def test_maximizing_is_minimizing_the_negative(case: Case, how: str, dtype: torch.dtype) -> None:

@@ -27,6 +27,7 @@ from harness import (
 from models import BY_ID as FAMILY
 from models import MLP, Family
 from nmflow.errors import StateError
+from pairs import pairwise
 from settings import BY_ID, CASES, INTERVAL_CASES, MORE_CASES, OPTIMIZERS, TOTAL, Case
 
 ALL_CASES = [*CASES, *MORE_CASES, *INTERVAL_CASES]
@@ -86,16 +87,19 @@ def test_resume_at_any_step(case: Case) -> None:
         assert case.kind == "Dense" or all_hold(again.model, MLP.targets, MLP.pattern)
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("case", ["one-shot", "sr-ste", "hybrid-masked", "mdgf-frozen"])
+@pytest.mark.parametrize(
+    ("case", "optimizer", "order"),
+    pairwise(
+        ["one-shot", "sr-ste", "hybrid-masked", "mdgf-frozen"], list(OPTIMIZERS), list(ORDERS)
+    ),
+)
 def test_resume_in_every_order(case: str, optimizer: str, order: str) -> None:
     family, make = FAMILY["fused-qkv"], OPTIMIZERS[optimizer]
     batches = family.batches(TOTAL)
     run = Run(family, BY_ID[case], make)
     saved = saved_at_every_step(run, batches)
     for k in (0, 1, 7, 11):
-        again = resumed(family, BY_ID[case], saved[k], order, make)
+        again = resumed(family, BY_ID[case], saved[k], ORDERS[order], make)
         again.train(batches[k:])
         assert_same(parameters_of(again.model), parameters_of(run.model), f"resumed at {k}")
 
