@@ -14,6 +14,8 @@ import torch
 import emulated_gpu
 from emulated_gpu import Emulated
 from nmflow.kernels import gpu_driver
+from nmflow.kernels.gpu_plan import Card
+from nmflow.kernels.layout import Shape
 from nmflow.packed import measure
 from nmflow.packed.measure import Timing
 
@@ -87,7 +89,7 @@ def test_what_is_wrong_or_does_not_fit_is_a_row(bench: Bench) -> None:
 def test_kernels_that_two_processes_compile_at_once(bench: Bench, tmp_path: Path) -> None:
     """Each takes what it made itself: the other's may be half written."""
     harness, plan = bench.harness, bench.module("_gpu_decode")
-    kernel = plan.in_order(bench_shape(), 64, harness.card())[0].kernel
+    kernel = plan.in_order(Shape.of(28672, 8192, "1:8"), 64, harness.card())[0].kernel
     before = gpu_driver.compile_kernel
 
     def made(kernel: Any, architecture: int) -> bytes:
@@ -103,15 +105,31 @@ def test_kernels_that_two_processes_compile_at_once(bench: Bench, tmp_path: Path
         gpu_driver.compile_kernel, harness._FOLDER[:] = before, []
 
 
-def bench_shape() -> Any:
-    from nmflow.kernels.layout import Shape
+def test_a_page_of_a_product_that_was_only_searched(bench: Bench) -> None:
+    """Of which no table has what was taken: `ready` times products that `decode` does not."""
+    shape, tokens = Shape.of(28672, 8192, "1:4"), 32
+    plans = bench.module("_gpu_decode").in_order(shape, tokens, Card())[:2]
+    row = {"what": "search", "out": "28672", "inputs": "8192", "tokens": "32", "pattern": "1:4",
+           "dense_us": "9.0", "error": "0.001", "failed": ""}  # fmt: skip
+    took = ("True", "6.0", "1.5"), ("False", "3.0", "3.0")
+    rows = [
+        {**row, "plan": str(plan.told()), "taken": taken, "packed_us": us, "ratio": ratio}
+        for plan, (taken, us, ratio) in zip(plans, took, strict=True)
+    ]
+    page = bench.module("gpu_page")
+    (line,) = lines_of(next(page.tables([*measured(), *rows])), "| (28672, 8192) | 32 | 1:4 |")
+    assert "warp groups, x in order | 1.50 | **3.00** | 3.0 |" in line
+    (line,) = lines_of(next(page.tables([*measured(), rows[1]])), "| (28672, 8192) | 32 | 1:4 |")
+    assert "| – | **3.00** |" in line
 
-    return Shape.of(28672, 8192, "1:8")
+
+def lines_of(table: str, start: str) -> list[str]:
+    return [line for line in table.splitlines() if line.startswith(start)]
 
 
 @needs_compiler
-def test_few_tokens_and_the_page_of_a_run_that_only_searched(bench: Bench, tmp_path: Path) -> None:
-    """Products that no table has, too, of which a page says what was taken."""
+@pytest.mark.slow
+def test_few_tokens(bench: Bench, tmp_path: Path) -> None:
     bench.small("_gpu_decode", READY=[(8, 1, 1, 1, 3)],
                 points_in_order=lambda: iter([((128, 512), 20, ["1:8"])]))  # fmt: skip
     bench.small("_gpu_int8", LAYERS=[(64, 256)], TOKENS=[1], PATTERNS=["1:8"],
@@ -121,8 +139,7 @@ def test_few_tokens_and_the_page_of_a_run_that_only_searched(bench: Bench, tmp_p
     kinds = [(row["what"], row["taken"]) for row in rows]
     assert kinds[:3] == [("dense", ""), ("search", "True"), ("search", "False")]
     assert kinds[3] == ("int8", "True")
-    tables = [*bench.module("gpu_page").tables([*rows, *measured()])]
-    (line,) = (line for line in tables[0].splitlines() if line.startswith("| (128, 512) | 20 |"))
+    (line,) = lines_of(next(bench.module("gpu_page").tables([*rows, *measured()])), "| (128, 512)")
     assert " | 1.00 | **1.00** | 2.0 | " in line
 
 
