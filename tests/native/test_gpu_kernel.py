@@ -171,7 +171,7 @@ def test_without_triton_torch_serves_and_says_so_once(
             raise kind(trouble)
 
         monkeypatch.setattr(gpu, "project", project)
-    gpu.why_not.cache_clear()
+    gpu._why_not.cache_clear()
     try:
         for _ in range(2):
             assert gpu.why_not()
@@ -179,7 +179,24 @@ def test_without_triton_torch_serves_and_says_so_once(
         assert "Triton does not work here" in said
         assert trouble == "no Triton" or trouble in said
     finally:
-        gpu.why_not.cache_clear()
+        gpu._why_not.cache_clear()
+
+
+def test_what_fails_in_a_capture_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu._why_not.cache_clear()
+    try:
+        with monkeypatch.context() as captured:
+            for name in ("is_initialized", "is_current_stream_capturing"):
+                captured.setattr(torch.cuda, name, lambda: True)
+            captured.setattr(gpu, "project", _not_permitted)
+            assert "not permitted when stream is capturing" in gpu.why_not()
+        assert gpu.why_not() == ""
+    finally:
+        gpu._why_not.cache_clear()
+
+
+def _not_permitted(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
 
 
 # --- many weights in one launch -------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_whether_triton_works_does_not_depend_on_who_asks(traced: bool) -> None:
     """Nor on torch's default dtype: what is found out is kept for good."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    masks_triton.why_not.cache_clear()
+    masks_triton._why_not.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         with FakeTensorMode() if traced else contextlib.nullcontext():

@@ -27,9 +27,16 @@ _TILE = 2048
 _WIDEST = 4096
 
 
-@functools.cache
 def why_not() -> str:
-    """Why the kernel does not work here, in one clause; empty if it does."""
+    """Why the kernel does not work here, in one clause; empty if it does.
+
+    A capture of a CUDA graph may not let a first kernel be loaded: that says nothing of later.
+    """
+    return _why_not(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+@functools.cache
+def _why_not(captured: bool) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         # A first launch shows what an import does not: Triton builds it with a C compiler. The
