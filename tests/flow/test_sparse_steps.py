@@ -183,6 +183,17 @@ def test_off_swaps_nothing_and_auto_measures_once(monkeypatch: pytest.MonkeyPatc
         assert_near(parameters_of(run.model), parameters_of(off.model))
 
 
+def test_a_mask_that_stayed_behind_makes_a_call_dense() -> None:
+    """The network was moved in its sparse phase: the mask in the optimizer's state was not."""
+    way = kept_layers.Way((1, 8, 1), torch.zeros(16, 16, dtype=torch.uint8, device="meta"), True)
+    x, w = torch.ones(2, 128), torch.ones(16, 128)
+    assert way.dense_call(x, w)
+    assert way.said == "its held mask is on meta, and it was moved to cpu"
+    way.kept = torch.zeros(16, 16, dtype=torch.uint8)
+    assert not way.dense_call(x, w)
+    assert way.said == ""
+
+
 @pytest.mark.parametrize(
     "error", [CompressError("Triton does not run 'pack'"), torch.OutOfMemoryError("2.00 GiB")]
 )

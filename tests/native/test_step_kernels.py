@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import nmflow
 from nmflow import native
+from nmflow.errors import CompressError
 from nmflow.kernels import cpu_steps, reference, step_ops
 from nmflow.kernels.layout import Shape
 from nmflow.kernels.step_ops import kept_linear
@@ -166,6 +167,24 @@ def test_what_does_not_fit_is_computed_dense_with_all_of_its_gradient():
     assert torch.equal(
         kept_linear(double, w.double(), None, None, 1, 8, 1), F.linear(double, w.double())
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"x": torch.ones(2, 63)}, "x has 63 features"),
+        ({"x": torch.ones(())}, "x has no axis"),
+        ({"bias": torch.ones(15)}, r"bias is \(15,\) on cpu.*takes \(16,\)"),
+        ({"bias": torch.ones(1, 16)}, r"bias is \(1, 16\)"),
+        ({"kept": torch.ones(16, 4).bool()}, r"kept is \(16, 8\).*takes \(16, 16\) bytes of bits"),
+        ({"kept": torch.ones(8, 128).bool()}, r"kept is \(8, 16\)"),
+        ({"weight": torch.ones(128)}, "the weight has 1 axes"),
+    ],
+)
+def test_what_a_kernel_would_read_past_is_refused(changed, said):
+    given = {"x": torch.ones(2, 128), "weight": torch.ones(16, 128), "bias": None, "kept": None}
+    with pytest.raises(CompressError, match=said):
+        kept_linear(*(given | changed).values(), 1, 8, 1)
 
 
 def test_a_call_that_no_kernel_serves_is_that_of_autocast():

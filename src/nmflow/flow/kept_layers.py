@@ -47,7 +47,7 @@ class Way:
 
     def dense_call(self, x: Tensor, weight: Tensor) -> bool:
         """Whether a call must be dense, whatever was decided."""
-        said = _said(x, weight)
+        said = _said(x, weight, self.kept)
         if self.decided is not None or said:
             if said != self.said and self.decided is not False:
                 self.said = said
@@ -72,9 +72,11 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _said(x: Tensor, weight: Tensor) -> str:
+def _said(x: Tensor, weight: Tensor, kept: Tensor | None) -> str:
     """Why a call is dense, in one clause; or ""."""
     on, steps = x.device.type, {"cuda": gpu_steps, "cpu": cpu_steps}
+    if kept is not None and kept.device != weight.device:
+        return f"its held mask is on {kept.device}, and it was moved to {weight.device}"
     if on != weight.device.type or on not in steps:
         return f"it was called on {x.device}"
     given = autocast_dtype(x, weight) or x.dtype

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nmflow.errors import CompressError
 from nmflow.kernels import cpu_steps, gpu_steps, reference
-from nmflow.kernels.calls import LIBRARY
+from nmflow.kernels.calls import LIBRARY, refuse_features
 from nmflow.kernels.layout import LANES, Shape
 from nmflow.masks.kept_values import to_bits
 
@@ -56,6 +57,9 @@ def kept_linear(
 
     Returns:
         `(..., out)`.
+
+    Raises:
+        CompressError: sizes or devices that do not fit.
 
     Example:
         >>> w = torch.tensor([[0.0, 2.0], [3.0, 0.0]], requires_grad=True)
@@ -101,9 +105,25 @@ def _packs(x: Tensor, shape: Shape) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None) -> None:
+    """Refuse what a kernel would read past."""
+    if weight.dim() != 2:
+        raise CompressError(f"the weight has {weight.dim()} axes: give a matrix (out, in)")
+    out, inputs = weight.shape
+    refuse_features(x, inputs)
+    wanted = {"bias": (bias, (out,)), "kept": (kept, (out, -(-inputs // 64) * 8))}
+    for name, (t, size) in wanted.items():
+        if t is not None and (t.shape != size or t.device != weight.device):
+            raise CompressError(
+                f"{name} is {tuple(t.shape)} on {t.device}, and the weight {tuple(weight.shape)} "
+                f"on {weight.device}: it takes {size}{' bytes of bits' * (t is kept)} there"
+            )
+
+
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None, n: int, m: int, panel: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, weight, bias, kept)
     if shape := gpu_steps.served(x, weight, n, m, panel):
         packed = gpu_steps.pack(weight, kept, shape, x.dtype)
         y = gpu_steps.forward(_rows(x), weight, *packed, bias, shape)
