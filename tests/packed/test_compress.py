@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import nmflow
 from nmflow import mask
 from nmflow.errors import CompressError, PlanError
+from nmflow.kernels import matmul
 from nmflow.packed import compress, decompress, export_program, load, report_of, save
 from nmflow.packed.convolution import PackedConv
 from nmflow.packed.modules import FusedLinear, PackedLinear
@@ -86,6 +87,17 @@ def test_modules_against_float64(name: str, dtype: torch.dtype) -> None:
     for key, value in model.state_dict().items():
         assert torch.equal(back.state_dict()[key], value), key
     assert [p.requires_grad for p in back.parameters()] == [True] * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if "Attention" not in case.kind])
+def test_a_graph_of_fx_holds_the_product_as_one_call(name: str) -> None:
+    case = CASES[name]
+    packed = compress(prune(nn.Sequential(case.make())), measure=False)
+    graph = torch.fx.symbolic_trace(packed)
+    assert sum(node.target is matmul for node in graph.graph.nodes) == 1
+    for more in (0, 3):  # the graph holds no size
+        x = torch.randn(*case.shape[:-1], case.shape[-1] + (more if "conv " in name else 0))
+        assert torch.equal(graph(x), packed(x))
 
 
 @pytest.mark.parametrize("name", CASES)

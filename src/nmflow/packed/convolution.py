@@ -60,15 +60,17 @@ class PackedConv(StandsFor):
             rows = x[(..., *steps, slice(None))]
         else:
             # One transposition here, not one for every position of the kernel.
-            rows = self._windows(x.contiguous(), spatial)
+            rows = self._windows(x.contiguous())
         return self.linear(rows).movedim(-1, -spatial - 1)
 
-    def _windows(self, x: Tensor, spatial: int) -> Tensor:
-        """`(..., *outputs, positions * channels)` from a padded channels-last input."""
-        sizes = x.shape[-spatial - 1 : -1]
+    def _windows(self, x: Tensor) -> Tensor:
+        """`(..., *outputs, positions * channels)` from a padded channels-last input.
+
+        Stops count from the end, so that no size of the input is read: `torch.fx` has none.
+        """
         along = [
-            [slice(i * d, n - d * (k - 1 - i), s) for i in range(k)]
-            for n, k, s, d in zip(sizes, self.kernel_size, self.stride, self.dilation, strict=True)
+            [slice(i * d, -d * (k - 1 - i) or None, s) for i in range(k)]
+            for k, s, d in zip(self.kernel_size, self.stride, self.dilation, strict=True)
         ]
         return torch.cat([x[(..., *at, slice(None))] for at in itertools.product(*along)], -1)
 
