@@ -156,4 +156,21 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     packed = compress(prune(nn.Sequential(nn.Linear(32, 16))), measure=False)
     with pytest.raises(CompressError, match="model is Sequential: give a causal language model"):
         export_decoder(packed, tmp_path / "a.onnx")
+    t5 = compress(prune(MODELS["t5"][0]()).eval(), measure=False)
+    with pytest.raises(CompressError, match="ForConditionalGeneration: give a causal language"):
+        export_decoder(t5, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_experts_that_onnx_has_no_product_for_are_gathered(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    torch.manual_seed(0)
+    sizes = SMALL | {"num_key_value_heads": 2, "num_local_experts": 3, "eos_token_id": None}
+    config = hf.MixtralConfig(**sizes)
+    packed = compress(prune(hf.MixtralForCausalLM(config)).eval(), measure=False)
+    was = packed.config._experts_implementation
+    path = export_decoder(packed, tmp_path / "a.onnx")
+    assert packed.config._experts_implementation == was
+    want = packed.generate(PROMPT, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(OnnxDecoder(path, threads=1).generate(PROMPT, 8), want)

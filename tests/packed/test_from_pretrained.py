@@ -49,6 +49,37 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, model
 
 
+def _other_head(model: Any) -> None:
+    model.classifier = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 2))
+
+
+def _wrapped_layer(model: Any) -> None:
+    layer = model.bert.encoder.layer[0]
+    layer.output.dense = nn.ModuleDict({"base_layer": layer.output.dense})
+    layer.output.dense.forward = layer.output.dense["base_layer"].forward
+
+
+def _weight_norm(model: Any) -> None:
+    nn.utils.parametrizations.weight_norm(model.bert.pooler.dense)
+
+
+@pytest.mark.parametrize("change", [_other_head, _wrapped_layer, _weight_norm])
+def test_a_config_is_written_only_for_a_network_that_it_builds(change: Any, tmp_path: Path) -> None:
+    make, inputs = MODELS["bert"]
+    model = prune(make()).eval()
+    change(model)
+    packed = compress(model, measure=False, inplace=True)
+    with pytest.raises(CompressError, match="which its config does not build"):
+        packed.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    save(packed, tmp_path / "a")
+    assert not (tmp_path / "a" / "config.json").exists()
+    again = make().eval()
+    change(again)
+    with torch.no_grad():
+        assert torch.equal(nmflow.load(tmp_path / "a", again)(**inputs)[0], packed(**inputs)[0])
+
+
 @pytest.mark.parametrize("name", HF)
 def test_a_packed_network_is_the_masked_dense_one(name: str, tmp_path: Path) -> None:
     model, packed, inputs = packed_of(name)

@@ -84,6 +84,12 @@ def test_a_network_of_seven_billion_on_meta() -> None:
     blocks = count - 2 * 32_000 * 4096 - 65 * 4096
     assert (found.without, found.dense, found.masks) == (8 * count, 2 * blocks, 0)
     assert "under a recipe" in str(found)
+    for part, unit, weights in ((1, "GB", "13.5"), (1e-2, "MB", "134.8"), (1e-5, "kB", "134.8")):
+        fields = (found.weights, found.gradients, found.state, found.dense, found.masks)
+        less = nmflow.Memory(*(int(size * part) for size in fields), shards=1)
+        lines = str(less).splitlines()
+        assert lines[0].split() == [unit, "in", "all", "of", "1"]
+        assert lines[2].split()[-1] == weights
 
 
 @pytest.mark.parametrize("bad", [{"state": -1}, {"shards": 0}, {"state_bytes": 1.5}])

@@ -19,7 +19,7 @@ from nmflow.text_table import table
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes of a training run; as `str`, a table in GB (10⁹ bytes).
+    """The bytes of a training run; as `str`, a table in GB (10⁹ bytes), or in MB or kB.
 
     Attributes:
         weights: the parameters, which hold W̃ if they are targets.
@@ -67,9 +67,12 @@ class Memory:
         }
         if self.kept is not None:
             parts["while its mask is frozen"] = self.frozen
-        lines: list[Sequence[str]] = [("GB", "in all", f"of {self.shards}")]
+        units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+        unit = next((name for name, one in units.items() if self.total >= one), "kB")
+        one = units[unit]
+        lines: list[Sequence[str]] = [(unit, "in all", f"of {self.shards}")]
         lines += [
-            (name, f"{size / 1e9:.1f}", f"{size / 1e9 / self.shards:.1f}")
+            (name, f"{size / one:.1f}", f"{size / one / self.shards:.1f}")
             for name, size in parts.items()
         ]
         return table(lines, right=range(1, 3))

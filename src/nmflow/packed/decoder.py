@@ -217,7 +217,8 @@ def _example(model: nn.Module, batch: int, new: int, past: int) -> tuple[Tensor,
     config: Any = getattr(model, "config", None)
     names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     sizes: list[Any] = [getattr(config, name, None) for name in names]
-    if not all(isinstance(n, int) for n in sizes) or not hasattr(model, "lm_head"):
+    known = all(isinstance(n, int) for n in sizes) and hasattr(model, "lm_head")
+    if not known or getattr(config, "is_encoder_decoder", False):
         raise CompressError(
             f"model is {type(model).__name__}: give a causal language model of transformers, such "
             "as LlamaForCausalLM"

@@ -16,6 +16,9 @@ from nmflow import disk
 from nmflow.errors import CompressError
 from nmflow.packed import onnx_operators
 
+# What transformers calls the implementations whose every step is an operator of ONNX.
+_PLAIN = {"attn": "eager", "experts": "batched_mm"}
+
 OPSET = 23  # the first that has attention, rotary embeddings and RMSNorm
 
 
@@ -57,9 +60,10 @@ def translated(
         return exported()
     except torch.onnx.OnnxExporterError as error:
         # ONNX takes attention apart, and torch's fused op lays its output out otherwise than its
-        # parts do, so transformers' attention is asked for its parts.
+        # parts do, so transformers' attention is asked for its parts. It has no grouped product of
+        # experts, so each token gathers the weights of its own.
         try:
-            with _attention_in_parts(network) as changed:
+            with _in_parts(network) as changed:
                 if not changed:
                     raise
                 return exported()
@@ -133,18 +137,19 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _attention_in_parts(model: nn.Module) -> Iterator[bool]:
-    """Networks of transformers that compute attention by plain products; whether there are any."""
-    was = {
-        m: implementation
-        for m in model.modules()
-        if hasattr(type(m), "set_attn_implementation")
-        and (implementation := getattr(m.config, "_attn_implementation", "eager")) != "eager"
-    }
+def _in_parts(model: nn.Module) -> Iterator[bool]:
+    """Networks of transformers that compute by plain products; whether there are any."""
+    was = [
+        (getattr(module, f"set_{what}_implementation"), implementation, plain)
+        for module in model.modules()
+        for what, plain in _PLAIN.items()
+        if hasattr(type(module), f"set_{what}_implementation")
+        and (implementation := getattr(module.config, f"_{what}_implementation", plain)) != plain
+    ]
     try:
-        for module in was:
-            module.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
+        for change, _, plain in was:
+            change(plain)
         yield bool(was)
     finally:
-        for module, implementation in was.items():
-            module.set_attn_implementation(implementation)  # pyright: ignore[reportCallIssue]
+        for change, implementation, _ in was:
+            change(implementation)

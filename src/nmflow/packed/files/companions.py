@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 # The name under which transformers finds the quantizer, in `quantization_config` of config.json.
@@ -26,14 +27,23 @@ def is_pretrained(model: nn.Module) -> bool:
     )
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether layers of PEFT lie in a network, which its config does not build."""
-    return any(_is_of_peft(module, "BaseTunerLayer") for module in model.modules())
-
-
 def saves_adapters(model: nn.Module) -> bool:
     """Whether a network's own `save_pretrained` writes adapters of PEFT, and not the network."""
-    return _is_of_peft(model, "PeftModel") or getattr(model, "_hf_peft_config_loaded", False)
+    of_peft = any(
+        cls.__name__ == "PeftModel" and cls.__module__ == "peft.peft_model"
+        for cls in type(model).__mro__
+    )
+    return of_peft or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def built_names(model: nn.Module) -> set[str] | None:
+    """The state's names of the network that a config of transformers builds; None if unknown."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config))
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError):
+        return None
+    return set(twin.state_dict())
 
 
 def is_timm(model: nn.Module) -> bool:
@@ -45,15 +55,11 @@ def is_timm(model: nn.Module) -> bool:
 
 
 def companions(model: nn.Module) -> dict[str, str]:
-    """Name to text of the files that build the network again.
-
-    None for a class of your own, nor for a network with adapters in it.
+    """Name to text of the files that build the network again; none for a class of your own.
 
     For a network of transformers: `config.json`, with `quantization_config` in it and without
     `auto_map`, and `generation_config.json`. For one of timm: `config.json`.
     """
-    if has_adapters(model):
-        return {}
     if is_pretrained(model):
         return _of_transformers(model)
     if is_timm(model):
@@ -88,11 +94,6 @@ def _of_timm(model: Any) -> dict[str, Any]:
         if isinstance(value := getattr(model, name, None), int | str):
             made[name] = value
     return made
-
-
-def _is_of_peft(module: nn.Module, name: str) -> bool:
-    classes = ((cls.__name__, cls.__module__) for cls in type(module).__mro__)
-    return any(called == name and where.startswith("peft.") for called, where in classes)
 
 
 def _is_plain(value: Any) -> bool:

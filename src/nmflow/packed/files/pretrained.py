@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from nmflow.errors import CompressError
-from nmflow.packed.files.companions import has_adapters, saves_adapters
-from nmflow.packed.files.saving import save
+from nmflow.packed.files.companions import saves_adapters
+from nmflow.packed.files.saving import not_built, save
 
 # What other calls pass along, and what it has to be: a packed network is one file, its own state.
 _ONLY: dict[str, Any] = {
@@ -37,17 +37,18 @@ class SavePretrained:
         writes those alone, as without nmflow.
 
         Raises:
-            CompressError: as `save`; an option that asks for another kind of file; the network is
-                the inside of one of PEFT.
+            CompressError: as `save`; an option that asks for another kind of file; the config does
+                not build all of the network, such as a layer that was added to it.
         """
         model = self._network()
         if saves_adapters(model):
             type(model).save_pretrained(model, save_directory, **options)  # pyright: ignore
             return
-        if has_adapters(model):
+        if name := not_built(model):
             raise CompressError(
-                "model has adapters in it, which its config does not build: call save_pretrained "
-                "of the PEFT network for the adapters, and nmflow.save(model, folder) for all"
+                f"model has '{name}', which its config does not build, so from_pretrained would "
+                "leave it out: call nmflow.save(model, folder), and nmflow.load into a network of "
+                "the same layers"
             )
         for name, value in options.items():
             if name in _ANY or (name in _ONLY and value == _ONLY[name]):

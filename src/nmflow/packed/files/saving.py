@@ -14,7 +14,7 @@ from nmflow.packed import build
 from nmflow.packed.build import PACKED
 from nmflow.packed.files import writing
 from nmflow.packed.files.card import card_of
-from nmflow.packed.files.companions import companions, is_pretrained
+from nmflow.packed.files.companions import built_names, companions, is_pretrained
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.packable import check_whole, survey
 from nmflow.packed.parts import parts_of
@@ -35,7 +35,8 @@ def save(
     in the folder is replaced in one step; other files do not change.
 
     A network of transformers or timm also gets its `config.json`, from which `from_pretrained`
-    builds it, and a model card (`README.md`; your own card is not overwritten).
+    builds it, and a model card (`README.md`; your own card is not overwritten). A network of
+    transformers that its config does not build (adapters, another head) is saved as your own.
 
     Args:
         model: what `compress` returned; or a dense model whose weights hold N:M, such as after
@@ -89,7 +90,7 @@ def save(
         )
     aliases = {a: first for a, first in _aliases(model).items() if a in tensors}
     plain = {n: t for n, t in tensors.items() if n not in aliases}
-    beside = companions(model)
+    beside = {} if not_built(model) else companions(model)
     card = card_of(model, weights, plain, recipe, quality) if beside or recipe or quality else ""
     writing.write(folder, weights, plain, aliases, beside, card)
 
@@ -114,6 +115,19 @@ def save_beside(
             save(model, folder, recipe=recipe, quality=quality)
     except OSError as error:
         raise CompressError(f"folder '{folder}' cannot be written: {error}") from error
+
+
+def not_built(model: nn.Module) -> str:
+    """A tensor of a network of transformers that its config builds no place for; or nothing.
+
+    What the config builds beyond the network is no matter: `from_pretrained` says what is missing.
+    """
+    built = built_names(model) if is_pretrained(model) else None
+    if built is None:
+        return ""
+    tensors, inside = _plain_state(model)
+    packed = (f"{path}.{own}" for path, module in inside.items() for own in module.dense_names)
+    return next((name for name in (*tensors, *packed) if name not in built), "")
 
 
 def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
