@@ -126,8 +126,10 @@ def not_built(model: nn.Module) -> str:
     if built is None:
         return ""
     tensors, inside = _plain_state(model)
-    packed = (f"{path}.{own}" for path, module in inside.items() for own in module.dense_names)
-    return next((name for name in (*tensors, *packed) if name not in built), "")
+    names = [*tensors]
+    for path, module in inside.items():
+        names += [f"{path}.{own}" for own in getattr(module, "dense_names", ())]
+    return next((name for name in names if name not in built), "")
 
 
 def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
