@@ -137,8 +137,9 @@ def test_a_measurement_without_memory_is_told_and_nothing_is_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(faster, "_races", _full)
-    model = nn.Sequential(nn.Linear(64, 32))
-    model[0].weight.data *= mask(model[0].weight, "1:16")
+    layer = nn.Linear(64, 32)
+    layer.weight.data *= mask(layer.weight, "1:16")
+    model = nn.Sequential(layer)
     with pytest.raises(CompressError, match=r"^tokens is \(1, 9\): .* at 1 takes .*measure=False"):
         compress(model, tokens=(1, 9), inplace=True)
     assert type(model[0]) is nn.Linear
