@@ -178,7 +178,8 @@ def _tuning(task: str) -> list[str]:
                 if name in OPTIONS
             ]
             out += ["", f"    Chosen: {'; '.join(each)}."]
-    taught = joined(task, "distilled-rates", "distilled-rates-others", "rivals-rates")
+    searches = ("distilled-rates", "distilled-rates-others", "rivals-rates", "start-rates")
+    taught = joined(task, *searches)
     if taught is not None:
         best = tuned(taught, task, "setup")
         name = best["setup"].str.rpartition(" at ")[0]
