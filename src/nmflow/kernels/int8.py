@@ -19,11 +19,8 @@ from nmflow.kernels.layout import LANES, Shape, check_index, dense_from_canonica
 from nmflow.kernels.reference import apply_epilogue
 
 ACTIVATIONS = ("float", "int8")
-DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-)  # dtypes of the layers that may have 8-bit values
+# Of the layers that may have 8-bit values.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The most kept values of a row: a sum of this many products of two bytes fits 32 bits.
 MOST_ENTRIES = 131_072
 _HEAD = 128  # bytes of a tile before its blocks: 16 scales and 16 sums

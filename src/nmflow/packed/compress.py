@@ -22,7 +22,7 @@ from nmflow.packed.fuse import fuse as fuse_activations
 from nmflow.packed.int8 import with_int8
 from nmflow.packed.modules import PackedLinear
 from nmflow.packed.onednn import OneDNNLinear
-from nmflow.packed.packable import Found, check_whole, survey
+from nmflow.packed.packable import Found, check_unsharded, survey
 from nmflow.packed.parts import parts_of
 from nmflow.packed.proof import NEAR, NEAR_INT8, check_same, run_once
 from nmflow.packed.report import Report, Row, hang
@@ -114,7 +114,7 @@ def compress(
         >>> row.pattern, row.kept
         ('1:16', 'packed')
     """
-    check_whole(model)
+    check_unsharded(model)
     counts = tuple(tokens) if isinstance(tokens, Iterable) else ()
     if not counts or not all(is_whole(t, 1) for t in counts):
         raise CompressError(

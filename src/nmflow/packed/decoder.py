@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from nmflow.errors import CompressError
 from nmflow.packed import onnx_files, onnx_operators
 from nmflow.packed.export import plain
-from nmflow.packed.packable import check_whole
+from nmflow.packed.packable import check_unsharded
 
 Past = list[tuple[Tensor, Tensor]]
 
@@ -56,7 +56,7 @@ def export_decoder(
             packed layer; packages are missing (`pip install 'nmflow[onnx]'`); the export fails or
             differs.
     """
-    check_whole(model)
+    check_unsharded(model)
     if head not in ("float32", "int8"):
         raise CompressError(f"head is {head!r}: choose float32 or int8")
     if opset is not None and not 18 <= opset <= onnx_files.OPSET:

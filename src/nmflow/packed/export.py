@@ -18,7 +18,7 @@ from nmflow.packed import onnx_files, onnx_operators
 from nmflow.packed.build import PACKED
 from nmflow.packed.compress import decompress
 from nmflow.packed.onnx_files import agree, first_line
-from nmflow.packed.packable import check_whole
+from nmflow.packed.packable import check_unsharded
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def export_program(
     Raises:
         CompressError: the model's outputs and the program's differ, or torch cannot export it.
     """
-    check_whole(model)
+    check_unsharded(model)
     return _program(plain(model, packed), example_inputs, dynamic_batch)
 
 
@@ -91,7 +91,7 @@ def onnx_program(
     model: nn.Module, example_inputs: Example, dynamic_batch: bool, packed: bool
 ) -> tuple[Any, nn.Module]:
     """The `ONNXProgram` of a network, and the network that it was made of."""
-    check_whole(model)
+    check_unsharded(model)
     onnx_files.check_packages()
     if packed:
         onnx_operators.check_packed(model)

@@ -16,7 +16,7 @@ from nmflow.errors import CompressError
 from nmflow.masks import holds
 from nmflow.packed.build import PACKED
 from nmflow.packed.export import Example, onnx_program
-from nmflow.packed.packable import check_whole
+from nmflow.packed.packable import check_unsharded
 
 # How far an output of the int8 network may be off, as a share of its largest value.
 _NEAR = 0.1
@@ -58,7 +58,7 @@ def export_onnx_int8(
         CompressError: as `export_onnx`; calibration is empty or of another form; the int8 outputs
             differ too much.
     """
-    check_whole(model)
+    check_unsharded(model)
     try:
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     except ModuleNotFoundError as error:
@@ -113,7 +113,7 @@ def to_semi_structured(model: nn.Module) -> list[str]:
         CompressError: no weight can be changed, with the reason of the first; or the network is
             packed. Nothing is changed.
     """
-    check_whole(model)
+    check_unsharded(model)
     if any(isinstance(module, PACKED) for module in model.modules()):
         raise CompressError("model is packed: call nmflow.decompress(model), and move it to CUDA")
     linear = [(path, m) for path, m in model.named_modules() if type(m) is nn.Linear]

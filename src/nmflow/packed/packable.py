@@ -45,7 +45,7 @@ class Found:
         return ", ".join(f"{r.pattern} [{r.start}:{r.stop}]" for r in self.runs)
 
 
-def check_whole(model: nn.Module) -> None:
+def check_unsharded(model: nn.Module) -> None:
     """Raise `CompressError` unless a thing is a network whose weights are not sharded."""
     check_model(model, CompressError)
     cut = [name for name, p in model.named_parameters() if _is_a(p, "DTensor")]

@@ -16,7 +16,7 @@ from nmflow.packed.files import writing
 from nmflow.packed.files.card import card_of
 from nmflow.packed.files.companions import built_names, companions, is_pretrained
 from nmflow.packed.files.stored import Stored
-from nmflow.packed.packable import check_whole, survey
+from nmflow.packed.packable import check_unsharded, survey
 from nmflow.packed.parts import parts_of
 from nmflow.select.plan import Names, Patterns
 
@@ -63,7 +63,7 @@ def save(
         >>> again[0].pattern
         Pattern('1:16')
     """
-    check_whole(model)
+    check_unsharded(model)
     weights: dict[str, Stored] = {}
     tensors, inside = _plain_state(model)
     for path, module in inside.items():
