@@ -33,12 +33,15 @@ def work(todo: Any, done: Any, eager: bool) -> None:
     """A worker: trains runs until it is told None, and says what became of each."""
     import torch
     from graphed import Graphed
+    from remembered import Remembered
 
     from nmflow.errors import NMFlowError
     from nmflow.experiments.training import train
 
     torch.set_num_threads(1)
-    mixins = () if eager or not torch.cuda.is_available() else (Graphed,)
+    mixins: tuple[type, ...] = () if eager else (Graphed,)
+    if not torch.cuda.is_available():
+        mixins = (Remembered,)
     while (given := todo.get()) is not None:
         store, text = given
         run = Run.model_validate_json(text)
