@@ -30,7 +30,7 @@ from nmflow.experiments.sweep_table import write_table
 
 
 def work(todo: Any, done: Any, eager: bool) -> None:
-    """A worker: trains runs until it is told None, and says what became of each."""
+    """A worker: trains the runs that it is given, and says what became of each."""
     import torch
     from graphed import Graphed
     from remembered import Remembered
@@ -42,8 +42,12 @@ def work(todo: Any, done: Any, eager: bool) -> None:
     mixins: tuple[type, ...] = () if eager else (Graphed,)
     if not torch.cuda.is_available():
         mixins = (Remembered,)
-    while (given := todo.get()) is not None:
-        store, text = given
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():  # a driver that is killed stops nobody
+        try:
+            store, text = todo.get(timeout=5.0)
+        except queue.Empty:
+            continue
         run = Run.model_validate_json(text)
         start = time.monotonic()
         try:

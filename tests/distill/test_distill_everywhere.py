@@ -85,6 +85,87 @@ def test_the_teacher_runs_under_the_callers_autocast():
     assert found.item() == pytest.approx(logit_loss(s[:, :-1], t[:, :-1]).item(), rel=1e-5)
 
 
+def dtypes_of(teacher: nn.Module) -> set[torch.dtype]:
+    """The dtypes of what the teacher's first block says, filled as it runs."""
+    seen: set[torch.dtype] = set()
+    first: nn.Module = cast(Any, teacher).transformer.h[0].mlp
+    first.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    return seen
+
+
+def run_a_trainer(folder: Path, distiller: Distiller, half: bool) -> None:
+    from nmflow.integrations.distillation import Distillation
+
+    class Student(Distillation, transformers.Trainer):
+        pass
+
+    rows = [{name: x[0] for name, x in batch.items()} for batch in batches()]
+    args = transformers.TrainingArguments(
+        str(folder), max_steps=2, bf16=half, report_to=[], disable_tqdm=True, use_cpu=True,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer = cast(Any, Student)(student(), args, train_dataset=rows)
+    trainer.distiller = distiller
+    trainer.train()
+
+
+def accelerator_of(half: bool) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # a process has one precision otherwise
+    return accelerate.Accelerator(cpu=True, mixed_precision="bf16" if half else "no")
+
+
+def run_accelerate(folder: Path, distiller: Distiller, half: bool) -> None:
+    accelerator = accelerator_of(half)
+    model = accelerator.prepare(student())
+    with accelerator.autocast():
+        loss = distiller(model, batches()[0]).loss
+    accelerator.backward(loss)
+
+
+def run_lightning(folder: Path, distiller: Distiller, half: bool) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Net(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = student()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return distiller(self.model, batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    pl.Trainer(
+        default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, max_epochs=1, enable_checkpointing=False,
+        precision="bf16-mixed" if half else "32-true",
+    ).fit(Net(), torch.utils.data.DataLoader(cast(Any, batches()), batch_size=None))  # fmt: skip
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("run", [run_a_trainer, run_accelerate, run_lightning])
+def test_the_teacher_has_the_precision_of_the_student(
+    run: Any, half: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = student(1)
+    seen = dtypes_of(teacher)
+    run(tmp_path, Distiller(teacher), half)
+    assert seen == {torch.bfloat16 if half else torch.float32}
+    assert "teacher" not in caplog.text
+
+
+def test_a_teacher_that_mixed_precision_does_not_reach_is_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    accelerator = accelerator_of(half=True)
+    model, distiller = accelerator.prepare(student()), Distiller(student(1))
+    for _ in range(2):
+        distiller(model, batches()[0])
+    assert caplog.text.count("call the distiller under accelerator.autocast()") == 1
+
+
 def test_a_loss_scaler_scales_the_whole_loss():
     grads = []
     for scale in (1.0, 1024.0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from nmflow.flow.sharding import sharded
 from nmflow.numbers import check_not_negative, check_positive
 from nmflow.select.modules import check_batch, check_model
 
+log = logging.getLogger("nmflow")
+
 IGNORED = -100
 """The label of positions that do not count, as everywhere in transformers."""
 
@@ -28,7 +31,9 @@ class Distiller:
     `hidden_loss`. The teacher runs without gradients, in evaluation mode, under the caller's
     autocast and on the student's device. It costs one forward pass per step and its own memory:
     unsharded on every process, unless you shard it like the student. A `Distiller` is no module, so
-    a module that holds one neither trains nor saves the teacher.
+    a module that holds one neither trains nor saves the teacher. A model that Accelerate prepared
+    has its mixed precision inside, which does not reach the teacher: call the distiller under
+    `accelerator.autocast()`.
 
     `L_logits` is a mean over the positions of a batch. `L_hidden` is a ratio of sums over them, so
     over micro-batches or processes, whose losses are averaged, its gradient is that of the mean of
@@ -84,6 +89,7 @@ class Distiller:
         check_positive("temperature", temperature, DistillError)
         self.task, self.logits, self.hidden = task, logits, hidden
         self.temperature = temperature
+        self._said = False
         self.teacher = teacher.requires_grad_(False).eval()
 
     @classmethod
@@ -141,6 +147,7 @@ class Distiller:
         more = {"output_hidden_states": True} if self.hidden else {}
         check_batch(model, (), {**batch, **more}, DistillError, _MEND)
         outputs = model(**batch, **more)
+        self._say_precision(model, outputs["logits"].device.type)
         outputs["loss"] = self.loss(outputs, batch)
         return outputs
 
@@ -180,6 +187,16 @@ class Distiller:
                 total = total + self.hidden * part
         total = share * total
         return total + self.task * own if self.task else total
+
+    def _say_precision(self, model: nn.Module, device: str) -> None:
+        # Accelerate keeps the forward that it wraps in autocast under this name.
+        inside = hasattr(model, "_original_forward") and not torch.is_autocast_enabled(device)
+        if inside and not self._said:
+            log.warning(
+                "the teacher runs in float32, since Accelerate put the mixed precision inside the "
+                "model's own forward: call the distiller under accelerator.autocast()"
+            )
+            self._said = True
 
     @property
     def _causal(self) -> bool:

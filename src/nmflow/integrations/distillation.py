@@ -13,8 +13,9 @@ from nmflow.errors import DistillError
 class Distillation:
     """A mixin whose training loss is a distiller's; evaluation keeps the task's own loss.
 
-    Set `distiller` before training. When batches are accumulated, the teacher's terms of each batch
-    count by its share of the labels, as the task's own loss does.
+    Set `distiller` before training. The teacher runs in the trainer's mixed precision. When batches
+    are accumulated, the teacher's terms of each batch count by its share of the labels, as the
+    task's own loss does.
 
     Example:
         >>> from transformers import Trainer
@@ -50,5 +51,7 @@ class Distillation:
             if trainer.args.average_tokens_across_devices:
                 # The items are those of all processes, whose gradients are then averaged.
                 share = share * trainer.accelerator.num_processes
-        loss = self.distiller.loss(outputs, inputs, share=share)
+        # `Trainer` has its mixed precision inside the prepared model, which the teacher is not.
+        with trainer.accelerator.autocast():
+            loss = self.distiller.loss(outputs, inputs, share=share)
         return (loss, outputs) if return_outputs else loss
