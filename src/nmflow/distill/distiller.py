@@ -9,19 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from nmflow.distill.losses import hidden_loss, logit_loss
+from nmflow.distill.outputs import PROBLEMS, check_outputs
+from nmflow.distill.shift import named_causal, shift_of
+from nmflow.distill.terms import config_of, hidden_term, logits_term, share_of
 from nmflow.errors import DistillError
 from nmflow.flow.owners import is_owned
 from nmflow.flow.sharding import sharded
 from nmflow.numbers import check_not_negative, check_positive
-from nmflow.select.modules import check_batch, check_model
+from nmflow.select.modules import check_batch, check_model, inside
 
 log = logging.getLogger("nmflow")
-
-IGNORED = -100
-"""The label of positions that do not count, as everywhere in transformers."""
 
 
 class Distiller:
@@ -35,13 +33,17 @@ class Distiller:
     has its mixed precision inside, which does not reach the teacher: call the distiller under
     `accelerator.autocast()`.
 
-    `L_logits` is a mean over the positions of a batch. `L_hidden` is a ratio of sums over them, so
-    over micro-batches or processes, whose losses are averaged, its gradient is that of the mean of
-    their ratios, not of the ratio over all.
+    `L_logits` is `logit_loss`, or for a head whose labels are independent `multilabel_loss`, and
+    for one of values `regression_loss`; of several heads it is the mean. Each is a mean over the
+    positions of a batch. `L_hidden` is a ratio of sums over them, so over micro-batches or
+    processes, whose losses are averaged, its gradient is that of the mean of their ratios, not of
+    the ratio over all. If the batch has `num_items_in_batch`, by which the task's own loss is
+    divided, the other terms count by the batch's share of these items.
 
-    Padding and labels of -100 do not count: logits of a causal language model count at positions
-    that predict a counted label, logits of a token classifier at counted labels, and hidden states
-    where the attention mask is 1.
+    Padding and labels of -100 do not count: logits count where their labels do, if they have one at
+    each position, else where the attention mask is 1, and hidden states where the attention mask is
+    1. Whether a label belongs to the logits one position before it, as in causal language models,
+    the teacher's own loss tells: two more forward passes of it at the first batch.
 
     Args:
         teacher: the dense network, which the call freezes.
@@ -49,9 +51,13 @@ class Distiller:
         logits: weight of the loss on logits.
         hidden: weight of the loss on hidden states.
         temperature: T of the loss on logits.
+        problem: what the logits are: `"single_label_classification"`,
+            `"multi_label_classification"` or `"regression"`; None decides as transformers does, by
+            the teacher's config and the labels.
 
     Raises:
-        DistillError: a weight below 0, all of them 0, or a temperature that is not above 0.
+        DistillError: a weight below 0, all of them 0, a temperature that is not above 0, or an
+            unknown problem.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -73,6 +79,7 @@ class Distiller:
         logits: float = 0.5,
         hidden: float = 1.0,
         temperature: float = 2.0,
+        problem: str | None = None,
     ) -> None:
         check_model(teacher, DistillError, "teacher")
         for name, param in teacher.named_parameters():
@@ -87,22 +94,29 @@ class Distiller:
         if logits == 0 and hidden == 0:
             raise DistillError("logits and hidden are both 0: give one of them a weight")
         check_positive("temperature", temperature, DistillError)
+        if problem is not None and problem not in PROBLEMS:
+            said = ", ".join(PROBLEMS)
+            raise DistillError(f"problem is {problem!r}: choose from {said}, or None")
         self.task, self.logits, self.hidden = task, logits, hidden
-        self.temperature = temperature
+        self.temperature, self.problem = temperature, problem
         self._said = False
+        self._shifts: bool | None = None
+        self._checked = 0
+        self._froze = {param for param in teacher.parameters() if param.requires_grad}
         self.teacher = teacher.requires_grad_(False).eval()
 
     @classmethod
-    def of(cls, model: nn.Module, **options: float) -> Distiller:
+    def of(cls, model: nn.Module, **options: Any) -> Distiller:
         """Take a frozen copy of `model` as the teacher; call it before `nmflow.attach`.
 
-        Of a `DistributedDataParallel` it copies the network inside, so every process has its own.
+        Of a `DistributedDataParallel` or a compiled network it copies what is inside, so every
+        process has its own.
 
         Raises:
             DistillError: the model cannot be copied, or its weights are under a recipe or sharded.
         """
         check_model(model, DistillError)
-        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model = inside(model)
         for name, param in model.named_parameters():
             if is_owned(param):
                 raise DistillError(
@@ -134,22 +148,41 @@ class Distiller:
         Returns:
             The student's outputs; `loss` is the whole loss.
         """
+        self.check(model, batch)
+        outputs = model(**batch, **self._asked)
+        check_outputs(outputs, "student")
+        self._say_precision(model, _device(outputs).type)
+        outputs["loss"] = self.loss(outputs, batch)
+        return outputs
+
+    def check(self, model: nn.Module, batch: Any) -> None:
+        """Raise unless the teacher is apart from the student, and the student takes the batch.
+
+        Raises:
+            DistillError: they share what the teacher has frozen, or the batch does not fit.
+        """
         check_model(model, DistillError)
         if not isinstance(batch, Mapping):
             raise DistillError(
                 f"batch is a {type(batch).__name__}: give a mapping of keyword arguments"
             )
-        if self.teacher is (model.module if isinstance(model, DistributedDataParallel) else model):
+        check_batch(model, (), {**batch, **self._asked}, DistillError, _MEND)
+        if self._checked == id(model):
+            return
+        theirs = set(self.teacher.modules())
+        if inside(self.teacher) is inside(model):
             raise DistillError(
                 "the teacher is the student itself, now frozen: make a copy before you train, with "
                 "Distiller.of(model)"
             )
-        more = {"output_hidden_states": True} if self.hidden else {}
-        check_batch(model, (), {**batch, **more}, DistillError, _MEND)
-        outputs = model(**batch, **more)
-        self._say_precision(model, outputs["logits"].device.type)
-        outputs["loss"] = self.loss(outputs, batch)
-        return outputs
+        shared = [n for n, module in model.named_modules() if module in theirs]
+        shared += [n for n, param in model.named_parameters() if param in self._froze]
+        if shared:
+            raise DistillError(
+                f"the teacher and the student share '{shared[0] or type(model).__name__}', which "
+                "is frozen now: make the teacher a copy, with Distiller.of(model)"
+            )
+        self._checked = id(model)
 
     def loss(
         self, outputs: Any, batch: Mapping[str, Any], *, share: float | Tensor = 1.0
@@ -158,40 +191,54 @@ class Distiller:
 
         Args:
             outputs: of the student on `batch`, with hidden states where `hidden` is not 0.
-            batch: the student's keyword arguments.
-            share: what the distillation terms are multiplied with, such as this micro-batch's
-                share of an accumulated batch; the task's own loss is taken as it is.
+            batch: the student's keyword arguments, with `num_items_in_batch` where its own loss is
+                divided by that.
+            share: what the distillation terms are multiplied with; the task's own loss is taken as
+                it is.
         """
+        check_outputs(outputs, "student")
         own = outputs.get("loss")
         if self.task and own is None:
             raise DistillError(
                 "the student's outputs have no loss: put labels into the batch, or set task=0"
             )
-        more = {"output_hidden_states": True} if self.hidden else {}
         # An encoder-decoder makes its decoder's inputs of the labels; others need none.
-        left_out = ("num_items_in_batch", *(() if self._encodes else ("labels",)))
+        left_out = ("num_items_in_batch", *(() if self._encodes else ("labels", "shift_labels")))
         given = {name: value for name, value in batch.items() if name not in left_out}
-        check_batch(self.teacher, (), {**given, **more}, DistillError, _MEND)
+        given |= self._asked
+        check_batch(self.teacher, (), given, DistillError, _MEND)
         with torch.no_grad():
-            self._follow(outputs["logits"].device)
-            told = self.teacher(**given, **more)
-        total = outputs["logits"].new_zeros((), dtype=torch.float32)
+            self._follow(_device(outputs))
+            told = self.teacher(**given)
+        check_outputs(told, "teacher")
+        total: Any = torch.zeros((), device=_device(outputs))
+        counted = self.logits or "num_items_in_batch" in batch
+        shifts = bool(counted) and self._shifted(told, given, batch.get("labels"))
         if self.logits:
-            s, t, mask = _aligned(outputs["logits"], told["logits"], batch, self._causal)
-            total = total + self.logits * logit_loss(s, t, temperature=self.temperature, mask=mask)
+            total = total + self.logits * logits_term(
+                outputs, told, batch, self.teacher,
+                problem=self.problem, temperature=self.temperature, shifts=shifts,
+            )  # fmt: skip
         if self.hidden:
-            states = [_hidden(one, who) for one, who in ((outputs, "student"), (told, "teacher"))]
-            masks = [batch.get("attention_mask"), _counting(batch.get("labels"))]
-            for s, t, mask in zip(*states, masks, strict=False):
-                part = hidden_loss(s, t, mask=_fitting(mask, s[0])) / len(states[0])
-                total = total + self.hidden * part
-        total = share * total
+            total = total + self.hidden * hidden_term(outputs, told, batch, self.teacher)
+        total = share * share_of(batch, shifts) * total
         return total + self.task * own if self.task else total
+
+    def _shifted(self, told: Mapping[str, Any], given: Mapping[str, Any], labels: Any) -> bool:
+        """Whether a label belongs to the logits one position before it."""
+        logits = told.get("logits")
+        if self._encodes or not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
+            return False
+        if labels.ndim < 2 or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+            return False
+        if self._shifts is None and labels.shape[-1] > 1:
+            self._shifts = shift_of(self.teacher, logits, given, labels)
+        return named_causal(self.teacher) if self._shifts is None else self._shifts
 
     def _say_precision(self, model: nn.Module, device: str) -> None:
         # Accelerate keeps the forward that it wraps in autocast under this name.
-        inside = hasattr(model, "_original_forward") and not torch.is_autocast_enabled(device)
-        if inside and not self._said:
+        hidden = hasattr(model, "_original_forward") and not torch.is_autocast_enabled(device)
+        if hidden and not self._said:
             log.warning(
                 "the teacher runs in float32, since Accelerate put the mixed precision inside the "
                 "model's own forward: call the distiller under accelerator.autocast()"
@@ -199,15 +246,12 @@ class Distiller:
             self._said = True
 
     @property
-    def _causal(self) -> bool:
-        """Whether a label belongs to the logits one position before it."""
-        kind = type(self.teacher).__name__
-        return kind.endswith(("ForCausalLM", "LMHeadModel")) and not self._encodes
+    def _asked(self) -> dict[str, Any]:
+        return {"output_hidden_states": True} if self.hidden else {}
 
     @property
     def _encodes(self) -> bool:
-        config = getattr(self.teacher, "config", None)
-        return bool(getattr(config, "is_encoder_decoder", False))
+        return bool(getattr(config_of(self.teacher), "is_encoder_decoder", False))
 
     def _follow(self, device: torch.device) -> None:
         first = next(self.teacher.parameters(), None)
@@ -223,38 +267,5 @@ _MEND = (
 )
 
 
-def _aligned(
-    student: Tensor, teacher: Tensor, batch: Mapping[str, Any], causal: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits at the positions that count, and which of them do."""
-    labels = batch.get("labels")
-    if student.ndim < 3:  # one prediction an example
-        return student, teacher, None
-    if labels is not None and labels.shape == student.shape[:-1]:
-        if causal:
-            return student[:, :-1], teacher[:, :-1], _counting(labels[:, 1:])
-        return student, teacher, _counting(labels)
-    return student, teacher, _fitting(batch.get("attention_mask"), student)
-
-
-def _hidden(outputs: Any, who: str) -> list[list[Tensor]]:
-    """The hidden states: of an encoder and a decoder, each of its own."""
-    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
-    found = [list(outputs[name]) for name in names if outputs.get(name) is not None]
-    if not found:
-        raise DistillError(
-            f"the {who}'s outputs have no hidden states: pass output_hidden_states=True, or set "
-            "hidden=0"
-        )
-    return found
-
-
-def _counting(labels: Tensor | None) -> Tensor | None:
-    return None if labels is None else labels != IGNORED
-
-
-def _fitting(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The attention mask, where its positions are those of `x`."""
-    if mask is None or mask.ndim != 2 or mask.shape != x.shape[:2]:
-        return None
-    return mask
+def _device(outputs: Mapping[str, Any]) -> torch.device:
+    return next(x.device for x in outputs.values() if isinstance(x, Tensor))

@@ -42,16 +42,67 @@ def logit_loss(
     """
     if not temperature > 0:
         raise DistillError(f"temperature is {temperature}: give a number above 0")
-    if student.shape != teacher.shape:
-        raise DistillError(
-            f"the student's logits are {tuple(student.shape)} and the teacher's "
-            f"{tuple(teacher.shape)}: take a teacher with the same classes and the same inputs"
-        )
+    _check_shapes(student, teacher)
     q = torch.log_softmax(student.float() / temperature, -1)
     p = torch.log_softmax(teacher.detach().float() / temperature, -1)
     # A class that the teacher rules out counts 0, where 0 times an infinity would be NaN.
     each = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
     return temperature**2 * _mean(each, mask)
+
+
+def multilabel_loss(
+    student: Tensor, teacher: Tensor, *, temperature: float = 2.0, mask: Tensor | None = None
+) -> Tensor:
+    r"""`logit_loss` of labels that are independent of one another: each is a yes or a no.
+
+    `T² · mean over i and c of KL(p_c ‖ q_c)`, where `p_c = σ(teacher_c / T)` and
+    `q_c = σ(student_c / T)` are chances of yes.
+
+    Args:
+        student: logits `(..., labels)`.
+        teacher: logits of the same shape; they receive no gradient.
+        temperature: T, above 0.
+        mask: bool or numbers, `(...)`: the positions that count; None takes all.
+
+    Returns:
+        A scalar; 0 where the mask keeps nothing.
+
+    Raises:
+        DistillError: as `logit_loss`.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[0.0]]), torch.tensor([[2.0]])
+        >>> round(multilabel_loss(student, teacher, temperature=1.0).item(), 4)
+        0.3278
+    """
+    _check_shapes(student, teacher)
+    pairs = [torch.stack([x, torch.zeros_like(x)], -1) for x in (student, teacher)]
+    each = None if mask is None else mask.unsqueeze(-1).expand(student.shape)
+    return logit_loss(pairs[0], pairs[1], temperature=temperature, mask=each)
+
+
+def regression_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    r"""Mean of `(student - teacher)²` in float32, for outputs that are values.
+
+    Args:
+        student: values `(..., values)`.
+        teacher: values of the same shape; they receive no gradient.
+        mask: bool or numbers, `(...)`: the positions that count; None takes all.
+
+    Returns:
+        A scalar; 0 where the mask keeps nothing.
+
+    Raises:
+        DistillError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> regression_loss(torch.zeros(1, 1), torch.tensor([[2.0]])).item()
+        4.0
+    """
+    _check_shapes(student, teacher)
+    return _mean((student.float() - teacher.detach().float()).square().mean(-1), mask)
 
 
 def hidden_loss(
@@ -112,6 +163,14 @@ def hidden_loss(
             distance, size = distance * kept, size * kept
         total = total + distance.sum() / size.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return total / len(student)
+
+
+def _check_shapes(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise DistillError(
+            f"the student's logits are {tuple(student.shape)} and the teacher's "
+            f"{tuple(teacher.shape)}: take a teacher with the same classes and the same inputs"
+        )
 
 
 def _matching(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from nmflow.distill.distiller import IGNORED, Distiller
+from nmflow.distill.distiller import Distiller
+from nmflow.distill.outputs import check_outputs
 from nmflow.errors import DistillError
 
 
@@ -41,16 +42,17 @@ class Distillation:
         trainer: Any = self
         if not model.training:
             return own.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.distiller.check(model, inputs)
         more = {"output_hidden_states": True} if self.distiller.hidden else {}
-        labels = inputs.get("labels")
         loss, outputs = own.compute_loss(model, {**inputs, **more}, True, num_items_in_batch)
+        check_outputs(outputs, "student")
         outputs["loss"] = loss
-        share: Any = 1.0
-        if num_items_in_batch is not None and labels is not None:
-            share = (labels != IGNORED).sum() / num_items_in_batch
+        share = 1.0
+        if num_items_in_batch is not None:
+            inputs = {**inputs, "num_items_in_batch": num_items_in_batch}
             if trainer.args.average_tokens_across_devices:
                 # The items are those of all processes, whose gradients are then averaged.
-                share = share * trainer.accelerator.num_processes
+                share = trainer.accelerator.num_processes
         # `Trainer` has its mixed precision inside the prepared model, which the teacher is not.
         with trainer.accelerator.autocast():
             loss = self.distiller.loss(outputs, inputs, share=share)

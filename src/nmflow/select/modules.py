@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from nmflow.errors import NMFlowError
 
@@ -24,6 +25,17 @@ def check_model(model: object, error: type[NMFlowError], name: str = "model") ->
         kind = type(model).__name__
         found = f"the class {model.__name__}" if isinstance(model, type) else f"a {kind}"
         raise error(f"{name} is {found}: give a torch.nn.Module")
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """The network inside of `DistributedDataParallel`, `DataParallel` and `torch.compile`."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
 
 
 def check_batch(
