@@ -16,7 +16,9 @@ from pretrained_setups import (
     DENSE_RATES,
     GENERAL,
     LONG,
+    LONG_TAUGHT,
     MORE,
+    NARROWER,
     OPTIONS,
     PANELS,
     PATTERN,
@@ -166,6 +168,25 @@ def _longer(task: str, setups: list[dict[str, Any]]) -> Iterator[Sweep]:
         best = best_of(task, "rivals-rates", _cut(task))
         axes = _main([{**one, **LONG} for one in best], PATTERN)
         yield Sweep(12, "rivals-long", "Smaller dense networks, four times the steps.", axes)
+        if TASKS[task].wide:
+            yield from _longer_taught(task, [*setups, *best])
+
+
+def _longer_taught(task: str, setups: list[dict[str, Any]]) -> Iterator[Sweep]:
+    """The dense network of four times the steps teaches as long."""
+    dense, *others = ({**one, **LONG} for one in setups)
+    axes = {"setup": [{**dense, "training.save_model": True}], "seed": [100]}
+    yield Sweep(6, "long-teacher", "The teacher that had four times the steps.", axes)
+    if not there(f"{task}-long-teacher"):
+        return
+    teacher = {"distill": {"teacher": f"runs/study-{task}/long-teacher"}}
+    taught = [{**one, **teacher, "label": one["label"] + LONG_TAUGHT} for one in others]
+    first = (TITLES["mdgf-exponential"], NARROWER)
+    about = "Taught by the longer dense network"
+    chosen = [one for one in taught if one["label"].startswith(first)]
+    yield Sweep(6, "long-taught", f"{about}: the best recipe and rival.", _main(chosen, PATTERN))
+    rest = [one for one in taught if one not in chosen]
+    yield Sweep(12, "long-taught-more", f"{about}: the others.", _main(rest, PATTERN))
 
 
 def _wider(plain: list[dict[str, Any]], best: list[dict[str, Any]]) -> Iterator[Sweep]:

@@ -109,7 +109,7 @@ class Plan:
 
 def _read(task: str, part: str, about: str, axes: dict[str, Any]) -> experiments.Sweep:
     path = write(f"{task}-{part}", about, task, {"axes": axes}, script="study/pretrained_runs.py")
-    if part == "teacher" or part.startswith("general"):  # alone in a folder that others name
+    if part.endswith("teacher") or part.startswith("general"):  # alone in a folder that others name
         text = path.read_text("utf-8").replace(f"study-{task}/cells", f"study-{task}/{part}")
         path.write_text(text, "utf-8")
     sweep = experiments.load(path)

@@ -50,6 +50,7 @@ NOISY = 2.5
 """Points: a greater paired standard deviation gets the seeds `MORE`."""
 CONVENTIONAL, TAUGHT = "SR-STE", ", distilled"
 STARTED = ", from the dense network"
+LONG_TAUGHT = " by the longer dense one"
 GENERAL = {
     "options.tasks": ["sst2"],
     "training.steps": 2400,
