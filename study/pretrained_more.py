@@ -1,4 +1,4 @@
-"""The second part beside its main table: other patterns, longer training, attention, panels."""
+"""The second part beside its main table: other patterns, attention, panels, the aims."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pretrained_setups import (
     PATTERN,
     PERMUTED,
     SHALLOWER,
-    STARTED,
     TASKS,
     TAUGHT,
     TITLES,
@@ -50,81 +49,19 @@ def patterns(task: str) -> list[str]:
         pairs = [(n, p, rival, p) for p in shown for n in names if n != rival]
         cells = {(c.setup, c.pattern): c for c in family(frame, pairs, "points")}
         rows = [
-            [name.removesuffix(end), *(_spread(frame, name, p) for p in shown)] for name in names
+            [name.removesuffix(end), *(points_of(frame, name, p) for p in shown)] for name in names
         ]
         rows += [
-            [f"{name.removesuffix(end)} over SR-STE", *(_gain(cells.get((name, p))) for p in shown)]
+            [
+                f"{name.removesuffix(end)} over SR-STE",
+                *(gain_of(cells.get((name, p))) for p in shown),
+            ]
             for name in names
             if name != rival
         ]
         about = f"Every pattern, {word}, at what was tuned at 1:8. Bold: Holm over the table."
         out += [about, "", table(["", *shown], rows)]
     return out
-
-
-def longer(task: str) -> list[str]:
-    """Four times the steps, beside the dense network of both lengths and the smaller ones."""
-    frame = joined(task, "long", "rivals-long")
-    if frame is None:
-        return []
-    short = joined(task, "dense")
-    assert short is not None
-    frame = in_points(pd.concat([frame, short.assign(setup="Dense, 800 steps")]), task)
-    names = [n for n in dict.fromkeys(frame["setup"]) if n != "Dense, 800 steps"]
-    sparse = [n for n in names if not n.startswith("Dense")]
-    rivals = {
-        "over SR-STE": CONVENTIONAL + TAUGHT,
-        "over dense": "Dense",
-        "over dense, 800 steps": "Dense, 800 steps",
-        "over FF 192": NARROWER,
-        "over 3 layers": SHALLOWER,
-    }
-    families = {
-        head: family(frame, [(n, PATTERN, r, None) for n in sparse if n != r], "points")
-        for head, r in rivals.items()
-    }
-    families = {head: cells for head, cells in families.items() if cells}
-    rows = []
-    for name in names:
-        found = [next((c for c in cells if c.setup == name), None) for cells in families.values()]
-        beside = f"{frame.loc[frame['setup'] == name, 'beside'].mean():.2f}"
-        rows.append([name, _spread(frame, name, None), beside, *map(_gain, found)])
-    about = (
-        "Four times the steps (3,200), at what was tuned at 800. Bold: p is below 0.05 after "
-        "Holm's correction over the column. *A sparse encoder first* (2,400 steps on sentences of "
-        "SST-2, "
-        "which teach the encoder its own dense hidden states, then 800 on the task with the mask "
-        "held) was searched and not gone on with: the best of nine pairs of rates was level with "
-        "MDGF-Exponential without it."
-    )
-    return [about, "", table(["", "held-out rows", "validation", *families], rows)]
-
-
-def start(task: str) -> list[str]:
-    """From the fine-tuned dense network on, against from the pretrained one on."""
-    frame = joined(task, "start")
-    if frame is None:
-        return []
-    names = list(dict.fromkeys(frame["setup"].str.removesuffix(STARTED)))
-    others = joined(task, "distilled-1-8", "dense")
-    frame = in_points(pd.concat([frame, others]), task)
-    before = [(n + STARTED, PATTERN, n, None) for n in names]
-    dense = [(n + STARTED, PATTERN, "Dense", None) for n in names]
-    cells = [c for pairs in (before, dense) for c in family(frame, pairs, "points")]
-    found = {(c.setup, c.rival): c for c in cells}
-    rows = []
-    for n in names:
-        late = n + STARTED
-        gains = [_gain(found.get((late, rival))) for rival in (n, "Dense")]
-        beside = f"{frame.loc[frame['setup'] == late, 'beside'].mean():.2f}"
-        own = [_spread(frame, one, PATTERN) for one in (late, n)]
-        rows.append([n, own[0], beside, own[1], *gains])
-    about = (
-        "Where training starts: from the fine-tuned dense network, which also teaches, instead of "
-        "from the pretrained one. The rate is the best of three again. Bold: Holm over the column."
-    )
-    head = ["", "held-out rows", "validation", "from the pretrained one", "over it", "over dense"]
-    return [about, "", table(head, rows)]
 
 
 def attention(task: str) -> list[str]:
@@ -143,7 +80,7 @@ def attention(task: str) -> list[str]:
              for n in names if n != _conventional(n)]  # fmt: skip
     over = {c.setup.removesuffix(word): c for c in family(frame, pairs, "points")}
     rows = [
-        [n, _spread(frame, n + word, PATTERN), _gain(over.get(n)), _gain(lost.get(n))]
+        [n, points_of(frame, n + word, PATTERN), gain_of(over.get(n)), gain_of(lost.get(n))]
         for n in names
     ]
     about = "FF and attention at 1:8, at what was tuned for FF. Bold: Holm over the column."
@@ -165,8 +102,8 @@ def panels(task: str) -> list[str]:
     rows = []
     for name in [n + end for n in names for end in ("", PERMUTED)]:
         title = name.replace(TAUGHT, "")
-        rows.append([title, *(_spread(frame, name, p) for p in shown)])
-        gains = [_gain(cells.get((name, p))) for p in shown]
+        rows.append([title, *(points_of(frame, name, p) for p in shown)])
+        gains = [gain_of(cells.get((name, p))) for p in shown]
         rows.append([f"{title}, over 1:8 as units stand", *gains])
     about = (
         "Panels at 1:8, distilled: so many rows share their columns. *In order*: the hidden units "
@@ -259,10 +196,12 @@ def _conventional(name: str) -> str:
     return CONVENTIONAL + TAUGHT if name.endswith(TAUGHT) else CONVENTIONAL
 
 
-def _spread(frame: pd.DataFrame, name: str, pattern: str | None) -> str:
+def points_of(frame: pd.DataFrame, name: str, pattern: str | None) -> str:
+    """Mean and standard deviation over seeds."""
     figures = list(by_seed(frame, name, pattern, "points").values())
     return spread(summary(figures)) if figures else "–"
 
 
-def _gain(cell: Cell | None) -> str:
+def gain_of(cell: Cell | None) -> str:
+    """A difference with its interval, where there is one."""
     return gain(cell) if cell else "–"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+import pretrained_longer as longer
 import pretrained_more as more
 from choose import RESULTS
 from compare import Cell, by_seed, family
@@ -57,8 +58,14 @@ def pretrained() -> str:
             frames[task] = more.in_points(_all(task, frame), task)
             out += _judged(frame, task)
             verdicts += [f"* {told.title}: {line}" for line in _verdict(frame)]
-        out += more.longer(task) + more.start(task) + more.patterns(task) + more.attention(task)
-        out += more.panels(task) + _int8(task) + _tuning(task)
+        out += longer.longer(task) + longer.longer_taught(task) + longer.start(task)
+        out += (
+            more.patterns(task)
+            + more.attention(task)
+            + more.panels(task)
+            + _int8(task)
+            + _tuning(task)
+        )
     out += more.ours(frames)
     if verdicts:
         told = ["**Claim 1 in fine-tuning, at 1:8 in FF:**", "", *verdicts, ""]

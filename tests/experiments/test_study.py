@@ -241,7 +241,7 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
     }
     dense = {"dense-rates", "dense-rates-edges", "teacher", "dense", "rivals-rates", "rivals"}
     more = {"long", "rivals-long", "attention", "panels", "permuted", "first-rates", "start-rates",
-            "start"}  # fmt: skip
+            "start", "long-teacher", "long-taught", "long-taught-more"}  # fmt: skip
     more |= {"general-0.0002", "general-0.0004", "general-0.0008"}
     assert set(ran) == chain | {f"{part}-others" for part in chain} | patterns | dense | more
     assert pretrained.rates("cola", "rates")["Settling"] == 4e-4
@@ -254,9 +254,9 @@ def test_the_second_part_goes_from_stage_to_stage(tmp_path: Path, monkeypatch) -
     written = page.pretrained()
     assert "MDGF-Exponential, distilled" in written
     assert "**+5.00 [" in written  # a teacher's gain, in every recipe
-    for words in ("FF 192, distilled", "Four times the steps", "Where training starts",
-                  "Every pattern, distilled", "FF and attention", "over 1:8 as units stand",
-                  "A recipe of ours"):  # fmt: skip
+    for words in ("FF 192, distilled", "Four times the steps", "A better teacher",
+                  "Where training starts", "Every pattern, distilled", "FF and attention",
+                  "over 1:8 as units stand", "A recipe of ours"):  # fmt: skip
         assert words in written, words
     # Where differences vary, seeds 5 to 9 join.
     noisy = tables["cola-main-1-8"]
