@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nmflow.errors import FlowError
+from nmflow.flow.casts import forget_casts
 from nmflow.flow.pruning import prune_weights
 from nmflow.flow.scores import Norms
 from nmflow.flow.sharding import local
@@ -41,6 +42,7 @@ def pruned(copy: Copy, model: nn.Module, plan: Plan, norms: Norms) -> Iterator[N
         with torch.no_grad():
             for name, weight in weights.items():
                 local(weight).copy_(before[name])
+        forget_casts()
 
 
 def _weights(copy: Copy, model: nn.Module, plan: Plan) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nmflow.errors import StateError, WeightError
 from nmflow.flow import writes
+from nmflow.flow.casts import forget_casts
 from nmflow.flow.marks import fingerprint
 from nmflow.flow.sharding import bare, local
 from nmflow.flow.slots import Slot
@@ -143,6 +144,7 @@ class Edits:
                 if held:
                     writes.retake(slot, stages, places)
                 slot.write(stages, held, hold=False)
+        forget_casts()
 
     def forget(self) -> None:
         """Forget the last check on a device: a loaded state replaced what it checked."""
@@ -176,6 +178,7 @@ class Edits:
         final, held = self._final(k)
         for slot in self._weights.pruned:
             slot.write(final, held, hold=False)
+        forget_casts()
 
     def check_final(self, k: int) -> None:
         """Raise a `StateError` if somebody wrote a parameter that shows its final weights."""
@@ -203,6 +206,7 @@ class Edits:
                 writes.put_back(slot, stages, has, places)
                 if writes.written(slot, stages, has) is not None:
                     found.append(slot.name)
+        forget_casts()
         return found
 
     def _final(self, k: int) -> tuple[dict[str, Stage], bool]:
@@ -218,6 +222,7 @@ class Edits:
         """Write W into the parameters."""
         for slot in self._weights.pruned:
             slot.rest()
+        forget_casts()
 
     def check_edited(self, k: int) -> None:
         """Raise unless what the parameters hold can be W; the errors of `check_writes`."""
@@ -238,6 +243,7 @@ class Edits:
             loaded = slot.loaded
             writes.take(slot, None)
             slot.write(stages, reuse and not loaded, hold)
+        forget_casts()
 
     def abandon(self, k: int) -> None:
         """Write W̃ of step `k` from the previous W, whatever the parameters hold."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nmflow.errors import WeightError
+from nmflow.flow.casts import forget_casts
 from nmflow.flow.scores import Norms, scored
 from nmflow.flow.sharding import local, region
 from nmflow.masks import project as masked
@@ -46,3 +47,4 @@ def prune_weights(weights: Mapping[str, Tensor], plan: Plan, norms: Norms, of: s
         part.of(whole).copy_(masked(w, kept))
     for name, whole in wholes.items():
         local(weights[name]).copy_(whole)
+    forget_casts()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from nmflow.errors import FlowError, WeightError
 from nmflow.flow import gradients
+from nmflow.flow.casts import forget_casts
 from nmflow.flow.flags import Flags
 from nmflow.flow.homes import Homes
 from nmflow.flow.hosts import Groups
@@ -262,6 +263,7 @@ class Weights:
                     one.rest()
                 raise _not_finite(slot, k)
         self.flags.send(raised)
+        forget_casts()
         self.tell(k)
 
     def tell(self, k: int) -> None:

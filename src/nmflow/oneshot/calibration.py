@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from nmflow.errors import WeightError
+from nmflow.flow.casts import forget_casts
 from nmflow.oneshot.finished import Finished, Unlike
 from nmflow.oneshot.watch import Done, Seen, Watch
 from nmflow.select.modules import check_batch
 from nmflow.select.target import Target
 
 _NOTHING = contextlib.nullcontext()
+# Weights of an encoder, and those of a decoder that read what an encoder says.
+_ENCODER = re.compile(
+    r"(^|\.)encoder\.|(encoder_attn|encdecattention|cross_?att\w*)\.(\w+\.)?"
+    r"(k|v|key|value|k_proj|v_proj)\.",
+    re.IGNORECASE,
+)
+_DECODED = ("decoder_input_ids", "labels")
 _BLOCK = re.compile(r"(?:.*?\.)??\d+(?=\.)")
 
 Inputs = dict[tuple[str, int, int, int], Tensor]
@@ -37,6 +45,11 @@ class Calibration:
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], targets: Sequence[Target], whole: bool
     ) -> None:
+        if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
+            raise WeightError(
+                f"calibration is a {type(batches).__name__}: give a list of batches or a "
+                "DataLoader, such as [batch] for a single one"
+            )
         if iter(batches) is batches:
             raise WeightError(
                 "calibration is an iterator, which can be read only once: give a list or a "
@@ -127,17 +140,24 @@ class Calibration:
         done: list[str] | None = None,
     ) -> None:
         modes = {module: module.training for module in self.model.modules()}
+        fast = torch.backends.mha.get_fastpath_enabled()
         self.model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # it hides the products of attention
         try:
             for index, batch in enumerate(batches):
-                counts = _counting(batch)
+                counts, decoded = _counting(batch), _decodes(self.model, batch)
 
-                def kept(seen: Seen, counts: Tensor | None = counts) -> None:
+                def kept(
+                    seen: Seen, counts: Tensor | None = counts, decoded: bool = decoded
+                ) -> None:
+                    if decoded and not _ENCODER.search(seen.name):
+                        counts = None
                     if counts is not None and counts.numel() == seen.inputs.shape[0]:
                         seen = seen._replace(inputs=seen.inputs[counts])
                     receive(seen)
 
                 finished = None if done is None else self._finished
+                forget_casts()
                 with (
                     torch.no_grad(),
                     contextlib.suppress(Done),
@@ -148,6 +168,7 @@ class Calibration:
         finally:
             for module, training in modes.items():
                 module.training = training
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def of(target: Target, matrix: int, inputs: Inputs) -> Tensor:
@@ -168,7 +189,7 @@ def of(target: Target, matrix: int, inputs: Inputs) -> Tensor:
     if not some or not any(bool(mine[rows].any()) for rows in some):
         raise WeightError(
             f"{which} saw no input in the calibration: give more batches; or, if its module copies "
-            "it first or passes it to a fused kernel (attention's fast path, an LSTM), exclude it "
+            "it first or passes it to a fused kernel (an LSTM), exclude it "
             "or prune it by magnitude"
         )
     return sum(mine[rows] for rows in some[1:]) + mine[some[0]]
@@ -200,3 +221,12 @@ def _counting(batch: Any) -> Tensor | None:
     """Which tokens are not padding, if the batch says so."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.flatten() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _decodes(model: nn.Module, batch: Any) -> bool:
+    """Whether an encoder-decoder gets as many tokens on both sides, which tells them not apart."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    given = [batch[n] for n in _DECODED if isinstance(batch, Mapping) and batch.get(n) is not None]
+    return isinstance(mask, Tensor) and all(x.numel() == mask.numel() for x in given)

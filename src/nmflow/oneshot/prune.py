@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nmflow.errors import FlowError, NMFlowWarning, PlanError, WeightError
+from nmflow.flow.casts import forget_casts
 from nmflow.flow.owners import is_owned
 from nmflow.flow.pruning import prune_weights
 from nmflow.flow.sharding import local, region, sharded, summed
@@ -92,7 +93,9 @@ def prune(
     input (`wanda`) or 4 · in² bytes per matrix (`sparsegpt`) of one layer; and a copy of the
     weights, so that an error leaves the network as it was. Weights of `nn.Linear`, `Conv1D`
     and stacks of experts are found where torch multiplies them. For others, such as convolutions,
-    an error gives the reason. Tokens whose `attention_mask` is 0 do not count.
+    an error gives the reason. Tokens whose `attention_mask` is 0 do not count, except in experts,
+    and in a decoder that has as many tokens as its encoder. Under autocast, inputs are as it casts
+    them.
 
     Frozen weights are pruned too. To train on with the masks held, attach `OneShot(dense=0)`
     afterwards. Training, if you can, is far better at N:M: see the
@@ -171,6 +174,8 @@ def prune(
         for name, was in before.items():
             params[name].data.copy_(was)
         raise
+    finally:
+        forget_casts()
     return Pruned([_told(t, before[t.name], params[t.name]) for t in plan], plan)
 
 

@@ -66,6 +66,7 @@ class Watch(TorchDispatchMode):
         self.targets = {target.name: target for target in targets}
         self.params = {name: params[name] for name in self.targets}
         self._by_storage = {p.untyped_storage().data_ptr(): n for n, p in self.params.items()}
+        self._casts: dict[int, tuple[Tensor, int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -82,7 +83,25 @@ class Watch(TorchDispatchMode):
                 if name is not None:
                     stack = factor if factor is right else factor.mT
                     self._tell(name, stack, inputs if ends is None else _groups(inputs, ends))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is _aten._to_copy.default:
+            self._follow(args[0], out)
+        return out
+
+    def _follow(self, x: Tensor, cast: Tensor) -> None:
+        """Know a cast of a weight as the weight, as autocast makes it."""
+        name = self._by_storage.get(x.untyped_storage().data_ptr())
+        if name is None or cast.stride() != x.stride():
+            return
+        # The cast is held, so that nothing else gets its memory.
+        place = cast.untyped_storage().data_ptr()
+        self._by_storage[place] = name
+        self._casts[place] = cast, self._offset(x) - int(cast.storage_offset())
+
+    def _offset(self, x: Tensor) -> int:
+        """Where a weight's view or cast begins in the storage of the weight."""
+        _, moved = self._casts.get(x.untyped_storage().data_ptr(), (x, 0))
+        return int(x.storage_offset()) + moved
 
     def _tell(self, name: str, factor: Tensor, inputs: Any) -> None:
         """Pass a product on; `factor` is `(in, out)`, with a leading axis for several `inputs`."""
@@ -91,7 +110,7 @@ class Watch(TorchDispatchMode):
             for one, x in zip(factor, inputs, strict=True):
                 self._tell(name, one, x)
             return
-        offset = int(factor.storage_offset() - param.storage_offset())
+        offset = self._offset(factor) - int(param.storage_offset())
         size = param.stride(0) if target.stacked else offset + 1
         matrix, inside = offset // size, offset % size
         row = param.stride(target.out_dim)

@@ -10,22 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from nmflow.errors import FlowError, PlanError
 from nmflow.flow.flow import Flow
 from nmflow.flow.hosts import optimizers_of
 from nmflow.flow.owners import is_owned
 from nmflow.flow.sharding import sharded
-from nmflow.inspect.flops import split_inputs
-from nmflow.permute.blocks import Axis, HiddenBlock, find_blocks, permute_
+from nmflow.permute.blocks import Axis, HiddenBlock, find_blocks, permute_, reorder_
 from nmflow.permute.orders import kept_share, order_for_groups, order_for_panels
+from nmflow.permute.same import distance, outputs_and_tolerance, outputs_of, same
 from nmflow.select.plan import Names, Patterns, plan
 from nmflow.select.target import Target
 from nmflow.text_table import table
-
-_NEAR = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-9}
-"""The tolerance of outputs, relative to the largest, since sums are in another order; else 1e-4."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,9 @@ def permute_hidden(
     training or in the dense phase of a run; it works in place. Gate and up projections move
     together.
 
-    The network runs on `example_inputs` before and after. If a new order of a block changes the
-    outputs, as with a norm over its hidden units, the block is restored and left out.
+    The network runs on `example_inputs` twice for each block: with a wrong order, and with the new
+    one. A block is left out if the new order changes the outputs, as with a norm over its hidden
+    units, or if a wrong one does not, as of an expert that no token reaches.
 
     Args:
         model: the network. It runs in evaluation mode, and its own mode is restored.
@@ -108,9 +105,10 @@ def permute_hidden(
         The blocks, with the share of Σ|W| that a magnitude mask keeps, before and after.
 
     Raises:
-        PlanError: there is no such block.
+        PlanError: there is no such block, or the outputs hold no tensor to check.
         FlowError: a weight is under a flow that was not given or is past its dense phase, is
-            sharded, or has an optimizer state of another shape. Nothing is changed.
+            sharded, or has an optimizer state of another shape. Nothing is changed then, nor if
+            the network itself raises.
 
     Example:
         >>> import torch
@@ -140,45 +138,76 @@ def permute_hidden(
             )
     states = [_states(block, optimizers, flow) for block in blocks]
     with flow.dense() if flow is not None else contextlib.nullcontext():
-        before = _outputs(model, example_inputs)
-        done: list[tuple[HiddenBlock, PermutedBlock, list[tuple[Axis, Tensor]]]] = []
-        for block, state in zip(blocks, states, strict=True):
-            made = _permute(block, state, rounds, seed)
-            done.append((block, made, state))
-        if _same(before, _outputs(model, example_inputs)):
-            return Permuted([made for _, made, _ in done], left_out)
-        return _one_by_one(model, example_inputs, before, done, left_out)
+        pairs = list(zip(blocks, states, strict=True))
+        return _checked(model, example_inputs, pairs, left_out, rounds, seed)
 
 
-def _one_by_one(
+def _checked(
+    model: nn.Module,
+    example_inputs: Any,
+    blocks: list[tuple[HiddenBlock, list[tuple[Axis, Tensor]]]],
+    left_out: list[tuple[str, str]],
+    rounds: int,
+    seed: int,
+) -> Permuted:
+    """Permute block after block, those that leave the outputs as they were; an error undoes all."""
+    done = Permuted(left_out=left_out)
+    moved: list[tuple[HiddenBlock, Tensor, list[tuple[Axis, Tensor]]]] = []
+    before, near = outputs_and_tolerance(model, [block for block, _ in blocks], example_inputs)
+    try:
+        for block, state in blocks:
+            order, shares = _order(block, rounds, seed), _shares(block)
+            before, fault = _fault(model, example_inputs, before, near, block, order)
+            if fault:
+                done.left_out.append((block.name, fault))
+                continue
+            permute_(block.axes, order)
+            moved.append((block, order, state))
+            kept = zip(shares, _shares(block), strict=True)
+            done.append(PermutedBlock(block.name, block.units, order, *kept))
+    except BaseException:
+        for block, order, _ in moved:
+            permute_(block.axes, order.argsort())
+        raise
+    for _, order, state in moved:
+        for axis, tensor in state:
+            reorder_(tensor, axis, order)
+    return done
+
+
+def _fault(
     model: nn.Module,
     example_inputs: Any,
     before: list[Tensor],
-    done: list[tuple[HiddenBlock, PermutedBlock, list[tuple[Axis, Tensor]]]],
-    left_out: list[tuple[str, str]],
-) -> Permuted:
-    """Restore all blocks, and permute again those that leave the outputs as they were."""
-    for block, made, state in done:
-        permute_(block, made.order.argsort(), state)
-    kept = Permuted(left_out=left_out)
-    for block, made, state in done:
-        permute_(block, made.order, state)
-        if _same(before, _outputs(model, example_inputs)):
-            kept.append(made)
-        else:
-            permute_(block, made.order.argsort(), state)
-            kept.left_out.append((block.name, "another order of its units changes the outputs"))
-    return kept
+    near: float,
+    block: HiddenBlock,
+    order: Tensor,
+) -> tuple[list[Tensor], str]:
+    """The outputs after a new order of a block, and why it may not have it; empty if it may.
+
+    The matrix that reads the units gets the order alone at first: that is how far the outputs
+    move if an order is wrong. Rounding moves them less, whatever the dtype.
+    """
+    if torch.equal(order, torch.arange(len(order))):
+        return before, ""
+    with _reordered(block.axes[:1], order):
+        wrong = distance(before, outputs_of(model, example_inputs))
+    if wrong == 0:
+        return before, "its units do not reach the outputs, so that no order can be checked"
+    with _reordered(block.axes, order):
+        after = outputs_of(model, example_inputs)
+    if same(before, after, near) and distance(before, after) < wrong / 2:
+        return after, ""
+    return before, "another order of its units changes the outputs"
 
 
-def _permute(
-    block: HiddenBlock, states: list[tuple[Axis, Tensor]], rounds: int, seed: int
-) -> PermutedBlock:
-    up, down = _shares(block)
-    order = _order(block, rounds, seed)
-    permute_(block, order, states)
-    now_up, now_down = _shares(block)
-    return PermutedBlock(block.name, block.units, order, (up, now_up), (down, now_down))
+@contextlib.contextmanager
+def _reordered(axes: Sequence[Axis], order: Tensor) -> Iterator[None]:
+    permute_(axes, order)
+    try:
+        yield
+    finally:
+        permute_(axes, order.argsort())
 
 
 def _order(block: HiddenBlock, rounds: int, seed: int) -> Tensor:
@@ -188,8 +217,8 @@ def _order(block: HiddenBlock, rounds: int, seed: int) -> Tensor:
     down = _matrix(block, block.down)
     if wide.panel == 1:
         return order_for_groups(down, pattern, rounds=rounds, seed=seed)
-    same = [t for t in block.ups if t.pattern == wide]
-    order = order_for_panels(torch.cat([m for t in same for m in _halves(block, t)], 1), wide)
+    alike = [t for t in block.ups if t.pattern == wide]
+    order = order_for_panels(torch.cat([m for t in alike for m in _halves(block, t)], 1), wide)
     order = order.to(down.device)
     # Inside a panel, units may trade places to improve the groups of the second matrix.
     if wide.panel % (2 * pattern.m) == 0 and units % wide.panel == 0:
@@ -242,33 +271,6 @@ def _states(
                     )
                 found.append((axis, value))
     return found
-
-
-def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    args, kwargs = split_inputs(example_inputs)
-    with _evaluating(model):
-        leaves = tree_leaves(model(*args, **kwargs))
-    # A copy: an output may be a view of a weight.
-    return [x.detach().clone() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _same(before: list[Tensor], after: list[Tensor]) -> bool:
-    for one, other in zip(before, after, strict=True):
-        near = _NEAR.get(one.dtype, 1e-4) * float(one.abs().max()) if one.numel() else 0.0
-        if one.numel() and not float((one - other).abs().max()) <= near:
-            return False
-    return True
 
 
 def _share(pair: tuple[float, float]) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nmflow.flow.casts import forget_casts
+from nmflow.select.stacks import UP
 from nmflow.select.target import Target
 
 
@@ -72,7 +74,7 @@ def find_blocks(
             continue
         width, depth = target.shape[1 - target.dim], target.shape[target.dim]
         into = [t for t in open_ups if _near(t, target) and depth * _times(t, depth) == _out(t)]
-        if into and all(t.shape[t.dim] == width for t in into):
+        if into and not _writes(target) and all(t.shape[t.dim] == width for t in into):
             leave([t for t in open_ups if t not in into])
             blocks.append(_block(model, params, tuple(into), target))
             open_ups = []
@@ -85,16 +87,16 @@ def find_blocks(
     return blocks, left_out
 
 
-def permute_(block: HiddenBlock, order: Tensor, states: Sequence[tuple[Axis, Tensor]] = ()) -> None:
-    """Reorder the hidden units of a block in place, and those of tensors with the same axes."""
-    for axis in block.axes:
-        _reorder(axis.param.data, axis, order)
-    for axis, tensor in states:
-        _reorder(tensor, axis, order)
+def permute_(axes: Sequence[Axis], order: Tensor) -> None:
+    """Reorder the hidden units of parameters in place."""
+    for axis in axes:
+        reorder_(axis.param.data, axis, order)
+    forget_casts()
 
 
 @torch.no_grad()
-def _reorder(tensor: Tensor, axis: Axis, order: Tensor) -> None:
+def reorder_(tensor: Tensor, axis: Axis, order: Tensor) -> None:
+    """Reorder the hidden units along an axis of a tensor in place."""
     units = len(order)
     index = torch.cat([order + i * units for i in range(axis.times)]).to(tensor.device)
     tensor.copy_(tensor.index_select(axis.dim, index))
@@ -122,6 +124,11 @@ def _out(target: Target) -> int:
 
 def _times(target: Target, units: int) -> int:
     return 2 if _out(target) == 2 * units else 1
+
+
+def _writes(target: Target) -> bool:
+    """Whether a name says that a matrix writes hidden units, as where all sizes are the same."""
+    return not UP.isdisjoint(target.name.split(".")[-2:])
 
 
 def _near(one: Target, other: Target) -> bool:

@@ -37,7 +37,7 @@ _READS = ("input_size", "in_features", "input_dim", "in_dim", "d_in")
 _WRITES = ("output_size", "out_features", "output_dim", "out_dim", "d_out")
 # InklingSharedExperts counts its shared experts separately.
 _KIND = re.compile(r"experts?|moe|grouped(mlp|linear)", re.IGNORECASE)
-_UP = {"gate_up_proj", "up_proj", "gate_proj", "w1", "w3", "v1", "wi", "wi_0", "wi_1", "w_in", "up",
+UP = {"gate_up_proj", "up_proj", "gate_proj", "w1", "w3", "v1", "wi", "wi_0", "wi_1", "w_in", "up",
        "fc1", "mlp1", "input_linear", "w13", "mlp1_weight", "lin1", "w_gate", "w_up"}  # fmt: skip
 _DOWN = {"down_proj", "w2", "wo", "w_out", "fc2", "mlp2", "output_linear", "mlp2_weight", "lin2",
          "w_down", "down"}  # fmt: skip
@@ -124,7 +124,7 @@ def axis_of(
         if as_stored != turned:
             return Stack(2 if as_stored else 1, True)
     wide = inner | {2 * size for size in inner}
-    if own in _UP and (dim := _told(first, second, hidden, wide)) is not None:
+    if own in UP and (dim := _told(first, second, hidden, wide)) is not None:
         return Stack(dim, True)
     if own in _DOWN and (dim := _told(first, second, inner, hidden)) is not None:
         return Stack(dim, True)
@@ -145,7 +145,7 @@ def _told(first: int, second: int, reads: set[int], writes: set[int]) -> int | N
 def _flat(module: nn.Module, own: str, shape: tuple[int, ...], counted: set[int]) -> Stack | None:
     """DBRX's experts: (experts · intermediate, hidden), for all three matrices."""
     inner, hidden = _numbers(module, _INNER), _numbers(module, _HIDDEN)
-    if own not in _UP | _DOWN or shape[1] not in hidden:
+    if own not in UP | _DOWN or shape[1] not in hidden:
         return None
     units = {size for size in inner for count in counted if count * size == shape[0]}
     if len(units) != 1:
