@@ -23,8 +23,6 @@ from tables import gain, spread, table
 
 from nmflow.experiments.report.statistics import summary
 
-GAIN = 5.0
-"""The paper's gain over SR-STE in fine-tuning, in points."""
 _SEARCHES = (
     "dense-rates",
     "dense-rates-edges",
@@ -69,7 +67,7 @@ def pretrained() -> str:
     out += more.ours(frames)
     if verdicts:
         told = ["**Claim 1 in fine-tuning, at 1:8 in FF:**", "", *verdicts, ""]
-        out[4:4] = [*more.aims(mains), *told]
+        out[4:4] = [*more.aims(mains, frames), *told]
     return "\n".join(out)
 
 
@@ -129,7 +127,7 @@ def _verdict(frame: pd.DataFrame) -> list[str]:
         if not cells:
             continue
         each = [
-            f"{c.setup.removesuffix(TAUGHT)} {gain(c)} ({c.verdict(GAIN)})"
+            f"{c.setup.removesuffix(TAUGHT)} {gain(c)} ({c.verdict(more.GAIN)})"
             for c in sorted(cells, key=lambda c: -c.difference.mean)
         ]
         shown = max(c.detectable for c in cells)
