@@ -24,7 +24,7 @@ from nmflow.packed.modules import PackedLinear
 from nmflow.packed.onednn import OneDNNLinear
 from nmflow.packed.packable import Found, check_unsharded, survey
 from nmflow.packed.parts import parts_of
-from nmflow.packed.proof import NEAR, NEAR_INT8, check_same, run_once
+from nmflow.packed.proof import check_same, run_once
 from nmflow.packed.report import Report, Row, hang
 from nmflow.packed.rounded import check_values, refuse_device
 from nmflow.packed.swap import Model, replace_modules
@@ -175,8 +175,7 @@ def compress(
         report.fused = fuse_activations(made)
         report.together = join(made, counts if measure else ())
     if before is not None:
-        near = NEAR if values is None else NEAR_INT8
-        check_same(before, run_once(made, before.calls, example_inputs), near)
+        check_same(before, run_once(made, before.calls, example_inputs), values is not None)
     hang(made, report)
     return made
 

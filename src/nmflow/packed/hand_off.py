@@ -16,10 +16,12 @@ from nmflow.errors import CompressError
 from nmflow.masks import holds
 from nmflow.packed.build import PACKED
 from nmflow.packed.export import Example, onnx_program
+from nmflow.packed.outputs import check_near
 from nmflow.packed.packable import check_unsharded
 
 # How far an output of the int8 network may be off, as a share of its largest value.
 _NEAR = 0.1
+_MEND = "give inputs like those that will be served as calibration, or verify=False"
 # What the sparse tensor cores of torch take: dtypes, and what sizes are multiples of.
 _DTYPES = (torch.float16, torch.bfloat16)
 _STEP = 64
@@ -89,7 +91,8 @@ def export_onnx_int8(
             )
             if verify:
                 feed = _feed(names, example_inputs)
-                _agree(_run(dense, feed), _run(part, feed))
+                pair = _run(dense, feed), _run(part, feed)
+                check_near(*pair, _NEAR, "the int8 network", "the float32 one", _MEND)
             os.replace(part, target)
     except OSError as error:
         raise CompressError(f"path '{target}' cannot be written: {error}") from error
@@ -176,14 +179,3 @@ def _run(path: Path, feed: Mapping[str, Any]) -> list[Tensor]:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(value) for value in session.run(None, dict(feed))]
-
-
-def _agree(want: list[Tensor], got: list[Tensor]) -> None:
-    for i, (a, b) in enumerate(zip(want, got, strict=True)):
-        far = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-        scale = max(float(a.abs().max()), 1e-6) if a.numel() else 1.0
-        if far > _NEAR * scale:
-            raise CompressError(
-                f"output {i} of the int8 network differs by {far / scale:.0%} of its largest "
-                "value: give inputs like those that will be served as calibration, or verify=False"
-            )

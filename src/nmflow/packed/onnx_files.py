@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from nmflow import disk
 from nmflow.errors import CompressError
 from nmflow.packed import onnx_operators
+from nmflow.packed.outputs import check_near
 
 # What transformers calls the implementations whose every step is an operator of ONNX.
 _PLAIN = {"attn": "eager", "experts": "batched_mm"}
@@ -119,16 +120,8 @@ def run(path: Path, inputs: Sequence[Any], packed: bool) -> list[Tensor]:
 
 def agree(want: list[Tensor], got: list[Tensor]) -> None:
     """Raise unless an export's outputs are the model's, to 0.1 % of their largest value."""
-    if len(want) != len(got):
-        raise CompressError(f"the export has {len(got)} outputs and the model {len(want)}")
-    for i, (a, b) in enumerate(zip(want, got, strict=True)):
-        a, b = a.double(), b.double()
-        scale = max(float(a.abs().max()), 1e-6) if a.numel() else 1.0
-        if a.shape != b.shape or (a.numel() and float((a - b).abs().max()) > 1e-3 * scale):
-            raise CompressError(
-                f"output {i} of the export differs from the model's by more than 0.1 % of its "
-                "largest value: export in evaluation mode (model.eval())"
-            )
+    mend = "export in evaluation mode (model.eval())"
+    check_near(want, got, 1e-3, "the export", "the model", mend)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,10 +10,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nmflow.errors import CompressError
+from nmflow.packed.outputs import check_near
 
 # Shares of an output's largest value: activations that are fused are rounded once less, and values
 # of 8 bits are each off by up to half a step.
 NEAR, NEAR_INT8 = 0.05, 0.2
+_APART = (
+    "pass fuse=False if a layer's output is read past its activation, or leave that layer out "
+    "(exclude)"
+)
+_FEWER = (
+    "leave out (exclude) the layers whose error is largest in the report of a compress without "
+    "example_inputs, or pass values=None"
+)
 
 
 class Ran(NamedTuple):
@@ -47,19 +56,19 @@ def run_once(model: nn.Module, paths: Iterable[str], example: Any) -> Ran:
     return Ran(calls, [t.double() for t in leaves if isinstance(t, Tensor) and not t.is_complex()])
 
 
-def check_same(before: Ran, after: Ran, near: float = NEAR) -> None:
-    """Raise `CompressError` where a layer no longer runs, or the output is another one."""
+def check_same(before: Ran, after: Ran, rounded: bool = False) -> None:
+    """Raise `CompressError` where a layer no longer runs, or the output is another one.
+
+    Args:
+        before: the run of the dense network.
+        after: that of the packed one.
+        rounded: whether its values have 8 bits.
+    """
     lost = [name for name, count in before.calls.items() if count and not after.calls[name]]
     if lost:
         raise CompressError(
             f"{', '.join(name or 'the model' for name in lost[:5])} ran in the dense network and "
             "not in the packed one: something holds the old layers, so pass inplace=True"
         )
-    for i, (a, b) in enumerate(zip(before.output, after.output, strict=True)):
-        far = float((a - b).nan_to_num().abs().max()) if a.numel() else 0.0
-        if a.shape != b.shape or far > near * max(float(a.nan_to_num().abs().max()), 1e-6):
-            raise CompressError(
-                f"output {i} of the packed network differs from the dense one's by {far:.3g}: pass "
-                "fuse=False if a layer's output is read past its activation, or leave that layer "
-                "out (exclude)"
-            )
+    near, mend = (NEAR_INT8, _FEWER) if rounded else (NEAR, _APART)
+    check_near(before.output, after.output, near, "the packed network", "the dense one", mend)
