@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 import nmflow
 from harness import Run
 from models import BY_ID as FAMILY
-from nmflow.integrations.metrics import PHASES, Metrics
-from settings import BY_ID
+from nmflow.integrations.metrics import PHASES, Metrics, figures
+from nmflow.select.target import rows_of
+from settings import BY_ID, CASES, TOTAL, Case
 
 NUMBERS = ("delta", "density", "pattern_n", "pattern_m", "phase_number")
 SEEN = ("flip_rate", "noise_kept", "noise_pruned")
@@ -49,6 +52,44 @@ def test_the_figures_are_those_of_the_tracker(case: str, every: int) -> None:
         assert all(type(value) in (int, float) for value in found.values())
     for a, b in zip(run.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_distance_and_density_are_those_of_what_the_network_shows(case: Case) -> None:
+    """Of every recipe, whatever it does to the weights that it keeps, and of every held mask."""
+    family = FAMILY["encoder-layer"]
+    run = Run(family, case)
+    tracker = nmflow.track(run.flow)
+    for x in family.batches(TOTAL):
+        k, density = run.flow.steps_done, figures(run.flow)["nmflow_density"]
+        dense = {n: w.detach().clone() for n, w in run.flow.dense_weights().items()}
+        shown = {n: run.model.get_parameter(n).detach().clone() for n in dense}
+        run.step(x)
+        rows = {row["target"]: row for row in tracker.rows if row["step"] == k}
+        for target in run.flow.plan:
+            w, s = (rows_of(t[target.name], target).double() for t in (dense, shown))
+            want = float((w - s).norm() / w.norm())
+            assert rows[target.label]["distance"] == pytest.approx(want, rel=1e-9, abs=1e-12)
+        kept = rows["all"]["kept"] / rows["all"]["weights"]
+        if rows["all"]["phase"] != "dense":  # where the final masks are told
+            # A share of whole groups is rounded down to a number of them, in each target.
+            assert density == pytest.approx(kept, abs=0.05 if run.flow.recipe.form else 1e-12)
+
+
+def test_a_step_that_waits_for_another_optimizer_holds_no_tensor() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 16))
+    each = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model]
+    flow = nmflow.attach(model, each, "ste", "1:4", include="*", total_steps=5)
+    tracker = nmflow.track(flow, per_target=False)
+    grads = []
+    for _ in range(3):  # the other optimizer steps later, or never
+        model(torch.randn(4, 16)).square().mean().backward()
+        grads.append(weakref.ref(model[0].weight.grad))
+        each[0].step()
+        each[0].zero_grad()
+    gc.collect()
+    assert not tracker.rows
+    assert [ref() for ref in grads] == [None] * 3
 
 
 def test_two_optimizers_make_one_figure() -> None:

@@ -17,7 +17,7 @@ from nmflow.inspect.cost import cost
 from nmflow.inspect.flops import count
 from nmflow.inspect.training_flops import RULE, shares
 from nmflow.pattern import Pattern
-from nmflow.recipes import MDGF, SDGF, SRSTE, Gradual, Hybrid, OneShot
+from nmflow.recipes import MDGF, SDGF, SRSTE, Gradual, Hybrid, MaxQ, OneShot
 from nmflow.recipes.schedules import Stage
 
 transformers = pytest.importorskip("transformers")
@@ -289,6 +289,10 @@ def test_training_flops_by_phase_follow_the_rule():
     assert found.training["finetune"] == 80 * step_by_hand(1 / 16, 1 / 16)
     found = run(Gradual(gradient="straight-through", dense=0.1, finetune=0.8))
     assert found.training["decay"] == sum(step_by_hand(n / 16) for n in kept)
+    found = run(MaxQ("linear", dense=0.1, finetune=0.8))  # whole groups: 1, 0.9 … 0.1 of them
+    kept = (t / 10 + (1 - t / 10) / 16 for t in range(10, 0, -1))
+    assert found.training["decay"] == pytest.approx(sum(map(step_by_hand, kept)), rel=1e-12)
+    assert found.training["finetune"] == 80 * step_by_hand(1 / 16)
     found = run("dense")
     assert found.training == {"dense": 100 * step_by_hand(1)}
     assert found.flops == found.dense_flops
@@ -316,6 +320,9 @@ def test_frozen_weights_have_no_gradient_to_pay_for():
         (Stage("decay", Pattern("1:4"), Pattern("2:4"), 1.0), "masked", (0.5, 0.5)),
         (Stage("decay", Pattern("1:4"), Pattern("2:8"), 0.3), "masked", (0.5, 0.5)),
         (Stage("decay", Pattern("2:4"), Pattern("6:8"), 0.3), "straight-through", (1, 1)),
+        (Stage("decay", Pattern("1:4"), whole=1.0), "straight-through", (1, 1)),
+        (Stage("decay", Pattern("1:4"), whole=0.5), "straight-through", (0.625, 1)),
+        (Stage("decay", Pattern("1:4"), whole=0.5), "masked", (0.625, 0.625)),
     ],
 )
 def test_shares(stage, gradient, expected):

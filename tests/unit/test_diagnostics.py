@@ -17,7 +17,7 @@ from nmflow.errors import DataError, FlowError, PlanError
 from nmflow.flow import attach
 from nmflow.inspect.noise import gradient_noise
 from nmflow.inspect.track import track
-from nmflow.recipes import MDGF, SRSTE, Hybrid
+from nmflow.recipes import MDGF, SRSTE
 from nmflow.select.plan import plan
 
 
@@ -123,16 +123,6 @@ def test_phase_pattern_and_delta_follow_the_recipe():
     assert tracker.rows[-1]["pattern"] == "1:4 2:8"
     assert tracker.rows[-1]["distance"] == pytest.approx(tracker.rows[-1]["distance_hard"])
     assert tracker.rows[3]["distance"] == pytest.approx(0.25 * tracker.rows[3]["distance_hard"])
-
-
-def test_the_hybrids_distance_counts_what_its_earlier_mask_dropped():
-    tracker, seen = run(Hybrid(finetune=0.0), steps=12)
-    for row in tracker.rows:
-        if row["target"] == "all":
-            continue
-        w, shown, *_ = seen[row["step"]][row["target"]]
-        by_hand = np.linalg.norm(w - shown) / np.linalg.norm(w)
-        assert row["distance"] == pytest.approx(by_hand, rel=1e-5, abs=1e-9)
 
 
 def test_every_stop_and_a_weight_without_a_gradient():

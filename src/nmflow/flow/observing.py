@@ -21,6 +21,7 @@ class View(NamedTuple):
         grad: the gradient g = ∂L/∂W̃, unscaled and before the recipe's rule; None if there is none.
         mask: the kept weights under the current pattern; under the final one in the dense phase.
         stage: its stage.
+        shown: the sparse weights W̃, as the forward pass saw them.
     """
 
     target: Target
@@ -28,6 +29,7 @@ class View(NamedTuple):
     grad: Tensor | None
     mask: Tensor
     stage: Stage
+    shown: Tensor
 
 
 Observer = Callable[[int, list[View]], None]

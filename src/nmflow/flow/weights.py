@@ -220,7 +220,7 @@ class Weights:
         stages, held = self.stages(k), self.has_masks(k)
         views = []
         for slot in self.slots:
-            weight = local(slot.weight)
+            weight, shown = local(slot.weight), local(slot.param)
             grad = None if slot.param.grad is None else local(slot.param.grad)
             if grad is not None and scale is not None:
                 grad = grad / scale.to(grad.device)
@@ -231,7 +231,7 @@ class Weights:
                 else:
                     mask, _ = slot.masks(region, stage, held)
                 g = None if grad is None else region.of(grad)
-                views.append(View(target, region.of(weight), g, mask, stage))
+                views.append(View(target, region.of(weight), g, mask, stage, region.of(shown)))
         return views
 
     # -- W̃ from W ------------------------------------------------------------------------------

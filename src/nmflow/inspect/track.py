@@ -15,7 +15,7 @@ from torch import Tensor
 from nmflow.errors import FlowError, StateError
 from nmflow.flow import Flow, View
 from nmflow.inspect.noise import GradientNoise, gradient_noise
-from nmflow.masks import mask
+from nmflow.recipes.schedules import Stage
 
 __all__ = ["GradientNoise", "Tracker", "gradient_noise", "track"]
 
@@ -54,7 +54,7 @@ class Tracker:
         self._labels = {target.label for target in flow.plan}
         self._masks: dict[str, Tensor] = {}
         # Several optimizers report a step one after the other.
-        self._open: dict[int, dict[str, tuple[View, list[float]]]] = {}
+        self._open: dict[int, dict[str, tuple[Stage, list[float]]]] = {}
         self._observation = flow.observe(self._observe, every=every)
 
     def stop(self) -> None:
@@ -120,12 +120,12 @@ class Tracker:
         sums = torch.stack([self._measure(view).cpu() for view in views]).tolist()
         seen = self._open.setdefault(step, {})
         for view, values in zip(views, sums, strict=True):
-            seen[view.target.label] = (view, values)
+            seen[view.target.label] = (view.stage, values)
             if self._per_target:
-                self.rows.append(_row(step, view.target.label, [view], values))
+                self.rows.append(_row(step, view.target.label, [view.stage], values))
         if set(seen) == self._labels:
             total = [sum(column) for column in zip(*(v for _, v in seen.values()), strict=True)]
-            self.rows.append(_row(step, ALL, [view for view, _ in seen.values()], total))
+            self.rows.append(_row(step, ALL, [stage for stage, _ in seen.values()], total))
             del self._open[step]
 
     def _measure(self, view: View) -> Tensor:
@@ -148,9 +148,9 @@ class Tracker:
             g = view.grad.detach().double()
             k = torch.where(kept, g, zero)
             gradient = (size, kept.sum(), g.sum(), k.sum(), (g * g).sum(), (k * k).sum())
-        pruned = torch.where(kept, zero, w)
+        pruned, off = torch.where(kept, zero, w), w - view.shown.double()
         flips = (zero, zero) if before is None else ((before != kept).sum(), size)
-        norms = ((w * w).sum(), _off(view, pruned), (pruned * pruned).sum())
+        norms = ((w * w).sum(), (off * off).sum(), (pruned * pruned).sum())
         sums = (size, kept.sum(), *gradient, *flips, *norms)
         return torch.stack([s.double() for s in sums])
 
@@ -202,24 +202,12 @@ def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(flat.astype(bool)).reshape(list(shape))
 
 
-def _off(view: View, pruned: Tensor) -> Tensor:
-    """‖W − W̃‖² from the pruned weights alone, with W̃ = W ⊙ (m + (1 − m) ⊙ m' · δ)."""
-    stage = view.stage
-    if stage.pattern is None:
-        return pruned.new_zeros(())
-    left = pruned * (1.0 - stage.delta)
-    if stage.previous is not None and stage.delta > 0:
-        fading = mask(view.weight, stage.previous, view.target.dim, stacked=view.target.stacked)
-        left = torch.where(fading, left, pruned)
-    return (left * left).sum()
-
-
-def _row(step: int, label: str, views: list[View], values: Sequence[float]) -> dict[str, Any]:
+def _row(step: int, label: str, stages: list[Stage], values: Sequence[float]) -> dict[str, Any]:
     s = dict(zip(_SUMS, values, strict=True))
-    patterns = sorted({str(view.stage.pattern or "dense") for view in views})
+    patterns = sorted({str(stage.pattern or "dense") for stage in stages})
     row: dict[str, Any] = {
-        "step": step, "target": label, "phase": views[0].stage.phase,
-        "pattern": " ".join(patterns), "delta": max(view.stage.delta for view in views),
+        "step": step, "target": label, "phase": stages[0].phase,
+        "pattern": " ".join(patterns), "delta": max(stage.delta for stage in stages),
         "weights": int(s["weights"]), "kept": int(s["kept"]),
     }  # fmt: skip
     for suffix, n, first, second in (

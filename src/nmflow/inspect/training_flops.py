@@ -14,7 +14,8 @@ from nmflow.select.target import Target
 RULE = (
     "A step costs forward + backward. Forward products with a targeted weight, and those for the "
     "gradient of its input, count by the share of weights that are not zero at that step: N/M "
-    "under a binary mask, everything while δ > 0 (a hybrid: what its two masks keep). "
+    "under a binary mask (and all of the groups that it keeps whole), everything while δ > 0 (a "
+    "hybrid: what its two masks keep). "
     "Products for the gradient of a weight count in full, since the dense weight receives the "
     "straight-through gradient; under gradient='masked' they count by the same share."
 )
@@ -24,7 +25,8 @@ def shares(stage: Stage, gradient: str) -> tuple[Fraction, Fraction]:
     """The shares of products that count at a stage: forward and input's gradient, then weight's."""
     if stage.pattern is None:
         return Fraction(1), Fraction(1)
-    share = density(stage.pattern)
+    whole = Fraction(stage.whole)
+    share = whole + (1 - whole) * density(stage.pattern)
     if stage.delta > 0:
         if stage.previous is None:
             share = Fraction(1)
@@ -51,12 +53,12 @@ def by_phase(
     steps: Counter[str] = Counter()
     for nth, ((pattern, length), (both, own)) in enumerate(kinds.items()):
         # Equal stages are counted together, so that a long run is summed fast.
-        tally: Counter[tuple[str, Pattern | None, Pattern | None, bool]] = Counter()
+        tally: Counter[tuple[str, Pattern | None, Pattern | None, bool, float]] = Counter()
         for k in range(total_steps):
             stage = recipe.stage(k, total_steps, pattern, length)
-            tally[stage.phase, stage.pattern, stage.previous, stage.delta > 0] += 1
-        for (phase, kept, previous, fades), times in tally.items():
-            share, weight_share = shares(Stage(phase, kept, previous, fades), recipe.gradient)
+            tally[stage.phase, stage.pattern, stage.previous, stage.delta > 0, stage.whole] += 1
+        for (phase, *masks), times in tally.items():
+            share, weight_share = shares(Stage(phase, *masks), recipe.gradient)
             saved = both * (1 - share) + own * (1 - weight_share)
             if nth == 0:
                 steps[phase] += times

@@ -107,7 +107,7 @@ def figures(flow: Flow) -> dict[str, Any]:
     sparsest = None
     for target in flow.plan:
         pattern = stage.patterns[target.label]
-        kept += target.numel * (pattern.density if pattern else 1.0)
+        kept += target.numel * stage.targets[target.label].kept
         total += target.numel
         if pattern and (sparsest is None or pattern.density < sparsest.density):
             sparsest = pattern

@@ -49,13 +49,18 @@ class Stage:
         return self.pattern, self.previous if self.delta else None
 
     @property
+    def kept(self) -> float:
+        """The share of the weights that m keeps: 1 while the weight is dense."""
+        density = 1.0 if self.pattern is None else self.pattern.density
+        return self.whole + (1.0 - self.whole) * density
+
+    @property
     def sparsity(self) -> float:
         """1 minus the mean value of the mask: 0 while the weight is dense."""
         if self.pattern is None:
             return 0.0
-        kept = self.whole + (1.0 - self.whole) * self.pattern.density
         most = self.previous.density if self.previous is not None else 1.0
-        return 1.0 - kept - self.delta * (most - kept)
+        return 1.0 - self.kept - self.delta * (most - self.kept)
 
 
 DENSE = Stage("dense", None, None, 1.0)
