@@ -149,7 +149,9 @@ def sparse(
 
     Args:
         inner: the optimizer, such as `optax.adamw(1e-3)`.
-        recipe: a name or a recipe, see `nmflow.attach`; all but STEP, which holds Adam's state.
+        recipe: a name or a recipe, see `nmflow.attach`; all but STEP, which holds Adam's state, and
+            those that change kept weights or the pace of a step: S-STE, MaxQ, and any with a
+            `scale` or an `lr_scale`.
         pattern: N:M with N kept, or N:M@V.
         total_steps: K, the steps of the whole run.
         targets: which parameters are pruned, along which axis, from path and value.
@@ -159,7 +161,8 @@ def sparse(
         A `Sparse`. All that it does can be compiled with `jax.jit`.
 
     Raises:
-        RecipeError: an unknown recipe, phases that do not fit, STEP, or a pull without a rate.
+        RecipeError: an unknown recipe, phases that do not fit, a recipe that is not in JAX, or a
+            pull without a rate.
         PlanError: at `init`, where no parameter is a target.
         PatternError: at `init`, where M does not divide an axis.
 
@@ -180,17 +183,16 @@ def sparse(
     """
     known, final = resolve(recipe), Pattern(pattern)
     known.check(total_steps)
-    if known.freezes_second_moment:
+    if known.freezes_second_moment or known.form or (known.scale, known.lr_scale) != (1.0, 1.0):
         raise RecipeError(
-            f"recipe is {known.name!r}, which holds Adam's second moment where optax has it: "
-            "choose another, such as 'sr-ste'"
+            f"recipe is {known.name!r} with scale={known.scale} and lr_scale={known.lr_scale}, "
+            "which needs more than masks, δ and a pull: choose another, such as 'sr-ste', or torch"
         )
     if known.pull and learning_rate is None:
         raise RecipeError(
             f"learning_rate is None, but {known.name} draws weights at it: give that of the "
             "optimizer inside, or choose a recipe without a pull, such as 'mdgf-linear'"
         )
-    since = known.frozen_since(total_steps) if known.prunes else None
     course = _Course(known, final, total_steps)
 
     def axes(params: Any) -> dict[str, int]:
@@ -207,14 +209,19 @@ def sparse(
         for path, axis in chosen.items():
             for used in known.patterns(final, dense[path].shape[axis]):
                 mask(dense[path], used, axis)
-        held = {} if since is None else {p: mask(w, final, chosen[p]) for p, w in dense.items()}
-        return SparseState(jnp.zeros((), jnp.int32), dense, held, inner.init(params))
+        state = SparseState(jnp.zeros((), jnp.int32), dense, {}, inner.init(params))
+        return holding(state, chosen)
 
     def masks(state: SparseState, path: str, axis: int) -> tuple[Any, Any, Any]:
         kept, fading, delta = course.at(state.step, state.dense[path], axis)
-        if since is not None:
-            kept = jnp.where(state.step >= since, state.held[path], kept)
+        if path in state.held:
+            again = jnp.asarray(course.held)[jnp.minimum(state.step, total_steps + 1)]
+            kept = jnp.where(again, state.held[path], kept)
         return kept, fading, delta
+
+    def holding(state: SparseState, chosen: dict[str, int]) -> SparseState:
+        held = {p: masks(state, p, axis)[0] for p, axis in chosen.items() if any(course.held)}
+        return state._replace(held=held)
 
     def show(state: SparseState, params: Any) -> Any:
         chosen = axes(params)
@@ -244,11 +251,8 @@ def sparse(
         steps, within = inner.update(_replaced(grads, ruled), state.inner, dense)
         moved = optax.apply_updates(dense, steps)
         after = dict(_leaves(moved))
-        step, held = state.step + 1, state.held
-        if since is not None:  # taken once, and kept
-            fresh = {p: mask(after[p], final, axis) for p, axis in chosen.items()}
-            held = {p: jnp.where(step <= since, fresh[p], held[p]) for p in held}
-        state = SparseState(step, {p: after[p] for p in chosen}, held, within)
+        dense = {p: after[p] for p in chosen}
+        state = holding(SparseState(state.step + 1, dense, state.held, within), chosen)
         shown = show(state, moved)
         return jax.tree.map(lambda new, old: new - old, shown, params), state
 
@@ -261,6 +265,12 @@ class _Course:
     def __init__(self, recipe: Recipe, pattern: Pattern, total_steps: int) -> None:
         self._recipe, self._pattern, self._total = recipe, pattern, total_steps
         self._tables: dict[int, tuple[list[tuple[Pattern | None, Pattern | None]], Any, Any]] = {}
+        since = recipe.frozen_since(total_steps) if recipe.prunes else None
+        # Whether the mask after k steps is that of k - 1; the last stands for all that follow.
+        self.held = [
+            (since is not None and k > since) or recipe.same_stair(k, total_steps)
+            for k in range(total_steps + 2)
+        ]
 
     def at(self, step: jax.Array, w: jax.Array, axis: int) -> tuple[Any, Any, Any]:
         """m, m' and δ of a weight after `step` steps."""

@@ -13,6 +13,7 @@ import reference
 from models import Family, Spec, loss_of
 from nmflow.errors import PatternError, PlanError, RecipeError
 from settings import BY_ID, TOTAL
+from settings import CASES as ALL_CASES
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
 optax = pytest.importorskip("optax", reason="optax is not installed")
@@ -64,9 +65,14 @@ RATES = {"sgd": 0.2, "adamw": 0.05}
 CASES = [
     "dense", "one-shot", "ste", "sr-ste", "gradual", "mdgf-linear", "mdgf-linear-masked",
     "mdgf-exp", "mdgf-exp-masked", "settling", "sdgf-stepwise", "sdgf-geometric", "hybrid",
-    "hybrid-masked",
+    "hybrid-masked", "mdgf-stairs", "mdgf-exp-stairs", "settling-stairs", "sdgf-stairs",
+    "sdgf-stairs-odd",
 ]  # fmt: skip
-FAST = {("hybrid-masked", "adamw"), ("settling", "sgd"), ("one-shot", "adamw"), ("sr-ste", "sgd")}
+FAST = {
+    ("hybrid-masked", "adamw"), ("settling", "sgd"), ("one-shot", "adamw"), ("sr-ste", "sgd"),
+    ("mdgf-exp-stairs", "sgd"),
+}  # fmt: skip
+ALL = [case.id for case in ALL_CASES]
 RUNS = [(case, optimizer) for case in CASES for optimizer in OPTIMIZERS]
 
 
@@ -151,9 +157,18 @@ def test_the_examples() -> None:
     assert not found.failed
 
 
+@pytest.mark.parametrize("case", ALL)
+def test_a_recipe_is_itself_or_refused(case: str) -> None:
+    """None trains as another one because a part of it is not there."""
+    recipe = BY_ID[case].build()
+    if case in CASES:
+        nj.sparse(optax.sgd(0.1), recipe, "1:4", total_steps=TOTAL, learning_rate=0.1)
+        return
+    with pytest.raises(RecipeError, match=f"recipe is '{recipe.name}' with .*: choose another"):
+        nj.sparse(optax.sgd(0.1), recipe, "1:4", total_steps=TOTAL, learning_rate=0.1)
+
+
 def test_what_is_refused() -> None:
-    with pytest.raises(RecipeError, match="step"):
-        nj.sparse(optax.adam(1e-2), "step", "1:4", total_steps=8)
     with pytest.raises(RecipeError, match="learning_rate"):
         nj.sparse(optax.adam(1e-2), "settling", "1:4", total_steps=8)
     tx = nj.sparse(optax.adam(1e-2), "ste", "1:4", total_steps=8)
