@@ -12,7 +12,7 @@ from nmflow.flow.homes import Home
 from nmflow.flow.sharding import region
 from nmflow.flow.slots import Slot
 from nmflow.recipes import Recipe
-from nmflow.select.plan import Plan
+from nmflow.select.target import Plan, by_name
 
 
 def slots_of(
@@ -24,19 +24,21 @@ def slots_of(
 ) -> list[Slot]:
     """One slot for each parameter, with the optimizer that owns it."""
     params = dict(model.named_parameters(remove_duplicate=False))
-    names = {id(p): name for name, p in reversed(params.items())}
-    places = {id(p): [n for n, other in params.items() if other is p] for p in params.values()}
+    names: dict[int, list[str]] = {}
+    for name, p in params.items():
+        names.setdefault(id(p), []).append(name)
     owners: dict[int, Optimizer] = {}
     for one in optimizers:
         for group in one.param_groups:
             for p in group["params"]:
                 if owners.setdefault(id(p), one) is not one:
+                    first = names.get(id(p), ["a parameter"])[0]
                     raise FlowError(
-                        f"'{names.get(id(p), 'a parameter')}' is in two of the optimizers, which "
-                        "would both step it: leave it to one of them"
+                        f"'{first}' is in two of the optimizers, which would both step it: leave "
+                        "it to one of them"
                     )
     slots = []
-    for name in dict.fromkeys(t.name for t in chosen):
+    for name, targets in by_name(chosen).items():
         param = params[name]
         if id(param) not in owners:
             raise FlowError(
@@ -44,9 +46,9 @@ def slots_of(
                 "it to the optimizer's parameters, or exclude it"
             )
         regions = []
-        for target in (t for t in chosen if t.name == name):
+        for target in targets:
             used = recipe.patterns(target.pattern, target.length)
             regions.append(region(param, target, max(p.m for p in used)))
-        home = Home(model, places[id(param)])
+        home = Home(model, names[id(param)])
         slots.append(Slot(name, param, owners[id(param)], regions, home, norms))
     return slots

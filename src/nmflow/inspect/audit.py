@@ -233,10 +233,10 @@ def _found(
             else:
                 others.append(LeftOut(layer.name, "its matrices hold different patterns"))
             continue
+        covered = {layer.name: [(start, stop) for start, stop, _ in held]}
         for start, stop, pattern in held:
             rows = None if (start, stop) == (0, layer.out) else (start, stop)
             targets.append(Target(layer.name, layer.shape, layer.dim, pattern, rows))
-        covered = {layer.name: [t.rows or (0, layer.out) for t in targets if t.name == layer.name]}
         none = "all zero" if not bool((weight != 0).any()) else "holds no N:M pattern"
         others += [LeftOut(layer.name, none, rows) for rows in _rest(layer, covered)]
     return _compare(Plan(targets, others), layers, read, "found")

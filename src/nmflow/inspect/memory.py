@@ -14,6 +14,7 @@ from nmflow.numbers import check_whole
 from nmflow.recipes import DEFAULT, Recipe, resolve
 from nmflow.select.modules import check_model
 from nmflow.select.plan import Names, Patterns, plan
+from nmflow.select.target import by_name
 from nmflow.text_table import table
 
 
@@ -143,8 +144,8 @@ def memory(
     if sparse_steps != "off" and run.frozen_since() is not None and not why_recipe_whole(known):
         others = (len(run.held_keys) - 1) * sum(p.numel() for p in held.values())
         kept = whole + others + sum(_bits(p) for p in held.values())
-        for name, p in held.items():
-            own = [t for t in targets if t.name == name]
+        for name, own in by_name(targets).items():
+            p = held[name]
             count = p.numel() - sum(t.numel - t.numel // t.pattern.m * t.pattern.n for t in own)
             kept += count * (p.element_size() + of_state.get(p, 0)) - p.numel() * of_state.get(p, 0)
     return Memory(

@@ -57,8 +57,9 @@ def by_phase(
         for k in range(total_steps):
             stage = recipe.stage(k, total_steps, pattern, length)
             tally[stage.phase, stage.pattern, stage.previous, stage.delta > 0, stage.whole] += 1
-        for (phase, *masks), times in tally.items():
-            share, weight_share = shares(Stage(phase, *masks), recipe.gradient)
+        for (phase, kept, previous, fades, whole), times in tally.items():
+            stage = Stage(phase, kept, previous, fades, whole)
+            share, weight_share = shares(stage, recipe.gradient)
             saved = both * (1 - share) + own * (1 - weight_share)
             if nth == 0:
                 steps[phase] += times

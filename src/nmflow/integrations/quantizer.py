@@ -28,7 +28,7 @@ from nmflow.errors import CompressError, FileFormatError
 from nmflow.packed.compress import decompress
 from nmflow.packed.files import container, place
 from nmflow.packed.files.companions import METHOD, RIVALS
-from nmflow.packed.files.fill import packed_module
+from nmflow.packed.files.fill import holder, packed_module
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.fuse import fuse
 from nmflow.packed.swap import replace_modules
@@ -257,14 +257,9 @@ def _check_fit(name: str, stored: Stored, parameter: Tensor) -> None:
         )
 
 
-def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own
-
-
 def _hide(model: nn.Module, name: str) -> None:
     """Leave a tensor on `meta` where a parameter was, so that transformers expects none."""
-    module, own = _holder(model, name)
+    module, own = holder(model, name)
     was = module._parameters.pop(own)
     assert was is not None
     module.__dict__[own] = torch.empty_like(was, device="meta")
@@ -273,7 +268,7 @@ def _hide(model: nn.Module, name: str) -> None:
 def _show(site: _Site) -> None:
     """Undo `_hide`: the module has its parameters again, on `meta`."""
     for own in site.weights:
-        module, name = _holder(site.module, own)
+        module, name = holder(site.module, own)
         hidden = module.__dict__.pop(name)
         module._parameters[name] = nn.Parameter(hidden, requires_grad=False)
 

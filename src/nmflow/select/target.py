@@ -153,6 +153,14 @@ class Plan(list[Target]):
         return "\n".join(lines)
 
 
+def by_name(targets: Iterable[Target]) -> dict[str, list[Target]]:
+    """The targets of each parameter, in their order."""
+    found: dict[str, list[Target]] = {}
+    for target in targets:
+        found.setdefault(target.name, []).append(target)
+    return found
+
+
 def rows_of(weight: Tensor, target: Target) -> Tensor:
     """The output rows of a target, as a view of its weight."""
     if target.rows is None:

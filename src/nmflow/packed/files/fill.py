@@ -48,7 +48,7 @@ def fill(
         CompressError: the model holds tensors on `meta` that no file has.
     """
     modules = dict(model.named_modules())
-    packed = {(modules[site], own) for site, owns in sites.items() for own in owns}
+    packed = {holder(modules[site], own) for site, owns in sites.items() for own in owns}
     left = _left_on_meta(model, {place for _, places in slots.values() for place in places})
     uses = Counter(key for key, _ in slots.values())
     made: dict[str, nn.Parameter] = {}
@@ -59,7 +59,7 @@ def fill(
         return weights[key] if uses[key] else weights.pop(key)
 
     for key, places in slots.values():
-        if any(_outer(place, packed, modules, sites) for place in places):
+        if not packed.isdisjoint(places):
             continue
         value = take(key).dense() if key in weights else tensors[key]
         value = value.to(home(*places[0]))
@@ -80,27 +80,17 @@ def fill(
 
 def home(module: nn.Module, own: str) -> torch.device:
     """The device of the weight of a name, and of the one that replaces it; not `meta`."""
-    *path, name = own.split(".")
-    for step in path:
-        module = module.get_submodule(step)
+    module, name = holder(module, own)
     held = module._parameters.get(name)
     held = module._buffers[name] if held is None else held
     assert held is not None
     return torch.device("cpu") if held.is_meta else held.device
 
 
-def _outer(
-    place: tuple[nn.Module, str], packed: set[tuple[nn.Module, str]],
-    modules: Mapping[str, nn.Module], sites: Mapping[str, Mapping[str, str]],
-) -> bool:  # fmt: skip
-    """Whether a place belongs to a packed weight, also as `out_proj.weight` of attention."""
-    module, own = place
-    return place in packed or any(
-        modules[site] is not module
-        and any(m is module and f"{n}.{own}" in owns for n, m in modules[site].named_children())
-        for site, owns in sites.items()
-        if isinstance(modules[site], nn.MultiheadAttention)
-    )
+def holder(module: nn.Module, own: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor of a module's, and its name there: `out_proj.weight`."""
+    path, _, name = own.rpartition(".")
+    return module.get_submodule(path), name
 
 
 def packed_module(module: nn.Module, stored: dict[str, Stored], at: Values) -> nn.Module:
@@ -123,11 +113,7 @@ def packed_module(module: nn.Module, stored: dict[str, Stored], at: Values) -> n
     dtype = torch.float32 if rounded else None  # in which rounded values are exact, and come back
     values = dict(at)
     for own in found:
-        holder = module
-        *path, name = own.split(".")
-        for step in path:
-            holder = holder.get_submodule(step)
-        values[holder, name] = nn.Parameter(stored.pop(own).dense(dtype))
+        values[holder(module, own)] = nn.Parameter(stored.pop(own).dense(dtype))
     packed = build.pack(_shell(module, values), found)
     if not rounded:
         return packed

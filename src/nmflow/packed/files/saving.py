@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from nmflow.packed.files.stored import Stored
 from nmflow.packed.packable import check_unsharded, survey
 from nmflow.packed.parts import parts_of
 from nmflow.select.plan import Names, Patterns
+from nmflow.select.weights import path_of
 
 Folder = str | os.PathLike[str]
 
@@ -142,12 +143,21 @@ def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Modu
             inside[path] = module
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if any(name.startswith(f"{path}." if path else "") for path in inside):
+        if _is_inside(name, inside):
             continue
         if not isinstance(value, Tensor):
             raise CompressError(f"{name} is a {type(value).__name__}: only tensors can be saved")
         tensors[name] = value.detach()
     return tensors, inside
+
+
+def _is_inside(name: str, paths: Collection[str]) -> bool:
+    """Whether a name is that of something in one of some modules."""
+    while name:
+        name = path_of(name)
+        if name in paths:
+            return True
+    return False
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
