@@ -23,6 +23,20 @@ def shown(text: str, most: int = 80) -> str:
     return made if len(made) <= most else made[: most - 3] + "..."
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What the error of another package says, on a line of at most `most` characters.
+
+    A longer text keeps both ends, since a compiler's reason comes last.
+
+    Example:
+        >>> one_line(ValueError("no\\n  such file")), one_line(KeyboardInterrupt())
+        ('no such file', 'KeyboardInterrupt')
+    """
+    said = printable(" ".join(str(error).split())) or type(error).__name__
+    head = most // 3
+    return said if len(said) <= most else f"{said[:head]} ... {said[head + 5 - most :]}"
+
+
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     """Lay rows out in columns.
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from nmflow.errors import ConfigError
 from nmflow.inspect.pretrained import NO_CODE, from_folder
+from nmflow.text_table import one_line
 
 # Short names for the sizes that papers speak of; any other kind of transformers has its defaults.
 KNOWN: dict[str, tuple[str, dict[str, int]]] = {
@@ -58,10 +59,9 @@ def network(source: str) -> nn.Module:
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"model is {source!r}: give one of {', '.join(KNOWN)}, a kind of transformers, a "
-            f"folder, or a name on the hub ({reason})"
+            f"folder, or a name on the hub ({one_line(error)})"
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         model = model.get_encoder()
@@ -97,10 +97,9 @@ def language_model(source: str) -> tuple[Any, Path | None]:
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"model is {source!r}: give a GGUF file (with nmflow[pretrained]), a folder, a kind of "
-            f"transformers or a name on the hub of a causal language model ({reason})"
+            f"transformers or a name on the hub of a causal language model ({one_line(error)})"
         ) from error
     return model.float().eval(), None
 

@@ -21,6 +21,7 @@ from nmflow.kernels.calls import autocast_dtype
 from nmflow.kernels.step_ops import kept_linear
 from nmflow.kernels.step_speed import seconds, unseen
 from nmflow.select.weights import is_hf_conv1d
+from nmflow.text_table import one_line
 
 WAY = "_nmflow_way"
 _C: Any = torch._C
@@ -61,15 +62,11 @@ class Way:
                 weight = weight.t() if transposed else weight
                 dense, sparse = seconds(x, weight, self.kept, *self.pattern)
         except (CompressError, torch.OutOfMemoryError) as error:
-            self.decided, self.said = False, f"it could not be measured: {_line(error)}"
+            self.decided, self.said = False, f"it could not be measured: {one_line(error)}"
             return
         self.decided = sparse < dense
         ratio = f"{dense / sparse:.2f} × as fast as dense"
         self.said = "" if self.decided else f"kept places were {ratio} when they were measured"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _said(x: Tensor, weight: Tensor, kept: Tensor | None) -> str:

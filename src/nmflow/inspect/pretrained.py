@@ -13,7 +13,7 @@ from typing import Any
 from nmflow import disk
 from nmflow.errors import ConfigError, FileFormatError
 from nmflow.inspect.checkpoints import check_shards
-from nmflow.text_table import shown
+from nmflow.text_table import one_line, shown
 
 # For every call that reads untrusted files. Without it, transformers asks on the
 # terminal whether to run the code of a folder.
@@ -93,7 +93,6 @@ def _refused(folder: Path, why: str) -> ConfigError:
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return "it needs code of its own, which nmflow does not run"
-    return shown(" ".join(text.split()), 200)
+    return getattr(error, "strerror", None) or one_line(error)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nmflow.errors import StateError
 from nmflow.flow.sharding import local
+from nmflow.text_table import one_line
 
 WITNESS = "nmflow_witness"
 """The key of a checkpoint's witness in whatever state of the trainer travels with it."""
@@ -204,8 +205,10 @@ def load(model: nn.Module, file: Path) -> None:
     try:
         missing, unexpected = load_model(model, file, strict=False)
     except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise StateError(f"{str(file)!r} is of another network ({said[:300]})") from None
+        raise StateError(
+            f"{str(file)!r} is of another network ({one_line(error, 300)}): start anew, or build "
+            "the network that was saved"
+        ) from None
     if missing or unexpected:
         said = [
             f"{', '.join(sorted(names)[:3])} of {len(names)} {which}"

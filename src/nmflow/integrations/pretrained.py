@@ -11,9 +11,9 @@ import torch
 from nmflow import disk
 from nmflow.errors import ConfigError, FileFormatError
 from nmflow.inspect.pretrained import NO_CODE, from_folder
+from nmflow.packed.files.architecture import parameters_on_meta
 from nmflow.packed.files.companions import CONFIG, INDEX
 from nmflow.packed.files.container import is_packed
-from nmflow.packed.files.fill import parameters_on_meta
 from nmflow.packed.files.loading import load
 from nmflow.text_table import shown
 

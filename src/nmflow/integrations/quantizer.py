@@ -25,6 +25,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nmflow.errors import CompressError, FileFormatError
+from nmflow.packed import build
 from nmflow.packed.compress import decompress
 from nmflow.packed.files import container, place
 from nmflow.packed.files.companions import METHOD, RIVALS
@@ -112,7 +113,7 @@ class NMFlowQuantizer(HfQuantizer):
                 continue  # transformers reports it, as any other weight that the model lacks
             placed.append(saved)
             _check_fit(name, stored, parameters[name])
-            site, own = place.site_of(name, modules)
+            site, own = build.site_of(name, modules)
             if stored.run != "packed":
                 site, _, own = name.rpartition(".")
             elif why := place.why_not(modules[site], own, stored):

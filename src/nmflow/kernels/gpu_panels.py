@@ -20,6 +20,7 @@ from nmflow.kernels.gpu_driver import Launcher
 from nmflow.kernels.gpu_plan import Card, Kernel
 from nmflow.kernels.layout import LANES, Shape
 from nmflow.masks import triton as masks_triton
+from nmflow.text_table import one_line
 
 LEAST_PANEL = 64
 _DENSEST = 0.25  # a dense product is about twice as fast a weight
@@ -162,7 +163,7 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **more: A
             raise
         raise CompressError(
             f"Triton does not run the kernel {kernel.__name__!r} of panels on {on.device} "
-            f"({masks_triton.said_by(error)}): leave such layers dense, with sparse_steps='off' or "
+            f"({one_line(error)}): leave such layers dense, with sparse_steps='off' or "
             "without compress, or install the triton of your torch"
         ) from error
 

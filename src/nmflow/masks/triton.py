@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nmflow.pattern import Pattern
+from nmflow.text_table import one_line
 
 log = logging.getLogger("nmflow")
 
@@ -47,7 +48,7 @@ def _why_not(captured: bool) -> str:
     except Exception as error:
         if not (is_of_triton(error) or isinstance(error, (ImportError, RuntimeError))):
             raise
-        reason = f"Triton does not work here ({said_by(error)})"
+        reason = f"Triton does not work here ({one_line(error)})"
         log.warning(
             "%s: masks of weights on a GPU are taken by plain torch, which is slow for N > 1; "
             "install the triton of your torch, and a C compiler",
@@ -61,12 +62,6 @@ def is_of_triton(error: Exception) -> bool:
     """Whether an error of a launch is of Triton's compilers, or of the C compiler that it calls."""
     own = type(error).__module__.partition(".")[0] == "triton"
     return own or isinstance(error, (OSError, subprocess.SubprocessError))
-
-
-def said_by(error: Exception) -> str:
-    """What such an error says, in a line."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= 200 else f"{said[:60]} ... {said[-135:]}"
 
 
 def serves(w: Tensor, pattern: Pattern) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,15 @@ class Run(NamedTuple):
     start: int
     stop: int
     pattern: Pattern
+
+
+def site_of(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """The module that a packed one replaces for a parameter, and the parameter's name in it."""
+    path, _, own = name.rpartition(".")
+    parent = path.rpartition(".")[0]
+    if path and isinstance(modules.get(parent), nn.MultiheadAttention):
+        return parent, f"{path.rpartition('.')[2]}.{own}"
+    return path, own
 
 
 def why_not(module: nn.Module, name: str) -> str:

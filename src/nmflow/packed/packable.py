@@ -16,7 +16,7 @@ from nmflow.pattern import EVERY, Pattern
 from nmflow.select.layer import Layer
 from nmflow.select.modules import check_model
 from nmflow.select.plan import Names, Patterns, choose
-from nmflow.select.weights import layers_of
+from nmflow.select.weights import layers_of, path_of
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,7 @@ def survey(
     parameters = dict(model.named_parameters())
     found = []
     for layer, _ in layers:
-        path, _, own = layer.name.rpartition(".")
-        parent = path.rpartition(".")[0]
-        if isinstance(modules.get(parent), nn.MultiheadAttention) and path:
-            site, own = parent, f"{path.rpartition('.')[2]}.{own}"
-        else:
-            site = path
+        site, own = build.site_of(layer.name, modules)
         if layer.name not in rows:
             why = reasons.get(layer.name, "not chosen")
             found.append(Found(layer, site, own, [], why))
@@ -118,7 +113,7 @@ def survey(
         if not why:
             module, name = modules[site], own
             if own.startswith("out_proj."):
-                module, name = modules[path], "weight"
+                module, name = modules[path_of(layer.name)], "weight"
             why = build.why_not(module, name) or build.why_not_runs(module, held)
             if not why and module is not modules[site]:
                 why = build.why_not(modules[site], "in_proj_bias")

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 # The name under which transformers finds the quantizer, in `quantization_config` of config.json.
@@ -34,16 +33,6 @@ def saves_adapters(model: nn.Module) -> bool:
         for cls in type(model).__mro__
     )
     return of_peft or getattr(model, "_hf_peft_config_loaded", False)
-
-
-def built_names(model: nn.Module) -> set[str] | None:
-    """The state's names of the network that a config of transformers builds; None if unknown."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            twin = type(model)(copy.deepcopy(model.config))
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError):
-        return None
-    return set(twin.state_dict())
 
 
 def is_timm(model: nn.Module) -> bool:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import inspect
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nmflow.errors import CompressError, FileFormatError
 from nmflow.packed import build
 from nmflow.packed.bfloat16 import with_bfloat16
+from nmflow.packed.files.architecture import built_again
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.int8 import with_int8
 
@@ -158,7 +154,7 @@ def _rebuilt(model: nn.Module, left: dict[str, Places]) -> Values:
         return found
     for path, module in model.named_modules():  # parents first
         inside = {p: places for p, places in left.items() if _is_under(p, path)}
-        if inside and (twin := _built_again(module)) is not None:
+        if inside and (twin := built_again(module)) is not None:
             for p, places in inside.items():
                 values = _of_twin(twin, p[len(path) :].removeprefix("."), places)
                 if values is not None:
@@ -192,37 +188,3 @@ def _of_twin(twin: nn.Module, path: str, places: Places) -> Values | None:
             return None
         values[module, name] = value.detach().to(old.dtype)
     return values
-
-
-def _built_again(module: nn.Module) -> nn.Module | None:
-    """A module of the same class and config, its parameters on `meta`; None if there is no way."""
-    config = getattr(module, "config", None)
-    try:
-        wanted = list(inspect.signature(type(module)).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    needed = [p for p in wanted if p.default is p.empty and p.kind not in (2, 4)]
-    if config is None or not wanted or wanted[0].name != "config" or len(needed) > 1:
-        return None
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), parameters_on_meta():
-            return type(module)(config)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError):
-        return None
-
-
-@contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules that this thread builds get parameters on `meta`, and buffers on their own device."""
-    here = threading.get_ident()
-
-    def away(module: nn.Module, name: str, parameter: Any) -> nn.Parameter | None:
-        if threading.get_ident() != here or type(parameter) is not nn.Parameter:
-            return None
-        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(away)  # pyright: ignore[reportArgumentType]
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nmflow.errors import CompressError, FileFormatError
+from nmflow.packed import build
 from nmflow.packed.build import PACKED
 from nmflow.packed.files import container, place
 from nmflow.packed.files.fill import Places, fill
@@ -56,7 +57,7 @@ def load(folder: Folder, model: Model, *, fuse: bool = True) -> Model:
         key = source[name]
         _fits(name, weights[key] if key in weights else tensors[key], slot)
         if key in weights and weights[key].run == "packed":
-            site, own = place.site_of(name, modules)
+            site, own = build.site_of(name, modules)
             if why := place.why_not(modules[site], own, weights[key]):
                 raise FileFormatError(f"{name} is packed in the file, but in the model: {why}")
             sites.setdefault(site, {})[own] = key

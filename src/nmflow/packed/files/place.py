@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from nmflow.packed import build
 from nmflow.packed.files.stored import Stored
 from nmflow.select.weights import is_hf_conv1d
-
-
-def site_of(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """The module that a packed one replaces for a parameter, and the parameter's name in it."""
-    path, _, own = name.rpartition(".")
-    parent = path.rpartition(".")[0]
-    if path and isinstance(modules.get(parent), nn.MultiheadAttention):
-        return parent, f"{path.rpartition('.')[2]}.{own}"
-    return path, own
 
 
 def why_not(module: nn.Module, own: str, stored: Stored) -> str:

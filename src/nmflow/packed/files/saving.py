@@ -13,8 +13,9 @@ from nmflow.errors import CompressError
 from nmflow.packed import build
 from nmflow.packed.build import PACKED
 from nmflow.packed.files import writing
+from nmflow.packed.files.architecture import built_names
 from nmflow.packed.files.card import card_of
-from nmflow.packed.files.companions import built_names, companions, is_pretrained
+from nmflow.packed.files.companions import companions, is_pretrained
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.packable import check_unsharded, survey
 from nmflow.packed.parts import parts_of
