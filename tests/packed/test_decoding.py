@@ -113,7 +113,20 @@ def test_onnxruntime_decodes_as_torch(written: tuple[Any, Path]) -> None:
     with torch.no_grad():  # a text given in pieces
         want = packed(PROMPT).logits[:, -1]
     decoder.step(PROMPT[:, :3])
+    for wrong in (PROMPT[:, 3:].int(), PROMPT[:1, 3:]):
+        with pytest.raises(CompressError, match=r"input_ids is .*, which does not go on .*reset"):
+            decoder.step(wrong)
     torch.testing.assert_close(decoder.step(PROMPT[:, 3:]), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest_onnx
+@pytest.mark.parametrize("held", [None, b"no network"])
+def test_a_file_that_onnxruntime_does_not_open(held: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "step.onnx"
+    if held is not None:
+        path.write_bytes(held)
+    with pytest.raises(CompressError, match=r"path is '.*step\.onnx', which onnxruntime does not"):
+        OnnxDecoder(path)
 
 
 @pytest_onnx

@@ -84,6 +84,9 @@ def export_decoder(
     return onnx_files.write(made, Path(path), finish)
 
 
+_NEXT = "give int64 (batch, new) with the batch of the text so far, or call reset() first"
+
+
 class OnnxDecoder:
     """Runs what `export_decoder` wrote, and holds the keys and values of the text so far.
 
@@ -100,9 +103,10 @@ class OnnxDecoder:
         import onnxruntime
 
         self._values = onnxruntime.OrtValue
-        self.session: Any = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        cpu = ["CPUExecutionProvider"]
+        what = f"path is '{os.fspath(path)}', which onnxruntime does not open"
+        with onnx_operators.told(what, "give a file that nmflow.export_decoder wrote"):
+            self.session: Any = onnxruntime.InferenceSession(path, options, providers=cpu)
         inputs = {i.name: i.shape for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
         if "input_ids" not in inputs or "logits" not in self._outputs:
@@ -118,7 +122,11 @@ class OnnxDecoder:
         self._past = {}
 
     def step(self, input_ids: Tensor) -> Tensor:
-        """The logits `(batch, vocabulary)` after `input_ids (batch, new)`, added to the text."""
+        """The logits `(batch, vocabulary)` after `input_ids (batch, new)`, added to the text.
+
+        Raises:
+            CompressError: they are not int64, or of another batch than the text so far.
+        """
         make = self._values.ortvalue_from_numpy
         if not self._past:
             batch = input_ids.shape[0]
@@ -126,7 +134,9 @@ class OnnxDecoder:
                 empty = torch.zeros(batch, int(heads), 0, int(size))
                 self._past[name] = make(empty.numpy())
         feed = {"input_ids": make(input_ids.contiguous().numpy()), **self._past}
-        found = self.session.run_with_ort_values(self._outputs, feed)
+        what = f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}, which does not go on"
+        with onnx_operators.told(what, _NEXT):
+            found = self.session.run_with_ort_values(self._outputs, feed)
         held = dict(zip(self._outputs, found, strict=True))
         logits = torch.from_numpy(held.pop("logits").numpy())
         self._past = {name.replace("present", "past", 1): v for name, v in held.items()}

@@ -20,6 +20,7 @@ from nmflow import native
 from nmflow.errors import CompressError
 from nmflow.packed.int8 import Int8Linear
 from nmflow.packed.modules import PackedLinear
+from nmflow.text_table import one_line
 
 DOMAIN, NAME, NAME_INT8, VERSION = "nmflow", "packed_linear", "packed_linear_int8", 1
 ATTRIBUTES = ("out_features", "in_features", "n", "m", "panel", "epilogue")
@@ -66,11 +67,22 @@ def onnxruntime_session_options(*, threads: int | None = None, options: Any = No
     options = onnxruntime.SessionOptions() if options is None else options
     options.intra_op_num_threads = threads
     options.add_session_config_entry(THREADS, str(threads))
-    try:
+    with told("onnxruntime refuses nmflow's operators", "use another version of it"):
         options.register_custom_ops_library(str(native.path()))
-    except RuntimeError as error:  # onnxruntime's own errors derive from it
-        raise CompressError(f"onnxruntime refuses nmflow's operators: {error}") from error
     return options
+
+
+@contextlib.contextmanager
+def told(what: str, mend: str) -> Iterator[None]:
+    """Errors of onnxruntime as `CompressError`: what happened, what it says, what to do."""
+    try:
+        yield
+    except Exception as error:
+        # Its own derive from nothing else, and come from several modules of its package.
+        own = type(error).__module__.partition(".")[0] == "onnxruntime"
+        if not own and type(error) is not RuntimeError:
+            raise
+        raise CompressError(f"{what} ({one_line(error)}): {mend}") from error
 
 
 def check_packed(model: nn.Module) -> None:
