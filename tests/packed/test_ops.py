@@ -403,8 +403,10 @@ def test_explain_names_module_and_kernel() -> None:
     expected = "cpu" if native.available() else "reference"
     assert {choice.backend for _, choice in found} == {expected}
     assert "1:16 (48, 64) float32 on cpu with 7 tokens" in str(found)
-    with pytest.raises(CompressError, match="no packed product"):
-        explain(nn.Linear(4, 4), torch.randn(1, 4))
+    for module in (nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))):
+        module.report = "its own"  # pyright: ignore[reportArgumentType]
+        with pytest.raises(CompressError, match=r"no packed product.*report_of"):
+            explain(module, torch.randn(1, 4))
 
 
 def test_without_the_library_the_reference_serves_and_says_so_once() -> None:

@@ -108,7 +108,8 @@ def gradient_noise(
             `flow.dense_weights()`; the model's own by default.
 
     Raises:
-        PlanError: no target, or one that is not in the model or has no gradient to take.
+        PlanError: no target, or one that is not in the model or in `weights`, or has no gradient
+            to take.
         DataError: fewer than two batches, or a loss that is not a finite scalar.
 
     Example:
@@ -130,6 +131,12 @@ def gradient_noise(
     parameters = dict(model.named_parameters())
     names = list(dict.fromkeys(target.name for target in chosen))
     _check_targets(names, parameters)
+    given = parameters if weights is None else weights
+    for name in names:
+        if name not in given:
+            raise PlanError(
+                f"weights has no {name}: give dense weights of all targets, or leave weights out"
+            )
     mean = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in names}
     spread = {n: torch.zeros_like(mean[n]) for n in names}
     count = 0
@@ -150,7 +157,7 @@ def gradient_noise(
             spread[name] += off * (g - mean[name])
     if count < 2:
         raise DataError(f"batches holds {count}: a variance over batches needs at least two")
-    return GradientNoise(_rows(chosen, weights or parameters, mean, spread, count))
+    return GradientNoise(_rows(chosen, given, mean, spread, count))
 
 
 def _rows(

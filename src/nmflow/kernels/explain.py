@@ -29,7 +29,7 @@ class Explanation(list[tuple[str, Choice]]):
         said = "\n".join(f"{path or 'model'}: {choice}" for path, choice in self)
         for group in self.together:
             said += f"\ncomputed in one call: {', '.join(group)}"
-        return said or "no packed product: compress() kept every layer dense, see its report"
+        return said
 
 
 class _Listen(TorchDispatchMode):
@@ -116,8 +116,11 @@ def explain(module: nn.Module, example_inputs: Any) -> Explanation:
     finally:
         for handle in handles:
             handle.remove()
-    if not listen.found and not hasattr(module, "report"):
-        raise CompressError("module made no packed product for this example: compress it first")
+    if not listen.found:
+        raise CompressError(
+            "module made no packed product for this example: give what nmflow.compress returned, "
+            "whose nmflow.report_of says which layers it kept dense, and why"
+        )
     return listen.found
 
 
