@@ -228,6 +228,32 @@ def test_a_write_inside_final_masks_is_an_error_and_not_lost(case: str, how: str
     run.train(MLP.batches(TOTAL - 4))
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one optimizer", "an optimizer each"])
+@pytest.mark.parametrize("inside", [None, KeyError], ids=["no error", "an error inside"])
+def test_a_weight_of_another_shape_leaves_the_others_as_they_were(
+    several: bool, inside: type[Exception] | None
+) -> None:
+    """They show W̃ again, not the final masks, under which the next gradients would be taken."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    groups = [[p] for p in model.parameters()] if several else [list(model.parameters())]
+    optimizers = [torch.optim.SGD(group, lr=0.1) for group in groups]
+    flow = nmflow.attach(model, optimizers, "mdgf-linear", "1:4", "*", total_steps=9)
+    before = [layer.weight.detach().clone() for layer in model]
+    with pytest.raises(inside or StateError, match=None if inside else "shape"):  # noqa: PT012, SIM117
+        with flow.final_masks():
+            model[0].weight.data = torch.zeros(4, 4)
+            if inside:
+                raise inside
+    assert torch.equal(model[1].weight, before[1])
+    assert torch.equal(model[2].weight, before[2])
+    with pytest.raises(StateError, match="shape"):
+        flow.sync()
+    model[0].weight.data = before[0]
+    flow.sync()
+    with flow.final_masks():
+        assert all(nmflow.holds(layer.weight, "1:4") for layer in model)
+
+
 def test_an_error_inside_comes_before_the_write() -> None:
     run = Run(MLP, BY_ID["mdgf-linear"])
     run.train(MLP.batches(4))

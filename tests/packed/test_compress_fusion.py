@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, NewGELUActivation
 
+import nmflow
+from nmflow.errors import CompressError
 from nmflow.packed import compress, decompress, report_of
 from nmflow.packed.fuse import Fused
 from pruned import NETWORKS, flat, prune
@@ -94,3 +96,49 @@ def test_networks_of_hf_fuse_their_activations(name: str) -> None:
     assert "activation applied by the layer" in str(report_of(packed))
     with torch.no_grad():
         torch.testing.assert_close(packed(**inputs)[at], model(**inputs)[at], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["dense", "packed in part"])
+def test_an_error_leaves_a_network_as_it_was_in_place(begun: bool) -> None:
+    """Here 8 bits are too few: a weight of 1000 leaves no step for those of 1 beside it."""
+    first, second = nn.Linear(64, 16), nn.Linear(16, 16)
+    for layer in (first, second):
+        with torch.no_grad():
+            layer.weight.zero_()
+            layer.weight[:, ::4] = 1.0
+            layer.weight[:, 0] = 1000.0
+            layer.bias.zero_()
+    with torch.no_grad():
+        first.weight[0] = 0.0  # so that the second layer's first input is 0, as the first one's
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU()).eval()
+    if begun:
+        compress(model, include="0.*", measure=False, fuse=False, inplace=True)
+    x = torch.ones(2, 64)
+    x[:, 0] = 0.0
+    modules, kinds = list(model), [type(m) for m in model]
+    want, state = model(x), {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(CompressError, match=r"differs.*values=None"):
+        compress(model, measure=False, inplace=True, values="int8", example_inputs=x)
+    assert all(a is b for a, b in zip(model, modules, strict=True))
+    assert [type(m) for m in model] == kinds
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    assert torch.equal(model(x), want)
+    if not begun:
+        assert "nmflow_report" not in vars(model)
+    packed = compress(model, measure=False, inplace=True, example_inputs=x)
+    assert torch.allclose(packed(x), want)
+
+
+def test_fusion_touches_the_random_generator_of_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` would set those of all GPUs, and nobody would put them back."""
+    seeded: list[int] = []
+    for device in (torch.cuda, torch.mps, torch.xpu):
+        for name in ("manual_seed", "manual_seed_all"):
+            if hasattr(device, name):
+                monkeypatch.setattr(device, name, seeded.append)
+    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU())
+    model[0].weight.data *= nmflow.mask(model[0].weight, "1:16")
+    before = torch.get_rng_state()
+    assert nmflow.report_of(compress(model, measure=False)).fused == ["0"]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded

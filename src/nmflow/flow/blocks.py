@@ -68,9 +68,13 @@ class FinalMasks(contextlib.ContextDecorator, contextlib.AbstractContextManager)
         if blocks.depth:
             return
         blocks.close()
-        names = [n for stepper in blocks.steppers for n in stepper.edits.soften(stepper.k)]
-        # An exception from inside comes first; the next step reports the write.
-        if names and kind is None:
+        found = [stepper.edits.soften(stepper.k) for stepper in blocks.steppers]
+        if kind is not None:  # an exception from inside comes first; the next step reports a write
+            return
+        names, odd = ([x for some in both for x in some] for both in zip(*found, strict=True))
+        if odd:
+            raise odd[0]
+        if names:
             raise StateError(
                 f"{', '.join(map(repr, names[:3]))} was written inside flow.{FINAL_MASKS}, but "
                 "training continues from the dense weights in the optimizer's state: call "

@@ -187,19 +187,25 @@ class Edits:
             if writes.written(slot, final, held) is not None:
                 raise _was_written(slot, k)
 
-    def soften(self, k: int) -> list[str]:
+    def soften(self, k: int) -> tuple[list[str], list[StateError]]:
         """Write W̃ of step `k` into the parameters again.
 
         Returns:
             The names of the parameters that somebody wrote meanwhile. They keep what was written,
-            with W̃ around it, so that `sync` can adopt it.
+            with W̃ around it, so that `sync` can adopt it. And an error for each that cannot hold
+            W̃ any longer, which is left as it is.
         """
         weights = self._weights
         final, held = self._final(k)
         stages, has = weights.stages(k), weights.has_masks(k)
-        found = []
+        found: list[str] = []
+        odd: list[StateError] = []
         for slot in weights.pruned:
-            places = writes.written(slot, final, held)
+            try:
+                places = writes.written(slot, final, held)
+            except StateError as error:
+                odd.append(error)
+                continue
             if places is None:
                 slot.write(stages, has, hold=False)
             else:
@@ -207,7 +213,7 @@ class Edits:
                 if writes.written(slot, stages, has) is not None:
                     found.append(slot.name)
         forget_casts()
-        return found
+        return found, odd
 
     def _final(self, k: int) -> tuple[dict[str, Stage], bool]:
         weights = self._weights

@@ -35,13 +35,14 @@ def random_input(layer: PackedLinear) -> Tensor:
 def run_alone(parent: nn.Module, x: Tensor) -> list[Tensor] | None:
     """The output tensors of a parent for one input, in evaluation mode; None if it does not run.
 
-    Its mode and the state of the random generator are restored; the generator's start is fixed.
+    Its mode and the state of the CPU's random generator are restored; the generator's start is
+    fixed. `torch.manual_seed` would set those of all GPUs too, for good.
     """
     modes = [(module, module.training) for module in parent.modules()]
     try:
         parent.eval()  # so that no statistics move
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             return [leaf for leaf in tree_leaves(parent(x)) if isinstance(leaf, Tensor)]
     except _NOT_ALONE:
         return None

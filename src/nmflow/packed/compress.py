@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from nmflow.packed.parts import parts_of
 from nmflow.packed.proof import check_same, run_once
 from nmflow.packed.report import Report, Row, hang
 from nmflow.packed.rounded import check_values, refuse_device
-from nmflow.packed.swap import Model, replace_modules
+from nmflow.packed.swap import Model, replace_modules, undone
 from nmflow.packed.together import join
 from nmflow.select.modules import check_model
 from nmflow.select.plan import Names, Patterns
@@ -77,7 +78,8 @@ def compress(
             output, which saves a pass over it; and, on a CPU, compute q, k and v of self-attention
             in one call, where that is faster at `tokens`.
         inplace: True changes `model`; packed layers stay the same objects, also for others that
-            hold them. The default does not change `model` and returns a copy.
+            hold them. An error leaves it as it was. The default does not change `model` and
+            returns a copy.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, run once
             in `model` and in the result: every packed layer that runs in one must run in the other,
             and outside training their outputs must agree.
@@ -170,12 +172,13 @@ def compress(
         before = run_once(model, [p for p in sites if modules[p] in new], example_inputs)
     if onednn:
         new |= on_onednn({m: max(counts) for m in model.modules() if m not in new}, counts)
-    made = replace_modules(model, new, inplace)
-    if fuse:
-        report.fused = fuse_activations(made)
-        report.together = join(made, counts if measure else ())
-    if before is not None:
-        check_same(before, run_once(made, before.calls, example_inputs), values is not None)
+    with undone(model, new) if inplace else contextlib.nullcontext():
+        made = replace_modules(model, new, inplace)
+        if fuse:
+            report.fused = fuse_activations(made)
+            report.together = join(made, counts if measure else ())
+        if before is not None:
+            check_same(before, run_once(made, before.calls, example_inputs), values is not None)
     hang(made, report)
     return made
 

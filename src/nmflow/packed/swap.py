@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,6 +15,7 @@ from nmflow.packed.build import PACKED
 from nmflow.packed.files.companions import is_pretrained, saves_adapters
 from nmflow.packed.files.pretrained import SavePretrained
 from nmflow.packed.fuse import Fused
+from nmflow.packed.modules import PackedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 # Ways of transformers to save a network, which another process would load into dense classes.
@@ -43,6 +46,31 @@ def replace_modules(model: Model, new: dict[nn.Module, nn.Module], inplace: bool
         _set_fast_path(module)
         _set_saves(module)
     return model
+
+
+@contextlib.contextmanager
+def undone(model: nn.Module, new: Iterable[nn.Module]) -> Iterator[None]:
+    """Where the block raises, put back a model whose modules `new` it replaced in place.
+
+    With the fusions and the joined layers that the block made.
+    """
+    were = [(module, module.__class__, module.__dict__) for module in new]
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    held = [(layer, layer.epilogue, layer.computed_with) for layer in packed]
+    children = [(m, dict(m._modules)) for m in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, own in were:
+            module.__class__, module.__dict__ = kind, own
+        for module, own in children:
+            module._modules.update(own)
+        for layer, epilogue, joined in held:
+            layer.epilogue, layer.computed_with = epilogue, joined
+        for module in model.modules():
+            _set_fast_path(module)
+            _set_saves(module)
+        raise
 
 
 def _copied(model: Model, new: dict[nn.Module, nn.Module]) -> Model:
