@@ -234,24 +234,27 @@ def test_a_weight_of_another_shape_leaves_the_others_as_they_were(
     several: bool, inside: type[Exception] | None
 ) -> None:
     """They show W̃ again, not the final masks, under which the next gradients would be taken."""
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-    groups = [[p] for p in model.parameters()] if several else [list(model.parameters())]
+    layers = [nn.Linear(8, 8) for _ in range(3)]
+    model = nn.Sequential(*layers)
+    groups = (
+        [list(layer.parameters()) for layer in layers] if several else [list(model.parameters())]
+    )
     optimizers = [torch.optim.SGD(group, lr=0.1) for group in groups]
     flow = nmflow.attach(model, optimizers, "mdgf-linear", "1:4", "*", total_steps=9)
-    before = [layer.weight.detach().clone() for layer in model]
+    before = [layer.weight.detach().clone() for layer in layers]
     with pytest.raises(inside or StateError, match=None if inside else "shape"):  # noqa: PT012, SIM117
         with flow.final_masks():
-            model[0].weight.data = torch.zeros(4, 4)
+            layers[0].weight.data = torch.zeros(4, 4)
             if inside:
                 raise inside
-    assert torch.equal(model[1].weight, before[1])
-    assert torch.equal(model[2].weight, before[2])
+    assert torch.equal(layers[1].weight, before[1])
+    assert torch.equal(layers[2].weight, before[2])
     with pytest.raises(StateError, match="shape"):
         flow.sync()
-    model[0].weight.data = before[0]
+    layers[0].weight.data = before[0]
     flow.sync()
     with flow.final_masks():
-        assert all(nmflow.holds(layer.weight, "1:4") for layer in model)
+        assert all(nmflow.holds(layer.weight, "1:4") for layer in layers)
 
 
 def test_an_error_inside_comes_before_the_write() -> None:

@@ -136,8 +136,9 @@ def test_fusion_touches_the_random_generator_of_no_device(monkeypatch: pytest.Mo
         for name in ("manual_seed", "manual_seed_all"):
             if hasattr(device, name):
                 monkeypatch.setattr(device, name, seeded.append)
-    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU())
-    model[0].weight.data *= nmflow.mask(model[0].weight, "1:16")
+    layer = nn.Linear(64, 16)
+    layer.weight.data *= nmflow.mask(layer.weight, "1:16")
+    model = nn.Sequential(layer, nn.ReLU())
     before = torch.get_rng_state()
     assert nmflow.report_of(compress(model, measure=False)).fused == ["0"]
     assert torch.equal(torch.get_rng_state(), before)
