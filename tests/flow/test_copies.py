@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -133,3 +133,46 @@ def test_a_copy_that_is_not_finite_is_left_as_it_is() -> None:
     with pytest.raises(WeightError, match=r"2\.weight"):
         run.flow.finalize_copy(average)
     assert torch.equal(average.get_parameter("0.weight"), first)
+
+
+@pytest.fixture
+def rank(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One process of four, of which the others are made up."""
+    made_up = pytest.importorskip(
+        "torch.testing._internal.distributed.fake_pg", reason="this torch has no made-up processes"
+    )
+    distributed = torch.distributed
+    distributed.init_process_group(
+        "fake", rank=request.param, world_size=4, store=made_up.FakeStore()
+    )
+    yield request.param
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", range(4), indirect=True)
+def test_a_process_without_rows_of_a_weight_prunes_its_part_of_the_others(rank: int) -> None:
+    """Two rows lie on two of four processes; an empty part has no address to be told by."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (4,))
+    layers = [nn.Linear(64, 2, bias=False), nn.Linear(2, 64, bias=False)]
+    for layer in layers:
+        whole = layer.weight.detach()
+        parts = [*whole.split(-(-len(whole) // 4)), *[whole[:0]] * 4]
+        part = DTensor.from_local(
+            parts[rank].clone(), mesh, [Shard(0)], shape=whole.shape, stride=whole.stride()
+        )
+        layer.weight = nn.Parameter(part)
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    flow = nmflow.attach(model, optimizer, "mdgf-linear", "1:2", "*", total_steps=9)
+    average = copy.deepcopy(model)
+    held = [p.to_local() for p in average.parameters()]  # pyright: ignore[reportAttributeAccessIssue]
+    before = [p.clone() for p in held]
+    with flow.final_masks(average):
+        assert all(nmflow.holds(p, "1:2") for p in held)
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+    flow.finalize_copy(average)
+    assert all(nmflow.holds(p, "1:2") for p in held)
+    with pytest.raises(FlowError, match="is the model's own weight"):
+        flow.finalize_copy(model)

@@ -54,7 +54,7 @@ def _weights(copy: Copy, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     else:
         raise FlowError(f"copy is a {type(copy).__name__}: give a torch.nn.Module or its weights")
     found = {unwrapped(name): weight for name, weight in named.items()}
-    own = {local(p).data_ptr() for p in model.parameters()}
+    own = {p.data_ptr() for p in map(local, model.parameters()) if p.numel()}
     weights = {}
     for target in plan:
         weight = found.get(unwrapped(target.name))
@@ -68,7 +68,7 @@ def _weights(copy: Copy, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
                 f"the copy's '{target.name}' has the shape {tuple(weight.shape)}, but the "
                 f"model's is {target.shape}: give a copy of the model"
             )
-        if weight.numel() and local(weight).data_ptr() in own:
+        if local(weight).data_ptr() in own:
             raise FlowError(
                 f"the copy's '{target.name}' is the model's own weight: give a copy of the model; "
                 "for the model itself there are finalize() and final_masks()"
