@@ -25,10 +25,11 @@ from nmflow.errors import CompressError, FileFormatError
 from nmflow.inspect.audit import audit
 from nmflow.kernels.layout import Shape
 from nmflow.packed import compress, load, load_state, save, save_state
+from nmflow.packed.convolution import PackedConv
 from nmflow.packed.files.container import checksum
 from nmflow.packed.files.stored import Stored
 from nmflow.packed.files.writing import write
-from nmflow.packed.modules import PackedLinear
+from nmflow.packed.modules import FusedLinear, PackedLinear
 from nmflow.packed.parts import Part
 
 DOCS = Path(__file__).parents[2] / "docs" / "layout.md"
@@ -74,6 +75,27 @@ def test_save_and_load_are_lossless(tmp_path: Path, packed: bool, dtype: torch.d
     assert again[2].num_batches_tracked.dtype == torch.int64
     save(again, tmp_path / "second")
     same(load_state(tmp_path / "second"), model.state_dict())
+
+
+def test_saving_makes_no_dense_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of linear layers, of rows of several patterns and of convolutions: shapes are known."""
+    model = sparse()
+    model[0].weight.data[:8] *= mask(model[0].weight[:8], "1:32")
+    model[0].weight.data[8:] += (
+        1e-3 * (model[0].weight[8:] == 0) * mask(model[0].weight[8:], "2:16")
+    )
+    packed = compress(model, measure=False)
+    assert [type(m) for m in packed[:2]] == [FusedLinear, PackedConv]
+    save(packed, tmp_path / "before")
+
+    def dense(self: PackedLinear) -> Tensor:
+        raise AssertionError("a dense weight is made")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedLinear, "dense", dense)
+        save(packed, tmp_path / "after")
+    same(load_state(tmp_path / "after"), load_state(tmp_path / "before"))
+    same(load_state(tmp_path / "after"), model.state_dict())
 
 
 def test_what_compress_kept_dense_runs_dense_again(tmp_path: Path) -> None:

@@ -189,6 +189,18 @@ def unpack(module: nn.Module) -> nn.Module:
     return dense.train(module.training)
 
 
+def parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the dense module that a packed one stands for, by their names in it.
+
+    Weights are made where they are read, but for those of attention.
+    """
+    if isinstance(module, PackedAttention):
+        return dict(unpack(module).named_parameters())
+    assert isinstance(module, PackedLinear | FusedLinear | PackedConv)
+    bias = module.bias
+    return {"weight": module.weight, **({} if bias is None else {"bias": bias})}
+
+
 def dense_linear(matrix: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     """An `nn.Linear` of a matrix `(out, in)`, a copy of it if it is a view."""
     out, inputs = matrix.shape

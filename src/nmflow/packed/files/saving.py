@@ -69,9 +69,8 @@ def save(
     weights: dict[str, Stored] = {}
     tensors, inside = _plain_state(model)
     for path, module in inside.items():
-        dense = build.unpack(module)
         held = parts_of(module)
-        for own, parameter in dense.named_parameters():
+        for own, parameter in build.parameters_of(module).items():
             name = f"{path}.{own}" if path else own
             if own in held:
                 axis = 0 if getattr(module, "stored", "") == "Conv1D" else 1
