@@ -11,13 +11,15 @@ from torch import Tensor
 from nmflow.errors import CompressError
 
 _SMALLEST = 1e-6  # of a largest value: below it, differences count as they are
+_MEDIANS = 30.0  # a value beyond as many of them is a mask's: others are not measured by it
 
 
 def distance(want: Tensor, got: Tensor) -> float:
     r"""How far a tensor is from another: `max |want - got| / max |want|`, over finite places.
 
     A NaN or an infinity is only equal to itself; against anything else, and between two shapes, the
-    distance is infinite.
+    distance is infinite. A value far from all others, such as the least number of a dtype in what
+    is masked, is the largest for itself alone.
 
     Example:
         >>> inf = math.inf
@@ -33,8 +35,10 @@ def distance(want: Tensor, got: Tensor) -> float:
     a, b = want.double(), got.double()
     equal = (a == b) | (a.isnan() & b.isnan())
     off = (a - b).abs().masked_fill(equal, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-    size = torch.where(a.isfinite(), a, 0.0).abs().max()
-    return float(off.max() / size.clamp_min(_SMALLEST))
+    sizes = torch.where(a.isfinite(), a, 0.0).abs()
+    some = sizes[sizes > 0]
+    largest = min(float(some.max()), _MEDIANS * float(some.median())) if some.numel() else 0.0
+    return float((off / sizes.clamp_min(max(largest, _SMALLEST))).max())
 
 
 def check_near(

@@ -18,7 +18,7 @@ from nmflow.flow.owners import is_owned
 from nmflow.flow.sharding import sharded
 from nmflow.permute.blocks import Axis, HiddenBlock, find_blocks, permute_, reorder_
 from nmflow.permute.orders import kept_share, order_for_groups, order_for_panels
-from nmflow.permute.same import distance, outputs_and_tolerance, outputs_of, same
+from nmflow.permute.same import moved, outputs_and_tolerance, outputs_of, same
 from nmflow.select.plan import Names, Patterns, plan
 from nmflow.select.target import Target
 from nmflow.text_table import table
@@ -152,7 +152,7 @@ def _checked(
 ) -> Permuted:
     """Permute block after block, those that leave the outputs as they were; an error undoes all."""
     done = Permuted(left_out=left_out)
-    moved: list[tuple[HiddenBlock, Tensor, list[tuple[Axis, Tensor]]]] = []
+    taken: list[tuple[HiddenBlock, Tensor, list[tuple[Axis, Tensor]]]] = []
     before, near = outputs_and_tolerance(model, [block for block, _ in blocks], example_inputs)
     try:
         for block, state in blocks:
@@ -162,14 +162,14 @@ def _checked(
                 done.left_out.append((block.name, fault))
                 continue
             permute_(block.axes, order)
-            moved.append((block, order, state))
+            taken.append((block, order, state))
             kept = zip(shares, _shares(block), strict=True)
             done.append(PermutedBlock(block.name, block.units, order, *kept))
     except BaseException:
-        for block, order, _ in moved:
+        for block, order, _ in taken:
             permute_(block.axes, order.argsort())
         raise
-    for _, order, state in moved:
+    for _, order, state in taken:
         for axis, tensor in state:
             reorder_(tensor, axis, order)
     return done
@@ -191,12 +191,12 @@ def _fault(
     if torch.equal(order, torch.arange(len(order))):
         return before, ""
     with _reordered(block.axes[:1], order):
-        wrong = distance(before, outputs_of(model, example_inputs))
+        wrong = moved(before, outputs_of(model, example_inputs))
     if wrong == 0:
         return before, "its units do not reach the outputs, so that no order can be checked"
     with _reordered(block.axes, order):
         after = outputs_of(model, example_inputs)
-    if same(before, after, near) and distance(before, after) < wrong / 2:
+    if same(before, after, near) and moved(before, after) < wrong / 2:
         return after, ""
     return before, "another order of its units changes the outputs"
 

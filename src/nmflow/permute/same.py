@@ -12,12 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from nmflow.errors import PlanError
 from nmflow.inspect.flops import split_inputs
+from nmflow.packed.outputs import distance
 from nmflow.permute.blocks import HiddenBlock
 
 _NEAR = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-9}
 """The tolerance of a dtype, since sums are in another order; else 1e-4."""
-_APART = 1e3
-"""How far above the median the largest value may lie; beyond, it is a mask's, not the network's."""
 
 
 def outputs_of(model: nn.Module, example_inputs: Any) -> list[Tensor]:
@@ -65,13 +64,14 @@ def outputs_and_tolerance(
 
 
 def same(before: list[Tensor], after: list[Tensor], near: float) -> bool:
-    """Whether outputs are the same but for rounding; infinities, as of a mask, are the same."""
+    """Whether outputs are the same but for rounding; a NaN can tell nothing."""
     return len(before) == len(after) and all(
-        _alike(one, other, near) for one, other in zip(before, after, strict=True)
+        not bool(one.isnan().any()) and distance(one, other) <= near
+        for one, other in zip(before, after, strict=True)
     )
 
 
-def distance(before: list[Tensor], after: list[Tensor]) -> float:
+def moved(before: list[Tensor], after: list[Tensor]) -> float:
     """How far outputs have moved: ‖after - before‖ / ‖before‖ of each, added up."""
     total = 0.0
     for one, other in zip(before, after, strict=True):
@@ -82,21 +82,6 @@ def distance(before: list[Tensor], after: list[Tensor]) -> float:
         tiny = torch.finfo(torch.float64).tiny
         total += float((other - one).norm() / one.norm().clamp_min(tiny))
     return total
-
-
-def _alike(one: Tensor, other: Tensor, near: float) -> bool:
-    if one.shape != other.shape:
-        return False
-    finite = one.isfinite()
-    # A NaN is not equal to itself: such an output can tell nothing.
-    if not torch.equal(one[~finite], other[~finite]):
-        return False
-    one, other = one[finite].double(), other[finite].double()
-    sizes = one.abs()
-    if not bool(sizes.any()):
-        return bool((other == 0).all())
-    scale = torch.minimum(sizes.max(), _APART * sizes[sizes > 0].median())
-    return bool(((one - other).abs() <= near * torch.maximum(scale, sizes)).all())
 
 
 @contextlib.contextmanager
