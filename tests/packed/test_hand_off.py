@@ -102,7 +102,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     x = torch.randn(2, 64)
     for calibration, said in (
         ([], "calibration is empty"), ([(x, x)], "an input of 2 tensors and the network takes 1"),
-        ([x * 1e-6], "differs by .* of its largest value"),
+        ([x * 1e-6], "differs from .* by .* of its largest value"),
     ):  # fmt: skip
         with pytest.raises(CompressError, match=said):
             nmflow.export_onnx_int8(mlp(), x, tmp_path / "a.onnx", calibration=calibration)
