@@ -42,7 +42,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return made
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> Any:
     draw = torch.Generator().manual_seed(1)
     made = []
     for i in range(20):
@@ -66,7 +66,8 @@ def trained(folder: Path, kind: type) -> tuple[torch.Tensor, int]:
     )  # fmt: skip
     made.distiller = Distiller.of(model)
     asked: list[int] = []
-    made.distiller.teacher.bert.register_forward_hook(lambda *_: asked.append(1))
+    bert: Any = made.distiller.teacher.bert
+    bert.register_forward_hook(lambda *_: asked.append(1))
     made.train()
     return torch.cat([p.detach().flatten() for p in model.parameters()]), len(asked)
 

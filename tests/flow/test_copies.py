@@ -152,7 +152,8 @@ def rank(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("rank", range(4), indirect=True)
 def test_a_process_without_rows_of_a_weight_prunes_its_part_of_the_others(rank: int) -> None:
     """Two rows lie on two of four processes; an empty part has no address to be told by."""
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
 
     mesh = init_device_mesh("cpu", (4,))
     layers = [nn.Linear(64, 2, bias=False), nn.Linear(2, 64, bias=False)]
