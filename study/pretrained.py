@@ -162,8 +162,7 @@ def _longer(task: str, setups: list[dict[str, Any]]) -> Iterator[Sweep]:
     if not TASKS[task].long:
         return
     axes = _main([{**one, **LONG} for one in setups], PATTERN)
-    turn = 6 if TASKS[task].wide else 12
-    yield Sweep(turn, "long", "Four times the steps.", axes)
+    yield Sweep(6, "long", "Four times the steps.", axes)
     if there(f"{task}-rivals"):
         best = best_of(task, "rivals-rates", _cut(task))
         axes = _main([{**one, **LONG} for one in best], PATTERN)

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from choose import write
+import pandas as pd
+from choose import results, write
 from pretrained import sweeps
 from pretrained_setups import TASKS
 from tables import there
@@ -50,8 +51,16 @@ def work(todo: Any, done: Any, eager: bool) -> None:
             continue
         run = Run.model_validate_json(text)
         start = time.monotonic()
+        folder = RunFolder(Path(store) / run.id)
         try:
-            train(run, RunFolder(Path(store) / run.id), None, *mixins)
+            try:
+                train(run, folder, None, *mixins)
+            except RuntimeError as error:
+                if Graphed not in mixins:
+                    raise
+                sys.stdout.write(f"no CUDA graph, eager steps: {error}\n")
+                mixins = ()
+                train(run, folder, None)
             said = f"{time.monotonic() - start:.1f} s"
         except (NMFlowError, RuntimeError) as error:
             said = f"failed: {error}"
@@ -80,8 +89,8 @@ class Plan:
         """Write the tables that are due; whether there were any."""
         before = len(self.tabled)
         for name, (_, sweep) in self.known.items():
-            if name not in self.tabled and len(sweep.finished) == len(sweep.cells):
-                write_table(sweep)
+            if name not in self.tabled and len(made(sweep)) == len(sweep.cells):
+                table(sweep)
                 self.tabled.add(name)
         return len(self.tabled) > before
 
@@ -90,26 +99,65 @@ class Plan:
         for _, sweep in sorted(self.known.values(), key=lambda pair: pair[0]):
             if sweep.name in self.tabled or not self._wanted(sweep.name):
                 continue
+            ended = made(sweep)
             for run in sorted(sweep.runs, key=lambda one: one.seed):
-                if run.id not in self.given and not RunFolder(sweep.store / run.id).finished:
+                if run.id not in self.given and run.id not in ended and _taught(run):
                     self.given.add(run.id)
                     return str(sweep.store), run.model_dump_json()
         return None
 
     def _wanted(self, name: str) -> bool:
-        return self.parts is None or name.endswith(tuple(f"-{part}" for part in self.parts))
+        parts = self.parts
+        return parts is None or any(f"-{name}".endswith(f"-{part}") for part in parts)
 
     def table_what_is_there(self) -> None:
         """Table main runs that lack seeds: a search is tabled whole or not at all."""
         for name, (_, sweep) in self.known.items():
             search = "rates" in name or "options" in name
             if name not in self.tabled and not search and sweep.finished:
-                write_table(sweep)
+                table(sweep)
+
+
+def made(sweep: experiments.Sweep) -> set[str]:
+    """The runs that are finished in their folders, or that the table has which is there.
+
+    A table outlives the folders: these may be on another machine, or gone. Others load the weights
+    of a run that is alone in its folder, so that a row of it is not enough.
+    """
+    finished = {cell.run.id for cell in sweep.finished}
+    if _alone(sweep.name) or not there(sweep.name):
+        return finished
+    return {run.id for run in sweep.runs} & (finished | set(results(sweep.name)["cell"]))
+
+
+def _alone(name: str) -> bool:
+    return name.endswith("teacher") or "-general" in name
+
+
+def _taught(run: Run) -> bool:
+    """Whether the teacher, if there is one, has been trained."""
+    told = run.distill
+    return told is None or told.teacher == "self" or any(Path(told.teacher).glob("*/result.json"))
+
+
+def table(sweep: experiments.Sweep) -> None:
+    """Write the table of a sweep; rows whose folders are gone stay as they are."""
+    if not sweep.finished:
+        return
+    before = results(sweep.name) if there(sweep.name) else pd.DataFrame({"cell": []})
+    write_table(sweep)
+    made = results(sweep.name)
+    rows: Any = pd.concat([made, before], ignore_index=True).drop_duplicates("cell")
+    if len(rows) > len(made):
+        order = {run.id: place for place, run in enumerate(sweep.runs)}
+        rows = rows[rows["cell"].isin(order)].sort_values("cell", key=lambda ids: ids.map(order))
+        rows.to_parquet(sweep.folder / "results.parquet", index=False)
+        rows.to_csv(sweep.folder / "results.csv", index=False, lineterminator="\n")
 
 
 def _read(task: str, part: str, about: str, axes: dict[str, Any]) -> experiments.Sweep:
     path = write(f"{task}-{part}", about, task, {"axes": axes}, script="study/pretrained_runs.py")
-    if part.endswith("teacher") or part.startswith("general"):  # alone in a folder that others name
+    if _alone(path.stem):
         text = path.read_text("utf-8").replace(f"study-{task}/cells", f"study-{task}/{part}")
         path.write_text(text, "utf-8")
     sweep = experiments.load(path)
@@ -123,7 +171,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", choices=TASKS)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--parts", nargs="+", help="these alone, such as main-1-16; all by default")
+    parser.add_argument("--parts", nargs="+", help="these alone, such as main-1-16")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     args = parser.parse_args()
     start = time.monotonic()
