@@ -33,6 +33,7 @@ from nmflow.experiments.sweep_table import write_table
 def work(todo: Any, done: Any, eager: bool) -> None:
     """A worker: trains the runs that it is given, and says what became of each."""
     import torch
+    import widened
     from graphed import Graphed
     from remembered import Remembered
 
@@ -43,6 +44,8 @@ def work(todo: Any, done: Any, eager: bool) -> None:
     mixins: tuple[type, ...] = () if eager else (Graphed,)
     if not torch.cuda.is_available():
         mixins = (Remembered,)
+        if widened.slow():
+            widened.widen()
     parent = multiprocessing.parent_process()
     while parent is not None and parent.is_alive():  # a driver that is killed stops nobody
         try:
