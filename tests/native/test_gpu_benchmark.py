@@ -116,7 +116,7 @@ def test_a_page_of_a_product_that_was_only_searched(bench: Bench) -> None:
         {**row, "plan": str(plan.told()), "taken": taken, "packed_us": us, "ratio": ratio}
         for plan, (taken, us, ratio) in zip(plans, took, strict=True)
     ]
-    page = bench.module("gpu_page")
+    page = bench.module("gpu_tables")
     (line,) = lines_of(next(page.tables([*measured(), *rows])), "| (28672, 8192) | 32 | 1:4 |")
     assert "warp groups, x in order | 1.50 | **3.00** | 3.0 |" in line
     (line,) = lines_of(next(page.tables([*measured(), rows[1]])), "| (28672, 8192) | 32 | 1:4 |")

@@ -18,7 +18,10 @@ from nmflow.kernels.layout import Shape
 
 
 class Cut(NamedTuple):
-    """How the work of a product was cut where that was timed; as `make` takes it."""
+    """How the work of a product was cut where that was timed; as `make` takes it.
+
+    `int8`: whether its values were of 8 bits, or else of two bytes.
+    """
 
     shape: Shape
     tokens: int
@@ -28,6 +31,7 @@ class Cut(NamedTuple):
     shares: int
     stages: int
     kind: str = "decode"
+    int8: bool = False
 
 
 @functools.cache
@@ -38,8 +42,9 @@ def measured() -> tuple[Cut, ...]:
     return tuple(
         Cut(
             Shape.of(int(row["out"]), int(row["inputs"]), row["pattern"]),
-            *(int(row[name]) for name in Cut._fields[1:-1]),
+            *(int(row[name]) for name in Cut._fields[1:-2]),
             kind=row["kind"],
+            int8=row["int8"] == "True",
         )
         for row in rows
     )
@@ -49,7 +54,7 @@ def plan(shape: Shape, half: bool, tokens: int, card: Card, int8: bool = False) 
     """The plan of the product that is nearest among those that were timed; None for a dense matrix.
 
     Where its plan does not fit into a block of this card, the inputs are shared out further, and
-    then the next product's is tried. Values of 8 bits take the plans of those of two bytes.
+    then the next product's is tried.
     """
     if tokens > most_tokens(shape):
         return None
@@ -61,7 +66,7 @@ def near(shape: Shape, half: bool, tokens: int, card: Card, int8: bool = False) 
     most = -(-shape.inputs // unit(shape))
     # With values of 8 bits a panel's rows are looked up as others are.
     own = replace(shape, panel=1) if int8 and tokens <= MOST_LOOKUP else shape
-    for cut in sorted(measured(), key=lambda cut: distance(cut, own, tokens, card)):
+    for cut in sorted(measured(), key=lambda cut: distance(cut, own, tokens, card, int8)):
         if cut.kind == "decode" and not _fits_registers(cut.warps, cut.rows, tokens):
             continue
         tiles = cut.warps // cut.slices * cut.rows  # of a block
@@ -78,16 +83,17 @@ def near(shape: Shape, half: bool, tokens: int, card: Card, int8: bool = False) 
             shares = min(2 * shares, most)
 
 
-def distance(cut: Cut, shape: Shape, tokens: int, card: Card) -> float:
+def distance(cut: Cut, shape: Shape, tokens: int, card: Card, int8: bool = False) -> float:
     """How far a product is from one that was timed, in doublings of what it is made of."""
-    theirs = _features(cut.shape, cut.tokens, Card())
-    own = _features(shape, tokens, card)
+    theirs = _features(cut.shape, cut.tokens, Card(), cut.int8)
+    own = _features(shape, tokens, card, int8)
     return sum(abs(a - b) for a, b in zip(theirs, own, strict=True))
 
 
-def _features(shape: Shape, tokens: int, card: Card) -> tuple[float, ...]:
+def _features(shape: Shape, tokens: int, card: Card, int8: bool) -> tuple[float, ...]:
     return (
         *map(math.log2, (shape.n / shape.m, shape.tiles / card.processors, shape.inputs, tokens)),
+        float(not int8),  # doublings of a value's byte
         9.0 * shape.shared,  # a panel is multiplied by other loops
     )
 
