@@ -12,6 +12,8 @@ from scipy import stats
 from nmflow.experiments.report.statistics import Paired, holm, paired, summary
 
 POWER = 0.8
+LEAST = 5
+"""Seeds of every setup; a cell with fewer is shown and not judged."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def family(
     frame: pd.DataFrame,
     pairs: Iterable[tuple[str, str, str, str | None]],
     metric: str,
+    least: int = LEAST,
 ) -> list[Cell]:
     """Compare (setup, pattern) with (rival, its pattern), all of one family.
 
@@ -75,16 +78,14 @@ def family(
         frame: a row a run, with the columns `setup`, `pattern`, `seed` and the figure.
         pairs: setup, its pattern, the rival, the rival's pattern (None: any).
         metric: the column; more is better.
-
-    Returns:
-        The pairs that share at least two seeds.
+        least: seeds that a pair must share to be judged.
     """
     found = []
     for setup, pattern, rival, rival_pattern in pairs:
         mine = by_seed(frame, setup, pattern, metric)
         theirs = by_seed(frame, rival, rival_pattern, metric)
         difference = paired(mine, theirs)
-        if difference is not None and difference.p is not None:
+        if difference is not None and difference.p is not None and difference.n >= least:
             shared = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
             found.append(
                 (setup, pattern, rival, summary(list(mine.values())).mean, difference, shared)

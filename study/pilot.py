@@ -45,7 +45,7 @@ def _task(name: str, title: str, rivals: dict[str, str]) -> list[str]:
         return [*(f"{recipe}, {pattern}" for recipe in RECIPES), rivals[pattern]]
 
     pairs = [(names(p)[0], "", against, None) for p in rivals for against in names(p)[1:]]
-    found = {(c.setup, c.rival): c for c in family(frame, pairs, "points")}
+    found = {(c.setup, c.rival): c for c in family(frame, pairs, "points", least=2)}
     rows, differences = [], []
     for pattern in rivals:
         ours, *others = names(pattern)

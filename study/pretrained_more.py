@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
-from compare import Cell, by_seed, family
+from compare import LEAST, Cell, by_seed, family
 from pretrained_setups import (
     CONVENTIONAL,
     NARROWER,
@@ -230,7 +230,10 @@ def _conventional(name: str) -> str:
 def points_of(frame: pd.DataFrame, name: str, pattern: str | None) -> str:
     """Mean and standard deviation over seeds."""
     figures = list(by_seed(frame, name, pattern, "points").values())
-    return spread(summary(figures)) if figures else "–"
+    if not figures:
+        return "–"
+    few = f" ({len(figures)} of {LEAST} seeds)" if len(figures) < LEAST else ""
+    return spread(summary(figures)) + few
 
 
 def gain_of(cell: Cell | None) -> str:

@@ -9,7 +9,7 @@ from tables import table, there
 
 TABLE, ONE_SHOT = "smollm", "smollm-one-shot"
 AIM, AIMED_AT = 1.3, "1:4"
-DENSE = "Dense, as it is"
+DENSE, LONGER = "Dense, as it is", "Dense, trained on"
 
 
 def language_model() -> str:
@@ -76,11 +76,22 @@ def _verdict(ends: pd.DataFrame, dense: float) -> str:
     best = at.iloc[0]
     ratio = best["perplexity"] / dense
     said = "reached" if ratio <= AIM else "missed"
+    same = ends.loc[ends["tokens"] == best["tokens"]]
+    beside = [
+        f"{told} has {row.perplexity:.2f} "
+        f"(the network above is {best['perplexity'] / row.perplexity:.2f} ×)"
+        for told, rows in (
+            ("The dense network, trained on for as many tokens,", same[same["setup"] == LONGER]),
+            ("Without a teacher, the best", same[same["pattern"].eq(AIMED_AT) & ~same["taught"]]),
+        )
+        for row in rows.sort_values(by="perplexity").head(1).itertuples()
+    ]
+    told = f"\n\n{'. '.join(beside)}." if beside else ""
     return (
         f"**The aim, at most {AIM} × the dense perplexity at {AIMED_AT} in FF with distillation, "
         f"is {said}: {ratio:.2f} ×** ({best['setup']}, {best['perplexity']:.2f} after "
         f"{best['trained_tokens'] / 1e6:.1f} million tokens and {best['train_seconds']:.0f} "
-        f"seconds; dense {dense:.2f})."
+        f"seconds; dense {dense:.2f}).{told}"
     )
 
 
