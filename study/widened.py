@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmflow.packed.onednn import onednn_takes
+
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 """aten's products, and the place of their left matrix among the arguments."""
 
@@ -19,7 +21,7 @@ _kept: list[torch.library.Library] = []
 
 def slow() -> bool:
     """Whether this CPU lacks such instructions."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not onednn_takes(torch.bfloat16)
 
 
 def widen() -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import nmflow
 import processes
 from nmflow.errors import NMFlowError
-from nmflow.experiments import checkpoints, pool, tasks
+from nmflow.experiments import checkpoints, pool, tasks, trainer
 from nmflow.experiments.pool import cores_of
 from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.runner import run_all, share
@@ -86,6 +86,21 @@ def test_all_recipes_of_a_seed_start_alike_and_see_the_same_batches(
         starts.append(found["initial_sha256"])
     assert starts[0] == starts[1] != starts[2]
     assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize(("precision", "there"), [("bf16", False), ("bf16", True), ("fp32", False)])
+def test_a_slow_precision_is_told(
+    precision: str,
+    there: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr(trainer, "onednn_takes", lambda dtype: there)
+    short = {**DEMO["training"], "steps": 2, "device": "cpu", "precision": precision}
+    train(one("dense", training=short), RunFolder(tmp_path))
+    told = [text for text in caplog.messages if "training.precision is 'bf16'" in text]
+    assert len(told) == (precision == "bf16" and not there)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path):

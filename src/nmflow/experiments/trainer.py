@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from nmflow.experiments.run_folder import RunFolder
 from nmflow.experiments.tasks import Problem
 from nmflow.integrations.distillation import Distillation
 from nmflow.integrations.transformers import ExactCheckpoints, FinalMasksEvaluation
+from nmflow.packed.onednn import onednn_takes
+
+log = logging.getLogger("nmflow")
 
 
 class _Lean(ExactCheckpoints, FinalMasksEvaluation):
@@ -73,6 +77,11 @@ def trainer(
         preprocess_logits_for_metrics=problem.reduce,
         callbacks=callbacks,
     )
+    if made.args.bf16 and made.args.use_cpu and not onednn_takes(torch.bfloat16):
+        log.warning(
+            "training.precision is 'bf16', for which this processor has no instructions: products "
+            "take several times as long as in 'fp32'"
+        )
     if distiller is not None:
         made.distiller = distiller
     made.remove_callback(PrinterCallback)  # a library does not print

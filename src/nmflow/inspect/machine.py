@@ -105,7 +105,8 @@ def _kernels() -> Iterable[Finding]:
             "bfloat16 products",
             "unused",
             "the processor has no bfloat16 instructions",
-            "pack in float32 on this processor: bfloat16 is converted on the way",
+            "pack and train in float32 on this processor: products in bfloat16 take several times "
+            "as long in torch, and nmflow converts it on the way",
         )
     elif "amx_bf16" in features:
         yield Finding("bfloat16 products", "ok", "AMX, for panels; AVX-512 for single rows")
