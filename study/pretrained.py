@@ -167,8 +167,7 @@ def _longer(task: str, setups: list[dict[str, Any]]) -> Iterator[Sweep]:
         best = best_of(task, "rivals-rates", _cut(task))
         axes = _main([{**one, **LONG} for one in best], PATTERN)
         yield Sweep(12, "rivals-long", "Smaller dense networks, four times the steps.", axes)
-        if TASKS[task].wide:
-            yield from _longer_taught(task, [*setups, *best])
+        yield from _longer_taught(task, [*setups, *best])
 
 
 def _longer_taught(task: str, setups: list[dict[str, Any]]) -> Iterator[Sweep]:
