@@ -100,6 +100,8 @@ def check(words: list[str]) -> None:
         check_python(rest)
     elif program == "pip":
         check_pip(rest)
+    elif program == "bash":
+        assert (ROOT / rest[0]).is_file(), f"there is no {rest[0]}"
     else:
         assert program in ("cd", "git"), f"unknown program {program}"
 
