@@ -8,6 +8,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nmflow.errors import CompressError
 from nmflow.kernels import gpu, gpu_driver
 from nmflow.kernels.gpu_plan import Card, Kernel, Plan
 from nmflow.kernels.layout import Shape, tiled_from_canonical
-from nmflow.packed.measure import copies_past_cache, time_on_gpu
+from nmflow.packed.measure import copies_past_cache, gpu_ways, time_on_gpu
 
 DEVICE = "cuda"
 Row = dict[str, Any]
@@ -39,6 +40,14 @@ def card() -> Card:
 def timed(ways: Mapping[str, Sequence[Callable[[], Any]]], rounds: int = 20) -> dict[str, float]:
     """Microseconds of a call of each way, the median."""
     return {name: found.median for name, found in time_on_gpu(ways, rounds).items()}
+
+
+def best_dense(w: Tensor, x: Tensor, rounds: int = 20) -> float:
+    """Microseconds of `x Wᵀ` dense: the best of cuBLAS in both layouts, and of cuSPARSELt."""
+    xt = x.t().contiguous()
+    ways: dict[str, Sequence[Callable[[], Any]]] = dict(gpu_ways(w, None, x))
+    ways["w @ xt"] = [partial(torch.matmul, one, xt) for one in (w, w.clone())] * 2
+    return min(timed(ways, rounds).values())
 
 
 def past_cache(nbytes: int) -> range:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
 import _gpu
-from _gpu import Row, timed
+from _gpu import Row
 from nmflow.kernels import gpu, gpu_cuts, gpu_plan
 from nmflow.kernels.gpu_plan import Card, Plan
 from nmflow.kernels.layout import Shape
-from nmflow.packed.measure import gpu_ways
 
 # What decides comes first: (out, in), patterns, tokens.
 DECODE = [
@@ -97,11 +95,7 @@ def few(of: Iterator[Point], plans: Plans, search: bool) -> Iterator[Row]:
         _gpu.rested()
         x = torch.randn(tokens, inputs, device=_gpu.DEVICE).bfloat16()
         some = torch.randn(out, inputs, device=_gpu.DEVICE).bfloat16() * 0.02
-        ways: dict[str, Any] = dict(gpu_ways(some, None, x))
-        xt = x.t().contiguous()
-        ways["w @ xt"] = [partial(torch.matmul, w, xt) for w in (some, some.clone())] * 2
-        best = min(timed(ways).values())
-        ways.clear()
+        best = _gpu.best_dense(some, x)
         yield {
             "what": "dense", "out": out, "inputs": inputs, "tokens": tokens, "dense_us": best,
             "tb_per_s": some.nbytes / best / 1e6,

@@ -13,7 +13,6 @@ from _gpu import Row, timed
 from nmflow.kernels import gpu, gpu_cuts, gpu_plan, int8
 from nmflow.kernels.gpu_plan import Card, Kernel, Plan
 from nmflow.kernels.layout import Shape
-from nmflow.packed.measure import gpu_ways
 
 LAYERS = [(28672, 8192), (11008, 4096), (3072, 768)]
 PATTERNS = ["1:8", "1:16", "1:4"]
@@ -59,9 +58,7 @@ def products(search: bool = False) -> Iterator[Row]:
         for tokens in TOKENS:
             _gpu.rested()
             x = torch.randn(tokens, layer[1], device=_gpu.DEVICE).bfloat16()
-            dense = gpu_ways(torch.randn(layer, device=_gpu.DEVICE).bfloat16(), None, x)
-            best = timed(dense, ROUNDS)["cuBLAS"]
-            del dense
+            best = _gpu.best_dense(torch.randn(layer, device=_gpu.DEVICE).bfloat16(), x, ROUNDS)
             for spec in PATTERNS:
                 shape = Shape.of(*layer, spec)
                 stream = random_stream(shape)

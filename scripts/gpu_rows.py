@@ -54,24 +54,36 @@ def cut_of(row: Row) -> Cut:
     raise SystemExit(f"no plan of today is that of {row}")
 
 
+def decisive(rows: list[Row]) -> dict[Product, list[Row]]:
+    """The rows of each product, of the last run that timed more than one plan of it, or the last.
+
+    Cards differ, so runs are not mixed.
+    """
+    found: dict[Product, dict[str, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(product(row), {}).setdefault(row.get("run", ""), []).append(row)
+    every = {one: [*runs.values()][::-1] for one, runs in found.items()}
+    return {
+        one: next((some for some in runs if len({row["plan"] for row in some}) > 1), runs[0])
+        for one, runs in every.items()
+    }
+
+
 def timed(
     rows: list[Row], kinds: Sequence[str] = ("decode", "search"), groups: bool = True
 ) -> dict[Product, dict[Cut, list[tuple[float, float]]]]:
-    """Microseconds and gains of every plan of every product, in the last run that had a choice.
-
-    Cards differ, so that times of two runs are not compared. Without `groups` plans of warp groups
-    do not count.
-    """
-    runs: dict[str, dict[Product, dict[Cut, list[tuple[float, float]]]]] = {}
-    for row in rows:
-        if row["what"] in kinds and row["plan"] and right(row) and served(row):
-            took, cut = (float(row["packed_us"]), float(row["ratio"])), cut_of(row)
-            if groups or cut.kind not in gpu_plan.OF_GROUPS:
-                of = runs.setdefault(row.get("run", ""), {})
-                of.setdefault(product(row), {}).setdefault(cut, []).append(took)
+    """Microseconds and gains of each product's plans; without `groups` none of warp groups."""
+    right_ones = [
+        row
+        for row in rows
+        if row["what"] in kinds and row["plan"] and right(row) and served(row)
+        if groups or cut_of(row).kind not in gpu_plan.OF_GROUPS
+    ]
     found: dict[Product, dict[Cut, list[tuple[float, float]]]] = {}
-    for of in runs.values():
-        found |= {one: cuts for one, cuts in of.items() if len(cuts) > 1 or one not in found}
+    for one, some in decisive(right_ones).items():
+        for row in some:
+            took = float(row["packed_us"]), float(row["ratio"])
+            found.setdefault(one, {}).setdefault(cut_of(row), []).append(took)
     return found
 
 
@@ -111,7 +123,7 @@ def chosen(found: Mapping[Product, Mapping[Cut, list[tuple[float, float]]]]) -> 
 
 
 def as_good(cuts: Mapping[Cut, list[tuple[float, float]]]) -> list[Cut]:
-    """Those within the noise of the best; if others are, none that orders x in a launch before."""
+    """Cuts within the noise of the best; one that orders x first only if no other is as good."""
     near = [cut for cut, took in cuts.items() if max(took)[0] <= NOISE * best(cuts)]
     near = near or [cut for cut, took in cuts.items() if min(took)[0] == best(cuts)]
     return [cut for cut in near if cut.kind != "ready"] or near

@@ -10,6 +10,7 @@ from gpu_rows import (
     Product,
     Row,
     chosen,
+    decisive,
     neighbours,
     newest,
     product,
@@ -68,24 +69,23 @@ def tables(rows: list[Row]) -> Iterator[str]:
         f"{sum(len(c) > 1 for c in found.values())} plans are among those that were timed: they "
         f"take {mean:.2f} times as long as the best in the mean, {max(lost):.2f} at worst."
     )
-    searched: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        if row["what"] in ("panels", "panels-search") and right(row):
-            key = tuple(row[k] for k in ("out", "inputs", "tokens", "pattern"))
-            searched.setdefault(key, []).append(row)
     lines = []
-    for (out, inputs, tokens, pattern), some in searched.items():
+    many = [row for row in rows if row["what"] in ("panels", "panels-search") and right(row)]
+    for (shape, tokens), some in decisive(many).items():
         ours = [row for row in some if row["plan"].startswith("Group")]
         fast = max(ours or some, key=lambda r: float(r["ratio"]))
         triton = [float(row["ratio"]) for row in some if row["plan"].startswith("Block")]
-        goal = MANY_GOALS.get(pattern) if (out, tokens) == ("11008", "4096") else None
+        pattern = str(shape.pattern)
+        goal = MANY_GOALS.get(pattern) if (shape.out, tokens) == (11008, 4096) else None
         gain, dense = float(fast["ratio"]), float(fast["dense_us"])
-        ready = float(fast["ready_us"])
+        of_x_turned = dense / float(fast["ready_us"])
+        blocks = len({row["plan"] for row in some if row["plan"]})
         lines.append([
-            f"({out}, {inputs})", tokens, pattern, f"{max(triton):.2f}" if triton else "–",
+            f"({shape.out}, {shape.inputs})", str(tokens), pattern,
+            f"{max(triton):.2f}" if triton else "–",
             f"**{gain:.2f}**", f"{dense:.0f}", f"{float(fast['packed_us']):.0f}",
             f"{float(fast['turn_us']):.0f}" if ours else "–",
-            f"{dense / ready:.2f}" if ours else "–", f"{len(some)}", against(gain, goal),
+            f"{of_x_turned:.2f}" if ours else "–", str(blocks or "–"), against(gain, goal),
         ])  # fmt: skip
     head = ["(out, in)", "tokens", "pattern", "× cuBLAS, Triton", "× cuBLAS", "cuBLAS, µs"]
     head += ["packed, µs", "turning x, µs", "× cuBLAS, x turned", "blocks timed", "goal"]
@@ -116,19 +116,26 @@ def tables(rows: list[Row]) -> Iterator[str]:
 
 
 def int8_table(rows: list[Row]) -> str:
-    """Values of 8 bits beside those of two bytes and cuBLAS."""
+    """Values of 8 bits beside those of two bytes and the best of cuBLAS, which another row has."""
     lines = []
     found = timed(rows, ["int8"])
-    taken = dict(zip(found, chosen(found), strict=True))
-    for (shape, tokens), cuts in found.items():
-        own = [r for r in newest(rows, "int8") if product(r) == (shape, tokens)]
-        us, gain = min(cuts[taken[shape, tokens]])
-        dense, two = float(own[0]["dense_us"]), float(own[0]["ready_us"])
-        before = next((r["ratio"] for r in own if r["taken"] == "True" and r["ratio"]), "")
+    best = {(cut.shape, cut.tokens): cut for cut in chosen(found)}
+    for one, some in decisive([r for r in rows if r["what"] == "int8" and right(r)]).items():
+        (shape, tokens), run = one, some[0].get("run")
+        dense = min(
+            float(row["dense_us"])
+            for row in rows
+            if row["what"] in ("int8", "dense") and row.get("run") == run
+            and (row["out"], row["inputs"]) == (str(shape.out), str(shape.inputs))
+            and row["tokens"] == str(tokens)
+        )  # fmt: skip
+        us, _ = min(found[one][best[one]])
+        two_bytes = float(some[0]["ready_us"])
+        before = [float(r["packed_us"]) for r in some if r["taken"] == "True"]
         lines.append([
             f"({shape.out}, {shape.inputs})", str(tokens), str(shape.pattern), f"{dense:.1f}",
-            f"{dense / two:.2f}", f"{float(before):.2f}" if before else "–", f"**{gain:.2f}**",
-            f"{us:.1f}", f"{len(cuts)}",
+            f"{dense / two_bytes:.2f}", f"{dense / before[0]:.2f}" if before else "–",
+            f"**{dense / us:.2f}**", f"{us:.1f}", f"{len(found[one])}",
         ])  # fmt: skip
     head = ["(out, in)", "tokens", "pattern", "cuBLAS, µs", "two bytes", "8 bits before", "8 bits"]
     return table([*head, "µs", "plans timed"], lines)
@@ -144,6 +151,8 @@ def training_table(rows: list[Row]) -> str:
     half = "input gradient, torch.bfloat16, 128 MB"
     lines = []
     for (out, inputs, tokens, pattern), ways in layers.items():
+        if "all" not in ways:  # one of its products failed
+            continue
         packing = float(ways["pack"]["packed_us"]), float(ways["pack"]["dense_us"])
         lines.append([
             f"({out}, {inputs})", tokens, pattern,
@@ -159,8 +168,9 @@ def training_table(rows: list[Row]) -> str:
 def taken(rows: list[Row], one: Product) -> str:
     """The gain of the plan that was taken in the run: of a table, or else of a search."""
     kinds = ("decode", "search")
-    found = [r for r in rows if r["what"] in kinds and r["taken"] == "True" and r["ratio"]]
-    own = sorted((r for r in found if product(r) == one), key=lambda r: kinds.index(r["what"]))
+    some = [row for row in rows if row["what"] in kinds and row["ratio"] and product(row) == one]
+    own = [row for row in decisive(some).get(one, []) if row["taken"] == "True"]
+    own.sort(key=lambda row: kinds.index(row["what"]))
     return f"{float(own[0]['ratio']):.2f}" if own else "–"
 
 

@@ -13,7 +13,7 @@ from nmflow.experiments.report.statistics import Paired, holm, paired, summary
 
 POWER = 0.8
 LEAST = 5
-"""Seeds of every setup; a cell with fewer is shown and not judged."""
+"""The least number of shared seeds for a verdict; a cell with fewer is shown alone."""
 
 
 @dataclass(frozen=True)

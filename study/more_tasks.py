@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from choose import results
-from compare import Cell, by_seed, family
+from compare import LEAST, Cell, by_seed, family
 from tables import gain, spread, table, there
 
 from nmflow.experiments.report.statistics import summary
@@ -119,7 +119,7 @@ def _against(
 
 def _said(cells: list[Cell], claimed: float | None = None) -> str:
     if not cells:
-        return "nothing to compare yet."
+        return f"fewer than {LEAST} seeds: not judged."
     each = [
         f"{c.setup.removesuffix(TAUGHT)} {gain(c)} ({c.verdict(claimed)})"
         for c in sorted(cells, key=lambda c: -c.difference.mean)

@@ -79,7 +79,7 @@ def sweeps(task: str) -> Iterator[Sweep]:
         yield Sweep(3 + turn, f"main-1-8{group}", about, _main(plain, PATTERN))
         if not number and noisy(task, "main-1-8", CONVENTIONAL):
             axes = _main(plain, PATTERN, MORE)
-            yield Sweep(6, "main-1-8-more", "Seeds 5 to 9, since differences vary.", axes)
+            yield Sweep(6, "main-1-8-more", _MORE_SEEDS, axes)
         best = []
         if there(f"{task}-teacher"):
             yield from _distilled(task, group, chosen, taught, 3 + turn)
@@ -89,15 +89,25 @@ def sweeps(task: str) -> Iterator[Sweep]:
         if not number:
             for pattern in TASKS[task].patterns:
                 end, turn = pattern.replace(":", "-"), 9 if pattern in SPARSEST else 7
-                yield Sweep(turn, f"main-{end}", about, _main(plain, pattern))
+                yield from _at(task, pattern, f"main-{end}", about, plain, turn)
                 if best:
-                    yield Sweep(turn, f"distilled-{end}", _DISTILLED, _main(best, pattern))
+                    yield from _at(task, pattern, f"distilled-{end}", _DISTILLED, best, turn)
             if best:
                 yield from _longer(task, [{"label": "Dense", "recipe": "dense", RATE: rate}, *best])
             if best and TASKS[task].wide:
                 yield from _wider(plain, best)
                 yield from _sparse_first(task, chosen["mdgf-exponential"], taught)
                 yield from _from_dense(task, chosen, taught)
+
+
+def _at(
+    task: str, pattern: str, part: str, about: str, setups: list[dict[str, Any]], turn: int
+) -> Iterator[Sweep]:
+    """The main runs at another pattern than 1:8, and more seeds where differences vary."""
+    yield Sweep(turn, part, about, _main(setups, pattern))
+    rival = CONVENTIONAL + (TAUGHT if part.startswith("distilled") else "")
+    if noisy(task, part, rival):
+        yield Sweep(12, f"{part}-more", _MORE_SEEDS, _main(setups, pattern, MORE))
 
 
 def _searches(task: str) -> Iterator[Sweep]:
@@ -145,7 +155,7 @@ def _distilled(
         yield Sweep(turn + 1, f"distilled-1-8{group}", _DISTILLED, _main(saved, PATTERN))
         if not group and noisy(task, "distilled-1-8", CONVENTIONAL + TAUGHT):
             axes = _main(best, PATTERN, MORE)
-            yield Sweep(6, "distilled-1-8-more", "Seeds 5 to 9, since differences vary.", axes)
+            yield Sweep(6, "distilled-1-8-more", _MORE_SEEDS, axes)
 
 
 def _each(chosen: Mapping[str, Choice], taught: dict[str, Any]) -> list[dict[str, Any]]:
@@ -244,6 +254,7 @@ def _from_dense(task: str, chosen: Mapping[str, Choice], taught: dict[str, Any])
 
 
 _DISTILLED = "The main runs, distilled."
+_MORE_SEEDS = "Seeds 5 to 9, since differences vary."
 
 
 def _cut(task: str) -> list[dict[str, Any]]:

@@ -74,7 +74,8 @@ def pretrained() -> str:
 def _all(task: str, frame: pd.DataFrame) -> pd.DataFrame:
     """The main runs at every pattern."""
     ends = [p.replace(":", "-") for p in TASKS[task].patterns]
-    others = joined(task, *(f"{part}-{end}" for part in ("main", "distilled") for end in ends))
+    each = (f"{part}-{end}" for part in ("main", "distilled") for end in ends)
+    others = joined(task, *(f"{part}{more}" for part in each for more in ("", "-more")))
     return frame if others is None else pd.concat([frame, others])
 
 
@@ -183,6 +184,8 @@ def _tuning(task: str) -> list[str]:
                 if name in OPTIONS
             ]
             out += ["", f"    Chosen: {'; '.join(each)}."]
+    if none := [str(name) for name, one in found.groupby("recipe") if (one["points"] == 0).all()]:
+        out += ["", f"    At every rate {' and '.join(none)} predicted one class alone."]
     searches = ("distilled-rates", "distilled-rates-others", "rivals-rates", "start-rates")
     taught = joined(task, *searches)
     if taught is not None:

@@ -25,9 +25,9 @@ from pretrained_setups import TASKS
 from tables import there
 
 from nmflow.experiments import sweep as experiments
+from nmflow.experiments import sweep_table
 from nmflow.experiments.config import Run
 from nmflow.experiments.run_folder import RunFolder
-from nmflow.experiments.sweep_table import write_table
 
 
 def work(todo: Any, done: Any, eager: bool) -> None:
@@ -58,11 +58,12 @@ def work(todo: Any, done: Any, eager: bool) -> None:
         try:
             try:
                 train(run, folder, None, *mixins)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 if Graphed not in mixins:
                     raise
-                sys.stdout.write(f"no CUDA graph, eager steps: {error}\n")
-                mixins = ()
+                sys.stdout.write(f"{run.id} once more with eager steps: {error}\n")
                 train(run, folder, None)
             said = f"{time.monotonic() - start:.1f} s"
         except (NMFlowError, RuntimeError) as error:
@@ -122,10 +123,10 @@ class Plan:
 
 
 def made(sweep: experiments.Sweep) -> set[str]:
-    """The runs that are finished in their folders, or that the table has which is there.
+    """Runs that are finished in their folders, or have a row in the kept table.
 
-    A table outlives the folders: these may be on another machine, or gone. Others load the weights
-    of a run that is alone in its folder, so that a row of it is not enough.
+    A table outlives the folders: these may be on another machine, or gone. A run whose weights
+    others load must have its folder.
     """
     finished = {cell.run.id for cell in sweep.finished}
     if _alone(sweep.name) or not there(sweep.name):
@@ -148,14 +149,15 @@ def table(sweep: experiments.Sweep) -> None:
     if not sweep.finished:
         return
     before = results(sweep.name) if there(sweep.name) else pd.DataFrame({"cell": []})
-    write_table(sweep)
-    made = results(sweep.name)
-    rows: Any = pd.concat([made, before], ignore_index=True).drop_duplicates("cell")
-    if len(rows) > len(made):
-        order = {run.id: place for place, run in enumerate(sweep.runs)}
-        rows = rows[rows["cell"].isin(order)].sort_values("cell", key=lambda ids: ids.map(order))
-        rows.to_parquet(sweep.folder / "results.parquet", index=False)
-        rows.to_csv(sweep.folder / "results.csv", index=False, lineterminator="\n")
+    order = {run.id: place for place, run in enumerate(sweep.runs)}
+    rows: Any = pd.concat([sweep_table.table(sweep), before], ignore_index=True)
+    rows = rows.drop_duplicates("cell")
+    rows = rows[rows["cell"].isin(order)].sort_values("cell", key=lambda ids: ids.map(order))
+    for name, write_to in (("parquet", rows.to_parquet), ("csv", rows.to_csv)):
+        place = sweep.folder / f"results.{name}"
+        more = {"lineterminator": "\n"} if name == "csv" else {}
+        write_to(place.with_suffix(".new"), index=False, **more)
+        place.with_suffix(".new").replace(place)
 
 
 def _read(task: str, part: str, about: str, axes: dict[str, Any]) -> experiments.Sweep:
@@ -174,7 +176,11 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", choices=TASKS)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--parts", nargs="+", help="these alone, such as main-1-16")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        help="these alone, such as main-1-16 or cola-main-1-16; all by default",
+    )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     args = parser.parse_args()
     start = time.monotonic()

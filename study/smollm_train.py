@@ -147,7 +147,7 @@ class Study:
             else:
                 loss = self.loss(network, ids, run.taught)
                 loss.backward()
-                loss = loss.detach()  # a graph that lives on holds back the recording
+                loss = loss.detach()  # its graph would break the capture
             nn.utils.clip_grad_norm_(params, CLIP)
             optimizer.step()
             schedule.step()

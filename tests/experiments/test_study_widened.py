@@ -14,6 +14,15 @@ def near(y, want):
     scale = 2.0 ** -8 if y.dtype == torch.bfloat16 else 1e-5
     assert ((y.double() - want).abs() <= scale * want.abs() + 1e-4).all()
 
+asked = []
+given = widened._product
+def watched(out, left):
+    def told(*args, **more):
+        asked.append(args[left].dtype)
+        return out(*args, **more)
+    return given(told, left)
+
+widened._product = watched
 widened.widen()
 widened.widen()
 for dtype in (torch.bfloat16, torch.float32):
@@ -35,6 +44,7 @@ for dtype in (torch.bfloat16, torch.float32):
     w = b.clone().requires_grad_()
     (a @ w).sum().backward()
     near(w.grad, a.double().t() @ torch.ones(7, 5).double())
+assert asked.count(torch.float32) >= 14 and torch.bfloat16 not in asked, asked
 print("ok")
 """
 

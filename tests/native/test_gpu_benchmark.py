@@ -144,7 +144,7 @@ def test_few_tokens(bench: Bench, tmp_path: Path) -> None:
 
 
 def measured() -> list[dict[str, str]]:
-    """The rows of the run that the page is of."""
+    """The rows of the first run that the page is of."""
     file = ROOT / "docs/benchmarks/data/gpu-h200.csv"
     return list(csv.DictReader(file.open(newline="")))
 

@@ -67,13 +67,16 @@ def test_plans_of_products_that_were_not_timed() -> None:
 
 
 def test_the_block_of_many_tokens_is_the_best_that_was_timed(runs: Any) -> None:
-    """Of warp groups and of Triton, within 4 %, for every product of the run."""
-    rows = [row for row in runs.read(MEASURED[0]) if row["what"] == "panels-search"]
-    for key in dict.fromkeys(runs.product(row) for row in rows):
-        took = {row["plan"]: float(row["packed_us"]) for row in rows if runs.product(row) == key}
-        assert took[str(gpu_panels.group(*key))] <= 1.04 * min(took.values())
-        triton = [us for plan, us in took.items() if plan.startswith("Block")]
-        assert took[str(gpu_panels.block(*key))] <= 1.04 * min(triton)
+    """Of warp groups and of Triton, within 6 %, for every product of either run."""
+    for run in MEASURED:
+        rows = [row for row in runs.read(run) if row["what"] == "panels-search"]
+        found = runs.decisive(rows)
+        assert len(found) == 7
+        for key, some in found.items():
+            took = {row["plan"]: float(row["packed_us"]) for row in some}
+            assert took[str(gpu_panels.group(*key))] <= 1.06 * min(took.values())
+            triton = [us for plan, us in took.items() if plan.startswith("Block")]
+            assert took[str(gpu_panels.block(*key))] <= 1.06 * min(triton)
     assert gpu_panels.block(Shape.of(768, 3072, "1:16@64"), 256) == Block(64, 32, 128, 4, 4)
 
 

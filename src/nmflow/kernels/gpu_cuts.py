@@ -20,7 +20,7 @@ from nmflow.kernels.layout import Shape
 class Cut(NamedTuple):
     """How the work of a product was cut where that was timed; as `make` takes it.
 
-    `int8`: whether its values were of 8 bits, or else of two bytes.
+    `int8`: whether it was timed with values of 8 bits; otherwise they had two bytes.
     """
 
     shape: Shape
@@ -93,7 +93,7 @@ def distance(cut: Cut, shape: Shape, tokens: int, card: Card, int8: bool = False
 def _features(shape: Shape, tokens: int, card: Card, int8: bool) -> tuple[float, ...]:
     return (
         *map(math.log2, (shape.n / shape.m, shape.tiles / card.processors, shape.inputs, tokens)),
-        float(not int8),  # doublings of a value's byte
+        float(not int8),  # two bytes are one doubling
         9.0 * shape.shared,  # a panel is multiplied by other loops
     )
 
