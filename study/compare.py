@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import pandas as pd
+from choose import SEEDS
 from scipy import stats
 
 from nmflow.experiments.report.statistics import Paired, holm, paired, summary
 
 POWER = 0.8
-LEAST = 5
+LEAST = len(SEEDS)
 """The least number of shared seeds for a verdict; a cell with fewer is shown alone."""
 
 

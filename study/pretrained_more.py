@@ -225,8 +225,8 @@ def _longest(task: str, pairs: list[tuple[str, str, str, str | None]]) -> Cell |
     frame = joined(task, "long", "long-taught", "long-taught-more")
     if frame is None:
         return None
-    pairs += [(name + LONG_TAUGHT, *rest) for name, *rest in pairs]  # type: ignore[misc]
-    cells = family(in_points(frame, task), pairs, "points")
+    longer = [(name + LONG_TAUGHT, p, rival, of) for name, p, rival, of in pairs]
+    cells = family(in_points(frame, task), [*pairs, *longer], "points")
     return max(cells, key=lambda c: c.difference.mean, default=None)
 
 

@@ -24,8 +24,8 @@ from pretrained import sweeps
 from pretrained_setups import TASKS
 from tables import there
 
+from nmflow.experiments import files, sweep_table
 from nmflow.experiments import sweep as experiments
-from nmflow.experiments import sweep_table
 from nmflow.experiments.config import Run
 from nmflow.experiments.run_folder import RunFolder
 
@@ -125,17 +125,13 @@ class Plan:
 def made(sweep: experiments.Sweep) -> set[str]:
     """Runs that are finished in their folders, or have a row in the kept table.
 
-    A table outlives the folders: these may be on another machine, or gone. A run whose weights
-    others load must have its folder.
+    A table outlives the folders: these may be on another machine, or gone. A teacher, whose weights
+    others load, must have its folder.
     """
     finished = {cell.run.id for cell in sweep.finished}
-    if _alone(sweep.name) or not there(sweep.name):
+    if sweep.name.endswith("teacher") or not there(sweep.name):
         return finished
     return {run.id for run in sweep.runs} & (finished | set(results(sweep.name)["cell"]))
-
-
-def _alone(name: str) -> bool:
-    return name.endswith("teacher") or "-general" in name
 
 
 def _taught(run: Run) -> bool:
@@ -153,16 +149,13 @@ def table(sweep: experiments.Sweep) -> None:
     rows: Any = pd.concat([sweep_table.table(sweep), before], ignore_index=True)
     rows = rows.drop_duplicates("cell")
     rows = rows[rows["cell"].isin(order)].sort_values("cell", key=lambda ids: ids.map(order))
-    for name, write_to in (("parquet", rows.to_parquet), ("csv", rows.to_csv)):
-        place = sweep.folder / f"results.{name}"
-        more = {"lineterminator": "\n"} if name == "csv" else {}
-        write_to(place.with_suffix(".new"), index=False, **more)
-        place.with_suffix(".new").replace(place)
+    files.write(sweep.folder / "results.parquet", rows.to_parquet(index=False))
+    files.write(sweep.folder / "results.csv", rows.to_csv(index=False, lineterminator="\n"))
 
 
 def _read(task: str, part: str, about: str, axes: dict[str, Any]) -> experiments.Sweep:
     path = write(f"{task}-{part}", about, task, {"axes": axes}, script="study/pretrained_runs.py")
-    if _alone(path.stem):
+    if part.endswith("teacher") or part.startswith("general"):  # alone in a folder that others name
         text = path.read_text("utf-8").replace(f"study-{task}/cells", f"study-{task}/{part}")
         path.write_text(text, "utf-8")
     sweep = experiments.load(path)
