@@ -166,8 +166,9 @@ int nmf_check_call(const nmf_geometry *g, const void *x, int64_t x_stride, const
                    int64_t y_stride, int64_t tokens, int epilogue);
 int nmf_run(nmf_job *job, const nmf_kernel *kernel, int64_t bytes, int threads);
 /* The kernel of that number for a pattern on this machine, or null; and from how many tokens on
- * transposing x pays. */
+ * transposing x for `tokens` pays beside `gather`. */
 const nmf_kernel *nmf_kernel_of(int number, const nmf_geometry *g);
+int64_t nmf_tokens_from(void);
 
 const nmf_kernel *nmf_gather_portable(void), *nmf_tokens_portable(void), *nmf_panel_portable(void);
 const nmf_kernel *nmf_gather_avx2(void), *nmf_tokens_avx2(void), *nmf_panel_avx2(void);
@@ -176,6 +177,7 @@ const nmf_kernel *nmf_permute_avx2(void), *nmf_permute_avx512(void);
 const nmf_kernel *nmf_tiles_amx(void), *nmf_tiles_emulated(void), *nmf_tiles_vectors(void);
 /* The same for 8-bit weights: dot with 8-bit activations, permute with floats. */
 const nmf_kernel *nmf_int8_dot_portable(void), *nmf_int8_dot_avx2(void), *nmf_int8_dot_vnni(void);
-const nmf_kernel *nmf_int8_permute_avx512(void);
+const nmf_kernel *nmf_int8_dot_floats_avx2(bool many), *nmf_int8_dot_floats_avx512(bool many);
+const nmf_kernel *nmf_int8_permute_avx2(void), *nmf_int8_permute_avx512(void);
 
 #endif

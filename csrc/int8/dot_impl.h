@@ -12,56 +12,11 @@
 #ifndef NMFLOW_DOT_IMPL_H
 #define NMFLOW_DOT_IMPL_H
 
+#include "round.h"
+
 namespace {
 
 typedef int8_t vecq __attribute__((vector_size(LANES)));
-
-NMF_INLINE veci nearest(vecf v) {
-#if defined(__AVX512F__)
-  return (veci)_mm512_cvtps_epi32((__m512)v);
-#elif defined(__AVX2__)
-  return (veci)_mm256_cvtps_epi32((__m256)v);
-#elif defined(__SSE2__)
-  return (veci)_mm_cvtps_epi32((__m128)v);
-#else
-  veci n;
-  for (int i = 0; i < LANES; ++i) n[i] = static_cast<int32_t>(__builtin_nearbyintf(v[i]));
-  return n;
-#endif
-}
-
-NMF_INLINE veci larger(veci a, veci b) {
-#if defined(__AVX512F__)
-  return (veci)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (veci)_mm256_max_epi32((__m256i)a, (__m256i)b);
-#else
-  const veci more = a > b;
-  return (a & more) | (b & ~more);
-#endif
-}
-
-/* The largest |x|, by the order of the bits, in which infinities and NaNs come last. */
-NMF_INLINE float largest(const float *x, int64_t count) {
-  const int TURNS = 4; /* hide the latency of a comparison */
-  veci most[TURNS] = {};
-  int64_t i = 0;
-  for (; i + TURNS * LANES <= count; i += TURNS * LANES)
-#pragma GCC unroll 4
-    for (int k = 0; k < TURNS; ++k)
-      most[k] = larger(most[k], (veci)(as_bits(load(x + i + k * LANES)) & 0x7fffffffu));
-  for (; i + LANES <= count; i += LANES)
-    most[0] = larger(most[0], (veci)(as_bits(load(x + i)) & 0x7fffffffu));
-  for (int k = 1; k < TURNS; ++k) most[0] = larger(most[0], most[k]);
-  int32_t best = 0;
-  for (int k = 0; k < LANES; ++k)
-    if (most[0][k] > best) best = most[0][k];
-  for (; i < count; ++i) {
-    const int32_t a = static_cast<int32_t>(nmf_bits_of_float(x[i]) & 0x7fffffffu);
-    if (a > best) best = a;
-  }
-  return nmf_float_of_bits(static_cast<uint32_t>(best));
-}
 
 /* Byte i of a token that begins at `to`, whose lines are `step` bytes apart. */
 NMF_INLINE int8_t *byte_of(int8_t *to, int64_t i, int64_t step) {
@@ -81,13 +36,24 @@ NMF_INLINE void clear_bytes(int8_t *to, int64_t from, int64_t end, int64_t step)
 /* Round one token to `bytes` bytes, padding included; returns what one step of them is worth. */
 NMF_INLINE float round_token(const float *x, int64_t count, int8_t *to, int64_t bytes,
                              int64_t step) {
-  const float most = largest(x, count);
-  if (!(most >= 1e-30f && most <= 3.4028235e38f)) {
+  const Rounding rounding = rounding_of(x, count);
+  const float by = rounding.by;
+  if (by == 0.0f) {
     clear_bytes(to, 0, bytes, step);
-    return most < 1e-30f ? 0.0f : nmf_float_of_bits(0x7fc00000u);
+    return rounding.step;
   }
-  const float by = 127.0f / most;
   int64_t i = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__) /* where no instruction narrows four bytes to one */
+  for (; i + 32 <= count; i += 32) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i n[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) n[k] = (__m256i)nearest(load(x + i + k * 8) * by);
+    const __m256i low = _mm256_packs_epi32(n[0], n[1]), high = _mm256_packs_epi32(n[2], n[3]);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    put(byte_of(to, i, step), bytes);
+  }
+#endif
   for (; i + LANES <= count; i += LANES) {
     const veci n = nearest(load(x + i) * by) + DOT_OFFSET;
     put(byte_of(to, i, step), __builtin_convertvector(n, vecq));
@@ -99,19 +65,7 @@ NMF_INLINE float round_token(const float *x, int64_t count, int8_t *to, int64_t 
     const veci n = nearest(load(rest) * by) + DOT_OFFSET;
     for (int k = 0; i + k < count; ++k) *byte_of(to, i + k, step) = static_cast<int8_t>(n[k]);
   }
-  return most / 127.0f;
-}
-
-/* The sums of a tile's 16 rows for one token, to y. */
-NMF_INLINE void dot_write(const nmf_job *job, int64_t token, int64_t tile, const int32_t *sums,
-                          const float *bias, float step) {
-  const float *scales = int8_scales(job, tile);
-  float found[16];
-  for (int i = 0; i < 16; i += LANES) {
-    const vecf sum = __builtin_convertvector(get<veci>(sums + i), vecf);
-    store(found + i, step * load(scales + i) * sum + load(bias + i));
-  }
-  write_rows(job, token, tile * 16, found, nmf_min(16, job->g.out - tile * 16));
+  return rounding.step;
 }
 
 /* `stride`: bytes from a token to the next, or with lines from a line of a token to its next. */
@@ -143,13 +97,22 @@ int64_t dot_scratch(const nmf_job *job, int64_t tokens, int64_t) {
   return tokens * DOT_INPUTS(job) + (tokens + 15) / 16 * 64 + room + DOT_EXTRA(job);
 }
 
-/* Tokens whose bytes stay in the first-level cache beside the weights that stream by. */
+/* Tokens at a time: DOT_TOKENS where a tile is decoded for all of them, else those whose bytes stay in the
+ * first-level cache beside the weights that stream by. */
 int64_t dot_most(const nmf_geometry *g, int64_t) {
+#ifdef DOT_TOKENS
+  (void)g;
+  return DOT_TOKENS;
+#else
   const int64_t fit = 24576 / g->in / 16 * 16;
   return fit < 16 ? 16 : fit > 64 ? 64 : fit;
+#endif
 }
 
-const nmf_kernel dot_kernel = {dot_run, dot_scratch, dot_most, 16};
+#ifndef DOT_STEP
+#define DOT_STEP 16
+#endif
+const nmf_kernel dot_kernel = {dot_run, dot_scratch, dot_most, DOT_STEP, nullptr};
 
 }  // namespace
 #endif

@@ -26,7 +26,11 @@ void dot_tiles(const nmf_job *job, const nmf_part *part, const int8_t *x, int64_
       int32_t sums[16] = {};
       for (int64_t s = 0; s < g.entries; ++s)
         for (int i = 0; i < 16; ++i) sums[i] += values[s * 16 + i] * from[columns[s * 16 + i]];
-      dot_write(job, token, tile, sums, bias, steps[token - part->token]);
+      const float step = steps[token - part->token];
+      float found[16];
+      for (int i = 0; i < 16; ++i)
+        found[i] = step * int8_scales(job, tile)[i] * static_cast<float>(sums[i]) + bias[i];
+      write_rows(job, token, tile * 16, found, nmf_min(16, g.out - tile * 16));
     }
   }
 }

@@ -4,8 +4,8 @@
 
 namespace {
 
-/* A sum of that many products of two bytes fits 32 bits. */
-const int64_t MOST_ENTRIES = 131072;
+/* A sum of that many products of two bytes fits 32 bits; and one that fp32 holds exactly. */
+const int64_t MOST_ENTRIES = 131072, MOST_EXACT = (1 << 24) / (127 * 127);
 
 int geometry_of(const nmflow_shape *shape, nmf_geometry *g, nmf_int8 *q) {
   const int status = nmf_geometry_of(shape, g);
@@ -103,13 +103,18 @@ bool avx2_serves(const nmf_geometry &g) {
 }
 #endif
 
-Found dot_of(const nmf_geometry &g) {
+Found dot_of(const nmf_geometry &g, int64_t tokens) {
   (void)g;
+  (void)tokens;
 #if defined(NMFLOW_X86)
   const int isa = nmf_isa();
   if (isa >= NMFLOW_AVX512 && (nmflow_cpu_features() & 16) && vnni_serves(g))
     return {NMFLOW_DOT, nmf_int8_dot_vnni(), "vnni"};
   if (isa != NMFLOW_PORTABLE && avx2_serves(g)) return {NMFLOW_DOT, nmf_int8_dot_avx2(), "avx2"};
+  if (g.entries <= MOST_EXACT && isa >= NMFLOW_AVX512)
+    return {NMFLOW_DOT, nmf_int8_dot_floats_avx512(tokens >= nmf_tokens_from()), "avx512"};
+  if (g.entries <= MOST_EXACT && isa == NMFLOW_AVX2)
+    return {NMFLOW_DOT, nmf_int8_dot_floats_avx2(tokens >= nmf_tokens_from()), "avx2"};
 #endif
   return {NMFLOW_DOT, nmf_int8_dot_portable(), "portable"};
 }
@@ -117,8 +122,10 @@ Found dot_of(const nmf_geometry &g) {
 Found permute_of(const nmf_geometry &g) {
   (void)g;
 #if defined(NMFLOW_X86)
-  if (nmf_isa() >= NMFLOW_AVX512 && g.n <= 2 && (g.m == 4 || g.m == 8 || g.m == 16))
+  const bool served = g.n <= 2 && (g.m == 4 || g.m == 8 || g.m == 16);
+  if (served && nmf_isa() >= NMFLOW_AVX512)
     return {NMFLOW_PERMUTE, nmf_int8_permute_avx512(), "avx512"};
+  if (served && nmf_isa() == NMFLOW_AVX2) return {NMFLOW_PERMUTE, nmf_int8_permute_avx2(), "avx2"};
 #endif
   return {NMFLOW_PERMUTE, nullptr, ""};
 }
@@ -127,14 +134,18 @@ const char *isa_name() {
   return nmf_isa() >= NMFLOW_AVX512 ? "avx512" : nmf_isa() == NMFLOW_AVX2 ? "avx2" : "portable";
 }
 
-/* Tokens from which decoding a tile for the kernel of many tokens pays, measured. */
-const int64_t MANY_TOKENS = 32;
+/* The same beside picking inputs, which takes AVX2 more steps where there are more. */
+int64_t many_tokens(const nmf_geometry &g, const nmf_kernel *permute) {
+  if (permute == nullptr) return nmf_tokens_from();
+  if (nmf_isa() >= NMFLOW_AVX512) return 32;
+  return g.m == 4 ? 29 : g.m == 8 ? 14 : 7;
+}
 
 Found kernel_of(const nmf_geometry &g, int activations, int64_t tokens, int number) {
   if (activations == NMFLOW_INT8S)
-    return number == NMFLOW_AUTO || number == NMFLOW_DOT ? dot_of(g) : Found{number, nullptr, ""};
+    return number == NMFLOW_AUTO || number == NMFLOW_DOT ? dot_of(g, tokens) : Found{number, nullptr, ""};
   const Found permute = permute_of(g);
-  if (number == NMFLOW_AUTO && tokens >= (permute.kernel ? MANY_TOKENS : 6)) number = NMFLOW_TOKENS;
+  if (number == NMFLOW_AUTO && tokens >= many_tokens(g, permute.kernel)) number = NMFLOW_TOKENS;
   if (number == NMFLOW_AUTO) number = permute.kernel ? NMFLOW_PERMUTE : NMFLOW_GATHER;
   if (number == NMFLOW_PERMUTE) return permute;
   if (number != NMFLOW_GATHER && number != NMFLOW_TOKENS) return {number, nullptr, ""};

@@ -48,14 +48,18 @@ NMF_INLINE vecu int8_code(const nmf_job *job, const Int8Place &at, int i) {
   return four >> (8u * at.entry + bits * static_cast<uint32_t>(at.quad)) & ((1u << bits) - 1u);
 }
 
-/* As decode_values: entries [s0, s0 + count) of a tile's 16 rows as fp32, times the rows' scales. */
+/* As decode_values: entries [s0, s0 + count) of a tile's 16 rows as fp32, times the rows' scales where
+ * inputs are not rounded, too. */
 NMF_INLINE const float *int8_decode_values(const nmf_job *job, int64_t tile, int64_t s0,
                                            int64_t count, float *to) {
   Int8Place at = int8_place(job, tile, s0);
+  vecf scales[16 / LANES];
+  for (int i = 0; i < 16 / LANES; ++i)
+    scales[i] = job->q.activations == NMFLOW_INT8S ? splat(1.0f)
+                                                   : load(int8_scales(job, tile) + i * LANES);
   for (int64_t s = 0; s < count; ++s, int8_next(job, at))
     for (int i = 0; i < 16 / LANES; ++i)
-      store(to + s * 16 + i * LANES, __builtin_convertvector(int8_value(at, i), vecf) *
-                                         load(int8_scales(job, tile) + i * LANES));
+      store(to + s * 16 + i * LANES, __builtin_convertvector(int8_value(at, i), vecf) * scales[i]);
   return to;
 }
 

@@ -89,13 +89,16 @@ const nmf_kernel *nmf_kernel_of(int number, const nmf_geometry *geometry) {
   }
 }
 
+/* Measured with AVX-512, and on a Zen 3, which gathers slowly. */
+int64_t nmf_tokens_from(void) { return nmf_isa() == NMFLOW_AVX2 ? 3 : 6; }
+
 namespace {
 
 /* Tokens from which transposing x pays, measured on the machines of docs/benchmarks/kernels.md. A
  * permutation costs the shuffle port one turn a weight and token, where a register of 8 inputs does
  * not hold a span two or four and a choice; the transposed way costs a load, and the transposing. */
 int64_t transpose_from(const nmf_geometry &g) {
-  if (nmf_kernel_of(NMFLOW_PERMUTE, &g) == nullptr) return 6;
+  if (nmf_kernel_of(NMFLOW_PERMUTE, &g) == nullptr) return nmf_tokens_from();
   if (nmf_isa() >= NMFLOW_AVX512) return 32;
   return 8 % g.m == 0 ? 16 : g.m <= 16 ? 9 : 5;
 }

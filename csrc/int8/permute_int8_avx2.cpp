@@ -1,0 +1,22 @@
+#include "decode.h"
+
+namespace {
+
+#define INT8_TOKENS 4
+NMF_INLINE __m256 of8(vecu code, const float *x) {
+  return _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), (__m256i)code);
+}
+template <int M>
+NMF_INLINE vecf picked(vecu code, const float *x) {
+  if (M == 4)
+    return (vecf)_mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128 *>(x)),
+                                      (__m256i)code);
+  if (M == 8) return (vecf)of8(code, x);
+  return (vecf)_mm256_blendv_ps(of8(code, x), of8(code, x + 8), (__m256)(code << 28u));
+}
+
+}  // namespace
+
+#include "permute_int8_impl.h"
+
+const nmf_kernel *nmf_int8_permute_avx2(void) { return &permute_kernel; }
