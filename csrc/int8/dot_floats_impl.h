@@ -34,7 +34,8 @@ void floats_run(const nmf_job *job, const nmf_part *part, char *scratch) {
   const nmf_geometry &g = job->g;
   const int64_t tokens = part->token_end - part->token, tiles = part->tile_end - part->tile;
   float *x = reinterpret_cast<float *>(scratch), *steps = x + in_lines(tokens * g.in);
-  float *sums = steps + in_lines(tokens);
+  float *sums = steps + in_lines(tokens), *bias = sums + tokens * tiles * 16;
+  for (int64_t tile = 0; tile < tiles; ++tile) read_bias(job, part->tile + tile, bias + tile * 16);
   for (int64_t t = 0; t < tokens; ++t) {
     read_inputs(job, part->token + t, 0, g.in, x + t * g.in);
     steps[t] = round_inputs(x + t * g.in, g.in);
@@ -52,24 +53,25 @@ void floats_run(const nmf_job *job, const nmf_part *part, char *scratch) {
   whole.y_stride = tiles * 16;
   whole.tokens = tokens;
   const nmf_part all = {0, tokens, 0, tiles};
-  nmf_kernel_of(NUMBER, &g)->run(&whole, &all, reinterpret_cast<char *>(sums + tokens * tiles * 16));
-  for (int64_t tile = part->tile; tile < part->tile_end; ++tile) {
-    const float *from = sums + (tile - part->tile) * 16;
-    float bias[16];
-    read_bias(job, tile, bias);
-    for (int64_t t = 0; t < tokens; ++t, from += tiles * 16) {
+  nmf_kernel_of(NUMBER, &g)->run(&whole, &all, reinterpret_cast<char *>(bias + tiles * 16));
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = (part->tile + tile) * 16, count = nmf_min(16, g.out - row);
+      const float *scales = int8_scales(job, part->tile + tile);
       float found[16];
       for (int i = 0; i < 16; i += LANES)
-        store(found + i,
-              steps[t] * load(int8_scales(job, tile) + i) * load(from + i) + load(bias + i));
-      write_rows(job, part->token + t, tile * 16, found, nmf_min(16, g.out - tile * 16));
+        store(found + i, steps[t] * load(scales + i) * load(sums + (t * tiles + tile) * 16 + i) +
+                             load(bias + tile * 16 + i));
+      if (job->epilogue == NMFLOW_NONE)
+        put_rows(job, part->token + t, row, found, count);
+      else
+        write_rows(job, part->token + t, row, found, count);
     }
-  }
 }
 
 template <int NUMBER>
 int64_t floats_scratch(const nmf_job *job, int64_t tokens, int64_t tiles) {
-  const int64_t floats = in_lines(tokens * job->g.in) + in_lines(tokens) + tokens * tiles * 16;
+  const int64_t floats = in_lines(tokens * job->g.in) + in_lines(tokens) + (tokens + 1) * tiles * 16;
   return floats * 4 + nmf_kernel_of(NUMBER, &job->g)->scratch_bytes(job, tokens, tiles);
 }
 

@@ -96,8 +96,9 @@ bool vnni_serves(const nmf_geometry &g) {
   const int64_t entries = 64 / g.m * g.n;
   return g.m <= 64 && 64 % g.m == 0 && (entries % 4 == 0 || entries == 2);
 }
-/* Whether they lie inside one, two or four times 16 inputs. */
+/* Whether they lie inside one, two or four times 16 inputs (or, of 1:32, four times 32). */
 bool avx2_serves(const nmf_geometry &g) {
+  if (g.m == 32) return g.n == 1;
   const int64_t entries = 16 / g.m * g.n;
   return g.m <= 16 && 16 % g.m == 0 && (entries % 4 == 0 || 4 % entries == 0);
 }
@@ -125,7 +126,8 @@ Found permute_of(const nmf_geometry &g) {
   const bool served = g.n <= 2 && (g.m == 4 || g.m == 8 || g.m == 16);
   if (served && nmf_isa() >= NMFLOW_AVX512)
     return {NMFLOW_PERMUTE, nmf_int8_permute_avx512(), "avx512"};
-  if (served && nmf_isa() == NMFLOW_AVX2) return {NMFLOW_PERMUTE, nmf_int8_permute_avx2(), "avx2"};
+  if ((served || (g.n <= 2 && g.m == 32)) && nmf_isa() == NMFLOW_AVX2)
+    return {NMFLOW_PERMUTE, nmf_int8_permute_avx2(), "avx2"};
 #endif
   return {NMFLOW_PERMUTE, nullptr, ""};
 }
@@ -138,7 +140,7 @@ const char *isa_name() {
 int64_t many_tokens(const nmf_geometry &g, const nmf_kernel *permute) {
   if (permute == nullptr) return nmf_tokens_from();
   if (nmf_isa() >= NMFLOW_AVX512) return 32;
-  return g.m == 4 ? 29 : g.m == 8 ? 14 : 7;
+  return g.m == 4 ? 29 : g.m == 8 ? 14 : g.m == 16 ? 7 : 4;
 }
 
 Found kernel_of(const nmf_geometry &g, int activations, int64_t tokens, int number) {

@@ -3,6 +3,7 @@
 namespace {
 
 #define INT8_TOKENS 8
+#define INT8_WIDE 0
 template <int M>
 NMF_INLINE vecf picked(vecu code, const float *x) {
   if (M == 4)

@@ -1,9 +1,10 @@
 /* Float activations with 8-bit weights, few tokens: lanes are rows, the inputs of a group are picked in
- * a register, and a value becomes fp32 on its way. 1:M and 2:M of M = 4, 8 and 16.
+ * a register, and a value becomes fp32 on its way. 1:M and 2:M of M = 4, 8, 16 and (INT8_WIDE) 32.
  *
  * The includer defines before it:
  *   picked<M>(codes, x): x[code] of every lane for a group of M inputs, whatever bits lie above a code.
- *   INT8_TOKENS: tokens at a time at most. */
+ *   INT8_TOKENS: tokens at a time at most.
+ *   INT8_WIDE: whether M = 32 is served. */
 #ifndef NMFLOW_PERMUTE_INT8_IMPL_H
 #define NMFLOW_PERMUTE_INT8_IMPL_H
 
@@ -12,7 +13,7 @@ namespace {
 template <int M, int N, int NT>
 NMF_INLINE void block(const nmf_job *job, int64_t token, int64_t tile, const float *x,
                       int64_t stride) {
-  const int VECS = 16 / LANES, BITS = M == 4 ? 2 : 4, PER = 8 / BITS;
+  const int VECS = 16 / LANES, BITS = M == 4 ? 2 : M <= 16 ? 4 : 8, PER = 8 / BITS;
   const int U = NT * VECS >= 8 ? 1 : NT * VECS >= 4 ? 2 : 4; /* sums of a row, taken in turns */
   const int BYTES = 64 + PER * 64, AHEAD = 4096;
   const nmf_geometry &g = job->g;
@@ -103,6 +104,10 @@ void permute_run(const nmf_job *job, const nmf_part *part, char *scratch) {
     case 16: return tiles_of<8, 1>(job, part, x, stride);
     case 17: return tiles_of<8, 2>(job, part, x, stride);
     case 32: return tiles_of<16, 1>(job, part, x, stride);
+#if INT8_WIDE
+    case 64: return tiles_of<32, 1>(job, part, x, stride);
+    case 65: return tiles_of<32, 2>(job, part, x, stride);
+#endif
     default: return tiles_of<16, 2>(job, part, x, stride);
   }
 }

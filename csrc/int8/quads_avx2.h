@@ -21,6 +21,11 @@ NMF_INLINE __m256i both(const char *a, const char *b) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(get<__m128i>(a)), get<__m128i>(b), 1);
 }
 
+/* EACH: entries of a row in 16 inputs, from which a shuffle picks; four stand for more, too, and WIDE for
+ * one in 32 inputs. PIECES: registers that become a quad of 4 rows each. */
+enum { WIDE = 0 };
+constexpr int pieces_of(int each) { return each == WIDE ? 4 : 4 / each; }
+
 /* Codes as they lie, [row][entry], in the order in which they pick. Four entries of a row in 16 inputs
  * stay: one shuffle picks a quad. Of two, a shuffle picks pairs of 8 rows; of one, an entry of 16. */
 template <int EACH>
@@ -71,12 +76,14 @@ NMF_INLINE void read_codes(const Reader &from, int64_t ahead, __m256i (&to)[4]) 
 
 template <int BITS, int EACH>
 NMF_INLINE void read_quad(Reader &from, const __m256i (&codes)[4], int j, Quad *to) {
-  const __m256i mask = _mm256_set1_epi8((1 << BITS) - 1), zero = _mm256_setzero_si256();
+  const __m256i mask = _mm256_set1_epi8(static_cast<char>((1 << BITS) - 1)), zero = _mm256_setzero_si256();
   const __m256i start = _mm256_set1_epi32(from.places[from.place]), ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
     const __m256i shifted = j ? _mm256_srli_epi32(codes[k], BITS * j) : codes[k];
-    to->pick[k] = _mm256_or_si256(_mm256_and_si256(shifted, mask), start);
+    /* Of 32 inputs, a code of the second half gets the top bit, which picks nothing of the first. */
+    to->pick[k] = EACH == WIDE ? _mm256_add_epi8(shifted, _mm256_set1_epi8(112))
+                               : _mm256_or_si256(_mm256_and_si256(shifted, mask), start);
   }
   arrange<EACH>(to->pick);
 #pragma GCC unroll 4
