@@ -75,7 +75,7 @@ def test_float_activations_are_products_with_the_exact_dense_weight(isa, spec):
     assert {"auto", "gather", "tokens"} <= served
     own = spec in ("1:4", "2:4", "1:8", "2:8", "1:16", "2:16", "1:16@16", "1:4@5", "2:8@4")
     both = isa == "avx2" and spec in ("1:32", "2:32", "1:32@16")
-    assert ("permute" in served) == (isa != "portable" and own or both)
+    assert ("permute" in served) == ((isa != "portable" and own) or both)
 
 
 def whole(spec: str, out: int, groups: int, q: torch.Tensor | None = None):
