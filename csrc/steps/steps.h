@@ -31,8 +31,11 @@ struct nmf_entry {
 /* Rows that are transposed together, and tokens. */
 const int64_t NMF_ROW_BLOCK = 192, NMF_TOKEN_BLOCK = 64;
 
-/* Whether rows have codes of their own that reach over more than a register: spans of M > 16 inputs. */
-NMF_INLINE bool nmf_wide(const nmf_geometry *g) { return !g->panels && g->bits == 8; }
+/* Whether the gradient of W has tokens in lanes: of rows with codes of their own that reach over more than
+ * a register (spans of M > 16 inputs), and with AVX2, which picks one of 16 in three slow steps, of all. */
+NMF_INLINE bool nmf_wide(const nmf_geometry *g) {
+  return !g->panels && (g->bits == 8 || nmf_isa() == NMFLOW_AVX2);
+}
 
 /* Tokens that the gradient of W takes at a time: a longer row's take more room than the second-level
  * cache has, and where each entry has a span of its own, than the first-level one. */

@@ -26,27 +26,14 @@ void pack_rows(const G &g, const float *dy, int64_t tile, int64_t count, float *
   for (int v = 0; v < V; ++v) store(bias + LANES * v, sum[v]);
 }
 
-/* How a lane picks one of 16 floats: the codes of a register's rows, as `pick16` takes them. */
-NMF_INLINE vecu picks_of(const uint32_t *words, int shift) {
-  const vecu code = load(words) >> shift;
+/* Lane by lane one of the 16 floats at x, by the low four bits of its code. Where a register does not hold
+ * them, `wide_weight_grad` serves every pattern. */
+NMF_INLINE vecf pick16(vecu codes, const float *x) {
 #if defined(__AVX512BW__)
-  return code; /* a permutation reads the low four bits of a lane */
-#else
-  return (code & 7u) | code << 28; /* three of them, and the fourth is the sign */
-#endif
-}
-
-/* Lane by lane one of the 16 floats at x. */
-NMF_INLINE vecf pick16(vecu picks, const float *x) {
-#if defined(__AVX512BW__)
-  return (vecf)_mm512_permutexvar_ps((__m512i)picks, (__m512)load(x));
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_permutevar8x32_ps((__m256)load(x), (__m256i)picks);
-  const __m256 high = _mm256_permutevar8x32_ps((__m256)load(x + 8), (__m256i)picks);
-  return (vecf)_mm256_blendv_ps(low, high, (__m256)picks);
+  return (vecf)_mm512_permutexvar_ps((__m512i)codes, (__m512)load(x));
 #else
   vecf v;
-  for (int lane = 0; lane < LANES; ++lane) v[lane] = x[picks[lane] & 15u];
+  for (int lane = 0; lane < LANES; ++lane) v[lane] = x[codes[lane] & 15u];
   return v;
 #endif
 }
@@ -56,19 +43,19 @@ template <int ENTRIES, int PER>
 NMF_INLINE void add_rows(const G &g, const uint32_t *words, int64_t s, const float *dy, const float *x,
                          int64_t count, int64_t stride, float *sums) {
   vecf sum[ENTRIES];
-  vecu picks[ENTRIES];
+  vecu codes[ENTRIES];
   const float *from[ENTRIES];
 #pragma GCC unroll 16
   for (int k = 0; k < ENTRIES; ++k) {
     sum[k] = load(sums + (s + k) * 16);
-    picks[k] = picks_of(words + (s + k) / 8 * 16, static_cast<int>((s + k) % 8 * 4));
+    codes[k] = load(words + (s + k) / 8 * 16) >> static_cast<int>((s + k) % 8 * 4);
     const int64_t span = PER > 0 ? s / (PER > 0 ? PER : 1) + k / (PER > 0 ? PER : 1) : (s + k) / g.span_entries;
     from[k] = x + span * stride * 16;
   }
   for (int64_t t = 0; t < count; ++t) {
     const vecf d = load(dy + 16 * t);
 #pragma GCC unroll 16
-    for (int k = 0; k < ENTRIES; ++k) sum[k] += pick16(picks[k], from[k] + 16 * t) * d;
+    for (int k = 0; k < ENTRIES; ++k) sum[k] += pick16(codes[k], from[k] + 16 * t) * d;
   }
 #pragma GCC unroll 16
   for (int k = 0; k < ENTRIES; ++k) store(sums + (s + k) * 16, sum[k]);
@@ -77,7 +64,7 @@ NMF_INLINE void add_rows(const G &g, const uint32_t *words, int64_t s, const flo
 template <int PER>
 void add_tile(const G &g, const uint32_t *words, const float *dy, const float *x, int64_t count,
               int64_t stride, float *sums) {
-  const int entries = LANES == 16 ? 12 : 4; /* whole spans, and as many as registers hold */
+  const int entries = 12; /* whole spans, and as many as registers hold */
   for (int v = 0; v < 16; v += LANES) {
     int64_t s = 0;
     for (; s + entries <= g.entries; s += entries)

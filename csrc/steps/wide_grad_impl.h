@@ -1,5 +1,5 @@
-/* The gradient of W at kept places of rows whose spans are wider than a register (M > 16): what is kept is
- * so little that a place is a product of two columns of tokens. The same source is compiled once for each
+/* The gradient of W at kept places of rows whose spans are wider than a register: of M > 16, and with AVX2
+ * all. What is kept is so little that a place is a product of two columns of tokens. The same source is compiled once for each
  * instruction set. Everything is static: see common.h. */
 #include "weight_grad_impl.h"
 
