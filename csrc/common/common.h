@@ -165,8 +165,8 @@ struct nmf_kernel {
 int nmf_check_call(const nmf_geometry *g, const void *x, int64_t x_stride, const void *y,
                    int64_t y_stride, int64_t tokens, int epilogue);
 int nmf_run(nmf_job *job, const nmf_kernel *kernel, int64_t bytes, int threads);
-/* The kernel of that number for a pattern on this machine, or null; and from how many tokens on
- * transposing x for `tokens` pays beside `gather`. */
+/* The kernel of that number for a pattern on this machine, or null; and from how many tokens on the kernel
+ * `tokens`, which transposes x, is faster than `gather`. */
 const nmf_kernel *nmf_kernel_of(int number, const nmf_geometry *g);
 int64_t nmf_tokens_from(void);
 

@@ -90,8 +90,8 @@ NMF_INLINE Results results_of(const nmf_job *job, int64_t tile, int tiles) {
     read_bias(job, one, bias[i]);
   }
   for (int k = 0; k < 4; ++k) {
-    to.scales[k] = _mm256_loadu2_m128(scales[1] + 4 * k, scales[0] + 4 * k);
-    to.bias[k] = _mm256_loadu2_m128(bias[1] + 4 * k, bias[0] + 4 * k);
+    to.scales[k] = (__m256)both(scales[0] + 4 * k, scales[1] + 4 * k);
+    to.bias[k] = (__m256)both(bias[0] + 4 * k, bias[1] + 4 * k);
   }
   return to;
 }

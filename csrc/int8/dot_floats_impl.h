@@ -1,6 +1,9 @@
 /* dot for patterns that no shuffle serves: the kernels of float activations multiply the rounded inputs
  * by the rounded values, as fp32. Their sums are whole and stay below 2^24, so that fp32 holds each
- * exactly, in any order. */
+ * exactly, in any order.
+ *
+ * The includer defines before it:
+ *   FLOATS_KERNEL(MANY): the kernel of its instruction set for few or many tokens. */
 #ifndef NMFLOW_DOT_FLOATS_IMPL_H
 #define NMFLOW_DOT_FLOATS_IMPL_H
 
@@ -28,8 +31,7 @@ NMF_INLINE float round_inputs(float *x, int64_t count) {
 
 NMF_INLINE int64_t in_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-/* NUMBER: the kernel that multiplies. */
-template <int NUMBER>
+template <bool MANY>
 void floats_run(const nmf_job *job, const nmf_part *part, char *scratch) {
   const nmf_geometry &g = job->g;
   const int64_t tokens = part->token_end - part->token, tiles = part->tile_end - part->tile;
@@ -53,7 +55,7 @@ void floats_run(const nmf_job *job, const nmf_part *part, char *scratch) {
   whole.y_stride = tiles * 16;
   whole.tokens = tokens;
   const nmf_part all = {0, tokens, 0, tiles};
-  nmf_kernel_of(NUMBER, &g)->run(&whole, &all, reinterpret_cast<char *>(bias + tiles * 16));
+  FLOATS_KERNEL(MANY)->run(&whole, &all, reinterpret_cast<char *>(bias + tiles * 16));
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = (part->tile + tile) * 16, count = nmf_min(16, g.out - row);
@@ -69,21 +71,21 @@ void floats_run(const nmf_job *job, const nmf_part *part, char *scratch) {
     }
 }
 
-template <int NUMBER>
+template <bool MANY>
 int64_t floats_scratch(const nmf_job *job, int64_t tokens, int64_t tiles) {
   const int64_t floats = in_lines(tokens * job->g.in) + in_lines(tokens) + (tokens + 1) * tiles * 16;
-  return floats * 4 + nmf_kernel_of(NUMBER, &job->g)->scratch_bytes(job, tokens, tiles);
+  return floats * 4 + FLOATS_KERNEL(MANY)->scratch_bytes(job, tokens, tiles);
 }
 
-template <int NUMBER>
+template <bool MANY>
 int64_t floats_most(const nmf_geometry *g, int64_t tokens) {
-  return nmf_kernel_of(NUMBER, g)->max_tokens(g, tokens);
+  return FLOATS_KERNEL(MANY)->max_tokens(g, tokens);
 }
 
-const nmf_kernel few_floats = {floats_run<NMFLOW_GATHER>, floats_scratch<NMFLOW_GATHER>,
-                              floats_most<NMFLOW_GATHER>, 1, nullptr};
-const nmf_kernel many_floats = {floats_run<NMFLOW_TOKENS>, floats_scratch<NMFLOW_TOKENS>,
-                               floats_most<NMFLOW_TOKENS>, LANES, nullptr};
+const nmf_kernel few_floats = {floats_run<false>, floats_scratch<false>,
+                              floats_most<false>, 1, nullptr};
+const nmf_kernel many_floats = {floats_run<true>, floats_scratch<true>,
+                               floats_most<true>, LANES, nullptr};
 
 }  // namespace
 #endif

@@ -8,6 +8,8 @@
  *     second of each, and so on. So tokens lie at offsets that a compiler knows, and none of them are a
  *     multiple of 4 KB apart, where few fit the first-level cache. If 0, a token follows the other.
  *   DOT_EXTRA(job): bytes of scratch for dot_tiles.
+ *   DOT_TOKENS, DOT_STEP: tokens of a part at most, and what they are a multiple of, if not as many as fit
+ *     the first-level cache and 16.
  * and after it dot_tiles, the products of a part. */
 #ifndef NMFLOW_DOT_IMPL_H
 #define NMFLOW_DOT_IMPL_H
@@ -50,8 +52,8 @@ NMF_INLINE float round_token(const float *x, int64_t count, int8_t *to, int64_t 
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) n[k] = (__m256i)nearest(load(x + i + k * 8) * by);
     const __m256i low = _mm256_packs_epi32(n[0], n[1]), high = _mm256_packs_epi32(n[2], n[3]);
-    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-    put(byte_of(to, i, step), bytes);
+    const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    put(byte_of(to, i, step), packed);
   }
 #endif
   for (; i + LANES <= count; i += LANES) {

@@ -136,8 +136,9 @@ const char *isa_name() {
   return nmf_isa() >= NMFLOW_AVX512 ? "avx512" : nmf_isa() == NMFLOW_AVX2 ? "avx2" : "portable";
 }
 
-/* The same beside picking inputs, which takes AVX2 more steps where there are more. */
-int64_t many_tokens(const nmf_geometry &g, const nmf_kernel *permute) {
+/* Tokens from which decoding a tile pays beside picking inputs, measured; of more inputs, AVX2 picks in more
+ * steps. */
+int64_t decoded_from(const nmf_geometry &g, const nmf_kernel *permute) {
   if (permute == nullptr) return nmf_tokens_from();
   if (nmf_isa() >= NMFLOW_AVX512) return 32;
   return g.m == 4 ? 29 : g.m == 8 ? 14 : g.m == 16 ? 7 : 4;
@@ -147,7 +148,7 @@ Found kernel_of(const nmf_geometry &g, int activations, int64_t tokens, int numb
   if (activations == NMFLOW_INT8S)
     return number == NMFLOW_AUTO || number == NMFLOW_DOT ? dot_of(g, tokens) : Found{number, nullptr, ""};
   const Found permute = permute_of(g);
-  if (number == NMFLOW_AUTO && tokens >= many_tokens(g, permute.kernel)) number = NMFLOW_TOKENS;
+  if (number == NMFLOW_AUTO && tokens >= decoded_from(g, permute.kernel)) number = NMFLOW_TOKENS;
   if (number == NMFLOW_AUTO) number = permute.kernel ? NMFLOW_PERMUTE : NMFLOW_GATHER;
   if (number == NMFLOW_PERMUTE) return permute;
   if (number != NMFLOW_GATHER && number != NMFLOW_TOKENS) return {number, nullptr, ""};

@@ -17,7 +17,7 @@ struct Quads {
   __m256i more[4];  /* the sizes of the negative ones of each row, see quad_of */
 };
 
-NMF_INLINE __m256i both(const char *a, const char *b) {
+NMF_INLINE __m256i both(const void *a, const void *b) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(get<__m128i>(a)), get<__m128i>(b), 1);
 }
 
@@ -53,12 +53,12 @@ NMF_INLINE void arrange(__m256i (&code)[4]) {
   code[3] = _mm256_unpackhi_epi64(b, d);
 }
 
-/* Where quads are read. `places`: for a quad of a line, where the group of each of its entries begins
- * among the 16 inputs that it lies in. */
+/* Where quads are read. `places`: for a quad of a window (the inputs that hold whole quads), where the group
+ * of each of its entries begins among the 16 inputs that it lies in. */
 struct Reader {
   const char *a, *b; /* blocks of two tiles */
   const int32_t *places;
-  int64_t count, place; /* quads of a line, and the next one's number */
+  int64_t count, place; /* quads of a window, and the next one's number */
   __m256i more[4];
 };
 

@@ -120,12 +120,13 @@ int32_t nmflow_weight_grad(const nmflow_packed *packed, const float *x, const fl
   if (status == NMFLOW_OK) status = check_weight_grad<float>(x, dy, dw, bias, threads, &run);
   if (status != NMFLOW_OK) return status;
   const nmf_geometry &g = run.job.g;
-  const bool wide = nmf_wide(&g);
+  /* Rows with codes of their own that reach over more than a register: spans of M > 16 inputs, or all. */
+  const bool lanes = run.job.token_lanes = !g.panels && (g.bits == 8 || !run.kernels->picks);
   const int64_t inputs =
-      g.panels || wide ? padded(g.in) * NMF_TOKEN_BLOCK : g.spans * nmf_tokens_of(&g) * 16;
-  const int64_t rows = (g.panels ? g.panel : wide ? 32 : 16) * NMF_TOKEN_BLOCK;
+      g.panels || lanes ? padded(g.in) * NMF_TOKEN_BLOCK : g.spans * nmf_tokens_of(&run.job) * 16;
+  const int64_t rows = (g.panels ? g.panel : lanes ? 32 : 16) * NMF_TOKEN_BLOCK;
   /* Sums and a bias; columns of one row, or of all where the sums are row by row. */
-  const int64_t places = wide ? run.chunk * (2 * padded(g.entries) + 1) * 16
+  const int64_t places = lanes ? run.chunk * (2 * padded(g.entries) + 1) * 16
                               : run.chunk * (g.entries + 1) * 16 + padded(g.entries);
   run.bytes = (places + inputs + rows + padded(g.in)) * 4 + LINE;
   nmf_parallel(nmf_ceil_div(g.tiles, run.chunk), threads, weight_grad_task<Step>, &run);

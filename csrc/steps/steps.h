@@ -18,6 +18,7 @@ struct nmf_stepping {
   float *dx, *dw, *bias;
   int64_t tokens;
   bool past; /* whether dw goes past the caches */
+  bool token_lanes; /* whether the gradient of W has tokens in lanes, and not rows */
   /* input_grad of rows: the entries of a block of rows, sorted by columns. */
   int32_t *starts; /* [blocks][in + 1], where a column's entries begin */
   struct nmf_entry *entries;
@@ -31,17 +32,12 @@ struct nmf_entry {
 /* Rows that are transposed together, and tokens. */
 const int64_t NMF_ROW_BLOCK = 192, NMF_TOKEN_BLOCK = 64;
 
-/* Whether the gradient of W has tokens in lanes: of rows with codes of their own that reach over more than
- * a register (spans of M > 16 inputs), and with AVX2, which picks one of 16 in three slow steps, of all. */
-NMF_INLINE bool nmf_wide(const nmf_geometry *g) {
-  return !g->panels && (g->bits == 8 || nmf_isa() == NMFLOW_AVX2);
-}
-
 /* Tokens that the gradient of W takes at a time: a longer row's take more room than the second-level
  * cache has, and where each entry has a span of its own, than the first-level one. */
-NMF_INLINE int64_t nmf_tokens_of(const nmf_geometry *g) {
-  const bool fits = g->in <= 1536 && (g->span_entries > 1 || nmf_wide(g));
-  return g->panels || fits ? NMF_TOKEN_BLOCK : NMF_TOKEN_BLOCK / 2;
+NMF_INLINE int64_t nmf_tokens_of(const nmf_stepping *job) {
+  const nmf_geometry &g = job->g;
+  const bool fits = g.in <= 1536 && (g.span_entries > 1 || job->token_lanes);
+  return g.panels || fits ? NMF_TOKEN_BLOCK : NMF_TOKEN_BLOCK / 2;
 }
 
 /* The kernels of an instruction set, each for a part of a job; `scratch` is aligned to 64 bytes. */
@@ -52,6 +48,8 @@ struct nmf_stepper {
   void (*input_grad)(const nmf_stepping *job, int64_t token_block, char *scratch);
   /* Tiles [tile, tile_end), of whole panels. */
   void (*weight_grad)(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch);
+  /* Whether a register holds the 16 inputs of a span, so that rows in lanes pick theirs in one step. */
+  bool picks;
 };
 extern const nmf_stepper nmf_steps_avx2, nmf_steps_avx512;
 

@@ -26,16 +26,10 @@ void pack_rows(const G &g, const float *dy, int64_t tile, int64_t count, float *
   for (int v = 0; v < V; ++v) store(bias + LANES * v, sum[v]);
 }
 
-/* Lane by lane one of the 16 floats at x, by the low four bits of its code. Where a register does not hold
- * them, `wide_weight_grad` serves every pattern. */
+#if defined(__AVX512BW__) /* elsewhere tokens_weight_grad serves every pattern without panels */
+/* Lane by lane one of the 16 floats at x, by the low four bits of its code. */
 NMF_INLINE vecf pick16(vecu codes, const float *x) {
-#if defined(__AVX512BW__)
   return (vecf)_mm512_permutexvar_ps((__m512i)codes, (__m512)load(x));
-#else
-  vecf v;
-  for (int lane = 0; lane < LANES; ++lane) v[lane] = x[codes[lane] & 15u];
-  return v;
-#endif
 }
 
 /* ENTRIES of a register's rows. PER: entries of a span, where the first one begins a span; else 0. */
@@ -72,6 +66,8 @@ void add_tile(const G &g, const uint32_t *words, const float *dy, const float *x
     for (; s < g.entries; ++s) add_rows<1, 0>(g, words + v, s, dy + v, x, count, stride, sums + v);
   }
 }
+
+#endif
 
 /* TILES tiles of a panel at ENTRIES of its columns. */
 template <int TILES, int ENTRIES>
@@ -130,7 +126,7 @@ void write_row(const nmf_stepping *job, int64_t row, const float *sums, int64_t 
 void weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch) {
   const G &g = job->g;
   const int64_t tiles = tile_end - tile, width = panel_rows(g), step = width / 16;
-  const int64_t most = nmf_tokens_of(&g);
+  const int64_t most = nmf_tokens_of(job);
   float *sums = reinterpret_cast<float *>(scratch), *bias = sums + tiles * g.entries * 16;
   float *x = bias + tiles * 16, *dy = x + (g.panels ? padded(g.in) * TOKENS : g.spans * most * 16);
   float *line = dy + width * TOKENS;
@@ -148,6 +144,7 @@ void weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *
       for (int64_t j = 0; j < here; ++j)
         pack_rows(g, job->dy + token * g.out, t + j, count, dy + 16 * j, width, bias + (t - tile + j) * 16);
       float *to = sums + (t - tile) * g.entries * 16;
+#if defined(__AVX512BW__)
       if (!g.panels) {
         const uint32_t *words = words_of(g, job->codes, t);
         switch (g.span_entries) {
@@ -165,6 +162,7 @@ void weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *
         }
         continue;
       }
+#endif
       const int64_t panel = t / step;
       int64_t j = 0;
       for (; LANES == 16 && j + 4 <= here; j += 4)

@@ -1,5 +1,5 @@
-/* The gradient of W at kept places of rows whose spans are wider than a register: of M > 16, and with AVX2
- * all. What is kept is so little that a place is a product of two columns of tokens. The same source is compiled once for each
+/* The gradient of W at kept places with tokens in lanes: of rows without panels whose spans a register does
+ * not hold. A place is the product of two columns of tokens. The same source is compiled once for each
  * instruction set. Everything is static: see common.h. */
 #include "weight_grad_impl.h"
 
@@ -67,9 +67,9 @@ NMF_INLINE void add_row(const float *dy, const float *x, const int32_t *columns,
 
 /* Sums and columns are row by row here. Entries past the last one repeat column 0, and nobody reads
  * their sums; tokens past the last one are zeros. */
-void wide_weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch) {
+void tokens_weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch) {
   const G &g = job->g;
-  const int64_t rows = (tile_end - tile) * 16, most = nmf_tokens_of(&g), entries = padded(g.entries);
+  const int64_t rows = (tile_end - tile) * 16, most = nmf_tokens_of(job), entries = padded(g.entries);
   float *sums = reinterpret_cast<float *>(scratch), *bias = sums + rows * entries;
   float *x = bias + rows, *dy = x + padded(g.in) * TOKENS, *turned = dy + 16 * TOKENS;
   float *line = turned + 16 * TOKENS;
@@ -106,7 +106,7 @@ void wide_weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, c
 
 /* The gradient of W, whatever the rows are. */
 void any_weight_grad(const nmf_stepping *job, int64_t tile, int64_t tile_end, char *scratch) {
-  const auto kernel = nmf_wide(&job->g) ? wide_weight_grad : weight_grad;
+  const auto kernel = job->token_lanes ? tokens_weight_grad : weight_grad;
   kernel(job, tile, tile_end, scratch);
 }
 
