@@ -205,10 +205,10 @@ NMF_INLINE void many_tokens(Reader from, const nmf_job *job, const nmf_part *par
     for (int k = 0; k < 4; ++k) quads->more[k] = from.more[k];
     const int64_t windows = (quad - quads->quad) / count;
     int64_t t = 0;
-#define NMF_TOKENS(NT)                                                                          \
-  for (; t + NT <= tokens; t += NT)                                                             \
-  sum_windows<EACH, NT>(quads, windows, count, x + t * DOT_LINE, line, sums + t, done == 0,         \
-                      last ? &results : nullptr, part->token + t, steps + t)
+#define NMF_TOKENS(NT)                                                                      \
+  for (; t + NT <= tokens; t += NT)                                                         \
+  sum_windows<EACH, NT>(quads, windows, count, x + t * DOT_LINE, line, sums + t, done == 0, \
+                        last ? &results : nullptr, part->token + t, steps + t)
     NMF_TOKENS(2);
     NMF_TOKENS(1);
 #undef NMF_TOKENS
@@ -216,6 +216,7 @@ NMF_INLINE void many_tokens(Reader from, const nmf_job *job, const nmf_part *par
   }
 }
 
+/* Tiles in pairs; a last one without a partner is multiplied twice and written once. */
 template <int BITS, int EACH>
 void tiles_of(const nmf_job *job, const nmf_part *part, const int32_t *places, const int8_t *x,
               int64_t line, const float *steps, char *scratch) {
@@ -223,9 +224,8 @@ void tiles_of(const nmf_job *job, const nmf_part *part, const int32_t *places, c
   for (int64_t tile = part->tile; tile < part->tile_end; tile += 2) {
     const int tiles = tile + 1 < part->tile_end ? 2 : 1;
     const Results to = results_of(job, tile, tiles);
-    const Reader from = {int8_tile(job, tile) + INT8_HEAD,
-                                     int8_tile(job, tile + tiles - 1) + INT8_HEAD,
-                                     places, quads_of(job->g), 0, {}};
+    const Reader from = {int8_tile(job, tile) + INT8_HEAD, int8_tile(job, tile + tiles - 1) + INT8_HEAD,
+                         places, quads_of(job->g), 0, {}};
     if (tokens >= 4) {
       many_tokens<BITS, EACH>(from, job, part, x, line, to, steps, reinterpret_cast<Quads *>(scratch));
       continue;
